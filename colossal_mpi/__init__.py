@@ -1,0 +1,44 @@
+"""Distributed dense linear algebra and parallel deep learning on MPI: everything is a layout."""
+
+from colossal_mpi import guards as _guards
+
+_guards.install()
+
+from colossal_mpi import (  # noqa: E402
+    ledger,
+    linalg,
+    random,
+)
+from colossal_mpi.distarray import DistArray, from_global, full, zeros  # noqa: E402
+from colossal_mpi.errors import (  # noqa: E402
+    CheckpointError,
+    ColossalError,
+    ConfigError,
+    DTypeError,
+    GridError,
+    LaunchError,
+    LayoutError,
+    ShapeError,
+)
+from colossal_mpi.grid import Grid  # noqa: E402
+from colossal_mpi.layout import Layout  # noqa: E402
+
+__all__ = [
+    "CheckpointError",
+    "ColossalError",
+    "ConfigError",
+    "DTypeError",
+    "DistArray",
+    "Grid",
+    "GridError",
+    "LaunchError",
+    "Layout",
+    "LayoutError",
+    "ShapeError",
+    "from_global",
+    "full",
+    "ledger",
+    "linalg",
+    "random",
+    "zeros",
+]

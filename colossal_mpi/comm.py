@@ -1,0 +1,184 @@
+"""The one file that gives buffers to MPI.
+
+Every function takes this rank's block and the grid axes that span the group, checks shape and dtype before it
+communicates (a mismatch is silently wrong in some MPIs and overwrites the heap in Open MPI), stages blocks that MPI
+cannot read through host memory, and enters what arrived into the ledger. float16 and bfloat16 are summed in float32.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from colossal_mpi import backend, ledger
+from colossal_mpi.backend import Block
+from colossal_mpi.errors import ColossalError, DTypeError, ShapeError
+from colossal_mpi.grid import Grid
+from colossal_mpi.layout import part
+
+SUM, MAX = MPI.SUM, MPI.MAX
+
+
+def _wire(block: Block) -> Any:
+    """Return the buffer that MPI reads for `block`: its own memory, or a copy in host memory."""
+    if backend.mpi_can_read(block):
+        backend.synchronize(block)
+        return backend.contiguous(block)
+    return np.ascontiguousarray(backend.to_host(block))
+
+
+def _landing(block: Block, count: int, dtype: Any = None) -> Any:
+    """Return a flat buffer of `count` elements that MPI can write beside `block`."""
+    if backend.mpi_can_read(block):
+        return backend.empty_like(block, (count,), dtype)
+    return np.empty(count, backend.numpy_dtype(block.dtype if dtype is None else dtype))
+
+
+def _mpi_type(dtype: Any) -> MPI.Datatype:
+    try:
+        return MPI.Datatype.fromcode(np.dtype(dtype).char)
+    except (KeyError, TypeError, ValueError):
+        raise DTypeError(f"MPI cannot carry dtype {dtype}: use a float, complex, integer or bool dtype") from None
+
+
+def _starts(counts: Sequence[int]) -> list[int]:
+    starts, total = [], 0
+    for count in counts:
+        starts.append(total)
+        total += count
+    return starts
+
+
+def _require(count: int, block: Block, what: str) -> None:
+    if block.size != count:
+        raise ShapeError(f"{what}: the block has {block.size} elements and the plan needs {count}")
+
+
+def allgather(
+    block: Block, grid: Grid, axes: Sequence[str], counts: Sequence[int], starts: Sequence[int] | None = None
+) -> Block:
+    """Return the flat blocks of all ranks of the group, rank r's `counts[r]` elements at `starts[r]`.
+
+    **Communication:** allgather, ``sum(counts) - own`` words received. **Adjoint:** `reduce_scatter`.
+    """
+    comm, begun = grid.comm(axes), time.perf_counter()
+    _require(counts[comm.rank], block, "allgather")
+    send, recv = _wire(block), _landing(block, sum(counts))
+    kind = _mpi_type(send.dtype)
+    comm.Allgatherv([send, kind], [recv, (counts, starts or _starts(counts)), kind])
+    words = sum(counts) - counts[comm.rank]
+    ledger.post("allgather", grid.ordered(axes), words, send.dtype.itemsize, begun)
+    return backend.to_block(recv, block)
+
+
+def reduce_scatter(block: Block, grid: Grid, axes: Sequence[str], counts: Sequence[int], op: MPI.Op = SUM) -> Block:
+    """Return this rank's piece of the sum over the group; piece r has `counts[r]` elements, in order.
+
+    **Communication:** reduce_scatter, ``(p - 1) x own`` words received. **Adjoint:** `allgather`.
+    """
+    comm, begun = grid.comm(axes), time.perf_counter()
+    _require(sum(counts), block, "reduce_scatter")
+    dtype = backend.numpy_dtype(block.dtype)
+    send = _wire(_widened(block))
+    own = counts[comm.rank]
+    recv = _landing(block, own, send.dtype)
+    kind = _mpi_type(send.dtype)
+    # With counts: Open MPI's Reduce_scatter_block moves up to 1.5x the words on two ranks.
+    comm.Reduce_scatter([send, kind], [recv, kind], list(counts), op)
+    ledger.post("reduce_scatter", grid.ordered(axes), (comm.size - 1) * own, send.dtype.itemsize, begun)
+    result = backend.to_block(recv, block)
+    return result if backend.numpy_dtype(result.dtype) == dtype else cast(result, block.dtype)
+
+
+def _widened(block: Block) -> Block:
+    """Return `block` in a dtype in which MPI can add without losing half of its digits."""
+    if backend.numpy_dtype(block.dtype).itemsize > 2 or backend.numpy_dtype(block.dtype).kind in "iub":
+        return block
+    return cast(block, backend.namespace(block).float32)
+
+
+def cast(block: Block, dtype: Any) -> Block:
+    """Return `block` in another dtype."""
+    return backend.namespace(block).astype(block, dtype)
+
+
+def allreduce(block: Block, grid: Grid, axes: Sequence[str], op: MPI.Op = SUM) -> Block:
+    """Return the sum (or maximum) over the group, on every rank, bitwise equal on all of them.
+
+    A reduce_scatter and an allgather, so that each element is summed once, by one rank.
+
+    **Communication:** ``(p - 1) x own + n - own`` words received, own being a 1/p part. **Adjoint:** itself.
+    """
+    if grid.extent(axes) == 1:
+        return block
+    comm, xp = grid.comm(axes), backend.namespace(block)
+    pieces = [part(block.size, comm.size, r) for r in range(comm.size)]
+    counts = [stop - start for start, stop in pieces]
+    own = reduce_scatter(xp.reshape(block, (-1,)), grid, axes, counts, op)
+    return xp.reshape(allgather(own, grid, axes, counts), block.shape)
+
+
+def all_to_all(
+    block: Block, grid: Grid, axes: Sequence[str], counts: Sequence[int], recv_counts: Sequence[int]
+) -> Block:
+    """Return what each rank of the group sent to this one, in order, flat; piece r of `block` goes to rank r.
+
+    **Communication:** all_to_all, ``sum(recv_counts) - own`` words received. **Adjoint:** itself, counts swapped.
+    """
+    comm, begun = grid.comm(axes), time.perf_counter()
+    _require(sum(counts), block, "all_to_all")
+    send, recv = _wire(block), _landing(block, sum(recv_counts))
+    kind = _mpi_type(send.dtype)
+    comm.Alltoallv([send, (counts, _starts(counts)), kind], [recv, (recv_counts, _starts(recv_counts)), kind])
+    words = sum(recv_counts) - recv_counts[comm.rank]
+    ledger.post("all_to_all", grid.ordered(axes), words, send.dtype.itemsize, begun)
+    return backend.to_block(recv, block)
+
+
+def bcast(block: Block, grid: Grid, axes: Sequence[str], root: int = 0) -> Block:
+    """Return the block of rank `root` of the group on every rank; the others pass one of the same shape and dtype.
+
+    **Communication:** bcast, n words received on every rank but the root. **Adjoint:** a reduction to the root.
+    """
+    comm, begun = grid.comm(axes), time.perf_counter()
+    buffer = _wire(block)
+    comm.Bcast([buffer, _mpi_type(buffer.dtype)], root)
+    words = 0 if comm.rank == root else buffer.size
+    ledger.post("bcast", grid.ordered(axes), words, buffer.dtype.itemsize, begun)
+    return backend.to_block(buffer.reshape(block.shape), block)
+
+
+def share(value: Any, grid: Grid, root: int = 0) -> Any:
+    """Return the small Python object of rank `root` of the grid on every rank. Not for arrays, not in the ledger."""
+    return grid.comm(tuple(grid.axes)).bcast(value, root)
+
+
+def collect(value: Any, grid: Grid) -> list[Any]:
+    """Return the small Python objects of all ranks of the grid, in order. Not for arrays, not in the ledger."""
+    return grid.comm(tuple(grid.axes)).allgather(value)
+
+
+@contextmanager
+def agreed(grid: Grid) -> Iterator[None]:
+    """Turn a failure that only some ranks see inside the block into the same error on all of them.
+
+    Raises
+    ------
+    ColossalError
+        The first failing rank's error, by rank, or one of its kind.
+    """
+    failure: BaseException | None = None
+    try:
+        yield
+    except (ColossalError, OSError) as error:
+        failure = error
+    outcomes = collect(None if failure is None else (type(failure), str(failure)), grid)
+    first = next((outcome for outcome in outcomes if outcome), None)
+    if first is not None:
+        kind: Callable[[str], Exception] = first[0] if issubclass(first[0], ColossalError) else ColossalError
+        raise kind(first[1]) from failure

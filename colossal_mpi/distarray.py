@@ -1,0 +1,287 @@
+"""Distributed arrays: a global shape, a layout on a grid, and this rank's block."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from colossal_mpi import backend, comm
+from colossal_mpi.backend import Block
+from colossal_mpi.errors import LayoutError, ShapeError
+from colossal_mpi.grid import Grid
+from colossal_mpi.layout import Layout, box_shape
+from colossal_mpi.redistribute import redistribute
+
+_matmul: Callable[[DistArray, DistArray], DistArray] | None = None
+
+
+def register_matmul(function: Callable[[DistArray, DistArray], DistArray]) -> None:
+    """Make `function` what ``A @ B`` calls; linalg does so, which spares an upward import."""
+    global _matmul
+    _matmul = function
+
+
+class DistArray:
+    """A global array of which this rank holds one block.
+
+    Parameters
+    ----------
+    local : array
+        This rank's block (NumPy, CuPy or another library of the array API).
+    shape : tuple of int
+        Global shape.
+    layout : Layout
+    grid : Grid
+
+    Raises
+    ------
+    LayoutError
+        If the layout does not fit the number of dims or the grid.
+    ShapeError
+        If the block is not of the shape that the layout gives this rank.
+
+    Notes
+    -----
+    Elementwise arithmetic takes scalars and arrays of the same global shape; an array in another layout is
+    redistributed to this one's. Partial sums allow linear operations only.
+    """
+
+    __slots__ = ("grid", "layout", "local", "shape")
+    __array_ufunc__ = None  # NumPy scalars and arrays leave the arithmetic to the methods below
+
+    def __init__(self, local: Block, shape: Sequence[int], layout: Layout, grid: Grid) -> None:
+        self.shape, self.grid, self.local = tuple(shape), grid, local
+        self.layout = layout.on(grid.axes, len(self.shape))
+        need = box_shape(self.layout.box(self.shape, grid.axes, grid.coords))
+        if tuple(local.shape) != need:
+            raise ShapeError(
+                f"DistArray: {self.layout} of {self.shape} on {grid} gives the rank at {dict(grid.coords)} "
+                f"a block of {need}, not {tuple(local.shape)}"
+            )
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the elements."""
+        return self.local.dtype
+
+    @property
+    def ndim(self) -> int:
+        """The number of dims."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """The number of elements of the global array."""
+        return math.prod(self.shape)
+
+    def __repr__(self) -> str:
+        return f"DistArray(shape={self.shape}, dtype={self.dtype}, {self.layout}, {self.grid})"
+
+    def like(self, local: Block) -> DistArray:
+        """Return `local` as the block of an array of this one's shape and layout."""
+        return DistArray(local, self.shape, self.layout, self.grid)
+
+    def redistribute(self, layout: Layout) -> DistArray:
+        """Return the same global array in another layout; the array itself where nothing changes.
+
+        **Communication:** `colossal_mpi.redistribute`. **Adjoint:** a redistribution of the cotangent to this
+        array's layout, partial axes made replicated.
+
+        Raises
+        ------
+        LayoutError
+            If `layout` does not fit the array or the grid.
+        """
+        target = layout.on(self.grid.axes, self.ndim)
+        if target == self.layout:
+            return self
+        block = redistribute(self.local, self.shape, self.layout, target, self.grid)
+        return DistArray(block, self.shape, target, self.grid)
+
+    def replicated(self) -> DistArray:
+        """Return the array with the whole of it on every rank."""
+        return self.redistribute(Layout(*[None] * self.ndim))
+
+    def gather(self, root: int | None = None) -> np.ndarray | None:
+        """Return the global array as a NumPy array on rank `root` of the grid, or on every rank if None.
+
+        **Communication:** n words on `root` alone, or those of a redistribution to a replicated array.
+        """
+        if root is None:
+            return np.array(backend.to_host(self.replicated().local))
+        whole = self if not self.layout.partial else self.redistribute(self.layout.with_partial())
+        return _gather_to(whole, root)
+
+    @property
+    def T(self) -> DistArray:  # noqa: N802
+        """The array with its dims reversed; nothing moves."""
+        xp = backend.namespace(self.local)
+        block = xp.permute_dims(self.local, tuple(reversed(range(self.ndim))))
+        layout = Layout(*reversed(self.layout.dims), partial=self.layout.partial)
+        return DistArray(block, self.shape[::-1], layout, self.grid)
+
+    def astype(self, dtype: Any) -> DistArray:
+        """Return the array in another dtype."""
+        return self.like(backend.namespace(self.local).astype(self.local, dtype))
+
+    def copy(self) -> DistArray:
+        """Return a copy that shares no memory with this one."""
+        return self.like(backend.namespace(self.local).asarray(self.local, copy=True))
+
+    def sum(self) -> Any:
+        """Return the sum of all elements, the same bits on every rank, as a Python number.
+
+        **Communication:** one allreduce of a single word over the axes that cut the array or hold partial sums.
+        """
+        xp = backend.namespace(self.local)
+        return _total(self, xp.sum(self.local), (*self.layout.cut, *self.layout.partial))
+
+    def norm(self) -> float:
+        """Return the Frobenius norm, the same bits on every rank.
+
+        **Communication:** one allreduce of a single word, after the reduction of partial sums.
+        """
+        whole = self.redistribute(self.layout.with_partial())
+        xp = backend.namespace(whole.local)
+        return math.sqrt(_total(whole, xp.sum(xp.abs(whole.local) ** 2), whole.layout.cut))
+
+    def __matmul__(self, other: DistArray) -> DistArray:
+        if _matmul is None or not isinstance(other, DistArray):
+            return NotImplemented
+        return _matmul(self, other)
+
+    def __neg__(self) -> DistArray:
+        return self.like(-self.local)
+
+    def __add__(self, other: Any) -> DistArray:
+        return _linear(operator.add, self, other)
+
+    def __sub__(self, other: Any) -> DistArray:
+        return _linear(operator.sub, self, other)
+
+    def __mul__(self, other: Any) -> DistArray:
+        return _scaled(operator.mul, self, other)
+
+    def __truediv__(self, other: Any) -> DistArray:
+        return _scaled(operator.truediv, self, other)
+
+    def __pow__(self, exponent: float) -> DistArray:
+        if self.layout.partial:
+            raise LayoutError(f"power of {self}: not linear in partial sums; redistribute it first")
+        return self.like(self.local**exponent)
+
+    def __radd__(self, other: Any) -> DistArray:
+        return self + other
+
+    def __rsub__(self, other: Any) -> DistArray:
+        return -self + other
+
+    def __rmul__(self, other: Any) -> DistArray:
+        return self * other
+
+    def __rtruediv__(self, other: Any) -> DistArray:
+        return self**-1.0 * other
+
+
+def _gather_to(array: DistArray, root: int) -> np.ndarray | None:
+    """Send each owned block to `root`, which lays them side by side."""
+    grid = array.grid
+    boxes = [
+        array.layout.box(array.shape, grid.axes, at) if array.layout.owner(grid.axes, at) else None
+        for at in (grid.coords_of(rank) for rank in range(grid.size))
+    ]
+    counts = [0 if box is None else math.prod(box_shape(box)) for box in boxes]
+    xp = backend.namespace(array.local)
+    own = xp.reshape(array.local, (-1,))[: counts[grid.rank]]
+    send = [counts[grid.rank] if rank == root else 0 for rank in range(grid.size)]
+    recv = counts if grid.rank == root else [0] * grid.size
+    flat = backend.to_host(comm.all_to_all(own, grid, tuple(grid.axes), send, recv))
+    if grid.rank != root:
+        return None
+    out, start = np.empty(array.shape, flat.dtype), 0
+    for box, count in zip(boxes, counts, strict=True):
+        if box is not None:
+            out[tuple(slice(a, b) for a, b in box)] = flat[start : start + count].reshape(box_shape(box))
+        start += count
+    return out
+
+
+def _total(array: DistArray, local: Block, axes: Sequence[str]) -> Any:
+    total = comm.allreduce(local, array.grid, axes) if axes else local
+    return backend.to_host(total).item()
+
+
+def _match(a: DistArray, b: DistArray) -> DistArray:
+    if a.grid is not b.grid:
+        raise LayoutError(f"{a} and {b} lie on different grids: make both on the same Grid object")
+    if a.shape != b.shape:
+        raise ShapeError(f"elementwise operation on shapes {a.shape} and {b.shape}: they must be equal")
+    return b.redistribute(a.layout)
+
+
+def _linear(op: Callable[[Any, Any], Any], a: DistArray, b: Any) -> DistArray:
+    """Add or subtract: partial sums stay partial; a scalar would be counted once per rank of them."""
+    if isinstance(b, DistArray):
+        return a.like(op(a.local, _match(a, b).local))
+    if a.layout.partial:
+        raise LayoutError(f"{op.__name__} of a scalar and {a}: not linear in partial sums; redistribute it first")
+    return a.like(op(a.local, b))
+
+
+def _scaled(op: Callable[[Any, Any], Any], a: DistArray, b: Any) -> DistArray:
+    if not isinstance(b, DistArray):
+        return a.like(op(a.local, b))
+    if a.layout.partial or b.layout.partial:
+        raise LayoutError(f"{op.__name__} of {a} and {b}: not linear in partial sums; redistribute them first")
+    return a.like(op(a.local, _match(a, b).local))
+
+
+def from_global(
+    source: Any, grid: Grid, layout: Layout, shape: Sequence[int] | None = None, dtype: Any = None
+) -> DistArray:
+    """Return the distributed form of a global array.
+
+    Parameters
+    ----------
+    source : array_like or callable
+        The global array, the same on every rank; or a function of a tuple of slices (this rank's global indices) that
+        returns the block, for arrays that no rank could hold.
+    grid : Grid
+    layout : Layout
+    shape : tuple of int, optional
+        Global shape; needed with a callable.
+    dtype : optional
+        Of the result; the source's own by default.
+
+    **Communication:** none. With partial axes, coordinate 0 holds the values and the others zeros.
+    """
+    if callable(source) and shape is None:
+        raise ShapeError("from_global: a callable needs shape=, the global shape")
+    if not callable(source) and not hasattr(source, "shape"):
+        source = np.asarray(source)
+    shape = tuple(source.shape if shape is None else shape)
+    layout = layout.on(grid.axes, len(shape))
+    box = layout.box(shape, grid.axes, grid.coords)
+    index = tuple(slice(start, stop) for start, stop in box)
+    block = source(index) if callable(source) else source[index] if shape else source
+    block = grid.xp.asarray(block, dtype=dtype, copy=True)
+    if any(grid.coords[axis] for axis in layout.partial):
+        block = backend.zeros_like(block, block.shape)
+    return DistArray(block, shape, layout, grid)
+
+
+def full(shape: Sequence[int], value: float, grid: Grid, layout: Layout, dtype: Any = "float64") -> DistArray:
+    """Return an array filled with `value`; partial sums of it are held by coordinate 0."""
+    layout = layout.on(grid.axes, len(shape))
+    held = 0 if any(grid.coords[axis] for axis in layout.partial) else value
+    box = layout.box(shape, grid.axes, grid.coords)
+    return DistArray(grid.xp.full(box_shape(box), held, dtype=np.dtype(dtype)), shape, layout, grid)
+
+
+def zeros(shape: Sequence[int], grid: Grid, layout: Layout, dtype: Any = "float64") -> DistArray:
+    """Return an array of zeros."""
+    return full(shape, 0, grid, layout, dtype)

@@ -1,0 +1,37 @@
+"""The errors that users see.
+
+Each is raised from *global* metadata, so that every rank raises the same one, and says what was
+required, what came and what would work. Start-up code prints such an error once, without a traceback.
+"""
+
+
+class ColossalError(Exception):
+    """Base of every error that colossal_mpi raises on purpose."""
+
+
+class GridError(ColossalError, ValueError):
+    """Sizes or names of grid axes that do not fit the ranks, the mode or one another."""
+
+
+class LayoutError(ColossalError, ValueError):
+    """A layout that does not fit its array or its grid."""
+
+
+class ShapeError(ColossalError, ValueError):
+    """Shapes that do not fit one another."""
+
+
+class DTypeError(ColossalError, TypeError):
+    """Dtypes that do not fit one another or that MPI cannot carry."""
+
+
+class ConfigError(ColossalError, ValueError):
+    """A configuration that cannot be run."""
+
+
+class CheckpointError(ColossalError, RuntimeError):
+    """A checkpoint that is missing, damaged or of another kind."""
+
+
+class LaunchError(ColossalError, ImportError):
+    """MPI is missing, or the launcher and the MPI library do not belong together."""

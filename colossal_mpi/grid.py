@@ -1,0 +1,142 @@
+"""A named Cartesian topology of MPI ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from types import MappingProxyType
+from typing import Any
+
+from mpi4py import MPI
+
+from colossal_mpi import backend
+from colossal_mpi.errors import GridError
+
+
+class Grid:
+    """Ranks arranged along named axes, outermost first.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Intracomm, optional
+        The ranks; ``COMM_WORLD`` by default.
+    device : {"auto", "cpu", "cuda"}
+        Where blocks are made: ``auto`` takes a GPU (by node-local rank) if CuPy finds one.
+    **axes : int
+        Size of each axis; the order of the keywords is the order of the axes. The product must be the number
+        of ranks.
+
+    Attributes
+    ----------
+    axes : mapping of str to int
+        Sizes by name, outermost first.
+    coords : mapping of str to int
+        This rank's coordinate on each axis.
+    rank, size : int
+        This rank in row-major order of the coordinates, and the number of ranks.
+    device : str
+        ``"cpu"`` or ``"cuda:<i>"``.
+
+    Notes
+    -----
+    **Communication:** collective over `comm`: one ``MPI_Cart_create`` with reorder off. Sub-communicators are made by
+    ``MPI_Cart_sub`` when first used, and kept.
+
+    Raises
+    ------
+    GridError
+        If a size is not a positive integer or the product is not the number of ranks.
+
+    Examples
+    --------
+    >>> grid = Grid(row=2, col=2)
+    >>> grid.coords["row"]
+    """
+
+    def __init__(self, comm: MPI.Intracomm | None = None, device: str = "auto", **axes: int) -> None:
+        comm = MPI.COMM_WORLD if comm is None else comm
+        _check(axes, comm.Get_size())
+        self._cart: Any = comm.Create_cart(list(axes.values()), reorder=False) if axes else comm
+        self._settle(dict(axes))
+        node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+        self.device = backend.resolve_device(device, node.Get_rank())
+        node.Free()
+
+    def _settle(self, axes: dict[str, int]) -> None:
+        self.axes = MappingProxyType(axes)
+        self.rank, self.size = self._cart.Get_rank(), self._cart.Get_size()
+        self.coords = MappingProxyType(self.coords_of(self.rank))
+        self._subs: dict[tuple[str, ...], MPI.Intracomm] = {tuple(axes): self._cart}
+        self._slices: dict[tuple[tuple[str, int], ...], Grid] = {}
+        self.plans: dict[Any, Any] = {}
+        """Plans of redistributions and products on this grid, by everything that they depend on."""
+
+    def coords_of(self, rank: int, axes: Sequence[str] | None = None) -> dict[str, int]:
+        """Return the coordinates of `rank` in the group spanned by `axes` (all of them by default)."""
+        coords = {}
+        for axis in reversed(self.axes if axes is None else self.ordered(axes)):
+            rank, coords[axis] = divmod(rank, self.axes[axis])
+        return dict(reversed(coords.items()))
+
+    def ordered(self, axes: Sequence[str]) -> tuple[str, ...]:
+        """Return `axes` in the order of the grid, which is the order of ranks in their group."""
+        return tuple(axis for axis in self.axes if axis in axes)
+
+    def extent(self, axes: Sequence[str]) -> int:
+        """Return the number of ranks of the group spanned by `axes`."""
+        return math.prod(self.axes[axis] for axis in axes)
+
+    def comm(self, axes: Sequence[str]) -> MPI.Intracomm:
+        """Return the communicator of the ranks that differ from this one only along `axes`.
+
+        Its ranks are in row-major order of the grid's axes. Collective over the grid when first called for `axes`.
+        """
+        key = self.ordered(axes)
+        if key not in self._subs:
+            self._subs[key] = self._cart.Sub([axis in key for axis in self.axes])
+        return self._subs[key]
+
+    def at(self, **coords: int) -> Grid:
+        """Return the sub-grid without the named axes that holds the ranks with these coordinates.
+
+        Collective over the ranks of the sub-grid's siblings: every rank passes its own coordinates.
+
+        Raises
+        ------
+        GridError
+            If an axis is unknown or this rank does not lie there.
+        """
+        if any(self.coords.get(axis) != index for axis, index in coords.items()):
+            raise GridError(f"at({_text(coords)}): this rank lies at {_text(self.coords)}; pass its own coordinates")
+        key = tuple(sorted(coords.items()))
+        if key not in self._slices:
+            rest = {axis: size for axis, size in self.axes.items() if axis not in coords}
+            sub = Grid.__new__(Grid)
+            sub._cart, sub.device = self.comm(tuple(rest)), self.device
+            sub._settle(rest)
+            self._slices[key] = sub
+        return self._slices[key]
+
+    @property
+    def xp(self) -> Any:
+        """The array namespace in which blocks of this grid are made."""
+        return backend.device_namespace(self.device)
+
+    def __repr__(self) -> str:
+        return f"Grid({_text(self.axes)})" if self.axes else "Grid()"
+
+
+def _text(axes: Any) -> str:
+    return ", ".join(f"{axis}={size}" for axis, size in axes.items())
+
+
+def _check(axes: dict[str, int], ranks: int) -> None:
+    for axis, size in axes.items():
+        if not isinstance(size, int) or size < 1:
+            raise GridError(f"Grid({_text(axes)}): the size of {axis} must be a positive integer, not {size!r}")
+    need = math.prod(axes.values())
+    if need != ranks:
+        raise GridError(
+            f"Grid({_text(axes)}) needs {need} ranks and there are {ranks}: start {need} (mpiexec -n {need} ...) "
+            f"or choose sizes whose product is {ranks}"
+        )

@@ -1,0 +1,151 @@
+"""How a global array lies on a grid: which axes cut which dim, and over which axes it is a partial sum.
+
+Pure arithmetic; nothing here knows MPI. Blocks are balanced and nested: n over p parts gives the first
+``n mod p`` parts one element more, and a second axis splits each part again, so that any size works on any
+grid and every block is one contiguous box of the global array.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from colossal_mpi.errors import LayoutError
+
+Axes = tuple[str, ...]
+Box = tuple[tuple[int, int], ...]
+"""Half-open ``(start, stop)`` of each dim, in global indices."""
+
+
+def part(n: int, parts: int, index: int) -> tuple[int, int]:
+    """Return ``(start, stop)`` of part `index` of `n` elements cut into `parts` balanced parts."""
+    size, extra = divmod(n, parts)
+    start = index * size + min(index, extra)
+    return start, start + size + (index < extra)
+
+
+def _axes(dim: str | Iterable[str] | None) -> Axes:
+    if dim is None:
+        return ()
+    return (dim,) if isinstance(dim, str) else tuple(dim)
+
+
+@dataclass(frozen=True, init=False)
+class Layout:
+    """For each dim the grid axes that cut it, outer to inner, and the axes that hold partial sums.
+
+    The array is replicated over every axis that is not named. ``Layout("row", "col")`` cuts dim 0 over ``row``
+    and dim 1 over ``col``; ``Layout(("data", "row"), None)`` cuts dim 0 over ``data`` and each piece over
+    ``row``; ``Layout(None, "col", partial=("depth",))`` holds partial sums over ``depth``.
+
+    Parameters
+    ----------
+    *dims : str, sequence of str or None
+        One entry per dim of the array.
+    partial : sequence of str
+        Axes over which the global array is the sum of what the ranks hold.
+
+    Raises
+    ------
+    LayoutError
+        If an axis is named twice.
+    """
+
+    dims: tuple[Axes, ...]
+    partial: Axes
+
+    def __init__(self, *dims: str | Sequence[str] | None, partial: str | Sequence[str] = ()) -> None:
+        cut = tuple(_axes(dim) for dim in dims)
+        named = [axis for axes in cut for axis in axes] + list(_axes(partial))
+        twice = sorted({axis for axis in named if named.count(axis) > 1})
+        if twice:
+            raise LayoutError(
+                f"{self._text(cut, _axes(partial))}: axis {', '.join(twice)} is named twice; "
+                "a grid axis cuts one dim, or holds partial sums, once"
+            )
+        object.__setattr__(self, "dims", cut)
+        object.__setattr__(self, "partial", tuple(sorted(_axes(partial))))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.dims, self.partial))
+
+    @cached_property
+    def cut(self) -> Axes:
+        """The axes that cut some dim."""
+        return tuple(axis for axes in self.dims for axis in axes)
+
+    @staticmethod
+    def _text(dims: tuple[Axes, ...], partial: Axes) -> str:
+        names = ["None" if not a else repr(a[0]) if len(a) == 1 else repr(a) for a in dims]
+        return f"Layout({', '.join([*names, *([f'partial={partial!r}'] if partial else [])])})"
+
+    def __repr__(self) -> str:
+        return self._text(self.dims, self.partial)
+
+    def with_partial(self, *axes: str) -> Layout:
+        """Return the same cut with partial sums over exactly `axes`."""
+        return self if axes == self.partial else Layout(*self.dims, partial=axes)
+
+    def on(self, sizes: Mapping[str, int], ndim: int) -> Layout:
+        """Return this layout without axes of size 1, checked against a grid and a number of dims.
+
+        Raises
+        ------
+        LayoutError
+            If the number of dims differs or an axis is not of the grid.
+        """
+        if len(self.dims) != ndim:
+            raise LayoutError(
+                f"{self}: {len(self.dims)} dims for an array of {ndim}; give one entry per dim, None for an uncut one"
+            )
+        unknown = [axis for axis in (*self.cut, *self.partial) if axis not in sizes]
+        if unknown:
+            raise LayoutError(
+                f"{self}: no axis {', '.join(map(repr, unknown))} on this grid; it has {', '.join(sizes) or 'none'}"
+            )
+        if all(sizes[axis] > 1 for axis in (*self.cut, *self.partial)):
+            return self
+        dims = [tuple(a for a in axes if sizes[a] > 1) for axes in self.dims]
+        return Layout(*dims, partial=[a for a in self.partial if sizes[a] > 1])
+
+    def box(self, shape: Sequence[int], sizes: Mapping[str, int], coords: Mapping[str, int]) -> Box:
+        """Return the box of global indices that the rank at `coords` holds."""
+        return tuple(bounds(n, axes, sizes, coords) for n, axes in zip(shape, self.dims, strict=True))
+
+    def owner(self, sizes: Mapping[str, int], coords: Mapping[str, int]) -> bool:
+        """Say whether the rank at `coords` is the first of those that hold its block (coordinate 0)."""
+        return all(coords[axis] == 0 for axis in sizes if axis not in self.cut)
+
+    def copies(self, sizes: Mapping[str, int]) -> int:
+        """Return how many ranks hold each element."""
+        return math.prod(size for axis, size in sizes.items() if axis not in self.cut)
+
+
+def bounds(n: int, axes: Axes, sizes: Mapping[str, int], coords: Mapping[str, int]) -> tuple[int, int]:
+    """Return ``(start, stop)`` of the piece of `n` elements that nested cuts over `axes` leave at `coords`."""
+    start, length = 0, n
+    for axis in axes:
+        low, high = part(length, sizes[axis], coords[axis])
+        start, length = start + low, high - low
+    return start, start + length
+
+
+def box_shape(box: Box) -> tuple[int, ...]:
+    """Return the shape of a box."""
+    return tuple(stop - start for start, stop in box)
+
+
+def intersect(a: Box, b: Box) -> Box:
+    """Return the common part of two boxes; empty extents come out as ``(start, start)``."""
+    return tuple((max(a0, b0), max(max(a0, b0), min(a1, b1))) for (a0, a1), (b0, b1) in zip(a, b, strict=True))
+
+
+def slices(box: Box, origin: Box) -> tuple[slice, ...]:
+    """Return the slices of `box` inside the block whose global box is `origin`."""
+    return tuple(slice(a - o, b - o) for (a, b), (o, _) in zip(box, origin, strict=True))

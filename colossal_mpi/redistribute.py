@@ -1,0 +1,223 @@
+"""The only way data moves between layouts.
+
+Partial sums come first: one reduce_scatter over the axes that cut the result, then one allreduce over the rest.
+Then one exchange over the axes whose place changed, in which each rank receives exactly what it lacks: an
+all_to_all, or an allgather where the whole group wants the same, or a local slice where nothing is lacking.
+Moving one axis at a time instead would cost up to 4x the words (swapping row and col).
+
+Redistribution is the identity on the global array. Its **adjoint** is a redistribution of the cotangent to
+the source's layout with its partial axes made replicated (`cotangent`); nothing is ever divided by a number of ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from colossal_mpi import backend, comm
+from colossal_mpi.backend import Block
+from colossal_mpi.grid import Grid
+from colossal_mpi.layout import Axes, Box, Layout, box_shape, intersect, slices
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """Sum partial blocks over `axes`; piece r of the block goes to rank r of the group (all of it to all if None)."""
+
+    axes: Axes
+    pieces: list[tuple[slice, ...]] | None
+    counts: list[int]
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Bring each rank of the group spanned by `axes` the box that it lacks."""
+
+    axes: Axes
+    send: list[tuple[slice, ...]]
+    send_counts: list[int]
+    recv: list[tuple[slice, ...]]
+    recv_counts: list[int]
+    starts: list[int] | None
+    """Where each received piece starts in the flat result, if all of them are contiguous there."""
+    same: bool
+    """Whether the whole group wants the same box, so that an allgather does."""
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps from one layout to another on this rank."""
+
+    reductions: tuple[Reduction, ...]
+    exchange: Exchange | None
+    keep: bool
+    """False where the result is a partial sum whose value another rank holds: this rank holds zeros."""
+
+
+def cotangent(layout: Layout) -> Layout:
+    """Return the layout in which the cotangent of an array in `layout` is held: partial made replicated."""
+    return layout.with_partial()
+
+
+def redistribute(block: Block, shape: Shape, source: Layout, target: Layout, grid: Grid) -> Block:
+    """Return this rank's block of the same global array in another layout.
+
+    Parameters
+    ----------
+    block : array
+        This rank's block of the array of global `shape` in layout `source` on `grid`.
+    shape : tuple of int
+    source, target : Layout
+        Checked layouts (`Layout.on`), without axes of size 1.
+    grid : Grid
+
+    Returns
+    -------
+    array
+        The block itself when nothing changes; a view of it where a local slice does.
+
+    Notes
+    -----
+    **Communication:** see the module; the exchange receives the words of the target block that are not in the source
+    block. **Adjoint:** `redistribute` of the cotangent to ``cotangent(source)``.
+    """
+    if source == target:
+        return block
+    key = (shape, source, target)
+    plan = grid.plans.get(key)
+    if plan is None:
+        plan = grid.plans[key] = _plan(shape, source, target, grid)
+    for reduction in plan.reductions:
+        block = _reduce(block, reduction, grid)
+    if plan.exchange is not None:
+        block = _exchange(block, plan.exchange, grid)
+    return block if plan.keep else backend.zeros_like(block, block.shape)
+
+
+def _plan(shape: Shape, source: Layout, target: Layout, grid: Grid) -> Plan:
+    summed = [axis for axis in source.partial if axis not in target.partial]
+    scattered = tuple(axis for axis in target.cut if axis in summed)
+    reductions = []
+    if scattered:
+        dims = [
+            (*axes, *(a for a in want if a in scattered)) for axes, want in zip(source.dims, target.dims, strict=True)
+        ]
+        middle = Layout(*dims, partial=[a for a in source.partial if a not in scattered])
+        reductions.append(_scatter(shape, source, middle, scattered, grid))
+        source = middle
+    rest = tuple(axis for axis in summed if axis not in scattered)
+    if rest:
+        own = box_shape(source.box(shape, grid.axes, grid.coords))
+        reductions.append(Reduction(grid.ordered(rest), None, [], own))
+    fresh = [axis for axis in target.partial if axis not in source.partial]
+    keep = all(grid.coords[axis] == 0 for axis in fresh)
+    return Plan(tuple(reductions), _exchange_plan(shape, source, target, grid), keep)
+
+
+def _scatter(shape: Shape, source: Layout, middle: Layout, axes: Axes, grid: Grid) -> Reduction:
+    origin = source.box(shape, grid.axes, grid.coords)
+    boxes = [middle.box(shape, grid.axes, coords) for coords in _group(axes, grid)]
+    own = middle.box(shape, grid.axes, grid.coords)
+    return Reduction(
+        grid.ordered(axes),
+        [slices(box, origin) for box in boxes],
+        [math.prod(box_shape(box)) for box in boxes],
+        box_shape(own),
+    )
+
+
+def _group(axes: Sequence[str], grid: Grid) -> list[dict[str, int]]:
+    """Return the full coordinates of the ranks of the group spanned by `axes`, in their order."""
+    return [{**grid.coords, **grid.coords_of(r, axes)} for r in range(grid.extent(axes))]
+
+
+def _moved(source: Layout, target: Layout, grid: Grid) -> Axes:
+    """Return the axes that cut the source and whose place changes: they span the ranks that exchange."""
+    axes: list[str] = []
+    for have, want in zip(source.dims, target.dims, strict=True):
+        common = 0
+        while common < min(len(have), len(want)) and have[common] == want[common]:
+            common += 1
+        axes += have[common:]
+    return grid.ordered(axes)
+
+
+def _exchange_plan(shape: Shape, source: Layout, target: Layout, grid: Grid) -> Exchange | None:
+    """Plan who sends what: along axes that replicate the source, a rank's sender shares its coordinate."""
+    if source.dims == target.dims:
+        return None
+    axes = _moved(source, target, grid)
+    group = _group(axes, grid)
+    have, want = ([lay.box(shape, grid.axes, at) for at in group] for lay in (source, target))
+    me = grid.comm(axes).rank if axes else 0
+    send = [intersect(have[me], box) for box in want]
+    recv = [intersect(box, want[me]) for box in have]
+    return Exchange(
+        axes,
+        [slices(box, have[me]) for box in send],
+        [math.prod(box_shape(box)) for box in send],
+        [slices(box, want[me]) for box in recv],
+        [math.prod(box_shape(box)) for box in recv],
+        _flat_starts(recv, want[me]),
+        not set(axes) & set(target.cut),
+        box_shape(want[me]),
+    )
+
+
+def _flat_starts(pieces: list[Box], whole: Box) -> list[int] | None:
+    """Return the offsets at which `pieces` lie in the flat block `whole`, or None unless all are contiguous there."""
+    shape, starts = box_shape(whole), []
+    for piece in pieces:
+        extents = box_shape(piece)
+        cut = next((d for d, (n, full) in enumerate(zip(extents, shape, strict=True)) if n != full), 0)
+        if 0 in extents:
+            starts.append(0)
+        elif math.prod(extents[:cut]) == 1 and extents[cut + 1 :] == shape[cut + 1 :]:
+            low = [start - origin for (start, _), (origin, _) in zip(piece, whole, strict=True)]
+            starts.append(sum(lo * math.prod(shape[d + 1 :]) for d, lo in enumerate(low)))
+        else:
+            return None
+    return starts
+
+
+def _pack(block: Block, pieces: list[tuple[slice, ...]]) -> Block:
+    """Return the pieces of `block` one after the other, flat."""
+    xp = backend.namespace(block)
+    flat = [xp.reshape(block[piece], (-1,)) for piece in pieces]
+    return flat[0] if len(flat) == 1 else xp.concat(flat)
+
+
+def _reduce(block: Block, reduction: Reduction, grid: Grid) -> Block:
+    if reduction.pieces is None:
+        return comm.allreduce(block, grid, reduction.axes)
+    xp = backend.namespace(block)
+    flat = comm.reduce_scatter(_pack(block, reduction.pieces), grid, reduction.axes, reduction.counts)
+    return xp.reshape(flat, reduction.shape)
+
+
+def _exchange(block: Block, plan: Exchange, grid: Grid) -> Block:
+    xp = backend.namespace(block)
+    if not plan.axes:
+        return block[plan.send[0]]
+    if plan.same:
+        own = xp.reshape(block[plan.send[0]], (-1,))
+        flat = comm.allgather(own, grid, plan.axes, plan.recv_counts, plan.starts)
+    else:
+        flat = comm.all_to_all(_pack(block, plan.send), grid, plan.axes, plan.send_counts, plan.recv_counts)
+    return xp.reshape(flat, plan.shape) if plan.same and plan.starts else _unpack(flat, plan)
+
+
+def _unpack(flat: Block, plan: Exchange) -> Block:
+    xp = backend.namespace(flat)
+    out, start = backend.empty_like(flat, plan.shape), 0
+    for piece, count in zip(plan.recv, plan.recv_counts, strict=True):
+        if count:
+            target = out[piece]
+            out[piece] = xp.reshape(flat[start : start + count], target.shape)
+        start += count
+    return out

@@ -1,0 +1,1 @@
+"""Local maths of the layers, on one rank's blocks."""

@@ -1,0 +1,113 @@
+"""Linear: one product forward and its two adjoints backward, on the same map, in every mode."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from colossal_mpi import backend
+from colossal_mpi.distarray import DistArray
+from colossal_mpi.layers.layer import Context, Later, Layer, Parameter, do
+from colossal_mpi.layers.parallelism import Parallelism, Product
+from colossal_mpi.layout import Layout
+from colossal_mpi.linalg.contract import adjoints, contract
+
+
+class Linear(Layer):
+    """``y = x w + bias`` between the residual stream and the inside of a block.
+
+    Parameters
+    ----------
+    subscripts : str
+        ``"bsh,hf->bsf"`` or ``"bsf,fh->bsh"``; heads are letters too, ``"bsh,htad->bstad"``.
+    sizes : mapping of str to int
+        Size of each letter of the weight.
+    inner : str
+        The letter that the inside is cut on.
+    parallelism : Parallelism
+    name : str
+        Prefix of the names of the parameters ``weight`` and ``bias``.
+    bias : bool
+    std : float
+        Standard deviation of the initial weight.
+    weight : Parameter, optional
+        A weight to share instead of making one (tied weights).
+    seed, dtype
+
+    Notes
+    -----
+    **Communication**, summed over ranks: V = mk(P_n - 1) + kn(P_m - 1) + mn(P_k - 1) forward and V backward with
+    gathered operands kept, where the weight is stored once; weights replicated over an axis are gathered in each
+    replica and their gradients summed over it. See docs/design.rst for a block's words in every mode.
+    """
+
+    def __init__(
+        self,
+        subscripts: str,
+        sizes: Mapping[str, int],
+        inner: str,
+        parallelism: Parallelism,
+        name: str,
+        *,
+        bias: bool = True,
+        std: float = 0.02,
+        weight: Parameter | None = None,
+        seed: int = 0,
+        dtype: Any = "float32",
+    ) -> None:
+        self.product: Product = parallelism.product(subscripts, inner)
+        self.keep = parallelism.keep_gathered
+        _, w, y = subscripts.replace("->", ",").split(",")
+        self.weight = weight or Parameter(
+            f"{name}.weight",
+            [sizes[x] for x in w],
+            self.product.w,
+            parallelism,
+            std=std,
+            seed=seed,
+            dtype=dtype,
+        )
+        # Letters of the bias: those of the result that are not the batch's.
+        self.bias_dims = [d for d, x in enumerate(y) if x in w]
+        self.bias_layout = Layout(*[self.product.y.dims[d] for d in self.bias_dims])
+        self.bias = None
+        if bias:
+            shape = [sizes[y[d]] for d in self.bias_dims]
+            self.bias = Parameter(f"{name}.bias", shape, self.bias_layout, parallelism, dtype=dtype)
+
+    def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
+        """Return ``x w + bias`` in the layout of the next layer."""
+        p = self.product
+        gathered = x.redistribute(p.x), self.weight.value.redistribute(p.w)
+        y = contract(p.subscripts, *gathered, p.axes, out=p.y)
+        if self.bias is not None:
+            bias = self.bias.value.redistribute(self.bias_layout)
+            y = y.like(y.local + bias.local)
+        return y, (gathered if self.keep else (x, None), x.layout)
+
+    def backward(self, dy: DistArray, cache: Any, later: Later = None) -> DistArray:
+        """Return ``dy w^T``; ``x^T dy`` and the sum of dy go to the gradients."""
+        p, ((x, w), x_layout) = self.product, cache
+        dx_subscripts, dw_subscripts = adjoints(p.subscripts)
+        if self.bias is not None:
+            self.bias.accumulate(_sum_batch(dy, self.bias_dims))
+        dy = dy.redistribute(p.dy)
+        w = self.weight.value.redistribute(p.w) if w is None else w
+        dx = contract(dx_subscripts, dy, w, p.axes, out=x_layout)
+        do(lambda: self.weight.accumulate(contract(dw_subscripts, x, dy, p.axes)), later)
+        return dx
+
+
+def _sum_batch(dy: DistArray, dims: list[int]) -> DistArray:
+    """Return the sum of `dy` over all dims but `dims`, partial over the axes that cut them."""
+    return sum_over(dy, [d for d in range(dy.ndim) if d not in dims])
+
+
+def sum_over(array: DistArray, dims: list[int]) -> DistArray:
+    """Return the sum of an array over some dims, left partial over the axes that cut them."""
+    xp = backend.namespace(array.local)
+    kept = [d for d in range(array.ndim) if d not in dims]
+    layout = Layout(
+        *[array.layout.dims[d] for d in kept], partial=[axis for d in dims for axis in array.layout.dims[d]]
+    )
+    return DistArray(xp.sum(array.local, axis=tuple(dims)), [array.shape[d] for d in kept], layout, array.grid)

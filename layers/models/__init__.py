@@ -1,0 +1,5 @@
+"""Models, each written once for every mode."""
+
+from colossal_mpi.layers.models.gpt import GPT, GPTConfig
+
+__all__ = ["GPT", "GPTConfig"]

@@ -1,0 +1,206 @@
+"""Parallel modes as layouts: the only file that knows a mode by name.
+
+A layer asks three questions: how is the residual stream ``[b, s, h]`` cut, how is the inside of a block ``[b, s, f]``
+cut, and which map of grid axes does a product of the two run on. Two templates answer them.
+
+Template A runs both products of a block on one map. ``3d`` on any row x col x depth is template A, and ``1d`` is its
+case row = depth = 1: Megatron's tensor parallelism with sequence regions. Template B are the classics: ``2d``
+(SUMMA, Optimus) and ``2.5d`` (Tesseract).
+
+References
+----------
+Shoeybi et al.: Megatron-LM, 2019. Korthikanti et al.: Reducing activation recomputation, 2022. Xu & You: Optimus, 2021.
+Wang et al.: Tesseract, 2021. Bian et al.: Maximizing parallelism in distributed training for huge networks, 2021.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from colossal_mpi.errors import GridError
+from colossal_mpi.grid import Grid
+from colossal_mpi.layout import Axes, Layout, part
+from colossal_mpi.linalg.contract import map_layout, parse
+
+INNER = "inner"
+"""Stands in a template's map for the letter that the inside of a block is cut on: f, the heads a, the vocabulary v."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """Axes that cut each letter of the residual stream and of the inside of a block, and the map of each product."""
+
+    stream: Mapping[str, Axes]
+    inside: Mapping[str, Axes]
+    up: Mapping[str, str]
+    """Map of the products from h to an inner letter."""
+    down: Mapping[str, str]
+    """Map of the products from an inner letter to h."""
+    stored: Axes
+    """Axes over which a weight is stored, each element once among them."""
+
+
+_ONE_MAP = {"data": "b", "row": "b", "seq": "s", "col": INNER, "depth": "h"}
+_BATCH = {"data": "b", "depth": "b", "row": "b", "seq": "s"}
+
+A = Template(
+    stream={"b": ("data", "row"), "s": ("seq", "col"), "h": ("depth",)},
+    inside={"b": ("data", "row", "depth"), "s": ("seq",), INNER: ("col",)},
+    up=_ONE_MAP,
+    down=_ONE_MAP,
+    stored=("row", "col", "depth"),
+)
+B = Template(
+    stream={"b": ("data", "depth", "row"), "s": ("seq",), "h": ("col",)},
+    inside={"b": ("data", "depth", "row"), "s": ("seq",), INNER: ("col",)},
+    up={**_BATCH, "col": INNER},
+    down={**_BATCH, "col": "h"},
+    stored=("row", "col"),
+)
+
+MODES: dict[str, tuple[Template, Axes]] = {
+    "none": (A, ()),
+    "1d": (A, ("col",)),
+    "2d": (B, ("row", "col")),
+    "2.5d": (B, ("depth", "row", "col")),
+    "3d": (A, ("row", "col", "depth")),
+}
+"""Tensor-parallel modes: their template and the axes that they use."""
+
+_TRAINING = ("data",)
+
+
+@dataclass(frozen=True)
+class Product:
+    """How one product of a layer runs: the map, and the layouts of its result and its weight."""
+
+    subscripts: str
+    axes: Mapping[str, str]
+    x: Layout
+    """The input as the map takes it (gathered)."""
+    w: Layout
+    """The weight as the map takes it (gathered)."""
+    y: Layout
+    """The result as the layer hands it on."""
+    dy: Layout
+    """The result's cotangent as both adjoints take it (gathered)."""
+
+
+class Parallelism:
+    """Layouts and maps of a parallel mode on a grid.
+
+    Parameters
+    ----------
+    grid : Grid
+        With axes among ``data`` and those of the mode; absent axes have size 1.
+    tensor : {None, "1d", "2d", "2.5d", "3d"}
+    keep_gathered : bool
+        Whether a product keeps its gathered operands for the backward pass (fewer words), or its stored ones (less
+        memory; they are gathered again: ``mk(P_n - 1) + kn(P_m - 1)`` words more per product).
+
+    Raises
+    ------
+    GridError
+        If there is no such mode, or the grid has an axis larger than 1 that it does not use.
+    """
+
+    def __init__(self, grid: Grid, tensor: str | None = None, keep_gathered: bool = True) -> None:
+        mode = tensor or "none"
+        if mode not in MODES:
+            raise GridError(f"tensor={tensor!r}: use one of {', '.join(map(repr, MODES))}")
+        self.grid, self.tensor, self.keep_gathered = grid, mode, keep_gathered
+        self._template, axes = MODES[mode]
+        _check(grid, mode, axes)
+
+    @property
+    def deferred(self) -> Axes:
+        """Axes over which gradients stay partial until the last microbatch."""
+        return self._present(_TRAINING)
+
+    def _present(self, axes: Sequence[str]) -> Axes:
+        return tuple(axis for axis in axes if self.grid.axes.get(axis, 1) > 1)
+
+    def _cut(self, letters: str, axes: Mapping[str, Axes], inner: str = "") -> Layout:
+        return Layout(*[self._present(axes.get(INNER if x == inner else x, ())) for x in letters])
+
+    def stream(self, letters: str = "bsh") -> Layout:
+        """Return the layout of an array of the residual stream, by its letters."""
+        return self._cut(letters, self._template.stream)
+
+    def inside(self, letters: str, inner: str) -> Layout:
+        """Return the layout of an array inside a block that is cut on the letter `inner`."""
+        return self._cut(letters, self._template.inside, inner)
+
+    def tokens(self) -> Layout:
+        """Return the layout of token ids and labels ``[b, s]``: the same on all ranks of a data x seq slice."""
+        return Layout(self._present(("data",)), self._present(("seq",)))
+
+    def product(self, subscripts: str, inner: str) -> Product:
+        """Return how a product between the stream (letter h) and the inside (letter `inner`) runs.
+
+        Parameters
+        ----------
+        subscripts : str
+            ``"bsh,hf->bsf"`` goes in, ``"bsf,fh->bsh"`` comes back.
+        inner : str
+            The letter that the inside is cut on.
+        """
+        sub = parse(subscripts)
+        back = "h" in sub.c
+        template = self._template.down if back else self._template.up
+        axes = {
+            axis: inner if letter == INNER else letter
+            for axis, letter in template.items()
+            if self.grid.axes.get(axis, 1) > 1
+        }
+        return Product(
+            subscripts,
+            axes,
+            map_layout(sub.a, axes),
+            map_layout(sub.b, axes),
+            self.stream(sub.c) if back else self.inside(sub.c, inner),
+            map_layout(sub.c, axes),
+        )
+
+    def store(self, used: Layout, shape: Sequence[int]) -> Layout:
+        """Return the layout in which a weight is stored that is `used` in another: cut further, innermost.
+
+        Each axis that would replicate it goes to the first dim whose blocks it divides evenly, else to the dim with the
+        largest blocks, so that no rank stores more than its share.
+        """
+        dims = [list(axes) for axes in used.dims]
+        for axis in self._present(self._template.stored):
+            if axis in used.cut:
+                continue
+            size = self.grid.axes[axis]
+            local = [self._largest(n, axes) for n, axes in zip(shape, dims, strict=True)]
+            even = [d for d, n in enumerate(shape) if n and n % (self.grid.extent(dims[d]) * size) == 0]
+            dims[even[0] if even else local.index(max(local))].append(axis)
+        return Layout(*dims)
+
+    def _largest(self, n: int, axes: Sequence[str]) -> int:
+        for axis in axes:
+            n = part(n, self.grid.axes[axis], 0)[1]
+        return n
+
+    def __repr__(self) -> str:
+        return f"Parallelism({self.grid}, tensor={self.tensor!r})"
+
+
+def _check(grid: Grid, mode: str, axes: Axes) -> None:
+    alien = [axis for axis, size in grid.axes.items() if size > 1 and axis not in (*_TRAINING, *axes)]
+    if not alien:
+        return
+    fitting = [
+        name
+        for name, (_, used) in MODES.items()
+        if all(axis in (*_TRAINING, *used) for axis, size in grid.axes.items() if size > 1)
+    ]
+    product = math.prod(grid.axes[axis] for axis in alien)
+    raise GridError(
+        f"tensor={mode!r} uses the axes {', '.join((*_TRAINING, *axes))} and not {', '.join(alien)} of {grid}: "
+        + (f"use tensor={' or '.join(map(repr, fitting))}, " if fitting else "")
+        + f"or give those {product} ranks to an axis that it uses"
+    )
