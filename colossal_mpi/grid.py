@@ -13,6 +13,16 @@ from colossal_mpi import backend
 from colossal_mpi.errors import GridError
 
 
+def world_size() -> int:
+    """Return the number of ranks that the launcher started."""
+    return MPI.COMM_WORLD.Get_size()
+
+
+def world_rank() -> int:
+    """Return this process's rank among those that the launcher started."""
+    return MPI.COMM_WORLD.Get_rank()
+
+
 class Grid:
     """Ranks arranged along named axes, outermost first.
 

@@ -147,5 +147,5 @@ def intersect(a: Box, b: Box) -> Box:
 
 
 def slices(box: Box, origin: Box) -> tuple[slice, ...]:
-    """Return the slices of `box` inside the block whose global box is `origin`."""
-    return tuple(slice(a - o, b - o) for (a, b), (o, _) in zip(box, origin, strict=True))
+    """Return the slices of `box` inside the block whose global box is `origin`; empty extents give ``0:0``."""
+    return tuple(slice(a - o, b - o) if a < b else slice(0, 0) for (a, b), (o, _) in zip(box, origin, strict=True))

@@ -17,8 +17,7 @@ class CrossEntropy:
     Notes
     -----
     **Communication:** over the axes that cut v: one maximum of ``[b, s]`` and one sum of ``[2, b, s]``; a single word
-    over
-    those that cut b and s. An empty block of the vocabulary has maximum -inf and sum 0. Backward: none.
+    over those that cut b and s. An empty block of the vocabulary has maximum -inf and sum 0. Backward: none.
 
     References
     ----------

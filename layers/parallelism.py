@@ -167,9 +167,13 @@ class Parallelism:
     def store(self, used: Layout, shape: Sequence[int]) -> Layout:
         """Return the layout in which a weight is stored that is `used` in another: cut further, innermost.
 
-        Each axis that would replicate it goes to the first dim whose blocks it divides evenly, else to the dim with the
+        A vector is stored as it is used: reducing its gradient on every rank that uses it moves as many words as
+        scattering the gradient and gathering the vector, in half as many messages. In a matrix each axis that
+        would replicate it goes to the first dim whose blocks it divides evenly, else to the dim with the
         largest blocks, so that no rank stores more than its share.
         """
+        if len(shape) == 1:
+            return used
         dims = [list(axes) for axes in used.dims]
         for axis in self._present(self._template.stored):
             if axis in used.cut:

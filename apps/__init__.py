@@ -1,0 +1,1 @@
+"""Programs on the layers: the command line, training, the demo."""

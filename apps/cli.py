@@ -1,0 +1,89 @@
+"""The command line ``colossal-mpi``."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from colossal_mpi.apps import config as configs
+from colossal_mpi.errors import ColossalError, ConfigError
+from colossal_mpi.grid import world_size
+
+# typer brings a click of its own in newer versions and takes the installed one in older ones.
+_ClickException: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+
+
+@app.callback(invoke_without_command=True)
+def _root(show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Distributed linear algebra and parallel deep learning on MPI."""
+    if show_version:
+        typer.echo(version("colossal-mpi"))
+        raise typer.Exit
+
+
+@app.command(
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+    epilog="Example: colossal-mpi run -n 4 colossal-mpi train demo",
+)
+def run(
+    command: Annotated[list[str], typer.Argument(help="Program and its arguments; a .py file is run by this Python.")],
+    ranks: Annotated[int, typer.Option("-n", help="Number of ranks.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the line and do not run it.")] = False,
+) -> None:
+    """Start COMMAND on several ranks with the mpiexec of the MPI in use, and print the plain line that does it."""
+    from colossal_mpi.apps import launch
+
+    raise typer.Exit(launch.run(ranks, command, dry_run))
+
+
+@app.command(epilog="Example: mpiexec -n 8 colossal-mpi train demo --grid data=2,row=2,col=2 --set training.steps=50")
+def train(
+    config: Annotated[str | None, typer.Argument(help="A TOML file, or the name of a shipped one: demo.")] = None,
+    grid: Annotated[str | None, typer.Option(help="Axes of the grid, outermost first: data=2,row=2,col=2.")] = None,
+    tensor: Annotated[str | None, typer.Option(help="Tensor mode: none, 1d, 2d, 2.5d, 3d.")] = None,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")] = None,
+    resume: Annotated[str | None, typer.Option(help="Go on with the run in this directory.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run in the run directory.")] = False,
+) -> None:
+    """Train a GPT on text. Run it under mpiexec or srun, or alone on one rank."""
+    from colossal_mpi.apps import train as training
+
+    settings = [*(setting or []), *([f'parallel.tensor="{tensor}"'] if tensor else [])]
+    if grid:
+        axes = ", ".join(f"{axis} = {size}" for axis, size in configs.parse_grid(grid).items())
+        settings.append(f"parallel.grid={{ {axes} }}")
+    if (config is None) == (resume is None):
+        raise ConfigError("train: give a configuration, or --resume and the directory of a run")
+    if resume is not None:
+        training.resume(resume, settings)
+    elif config is not None:
+        training.start(configs.load(config, settings), overwrite)
+
+
+def main() -> None:
+    """Run the command line; an error of the user's is one message and a non-zero exit of the whole job."""
+    try:
+        code = app(standalone_mode=False)
+    except typer.Abort:
+        code = 130
+    except _ClickException as problem:
+        _fail(ConfigError(f"{problem} (see colossal-mpi --help)"))
+    except ColossalError as problem:
+        _fail(problem)
+    sys.exit(code or 0)
+
+
+def _fail(problem: ColossalError) -> None:
+    if world_size() > 1:
+        raise problem from None  # the guards print it once for the job
+    sys.stderr.write(f"colossal_mpi: error: {problem}\n")
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

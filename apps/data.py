@@ -1,0 +1,98 @@
+"""The corpus: bytes of text, split into training and validation, drawn by global sample index."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from colossal_mpi import comm, random
+from colossal_mpi.distarray import DistArray, from_global
+from colossal_mpi.errors import ConfigError
+from colossal_mpi.grid import Grid
+from colossal_mpi.layout import Layout
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Token ids (bytes), the end of which is held out."""
+
+    train: np.ndarray
+    validation: np.ndarray
+
+
+def read_corpus(files: Sequence[str], validation: float, context: int, grid: Grid) -> Corpus:
+    """Return the corpus, read by rank 0 and sent to the others.
+
+    Parameters
+    ----------
+    files : sequence of str
+        Text files, in order; none means CPython's own documentation, which every Python carries.
+    validation : float
+        Share at the end that is held out.
+    context : int
+        Tokens per sequence; both parts must hold one and its next token.
+    grid : Grid
+
+    **Communication:** one bcast of the corpus, in bytes.
+
+    Raises
+    ------
+    ConfigError
+        On all ranks, if a file cannot be read or the corpus is too short.
+    """
+    text = b""
+    with comm.agreed(grid):
+        if grid.rank == 0:
+            text = _read(files)
+    size = comm.share(len(text), grid)
+    tokens = np.frombuffer(text, np.uint8) if grid.rank == 0 else np.empty(size, np.uint8)
+    tokens = comm.bcast(tokens, grid, tuple(grid.axes))
+    held = int(size * validation)
+    if min(held, size - held) <= context:
+        raise ConfigError(
+            f"the corpus has {size} bytes, {held} of them for validation: both parts must have more than "
+            f"model.context={context}; give more text or a smaller context"
+        )
+    return Corpus(tokens[: size - held], tokens[size - held :])
+
+
+def _read(files: Sequence[str]) -> bytes:
+    if not files:
+        from pydoc_data.topics import topics
+
+        return "\n".join(topics[name] for name in sorted(topics)).encode()
+    pieces = []
+    for name in files:
+        try:
+            pieces.append(Path(name).read_bytes())
+        except OSError as problem:
+            raise ConfigError(f"data.files: cannot read {name}: {problem.strerror}") from None
+    return b"\n".join(pieces)
+
+
+def sample_starts(first: int, stop: int, corpus: int, context: int, seed: int) -> np.ndarray:
+    """Return where the training sequences number `first` to `stop` begin: a function of seed and number alone."""
+    places = corpus - context
+    unit = random.uniform_block(((first, stop),), (stop,), seed, "data")
+    return (unit * places).astype(np.int64)
+
+
+def spread_starts(count: int, corpus: int, context: int) -> np.ndarray:
+    """Return `count` beginnings spread evenly over a corpus."""
+    return np.linspace(0, corpus - context - 1, count).astype(np.int64)
+
+
+def sequences(
+    tokens: np.ndarray, starts: np.ndarray, context: int, grid: Grid, layout: Layout
+) -> tuple[DistArray, DistArray]:
+    """Return inputs and labels ``[len(starts), context]``; each rank cuts out only its own."""
+
+    def cut(index: tuple[slice, ...], shift: int) -> np.ndarray:
+        rows, columns = starts[index[0]], np.arange(index[1].start, index[1].stop) + shift
+        return tokens[rows[:, None] + columns[None, :]].astype(np.int64)
+
+    shape = (len(starts), context)
+    return tuple(from_global(lambda index, s=s: cut(index, s), grid, layout, shape) for s in (0, 1))  # type: ignore

@@ -1,0 +1,241 @@
+"""Checkpoints: a directory of HDF5 files that any grid, and any HDF5 tool, can read.
+
+==================  ====================================================================================
+``rank00003.h5``    the blocks that rank 3 owns; each global element stands in exactly one file
+``index.h5``        every array as one plain global dataset (virtual, pointing into the rank files)
+``manifest.json``   format version, shape, dtype and layout of every array, what the caller adds, and size
+                    and SHA-256 of every file; written last
+==================  ====================================================================================
+
+A checkpoint is written under a temporary name, flushed to disk and renamed, so that a directory of its final name is
+whole. Checksums are verified before HDF5 parses a file: a flipped bit in its metadata can crash it, and a missing
+file under a virtual dataset silently reads as zeros.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from colossal_mpi import backend, comm
+from colossal_mpi.distarray import DistArray
+from colossal_mpi.errors import CheckpointError
+from colossal_mpi.grid import Grid
+from colossal_mpi.layout import Box, box_shape
+
+FORMAT_VERSION = 1
+MANIFEST, INDEX = "manifest.json", "index.h5"
+
+
+def save(directory: str | Path, arrays: Mapping[str, DistArray], metadata: Mapping[str, Any], grid: Grid) -> None:
+    """Write arrays and metadata as a new checkpoint.
+
+    Parameters
+    ----------
+    directory : path
+        Must not exist; its parent is made.
+    arrays : mapping of str to DistArray
+        On `grid`, without partial sums; ``/`` in a name makes HDF5 groups.
+    metadata : mapping
+        Anything that JSON holds.
+    grid : Grid
+
+    Raises
+    ------
+    CheckpointError
+        On all ranks, if the directory exists or a rank cannot write; no directory of the final name is left then.
+
+    **Communication:** small messages only.
+    """
+    directory = Path(directory)
+    partial = directory.with_name(f".{directory.name}.partial")
+    with comm.agreed(grid):
+        if grid.rank == 0:
+            _make(directory, partial)
+    with comm.agreed(grid):
+        entry = _write_rank(partial, arrays, grid)
+    files = dict(item for item in comm.collect(entry, grid) if item)
+    with comm.agreed(grid):
+        if grid.rank == 0:
+            _write_index(partial, arrays, grid)
+            files[INDEX] = _digest(partial / INDEX)
+            _write_manifest(partial, arrays, files, metadata)
+            _flush(partial)
+            partial.rename(directory)
+            _flush(directory.parent)
+
+
+def _make(directory: Path, partial: Path) -> None:
+    if directory.exists():
+        raise CheckpointError(
+            f"{directory} exists: a checkpoint is never overwritten; choose another name or remove it"
+        )
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+
+def _flush(path: Path) -> None:
+    """Bring a file, or the names in a directory, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _rank_file(rank: int) -> str:
+    return f"rank{rank:05d}.h5"
+
+
+def _owned(array: DistArray, rank: int) -> Box | None:
+    """Return the box of `array` that `rank` writes, or None if it is empty or another rank's."""
+    coords = array.grid.coords_of(rank)
+    if not array.layout.owner(array.grid.axes, coords):
+        return None
+    box = array.layout.box(array.shape, array.grid.axes, coords)
+    return None if 0 in box_shape(box) else box
+
+
+def _write_rank(partial: Path, arrays: Mapping[str, DistArray], grid: Grid) -> tuple[str, dict[str, Any]] | None:
+    import h5py
+
+    mine = {name: array for name, array in arrays.items() if _owned(array, grid.rank) is not None}
+    if not mine:
+        return None
+    path = partial / _rank_file(grid.rank)
+    with h5py.File(path, "w", libver="v110") as file:
+        for name, array in mine.items():
+            file.create_dataset(name, data=backend.to_host(array.local))
+    _flush(path)
+    return path.name, _digest(path)
+
+
+def _write_index(partial: Path, arrays: Mapping[str, DistArray], grid: Grid) -> None:
+    import h5py
+
+    with h5py.File(partial / INDEX, "w", libver="v110") as file:
+        for name, array in arrays.items():
+            whole = h5py.VirtualLayout(array.shape, backend.numpy_dtype(array.dtype))
+            for rank in range(grid.size):
+                box = _owned(array, rank)
+                if box is not None:
+                    source = h5py.VirtualSource(_rank_file(rank), name, box_shape(box))
+                    whole[tuple(slice(a, b) for a, b in box)] = source
+            dataset = file.create_virtual_dataset(name, whole)
+            dataset.attrs["layout"] = repr(array.layout)
+            dataset.attrs["grid"] = repr(grid)
+    _flush(partial / INDEX)
+
+
+def _write_manifest(partial: Path, arrays: Mapping[str, DistArray], files: Any, metadata: Mapping[str, Any]) -> None:
+    entries = {
+        name: {"shape": a.shape, "dtype": str(backend.numpy_dtype(a.dtype)), "layout": repr(a.layout)}
+        for name, a in arrays.items()
+    }
+    manifest = {"format_version": FORMAT_VERSION, "metadata": metadata, "arrays": entries, "files": files}
+    path = partial / MANIFEST
+    path.write_text(json.dumps(manifest, indent=1))
+    _flush(path)
+
+
+def point_latest(directory: str | Path) -> None:
+    """Make the link ``latest`` beside a checkpoint point to it, in one step. Call it on one rank."""
+    directory = Path(directory)
+    link = directory.parent / ".latest.partial"
+    link.unlink(missing_ok=True)
+    link.symlink_to(directory.name)
+    os.replace(link, directory.parent / "latest")
+
+
+def read_manifest(directory: str | Path) -> dict[str, Any]:
+    """Return the manifest of a checkpoint.
+
+    Raises
+    ------
+    CheckpointError
+        If there is none, or it is of a format that this version cannot read.
+    """
+    path = Path(directory) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+    except OSError:
+        raise CheckpointError(f"no checkpoint at {Path(directory)}: {MANIFEST} is missing or unreadable") from None
+    except ValueError:
+        raise CheckpointError(f"{path} is damaged: it is no JSON") from None
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format_version {version!r}; this version of colossal_mpi reads {FORMAT_VERSION}"
+        )
+    return manifest
+
+
+def load(directory: str | Path, arrays: Mapping[str, DistArray], grid: Grid) -> dict[str, Any]:
+    """Fill arrays from a checkpoint, in place, whatever grid and layouts it was written with; return its metadata.
+
+    Parameters
+    ----------
+    directory : path
+    arrays : mapping of str to DistArray
+        Arrays of the names, global shapes and dtypes in the checkpoint, in any layout on `grid`.
+    grid : Grid
+
+    Raises
+    ------
+    CheckpointError
+        On all ranks, before any array is touched, if the checkpoint is missing, damaged or of other arrays.
+
+    **Communication:** small messages only; each rank reads its own blocks.
+    """
+    directory = Path(directory)
+    with comm.agreed(grid):
+        manifest = read_manifest(directory)
+        _match(directory, manifest["arrays"], arrays)
+        for name in sorted(manifest["files"])[grid.rank :: grid.size]:
+            _verify(directory, name, manifest["files"][name])
+    with comm.agreed(grid):
+        _read(directory, arrays)
+    return manifest["metadata"]
+
+
+def _match(directory: Path, entries: Mapping[str, Any], arrays: Mapping[str, DistArray]) -> None:
+    missing, surplus = sorted(set(arrays) - set(entries)), sorted(set(entries) - set(arrays))
+    if missing or surplus:
+        raise CheckpointError(
+            f"{directory} holds other arrays: it lacks {missing[:3] or 'none'} and has {surplus[:3] or 'none'} besides"
+        )
+    for name, array in arrays.items():
+        have = (tuple(entries[name]["shape"]), entries[name]["dtype"])
+        want = (array.shape, str(backend.numpy_dtype(array.dtype)))
+        if have != want:
+            raise CheckpointError(f"{directory}: {name} is {have[1]}{have[0]} and the model's is {want[1]}{want[0]}")
+
+
+def _verify(directory: Path, name: str, expected: Mapping[str, Any]) -> None:
+    path = directory / name
+    if Path(name).name != name or not path.is_file():
+        raise CheckpointError(f"{directory} is damaged: {name} is missing")
+    if _digest(path) != expected:
+        raise CheckpointError(f"{directory} is damaged: {name} is not the file that was written (SHA-256 differs)")
+
+
+def _read(directory: Path, arrays: Mapping[str, DistArray]) -> None:
+    import h5py
+
+    with h5py.File(directory / INDEX, "r") as file:
+        for name, array in arrays.items():
+            box = array.layout.box(array.shape, array.grid.axes, array.grid.coords)
+            host = np.asarray(file[name][tuple(slice(a, b) for a, b in box)])
+            array.local[...] = backend.to_block(host, array.local)

@@ -1,0 +1,105 @@
+"""Markers, parameters and fixtures of multi-rank tests, for the parent and for its ranks."""
+
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .runner import Runner, group, rank_count
+from .store import STORE, Store
+
+MARKERS = [
+    "ranks(n): run on n ranks; a list parametrizes the test",
+    "grids(axes, ...): parametrize the fixture grid; the sizes of the axes multiply to the number of ranks",
+    "deadline(seconds): limit of this multi-rank test",
+    "prepare(func): func(path) writes reference files once per session, for the fixture prepared",
+    "smoke: one of the few tests that every MPI library has to pass",
+]
+_grids: dict[tuple[tuple[str, int], ...], Any] = {}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Register the ini option ``mpi_deadline``."""
+    parser.addini("mpi_deadline", "seconds that a multi-rank test may take", default="60")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the markers and, in the parent, what runs multi-rank tests."""
+    for marker in MARKERS:
+        config.addinivalue_line("markers", marker)
+    # mark.prepare(func) alone would mark func instead of making a decorator out of it
+    pytest.mark.prepare = pytest.mark.__getattr__("prepare").with_args  # type: ignore[attr-defined]
+    if STORE in config.stash:
+        return  # a rank: the worker has put its store there
+    root = Path(tempfile.mkdtemp(prefix="colossal-mpi-"))
+    config.stash[STORE] = Store(root / "prepared", root / "shared", writes=True)
+    config.pluginmanager.register(Runner(config, root), "colossal-mpi-runner")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Turn the markers ``grids`` and ``ranks([...])`` into parameters."""
+    grids = metafunc.definition.get_closest_marker("grids")
+    ranks = metafunc.definition.get_closest_marker("ranks")
+    if grids and ranks:
+        raise pytest.UsageError(f"{metafunc.definition.nodeid}: grids says how many ranks, drop ranks")
+    if grids:
+        metafunc.parametrize("grid", grids.args, indirect=True, ids=_grid_id)
+    elif ranks and not isinstance(ranks.args[0], int):
+        if "ranks" not in metafunc.fixturenames:
+            metafunc.fixturenames.append("ranks")  # parametrize refuses what the test does not ask for
+        metafunc.parametrize("ranks", ranks.args[0], indirect=True, ids=_ranks_id)
+
+
+def _grid_id(axes: dict[str, int]) -> str:
+    return "-".join(f"{axis}{size}" for axis, size in axes.items()) or _ranks_id(1)
+
+
+def _ranks_id(n: int) -> str:
+    return f"{n}rank" if n == 1 else f"{n}ranks"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Move the multi-rank tests of one file and one number of ranks behind the first of them."""
+    places: dict[tuple, int] = {}
+    order = {
+        item: places.setdefault(group(item), place) if rank_count(item) > 1 else place
+        for place, item in enumerate(items)
+    }
+    items.sort(key=order.__getitem__)
+
+
+@pytest.fixture
+def ranks(request: pytest.FixtureRequest) -> int:
+    """Return the number of ranks of the test."""
+    return rank_count(request.node)
+
+
+@pytest.fixture
+def grid(request: pytest.FixtureRequest) -> Any:
+    """Return the ``colossal_mpi.Grid`` of the test; communicators are finite, so each grid is made once."""
+    if not hasattr(request, "param"):
+        raise pytest.UsageError("the fixture grid needs @pytest.mark.grids({axis: size, ...}, ...)")
+    from colossal_mpi.grid import Grid
+
+    axes = tuple(request.param.items())
+    if axes not in _grids:
+        _grids[axes] = Grid(**request.param)
+    assert math.prod(request.param.values()) == rank_count(request.node)
+    return _grids[axes]
+
+
+@pytest.fixture
+def prepared(request: pytest.FixtureRequest) -> Path:
+    """Return the directory that the test's ``prepare`` function has filled."""
+    path = request.config.stash[STORE].prepare(request.node)
+    if path is None:
+        raise pytest.UsageError("the fixture prepared needs @pytest.mark.prepare(func)")
+    return path
+
+
+@pytest.fixture
+def shared_path(request: pytest.FixtureRequest) -> Path:
+    """Return an empty directory, the same one on all ranks."""
+    return request.config.stash[STORE].shared(request.node)

@@ -1,0 +1,68 @@
+"""Configurations: defaults, settings, and errors that name key, value, file and what would work."""
+
+import re
+
+import pytest
+
+from colossal_mpi import ConfigError
+from colossal_mpi.apps import config as configs
+
+
+def write(tmp_path, text):
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_shipped_demo_is_valid_and_survives_a_round_trip(tmp_path):
+    demo = configs.load("demo")
+    assert demo.parallel.grid == {"row": 2, "col": 2}
+    assert configs.load(write(tmp_path, configs.dump(demo))) == demo
+
+
+def test_settings_overrule_the_file_and_may_be_strings(tmp_path):
+    path = write(tmp_path, "[training]\nsteps = 7\n")
+    config = configs.load(path, ["training.steps=9", "run.directory=runs/x", "parallel.grid={row = 3}"])
+    assert (config.training.steps, config.run.directory, config.parallel.grid) == (9, "runs/x", {"row": 3})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[training]\nstep = 5\n", r"run.toml: unknown key training.step=5; known here are steps, batch"),
+        ("[tranining]\n", r"unknown key tranining={}; known here are model, data, training, parallel, run"),
+        ("[training]\nsteps = 'many'\n", r"training.steps='many': input should be a valid integer"),
+        ("[training]\nsteps = 0\n", r"training.steps=0: input should be greater than or equal to 1"),
+        ("[model]\nhidden = 10\nheads = 4\n", r"model: heads=4 must divide hidden=10: use one of \[1, 2, 5, 10\]"),
+        ("[parallel]\ntensor = '4d'\n", r"parallel.tensor='4d': input should be 'none', '1d', '2d', '2.5d' or '3d'"),
+        ("[training]\nbatch = 2\nmicrobatches = 3\n", r"microbatches=3 must be at most batch=2"),
+        ("training = 3\n[model\n", r"run.toml is not valid TOML"),
+    ],
+    ids=["key", "section", "type", "range", "heads", "choice", "combination", "syntax"],
+)
+def test_errors_name_key_value_file_and_remedy(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        configs.load(write(tmp_path, text))
+
+
+def test_all_errors_come_in_one_message(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        configs.load(write(tmp_path, "[training]\nsteps = 0\nbatsh = 1\n"))
+    assert re.search("steps=0.*batsh", str(caught.value))
+
+
+def test_missing_file_names_the_shipped_configurations():
+    with pytest.raises(ConfigError, match="cannot read config nowhere: .*; give a file or one of: demo"):
+        configs.load("nowhere")
+
+
+@pytest.mark.parametrize("text", ["row", "row=", "row=two", "row=2,row=2", "2=row"])
+def test_malformed_grids_are_refused(text):
+    with pytest.raises(ConfigError, match="write axis=size"):
+        configs.parse_grid(text)
+
+
+@pytest.mark.parametrize("setting", ["steps=1", "training.steps", "training.steps.x=1"])
+def test_malformed_settings_are_refused(setting, tmp_path):
+    with pytest.raises(ConfigError, match="--set"):
+        configs.load(write(tmp_path, "[training]\nsteps = 1\n"), [setting])

@@ -1,0 +1,47 @@
+"""The corpus and its order: functions of the seed and the global sample index alone."""
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from colossal_mpi import ConfigError, Grid, Layout
+from colossal_mpi.apps import data
+
+
+@pytest.mark.grids({}, {"row": 2, "col": 2})
+def test_the_documentation_of_python_is_the_default_corpus(grid):
+    corpus = data.read_corpus([], 0.1, 64, grid)
+    assert len(corpus.train) + len(corpus.validation) > 300_000
+    assert len(corpus.validation) == int(0.1 * (len(corpus.train) + len(corpus.validation)))
+    assert b"lambda" in corpus.train.tobytes()
+
+
+@pytest.mark.grids({"data": 2, "col": 2}, {"data": 3})
+def test_every_rank_draws_its_part_of_the_same_batch(grid):
+    tokens = np.arange(1000) % 251
+    starts = data.sample_starts(14, 21, len(tokens), 9, seed=3)
+    x, labels = data.sequences(tokens, starts, 9, grid, Layout("data", None))
+    whole = tokens[starts[:, None] + np.arange(9)]
+    assert np.array_equal(x.gather(), whole)
+    assert np.array_equal(labels.gather(), tokens[starts[:, None] + 1 + np.arange(9)])
+
+
+def test_samples_depend_on_their_number_only():
+    whole = data.sample_starts(0, 40, 10_000, 16, seed=5)
+    parts = [data.sample_starts(a, b, 10_000, 16, seed=5) for a, b in ((0, 13), (13, 14), (14, 40))]
+    assert np.array_equal(np.concatenate(parts), whole)
+    assert not np.array_equal(data.sample_starts(0, 40, 10_000, 16, seed=6), whole)
+    assert whole.min() >= 0
+    assert whole.max() + 16 < 10_000
+
+
+@pytest.mark.grids({}, {"data": 3})
+def test_an_unreadable_file_is_the_same_error_on_all_ranks(grid):
+    with pytest.raises(ConfigError, match="data.files: cannot read /nowhere/text: No such file"):
+        data.read_corpus(["/nowhere/text"], 0.1, 8, grid)
+
+
+def test_a_corpus_shorter_than_the_context_is_refused(tmp_path):
+    (tmp_path / "short").write_bytes(b"x" * 50)
+    with pytest.raises(ConfigError, match="the corpus has 50 bytes, 5 of them for validation"):
+        data.read_corpus([str(tmp_path / "short")], 0.1, 8, Grid(MPI.COMM_SELF))

@@ -1,0 +1,167 @@
+"""``colossal-mpi train`` as a user runs it: its files, resuming, and one clear message when it cannot run."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from colossal_mpi.apps import compare
+from colossal_mpi.apps.launch import mpiexec_command
+
+SMALL = """
+[model]
+layers = 2
+hidden = 20
+heads = 5
+context = 12
+[training]
+steps = 6
+batch = 5
+microbatches = 2
+warmup = 2
+evaluate_every = 3
+evaluate_batches = 2
+checkpoint_every = 3
+sample = 5
+[parallel]
+grid = { row = 2, col = 2 }
+tensor = "2d"
+[run]
+directory = "run"
+"""
+CLI = [sys.executable, "-m", "colossal_mpi.apps.cli", "train"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "small.toml").write_text(SMALL)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def start(ranks, *arguments):
+    command, env = mpiexec_command(ranks, [*CLI, *arguments])
+    return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=120, check=False)
+
+
+def final_state(run):
+    with h5py.File(run / "checkpoints" / "step-0000006" / "index.h5") as file:
+        names = []
+        file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
+        return {name: file[name][...] for name in names}
+
+
+def rows(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_its_files_and_resumes_bitwise(folder):
+    whole = start(4, "small.toml")
+    assert whole.returncode == 0, whole.stderr
+    run = folder / "run"
+    exact, losses = final_state(run), [row["loss"] for row in rows(run)]
+    assert [row["step"] for row in rows(run)] == [1, 2, 3, 4, 5, 6]
+    assert rows(run)[2]["val_loss"] > 0
+    assert (run / "report" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert len((run / "sample.txt").read_bytes()) == len(b"\nThe ") + 5
+    assert (run / "checkpoints" / "latest").resolve().name == "step-0000006"
+    assert "tokens/s" in whole.stdout
+    assert "left" in whole.stdout
+    (run / "checkpoints" / "latest").unlink()
+    (run / "checkpoints" / "latest").symlink_to("step-0000003")
+    again = start(4, "--resume", "run")
+    assert again.returncode == 0, again.stderr
+    resumed = final_state(run)
+    assert set(resumed) == set(exact)
+    assert all(np.array_equal(resumed[name], exact[name]) for name in exact)
+    assert [row["loss"] for row in rows(run)] == losses
+
+
+def test_a_run_resumes_on_another_grid(folder):
+    float64 = ["--set", "parallel.dtype=float64"]
+    assert start(4, "small.toml", *float64).returncode == 0
+    run = folder / "run"
+    losses = [row["loss"] for row in rows(run)]
+    (run / "checkpoints" / "latest").unlink()
+    (run / "checkpoints" / "latest").symlink_to("step-0000003")
+    other = start(3, "--resume", "run", "--grid", "data=3", "--tensor", "none")
+    assert other.returncode == 0, other.stderr
+    assert np.allclose([row["loss"] for row in rows(run)], losses, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "arguments", "message"),
+    [
+        (4, ["small.toml", "--set", "training.stepps=1"], "unknown key training.stepps=1; known here are steps"),
+        (3, ["small.toml"], "needs 4 ranks and there are 3: start 4 (mpiexec -n 4 ...)"),
+        (
+            4,
+            ["small.toml", "--set", 'data.files=["/nowhere/text"]'],
+            "data.files: cannot read /nowhere/text: No such file",
+        ),
+        (4, ["--resume", "nowhere"], "no run to resume at nowhere"),
+        (4, ["missing.toml"], "cannot read config missing.toml"),
+        (4, ["small.toml", "--tensor", "1d"], "tensor='1d' uses the axes data, col and not row"),
+        (4, ["small.toml", "--frobnicate"], "No such option: --frobnicate"),
+        (4, ["small.toml", "--set", "run.directory=/proc/nowhere"], "run.directory='/proc/nowhere' cannot be written"),
+    ],
+    ids=["key", "ranks", "corpus", "resume", "config", "mode", "option", "directory"],
+)
+def test_what_cannot_run_says_so_once(folder, ranks, arguments, message):
+    begun = time.monotonic()
+    result = start(ranks, *arguments)
+    seconds = time.monotonic() - begun
+    assert result.returncode != 0
+    assert result.stderr.count("colossal_mpi: error:") == 1, result.stderr
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr + result.stdout
+    assert seconds < 5 + startup(), result.stderr
+
+
+def startup():
+    """Return the seconds that starting four ranks of the program takes on this machine, now."""
+    begun = time.monotonic()
+    start(4, "--help")
+    return time.monotonic() - begun
+
+
+def test_a_run_is_not_overwritten_unless_asked(folder):
+    (folder / "run").mkdir()
+    (folder / "run" / "config.toml").write_text("")
+    refused = start(1, "small.toml", "--grid", "data=1", "--tensor", "none")
+    assert refused.returncode != 0
+    assert "go on with --resume run, replace it with --overwrite" in refused.stderr
+    quick = ["--set", "training.steps=1", "--set", "training.sample=0"]
+    again = start(1, "small.toml", "--grid", "data=1", "--tensor", "none", "--overwrite", *quick)
+    assert again.returncode == 0, again.stderr
+
+
+def test_every_mode_does_the_steps_of_one_rank(folder, monkeypatch):
+    ragged = [
+        ("one rank", "none", {"data": 1}),
+        ("2d", "2d", {"row": 2, "col": 2}),
+        ("3d", "3d", {"col": 2, "depth": 2}),
+    ]
+    monkeypatch.setattr(compare, "MODES", ragged)
+    result = compare.modes(str(folder / "small.toml"), folder / "compare", steps=3)
+    reference = result["one rank"]["losses"]
+    assert len(reference) == 3
+    for name in ("2d", "3d"):
+        assert np.allclose(result[name]["losses"], reference, rtol=1e-12, atol=0)
+        assert 0 < result[name]["max_gradient_difference"] < 1e-10
+        assert result[name]["words_per_step"] > 0
+
+
+def test_the_user_names_files(folder):
+    text = Path("some.txt")
+    text.write_text("to be or not to be, " * 40)
+    settings = ["--set", 'data.files=["some.txt"]', "--set", "training.steps=1", "--set", "training.sample=0"]
+    result = start(1, "small.toml", "--grid", "data=1", "--tensor", "none", *settings)
+    assert result.returncode == 0, result.stderr
+    assert "720 bytes of text, 80 held out" in result.stdout

@@ -1,0 +1,1 @@
+pytest_plugins = ["colossal_mpi.testing.plugin"]

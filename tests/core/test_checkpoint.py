@@ -1,0 +1,121 @@
+"""Checkpoints: any grid loads any other's, plain h5py reads them, damage is found before anything is loaded."""
+
+import json
+
+import numpy as np
+import pytest
+
+from colossal_mpi import CheckpointError, Layout, checkpoint, comm, random, zeros
+
+LAYOUTS = {
+    "weights/a": ((7, 5), ("row", "col")),
+    "weights/b": ((9,), (None,)),
+    "deep/er/c": ((2, 3, 5), ("col", None, "row")),
+}
+
+
+def arrays(grid, empty=False):
+    """Return arrays in layouts that use the grid's axes named in LAYOUTS."""
+    made = {}
+    for name, (shape, dims) in LAYOUTS.items():
+        layout = Layout(*[axis if axis in grid.axes else None for axis in dims])
+        made[name] = zeros(shape, grid, layout) if empty else random.normal(shape, grid, layout, 1, name)
+    return made
+
+
+@pytest.mark.smoke
+@pytest.mark.grids({"row": 2, "col": 2}, {"col": 3}, {})
+def test_round_trip_is_bitwise(grid, shared_path):
+    saved, loaded = arrays(grid), arrays(grid, empty=True)
+    checkpoint.save(shared_path / "one", saved, {"step": 3}, grid)
+    assert checkpoint.load(shared_path / "one", loaded, grid) == {"step": 3}
+    assert all(np.array_equal(loaded[name].local, saved[name].local) for name in saved)
+
+
+@pytest.mark.grids({"row": 2, "col": 3})
+def test_another_layout_loads_it(grid, shared_path):
+    saved = arrays(grid)
+    checkpoint.save(shared_path / "one", saved, {}, grid)
+    other = {name: zeros(a.shape, grid, Layout(("col", "row"), *[None] * (a.ndim - 1))) for name, a in saved.items()}
+    checkpoint.load(shared_path / "one", other, grid)
+    assert all(np.array_equal(other[name].gather(), saved[name].gather()) for name in saved)
+
+
+@pytest.mark.grids({"row": 2, "col": 2})
+def test_plain_h5py_reads_whole_arrays_and_each_element_is_stored_once(grid, shared_path):
+    import h5py
+
+    saved = arrays(grid)
+    checkpoint.save(shared_path / "one", saved, {}, grid)
+    stored = 0
+    with h5py.File(shared_path / "one" / "index.h5") as index:
+        assert all(np.array_equal(index[name][...], array.gather()) for name, array in saved.items())
+    for path in (shared_path / "one").glob("rank*.h5"):
+        with h5py.File(path) as file:
+            stored += sum(file[name].size for name in saved if name in file)
+    assert stored == sum(array.size for array in saved.values())
+
+
+@pytest.mark.grids({"row": 2}, {})
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest", "version"])
+def test_damage_is_found_before_anything_is_loaded(grid, shared_path, damage):
+    directory, loaded = shared_path / "one", arrays(grid, empty=True)
+    checkpoint.save(directory, arrays(grid), {}, grid)
+    if grid.rank == 0:
+        harm(directory, damage)
+    comm.collect(None, grid)
+    with pytest.raises(CheckpointError, match=r"rank00000.h5|manifest.json"):
+        checkpoint.load(directory, loaded, grid)
+    assert all(not array.local.any() for array in loaded.values())
+
+
+def harm(directory, damage):
+    victim = directory / "rank00000.h5"
+    data = bytearray(victim.read_bytes())
+    if damage == "flip":
+        data[len(data) // 2] ^= 4
+        victim.write_bytes(data)
+    elif damage == "truncate":
+        victim.write_bytes(data[:-100])
+    elif damage == "remove":
+        victim.unlink()
+    elif damage == "manifest":
+        (directory / "manifest.json").write_text("{")
+    else:
+        manifest = json.loads((directory / "manifest.json").read_text())
+        (directory / "manifest.json").write_text(json.dumps({**manifest, "format_version": 99}))
+
+
+@pytest.mark.grids({"row": 2})
+def test_other_arrays_are_refused_by_name(grid, shared_path):
+    checkpoint.save(shared_path / "one", arrays(grid), {}, grid)
+    fewer, wrong = arrays(grid), arrays(grid)
+    del fewer["weights/b"]
+    wrong["weights/b"] = zeros((8,), grid, Layout(None))
+    with pytest.raises(CheckpointError, match=r"has \['weights/b'\] besides"):
+        checkpoint.load(shared_path / "one", fewer, grid)
+    with pytest.raises(CheckpointError, match=r"weights/b is float64\(9,\) and the model's is float64\(8,\)"):
+        checkpoint.load(shared_path / "one", wrong, grid)
+
+
+@pytest.mark.grids({"row": 2})
+def test_an_existing_directory_is_never_overwritten(grid, shared_path):
+    saved = arrays(grid)
+    checkpoint.save(shared_path / "one", saved, {}, grid)
+    with pytest.raises(CheckpointError, match="a checkpoint is never overwritten"):
+        checkpoint.save(shared_path / "one", {}, {}, grid)
+    checkpoint.load(shared_path / "one", arrays(grid, empty=True), grid)
+
+
+@pytest.mark.grids({"row": 2})
+def test_a_failed_write_leaves_no_checkpoint_and_raises_on_all_ranks(grid, shared_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    if grid.rank == 1:
+        monkeypatch.setattr(checkpoint, "_flush", full)
+    with pytest.raises(Exception, match="No space left on device"):
+        checkpoint.save(shared_path / "one", arrays(grid), {}, grid)
+    assert not (shared_path / "one").exists()
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        checkpoint.load(shared_path / "one", arrays(grid), grid)

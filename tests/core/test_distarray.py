@@ -1,0 +1,248 @@
+import math
+import operator
+
+import numpy as np
+import pytest
+
+from colossal_mpi import DistArray, Grid, Layout, LayoutError, ShapeError, comm, from_global, full, ledger, zeros
+from tests.cases import block_of, integers, layouts, represents, some, spread
+
+SQUARE, LINE, SLIM = {"row": 2, "col": 2}, {"col": 3}, {"row": 1, "col": 3}
+SHAPE = (7, 5)
+EPS = np.finfo("float64").eps
+
+on_grids = pytest.mark.grids(SQUARE, SLIM)
+
+
+def cut(grid, partial=True):
+    return layouts(2, list(grid.axes), partial)
+
+
+@pytest.mark.smoke
+@on_grids
+def test_from_global_takes_this_ranks_block(grid):
+    whole = integers(SHAPE)
+    for layout in cut(grid):
+        array = from_global(whole, grid, layout)
+        assert represents(array, whole), layout
+        holds = all(grid.coords[axis] == 0 for axis in array.layout.partial)
+        assert np.array_equal(array.local, block_of(whole, layout, grid) * holds)
+        assert not np.shares_memory(array.local, whole)
+
+
+@on_grids
+def test_from_global_asks_a_callable_for_the_block_only(grid):
+    whole, asked = integers(SHAPE), []
+
+    def made(index):
+        asked.append(index)
+        return whole[index]
+
+    for layout in cut(grid):
+        array = from_global(made, grid, layout, shape=SHAPE)
+        assert whole[asked[-1]].shape == array.local.shape
+        assert represents(array, whole), layout
+
+
+@on_grids
+def test_from_global_takes_lists_and_a_dtype(grid):
+    array = from_global([[1, 2], [3, 4], [5, 6]], grid, Layout("col", None), dtype="float32")
+    assert array.dtype == np.float32
+    assert represents(array, np.array([[1, 2], [3, 4], [5, 6]], "float32"))
+    with pytest.raises(ShapeError, match="a callable needs shape="):
+        from_global(lambda index: index, grid, Layout("col", None))
+
+
+@on_grids
+def test_full_and_zeros_count_each_element_once(grid):
+    for layout in cut(grid):
+        assert represents(full(SHAPE, 3, grid, layout), np.full(SHAPE, 3.0)), layout
+        assert represents(zeros(SHAPE, grid, layout, "int32"), np.zeros(SHAPE, "int32")), layout
+    assert zeros(SHAPE, grid, Layout(None, None), "int32").dtype == np.int32
+
+
+@on_grids
+def test_a_block_of_another_shape_is_an_error_that_says_which_fits(grid):
+    need = block_of(np.empty(SHAPE), Layout("col", None), grid).shape
+    with pytest.raises(ShapeError) as caught:
+        DistArray(np.zeros((9, 9)), SHAPE, Layout("col", None), grid)
+    assert f"a block of {need}, not (9, 9)" in str(caught.value)
+    assert f"{dict(grid.coords)}" in str(caught.value)
+
+
+@on_grids
+@pytest.mark.parametrize("layout", [Layout("depth", None), Layout("col"), Layout("col", None, None)], ids=repr)
+def test_a_layout_that_does_not_fit_is_an_error_on_all_ranks(grid, layout):
+    array = zeros(SHAPE, grid, Layout(None, None))
+    for make in (array.redistribute, lambda layout: zeros(SHAPE, grid, layout)):
+        with pytest.raises(LayoutError) as caught:
+            make(layout)
+        assert len(set(comm.collect(str(caught.value), grid))) == 1
+
+
+@pytest.mark.smoke
+@on_grids
+@pytest.mark.parametrize("op", [operator.add, operator.sub, operator.mul, operator.truediv], ids=lambda op: op.__name__)
+def test_arithmetic_of_arrays_in_any_two_layouts(grid, op):
+    a, b = integers(SHAPE, seed=1), integers(SHAPE, seed=2) * 2 + 1
+    for one, other in some([(x, y) for x in cut(grid, False) for y in cut(grid, False)], 50):
+        result = op(from_global(a, grid, one), from_global(b, grid, other))
+        assert result.layout == one.on(grid.axes, 2)
+        assert represents(result, op(a, b)), (one, other)
+
+
+@on_grids
+def test_sums_of_partial_arrays(grid):
+    a, b = integers(SHAPE, seed=1), integers(SHAPE, seed=2)
+    for one, other in some([(x, y) for x in cut(grid) for y in cut(grid)], 50):
+        x, y = spread(a, grid, one), spread(b, grid, other, seed=9)
+        assert represents(x + y, a + b), (one, other)
+        assert represents(2 * (x - y) / 4 + -y, (a - b) / 2 - b), (one, other)
+
+
+@on_grids
+@pytest.mark.parametrize("scalar", [2, 2.0, np.float64(2), np.int64(2), np.array(2.0)], ids=lambda s: type(s).__name__)
+def test_scalars_on_either_side(grid, scalar):
+    whole = integers(SHAPE) * 2 + 1
+    x = from_global(whole, grid, Layout("col", None))
+    results = [
+        scalar + x,
+        x + scalar,
+        scalar - x,
+        x - scalar,
+        scalar * x,
+        x * scalar,
+        scalar / x,
+        x / scalar,
+        x**scalar,
+    ]
+    wanted = [2 + whole, 2 + whole, 2 - whole, whole - 2, 2 * whole, 2 * whole, 2 / whole, whole / 2, whole**2]
+    assert all(type(result) is DistArray for result in results)
+    for result, want in zip(results, wanted, strict=True):
+        assert represents(result, want)
+
+
+NOT_LINEAR = {
+    "scalar + partial": lambda x, y: 1 + x,
+    "partial - scalar": lambda x, y: x - 1.0,
+    "partial * partial": lambda x, y: x * x,
+    "partial * whole": lambda x, y: x * y,
+    "whole * partial": lambda x, y: y * x,
+    "whole / partial": lambda x, y: y / x,
+    "scalar / partial": lambda x, y: 1 / x,
+    "partial ** 2": lambda x, y: x**2,
+}
+
+
+@pytest.mark.grids(SQUARE)
+@pytest.mark.parametrize("operation", NOT_LINEAR.values(), ids=NOT_LINEAR)
+def test_what_is_not_linear_in_partial_sums_is_an_error_on_all_ranks(grid, operation):
+    x = spread(integers(SHAPE), grid, Layout("row", None, partial="col"))
+    y = from_global(integers(SHAPE), grid, Layout("row", None))
+    with pytest.raises(LayoutError, match="not linear in partial sums; redistribute") as caught:
+        operation(x, y)
+    assert len(set(comm.collect(str(caught.value), grid))) == 1
+
+
+@pytest.mark.grids(SQUARE)
+def test_arrays_of_other_shapes_or_grids_do_not_add(grid):
+    a, b = zeros((7, 5), grid, Layout("row", None)), zeros((5, 7), grid, Layout("row", None))
+    with pytest.raises(ShapeError, match=r"shapes \(7, 5\) and \(5, 7\): they must be equal"):
+        a + b
+    other = zeros((7, 5), Grid(row=2, col=2), Layout("row", None))
+    with pytest.raises(LayoutError, match="lie on different grids: make both on the same Grid object"):
+        a + other
+
+
+@on_grids
+def test_transposition_moves_nothing(grid):
+    whole = integers((2, 3, 5))
+    for layout in layouts(3, list(grid.axes)):
+        with ledger.record() as moved:
+            turned = spread(whole, grid, layout).T
+        assert represents(turned, whole.T), layout
+        assert not moved.events
+
+
+@pytest.mark.smoke
+@on_grids
+def test_matmul_is_that_of_numpy(grid):
+    a, b = integers((7, 5), seed=1), integers((5, 9), seed=2)
+    for one, other in some([(x, y) for x in cut(grid) for y in cut(grid)], 30):
+        assert represents(spread(a, grid, one) @ spread(b, grid, other, seed=9), a @ b), (one, other)
+
+
+@on_grids
+@pytest.mark.parametrize("shape", [(7, 5), (1, 9), (0, 3)], ids=str)
+def test_gather_gives_the_global_array_to_the_root(grid, shape):
+    whole = integers(shape)
+    for layout in cut(grid):
+        root = grid.size - 1
+        array = spread(whole, grid, layout)
+        at_root, everywhere = array.gather(root), array.gather()
+        assert np.array_equal(everywhere, whole), layout
+        assert np.array_equal(at_root, whole) if grid.rank == root else at_root is None
+
+
+@pytest.mark.grids(SQUARE)
+def test_gather_sends_words_to_the_root_alone(grid):
+    for layout in cut(grid, partial=False):
+        array = from_global(integers(SHAPE), grid, layout)
+        with ledger.record() as moved:
+            array.gather(0)
+        held = array.local.size if array.layout.owner(grid.axes, grid.coords) else 0
+        assert moved.words == (35 - held if grid.rank == 0 else 0), layout
+
+
+@on_grids
+def test_what_gather_returns_is_the_callers_own(grid):
+    array = full(SHAPE, 1, grid, Layout(None, None))
+    array.gather()[:] = 5
+    assert represents(array, np.ones(SHAPE))
+
+
+@on_grids
+@pytest.mark.parametrize("dtype", ["float64", "complex128", "int64"])
+def test_sum_counts_each_element_once(grid, dtype):
+    whole = integers(SHAPE, dtype)
+    for layout in cut(grid):
+        total = spread(whole, grid, layout).sum()
+        assert total == whole.sum(), layout
+        assert type(total) in (int, float, complex)
+
+
+@on_grids
+@pytest.mark.parametrize("dtype", ["float64", "complex128"])
+def test_norm_counts_replicas_once(grid, dtype):
+    whole = integers(SHAPE, dtype)
+    for layout in cut(grid):
+        norm = spread(whole, grid, layout).norm()
+        assert type(norm) is float
+        assert abs(norm - np.linalg.norm(whole)) <= 35 * EPS * np.linalg.norm(whole), layout
+        assert len(set(comm.collect(norm, grid))) == 1
+
+
+@pytest.mark.grids(LINE)
+def test_sum_and_norm_of_empty_blocks(grid):
+    array = full((2, 3), 2, grid, Layout("col", None))
+    nothing = zeros((0, 3), grid, Layout("col", None))
+    assert (array.sum(), array.norm()) == (12, math.sqrt(24))
+    assert (nothing.sum(), nothing.norm()) == (0, 0)
+
+
+@pytest.mark.grids(SQUARE)
+def test_copy_astype_and_like(grid):
+    whole = integers(SHAPE)
+    array = from_global(whole, grid, Layout("row", None))
+    copy, single = array.copy(), array.astype("float32")
+    copy.local[:] = 0
+    assert represents(array, whole)
+    assert (single.dtype, single.layout) == (np.float32, array.layout)
+    assert represents(array.like(array.local + 1), whole + 1)
+    assert (array.ndim, array.size, copy.sum()) == (2, 35, 0)
+
+
+@pytest.mark.grids(SQUARE)
+def test_repr_says_shape_dtype_layout_and_grid(grid):
+    array = zeros(SHAPE, grid, Layout("row", ("col",)))
+    assert repr(array) == "DistArray(shape=(7, 5), dtype=float64, Layout('row', 'col'), Grid(row=2, col=2))"

@@ -1,0 +1,112 @@
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from colossal_mpi import DistArray, Grid, GridError, Layout, comm, from_global
+from tests.cases import integers, represents
+
+TWO = {"row": 2, "col": 2}
+THREE = {"pipe": 2, "row": 1, "col": 3}
+
+
+def members(grid, axes):
+    """Return the grid ranks of this rank's group along `axes`, in the order of a NumPy array of all ranks."""
+    ranks = np.arange(grid.size).reshape(list(grid.axes.values()))
+    return ranks[tuple(slice(None) if axis in axes else at for axis, at in grid.coords.items())].ravel().tolist()
+
+
+@pytest.mark.smoke
+@pytest.mark.grids(TWO, THREE)
+def test_ranks_and_coords_are_those_of_mpi_cart(grid):
+    cart = MPI.COMM_WORLD.Create_cart(list(grid.axes.values()), reorder=False)
+    assert list(grid.axes) == list(grid.coords)
+    assert list(grid.coords.values()) == cart.Get_coords(cart.rank)
+    assert (grid.rank, grid.size) == (cart.rank, cart.size)
+    assert all(list(grid.coords_of(rank).values()) == cart.Get_coords(rank) for rank in range(grid.size))
+    cart.Free()
+
+
+@pytest.mark.grids({"row": 1, "col": 1})
+def test_one_rank_is_a_grid(grid):
+    assert dict(grid.coords) == {"row": 0, "col": 0}
+    assert grid.comm(("row",)).size == 1
+
+
+def test_a_grid_may_have_no_axes():
+    grid = Grid()
+    assert (dict(grid.axes), grid.size, repr(grid)) == ({}, 1, "Grid()")
+
+
+@pytest.mark.grids(TWO, THREE)
+def test_a_group_is_in_the_order_of_the_grid(grid):
+    names = list(grid.axes)
+    for axes in [(), *((axis,) for axis in names), (names[-1], names[0]), tuple(reversed(names))]:
+        group = grid.comm(axes)
+        assert group.allgather(grid.rank) == members(grid, axes)
+        assert [grid.coords_of(r, axes) for r in range(group.size)] == [
+            {axis: grid.coords_of(member)[axis] for axis in names if axis in axes} for member in members(grid, axes)
+        ]
+        assert grid.extent(axes) == group.size
+        assert grid.comm(tuple(reversed(axes))) is group
+
+
+@pytest.mark.grids(THREE, {"row": 2, "pipe": 2})
+def test_at_is_the_grid_of_the_other_axes(grid):
+    sub = grid.at(pipe=grid.coords["pipe"])
+
+    assert dict(sub.axes) == {axis: size for axis, size in grid.axes.items() if axis != "pipe"}
+    assert dict(sub.coords) == {axis: at for axis, at in grid.coords.items() if axis != "pipe"}
+    assert comm.collect(grid.rank, sub) == members(grid, [axis for axis in grid.axes if axis != "pipe"])
+    assert grid.at(pipe=grid.coords["pipe"]) is sub
+
+
+@pytest.mark.grids(THREE)
+def test_arrays_live_on_a_sub_grid(grid):
+    stage = grid.at(pipe=grid.coords["pipe"])
+    whole = integers((7, 5), seed=grid.coords["pipe"])
+
+    array = from_global(whole, stage, Layout("col", None)).redistribute(Layout(None, "col"))
+
+    assert represents(array, whole)
+    assert np.array_equal(array.gather(), whole)
+
+
+@pytest.mark.grids(TWO)
+def test_at_all_coordinates_is_this_rank_alone(grid):
+    alone = grid.at(**grid.coords)
+    array = DistArray(np.full((2,), float(grid.rank)), (2,), Layout(None), alone)
+    assert (alone.size, array.sum()) == (1, 2.0 * grid.rank)
+
+
+@pytest.mark.grids(TWO)
+@pytest.mark.parametrize("elsewhere", [{"row": 2}, {"depth": 0}], ids=str)
+def test_at_asks_for_this_ranks_own_coordinates(grid, elsewhere):
+    with pytest.raises(GridError, match=f"this rank lies at row={grid.coords['row']}, col={grid.coords['col']}"):
+        grid.at(**elsewhere)
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"row": 2, "col": 3}, r"Grid\(row=2, col=3\) needs 6 ranks and there are 4.*product is 4"),
+        ({"row": 2}, r"Grid\(row=2\) needs 2 ranks and there are 4"),
+        ({}, r"needs 1 ranks and there are 4"),
+        ({"row": 0, "col": 4}, "the size of row must be a positive integer, not 0"),
+        ({"row": -2, "col": -2}, "the size of row must be a positive integer, not -2"),
+        ({"row": 2.0, "col": 2}, "the size of row must be a positive integer, not 2.0"),
+        ({"row": 4, "device": "tpu"}, "device='tpu': use 'auto', 'cpu' or 'cuda'"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_an_error_on_all_ranks(axes, message):
+    with pytest.raises(GridError, match=message) as caught:
+        Grid(**axes)
+    assert len(set(MPI.COMM_WORLD.allgather(str(caught.value)))) == 1
+
+
+@pytest.mark.ranks(4)
+def test_a_grid_of_some_of_the_ranks():
+    half = MPI.COMM_WORLD.Split(MPI.COMM_WORLD.rank % 2)
+    grid = Grid(half, col=2)
+    assert comm.collect(MPI.COMM_WORLD.rank, grid) == [MPI.COMM_WORLD.rank % 2, MPI.COMM_WORLD.rank % 2 + 2]

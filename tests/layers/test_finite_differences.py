@@ -1,0 +1,113 @@
+"""Every layer's backward pass against finite differences of its forward pass, on one rank and on cut arrays."""
+
+import numpy as np
+import pytest
+
+from colossal_mpi import from_global, random
+from colossal_mpi.layers import Context, Parallelism
+from colossal_mpi.layers.activation import GELU
+from colossal_mpi.layers.attention import CausalAttention, SelfAttention
+from colossal_mpi.layers.block import MLP, Block
+from colossal_mpi.layers.embedding import Embedding, PositionEmbedding
+from colossal_mpi.layers.linear import Linear
+from colossal_mpi.layers.loss import CrossEntropy
+from colossal_mpi.layers.norm import LayerNorm
+
+B, S, H, F, A, V = 3, 5, 6, 7, 3, 11
+COMMON = {"dtype": "float64", "std": 0.5}
+LAYERS = {
+    "up": lambda p: Linear("bsh,hf->bsf", {"h": H, "f": F}, "f", p, "up", **COMMON),
+    "down": lambda p: Linear("bsf,fh->bsh", {"h": H, "f": F}, "f", p, "down", **COMMON),
+    "heads": lambda p: Linear("bsh,htad->bstad", {"h": H, "t": 3, "a": A, "d": 2}, "a", p, "heads", **COMMON),
+    "norm": lambda p: LayerNorm(H, p, "norm", dtype="float64"),
+    "gelu": lambda p: GELU(),
+    "attention-core": CausalAttention,
+    "attention": lambda p: SelfAttention(H, A, p, "attention", **COMMON),
+    "mlp": lambda p: MLP(H, F, p, "mlp", **COMMON),
+    "block": lambda p: Block(H, A, F, p, "block", **COMMON),
+    "positions": lambda p: PositionEmbedding(S + 2, H, p, "positions", **COMMON),
+}
+MODES = {(): None, ("col",): "1d", ("row", "col"): "2d", ("depth", "col"): "2.5d", ("col", "depth"): "3d"}
+
+
+def parallelism(grid):
+    return Parallelism(grid, MODES[tuple(grid.axes)])
+
+
+def slope(function, array, direction):
+    """Return the derivative of `function` along `direction` at the DistArray `array`, to fourth order.
+
+    With h = 1e-3 the truncation error is of order h^4 and the rounding error of order eps / h.
+    """
+    h, start, total = 1e-3, array.local.copy(), 0.0
+    for steps, weight in ((1, 8.0), (2, -1.0)):
+        for sign in (1, -1):
+            array.local[...] = start + sign * steps * h * direction.local
+            total += sign * weight * function()
+    array.local[...] = start
+    return total / (12 * h)
+
+
+def input_of(name, p, grid):
+    shape, layout = {
+        "down": ((B, S, F), p.inside("bsf", "f")),
+        "gelu": ((B, S, F), p.inside("bsf", "f")),
+        "attention-core": ((B, S, 3, A, 2), p.inside("bstad", "a")),
+    }.get(name, ((B, S, H), p.stream()))
+    return random.normal(shape, grid, layout, 3, "x")
+
+
+grids = pytest.mark.grids(
+    {}, {"col": 2}, {"row": 2, "col": 2}, {"row": 2, "col": 3}, {"depth": 2, "col": 2}, {"col": 2, "depth": 2}
+)
+
+
+@grids
+@pytest.mark.parametrize("name", LAYERS)
+def test_backward_is_the_derivative_of_forward(grid, name):
+    p = parallelism(grid)
+    layer, x = LAYERS[name](p), input_of(name, p, grid)
+    y, cache = layer.forward(x, Context())
+    weights = random.normal(y.shape, grid, y.layout, 4, "dy")
+
+    def value():
+        return (layer.forward(x, Context())[0] * weights).sum()
+
+    later = []
+    dx = layer.backward(weights, cache, later)
+    for work in later:
+        work()
+    assert dx.layout == x.layout
+    tensors = {"x": (x, dx)} | {q.name: (q.value, q.reduce()) for q in layer.parameters()}
+    for label, (array, gradient) in tensors.items():
+        assert gradient.layout == array.layout, label
+        v = random.normal(array.shape, grid, array.layout, 5, label)
+        expected, scale = slope(value, array, v), max(1.0, gradient.norm() * v.norm())
+        assert abs((gradient * v).sum() - expected) <= 1e-9 * scale, label
+        assert gradient.norm() > 1e-3, f"{label}: a zero gradient would pass"
+
+
+@grids
+def test_embedding_backward_is_the_derivative_of_forward(grid):
+    p = parallelism(grid)
+    layer = Embedding(V, H, p, "tokens", **COMMON)
+    ids = from_global(np.random.default_rng(0).integers(0, V, (B, S)), grid, p.tokens())
+    y, cache = layer.forward(ids, Context())
+    weights = random.normal(y.shape, grid, y.layout, 4, "dy")
+    layer.backward(weights, cache)
+    table, gradient = layer.table.value, layer.table.reduce()
+    v = random.normal(table.shape, grid, table.layout, 5, "v")
+    expected = slope(lambda: (layer.forward(ids, Context())[0] * weights).sum(), table, v)
+    assert abs((gradient * v).sum() - expected) <= 1e-9 * gradient.norm() * v.norm()
+
+
+@grids
+def test_cross_entropy_backward_is_the_derivative_of_forward(grid):
+    p = parallelism(grid)
+    loss, labels = CrossEntropy(p), np.random.default_rng(0).integers(-1, V, (B, S))
+    logits = random.normal((B, S, V), grid, p.inside("bsv", "v"), 3, "logits")
+    y = from_global(labels, grid, p.tokens())
+    gradient = loss.backward(loss.forward(logits, y, B * S)[1])
+    v = random.normal(logits.shape, grid, logits.layout, 5, "v")
+    expected = slope(lambda: loss.forward(logits, y, B * S)[0], logits, v)
+    assert abs((gradient * v).sum() - expected) <= 1e-9 * gradient.norm() * v.norm()

@@ -1,0 +1,111 @@
+"""With any one reduction of the backward pass removed, the comparison with one rank fails."""
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+from reference import gpt_case as case
+
+from colossal_mpi import Grid, comm, from_global
+from colossal_mpi.layers import Context, Parallelism
+from colossal_mpi.layers.loss import CrossEntropy
+from colossal_mpi.layers.models import GPT, GPTConfig
+
+CONFIG = GPTConfig(vocabulary=257, layers=1, hidden=10, heads=5, positions=7, dtype="float64")
+TOKENS = np.random.default_rng(0).integers(
+    0, 257, (5, 7)
+)  # 6 inputs: rows of the position table are not where they are used
+
+
+class Saboteur:
+    """Count the reductions between `arm` and the end and leave out the others' part in number `victim`."""
+
+    def __init__(self, monkeypatch):
+        self.victim, self.count, self.inside, self.log = None, 0, False, []
+        for name in ("allreduce", "reduce_scatter"):
+            monkeypatch.setattr(comm, name, self.wrap(getattr(comm, name)))
+
+    def arm(self, victim):
+        self.victim, self.count = victim, 0
+        self.log = self.log if victim is None else []
+
+    def wrap(self, function):
+        def reduction(block, grid, axes, *rest):
+            if self.inside or self.victim is None or grid.extent(axes) == 1:
+                return function(block, grid, axes, *rest)
+            self.inside, number = True, self.count
+            self.count += 1
+            self.log.append((function.__name__, grid.ordered(axes)))
+            result = function(block, grid, axes, *rest)
+            self.inside = False
+            if number != self.victim:
+                return result
+            if function.__name__ == "allreduce":
+                return block
+            start = sum(rest[0][: grid.comm(axes).rank])
+            return block[start : start + result.size]
+
+        return reduction
+
+
+def gradients(grid, tensor, saboteur=None, victim=None):
+    """Return the gradients, whole, and the number of reductions of the backward pass."""
+    p = Parallelism(grid, tensor)
+    model, loss = GPT(CONFIG, p), CrossEntropy(p)
+    ids, labels = (from_global(a, grid, p.tokens()) for a in (TOKENS[:, :-1], TOKENS[:, 1:]))
+    logits, cache = model.forward(ids, Context())
+    _, saved = loss.forward(logits, labels, 30)
+    if saboteur:
+        saboteur.arm(victim)
+    model.backward(loss.backward(saved), cache)
+    reduced = [parameter.reduce() for parameter in model.parameters()]
+    if saboteur:
+        saboteur.arm(None)
+    return {p.name: g.gather() for p, g in zip(model.parameters(), reduced, strict=True)}
+
+
+def difference(mine, exact):
+    return case.difference({name: (g, ...) for name, g in mine.items()}, exact)
+
+
+def check(grid, tensor, monkeypatch):
+    exact = gradients(Grid(MPI.COMM_SELF), None)
+    saboteur = Saboteur(monkeypatch)
+    assert difference(gradients(grid, tensor, saboteur, -1), exact) <= 1e-10
+    gradients(grid, tensor, saboteur, -1)
+    for victim in range(counted(grid, tensor, saboteur)):
+        wrong = gradients(grid, tensor, saboteur, victim)
+        seen = max(comm.collect(difference(wrong, exact), grid))
+        assert seen > 1e-10, f"reduction {victim} of the backward pass, {saboteur.log[victim]}, is not missed"
+
+
+def counted(grid, tensor, saboteur):
+    """Return how many reductions the backward pass has, and require one over every axis of the grid."""
+    numbers = []
+    arm = saboteur.arm
+    saboteur.arm = lambda victim: (numbers.append((saboteur.count, saboteur.log)), arm(victim))[1]
+    gradients(grid, tensor, saboteur, -1)
+    saboteur.arm = arm
+    count, log = numbers[-1]
+    assert {axis for _, axes in log for axis in axes} == set(grid.axes)
+    return count
+
+
+@pytest.mark.grids({"col": 2}, {"data": 2, "col": 2})
+def test_1d(grid, monkeypatch):
+    check(grid, "1d", monkeypatch)
+
+
+@pytest.mark.grids({"row": 2, "col": 2}, {"data": 2, "row": 2})
+def test_2d(grid, monkeypatch):
+    check(grid, "2d", monkeypatch)
+
+
+@pytest.mark.grids({"depth": 2, "row": 2}, {"depth": 2, "col": 2})
+def test_25d(grid, monkeypatch):
+    check(grid, "2.5d", monkeypatch)
+
+
+@pytest.mark.deadline(120)
+@pytest.mark.grids({"row": 2, "depth": 2}, {"row": 2, "col": 2, "depth": 2})
+def test_3d(grid, monkeypatch):
+    check(grid, "3d", monkeypatch)

@@ -1,0 +1,52 @@
+"""Modes and grids that do not fit are refused by name; storage spreads evenly."""
+
+import pytest
+
+from colossal_mpi import GridError, Layout, ShapeError
+from colossal_mpi.layers import MODES, Parallelism
+from colossal_mpi.layers.attention import SelfAttention
+
+
+def test_every_mode_takes_a_grid_of_one_rank(one_rank):
+    for mode in MODES:
+        assert Parallelism(one_rank, mode).stream().cut == ()
+
+
+def test_unknown_mode_is_refused_with_the_known_ones(one_rank):
+    with pytest.raises(GridError, match=r"tensor='4d': use one of 'none', '1d', '2d', '2.5d', '3d'"):
+        Parallelism(one_rank, "4d")
+
+
+@pytest.mark.grids({"row": 2, "col": 2})
+def test_axis_that_the_mode_does_not_use_is_refused(grid):
+    with pytest.raises(GridError, match=r"not row of Grid\(row=2, col=2\): use tensor='2d' or '2.5d' or '3d'"):
+        Parallelism(grid, "1d")
+
+
+@pytest.mark.grids({"planes": 2})
+def test_axis_of_no_mode_is_refused(grid):
+    with pytest.raises(GridError, match="not planes"):
+        Parallelism(grid, "3d")
+
+
+@pytest.mark.grids({"row": 2, "col": 3})
+def test_a_weight_is_stored_cut_evenly_where_it_can_be(grid):
+    p = Parallelism(grid, "2d")
+    assert p.store(Layout(None, "col"), (8, 9)) == Layout("row", "col")
+    assert p.store(Layout(None, "col"), (7, 12)) == Layout(None, ("col", "row"))
+    assert p.store(Layout(None, "col"), (7, 9)) == Layout("row", "col")  # neither divides: the larger blocks
+    assert p.store(Layout("col"), (7,)) == Layout("col")
+
+
+def test_heads_that_do_not_divide_are_refused(one_rank):
+    with pytest.raises(ShapeError, match=r"3 heads do not divide hidden=8: use heads in \{1, 2, 4, 8\}"):
+        SelfAttention(8, 3, Parallelism(one_rank), "attention")
+
+
+@pytest.fixture
+def one_rank():
+    from mpi4py import MPI
+
+    from colossal_mpi import Grid
+
+    return Grid(MPI.COMM_SELF)

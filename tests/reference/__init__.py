@@ -1,0 +1,1 @@
+"""Cases and independent references that several tests share."""

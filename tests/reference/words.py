@@ -1,0 +1,19 @@
+"""The words of one transformer block, forward and backward, summed over ranks: the formulas of docs/design.rst."""
+
+
+def block_words(mode, sizes, b, s, h, a, d, f, keep_gathered=True):
+    """Return the words of a block with heads a of width d and an MLP of width f, on a grid of `sizes` by axis."""
+    r, c, q = (sizes.get(axis, 1) for axis in ("row", "col", "depth"))
+    n, e = b * s, a * d
+    weights = 4 * e * h + 2 * h * f
+    vectors_inside, vectors_of_stream = 3 * e + f, 6 * h
+    if mode in ("1d", "3d"):
+        once = 4 * n * h * (c - 1) + n * (4 * e + 2 * f) * (q - 1) + weights * (r - 1)
+        again = 2 * n * h * (c - 1) + n * (e + f) * (q - 1) + weights * (r - 1)
+        vectors = 2 * vectors_inside * (r * q - 1) + 2 * vectors_of_stream * (r * c - 1)
+        norms = 16 * n * (q - 1)
+    else:
+        once = again = n * (2 * h + e + f) * (c - 1) + weights * q * (r - 1)
+        vectors = 2 * (vectors_inside + vectors_of_stream) * (r * q - 1) + 2 * weights * (q - 1)
+        norms = 16 * n * (c - 1)
+    return 2 * once + vectors + norms + (0 if keep_gathered else again)
