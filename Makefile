@@ -13,6 +13,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m colossal_mpi.apps.demo
 
 test: $(VENV)/.installed-test
+	MPIR_CVAR_NUM_CLIQUES=2 $(BIN)/python -m pytest -m smoke  # two pretended nodes
 	$(BIN)/python -m pytest
 
 test-openmpi: $(VENV_OPENMPI)/.installed-test

@@ -41,7 +41,7 @@ class Data(_Section):
     """The corpus, as bytes."""
 
     files: list[str] = Field([], description="text files; none: CPython's own documentation (pydoc_data.topics)")
-    validation: float = Field(0.1, gt=0, lt=1, description="share of the corpus, at its end, that is held out")
+    validation: float = Field(0.1, gt=0, le=0.5, description="share of the corpus that is held out, in stretches")
 
 
 class Training(_Section):

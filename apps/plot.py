@@ -19,9 +19,8 @@ def plot_loss(rows: list[dict[str, Any]], path: Path) -> None:
     points = [row["step"] for row in held], [row["val_loss"] for row in held]
     axes.plot(*points, "o-", color="#c0392b", label="validation")
     if held:
-        axes.annotate(
-            f"{held[-1]['val_loss']:.3f}", (points[0][-1], points[1][-1]), (-6, 9), textcoords="offset points"
-        )
+        label, end = f"{held[-1]['val_loss']:.3f}", (points[0][-1], points[1][-1])
+        axes.annotate(label, end, (0, 12), textcoords="offset points", ha="right")
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)

@@ -159,7 +159,7 @@ def _check(sub: Subscripts, a: DistArray, b: DistArray, axes: Mapping[str, str])
     for letters, array, name in ((sub.a, a, "a"), (sub.b, b, "b")):
         if len(letters) != array.ndim:
             raise ShapeError(f"contract({sub}): {name} has {array.ndim} dims {array.shape} for letters {letters!r}")
-    for x in set(sub.a) & set(sub.b):
+    for x in sub.batch + sub.k:
         left, right = a.shape[sub.a.index(x)], b.shape[sub.b.index(x)]
         if left != right:
             raise ShapeError(f"contract({sub}): {x} of a ({left}) and {x} of b ({right}) must be equal, on {a.grid}")

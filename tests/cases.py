@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 
-from colossal_mpi import DistArray, Layout, comm
+from colossal_mpi import ColossalError, DistArray, Layout, comm
 
 
 def layouts(ndim, axes, partial=True):
@@ -113,3 +113,16 @@ def lacking(shape, source, target, grid):
     have, want = (indices(shape, layout, grid.axes, grid.coords) for layout in (source, target))
     common = math.prod(len(set(w) & set(h)) for h, w in zip(have, want, strict=True))
     return math.prod(len(w) for w in want) - common
+
+
+def refusal(call, grid):
+    """Return kind and text of the error that a call raises, the same on all ranks."""
+    try:
+        call()
+        mine = None
+    except ColossalError as error:
+        mine = type(error), str(error)
+    ours = comm.collect(mine, grid)
+    assert len(set(ours)) == 1, ours
+    assert mine is not None, "no rank raised an error"
+    return mine

@@ -12,7 +12,7 @@ from colossal_mpi.apps import data
 def test_the_documentation_of_python_is_the_default_corpus(grid):
     corpus = data.read_corpus([], 0.1, 64, grid)
     assert len(corpus.train) + len(corpus.validation) > 300_000
-    assert len(corpus.validation) == int(0.1 * (len(corpus.train) + len(corpus.validation)))
+    assert abs(len(corpus.validation) / (len(corpus.train) + len(corpus.validation)) - 0.1) < 0.01
     assert b"lambda" in corpus.train.tobytes()
 
 
@@ -24,6 +24,12 @@ def test_every_rank_draws_its_part_of_the_same_batch(grid):
     whole = tokens[starts[:, None] + np.arange(9)]
     assert np.array_equal(x.gather(), whole)
     assert np.array_equal(labels.gather(), tokens[starts[:, None] + 1 + np.arange(9)])
+
+
+def test_every_tenth_stretch_is_held_out():
+    corpus = data.split(np.arange(90_000), 0.1)
+    assert np.array_equal(corpus.validation, np.r_[36_864:40_960, 77_824:81_920])
+    assert np.array_equal(np.sort(np.concatenate([corpus.train, corpus.validation])), np.arange(90_000))
 
 
 def test_samples_depend_on_their_number_only():

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 
 from colossal_mpi import ColossalError, DTypeError, LayoutError, ShapeError, comm, ledger
-from tests.cases import integers, totals
+from tests.cases import integers, refusal, totals
 
-SQUARE, LINE, WIDE = {"row": 2, "col": 2}, {"col": 3}, {"row": 2, "col": 3}
+LINE, WIDE = {"col": 3}, {"row": 2, "col": 3}
 DTYPES = ["float16", "float32", "float64", "complex64", "complex128", "int32", "int64"]
 AXES = [("row",), ("col",), ("row", "col"), ("col", "row"), ()]
 RAGGED = [3, 0, 2, 1, 4, 0]
@@ -64,25 +64,25 @@ def test_allreduce_sums_and_keeps_the_shape(grid, axes, shape):
     assert np.array_equal(total, sum(held))
 
 
-@pytest.mark.grids(SQUARE, LINE)
+@pytest.mark.grids(WIDE)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_allreduce_of_every_dtype(grid, dtype):
-    for axes in (tuple(grid.axes), ("col",)):
-        held, me = blocks(grid, axes, [(7, 5)] * 4, dtype)
+    for axes in [("row",), ("col",), ("row", "col")]:
+        held, me = blocks(grid, axes, [(7, 5)] * 6, dtype)
         total = comm.allreduce(held[me], grid, axes)
         assert total.dtype == dtype
         assert np.array_equal(total, sum(held))
 
 
-@pytest.mark.grids(SQUARE, LINE)
+@pytest.mark.grids(WIDE)
 def test_allreduce_takes_the_maximum(grid):
-    for axes in (tuple(grid.axes), ("col",)):
-        held, me = blocks(grid, axes, [(7,)] * 4)
+    for axes in [("row",), ("col",), ("row", "col")]:
+        held, me = blocks(grid, axes, [(7,)] * 6)
         held[0][:3] = -np.inf
         assert np.array_equal(comm.allreduce(held[me], grid, axes, comm.MAX), np.max(held, axis=0))
 
 
-@pytest.mark.grids(SQUARE, LINE, WIDE)
+@pytest.mark.grids(LINE, WIDE)
 def test_sums_are_bitwise_equal_on_all_ranks(grid):
     block = np.random.default_rng(grid.rank).standard_normal(7)
     total = comm.allreduce(block, grid, tuple(grid.axes))
@@ -109,10 +109,10 @@ def test_bcast_gives_the_block_of_the_root(grid, axes):
         assert np.array_equal(comm.bcast(held[me].copy(), grid, axes, root), held[root])
 
 
-@pytest.mark.grids(SQUARE)
+@pytest.mark.grids(LINE)
 def test_share_and_collect_carry_small_objects(grid):
     assert comm.share({"rank": grid.rank}, grid, root=2) == {"rank": 2}
-    assert comm.collect(grid.rank, grid) == [0, 1, 2, 3]
+    assert comm.collect(grid.rank, grid) == [0, 1, 2]
 
 
 def same(grid, forward, backward):
@@ -160,7 +160,7 @@ def test_the_adjoint_of_bcast_is_a_sum_at_the_root(grid, axes):
     assert same(grid, np.vdot(comm.bcast(x.copy(), grid, axes, root), y), np.vdot(x, summed))
 
 
-@pytest.mark.grids(LINE, SQUARE)
+@pytest.mark.grids(LINE, WIDE)
 def test_words_are_those_of_the_table(grid):
     axes, p = tuple(grid.axes), grid.size
     counts = RAGGED[:p]
@@ -194,11 +194,11 @@ def test_float16_is_summed_in_float32(grid):
     assert comm.reduce_scatter(mine, grid, ("col",), [2, 1, 1]).tolist() == [[40000] * 2, [40000], [2050]][grid.rank]
 
 
-@pytest.mark.grids({"col": 2})
+@pytest.mark.grids(WIDE)
 def test_float16_of_two_ranks_is_rounded_once(grid):
-    mine = np.array([[40000, 1], [40000, 2048]], "float16")[grid.rank]
+    mine = np.array([[40000, 1], [40000, 2048]], "float16")[grid.coords["row"]]
     with np.errstate(over="ignore"):
-        assert comm.allreduce(mine, grid, ("col",)).tolist() == [np.inf, 2048]
+        assert comm.allreduce(mine, grid, ("row",)).tolist() == [np.inf, 2048]
 
 
 WRONG = {
@@ -211,11 +211,11 @@ WRONG = {
 @pytest.mark.grids(LINE)
 @pytest.mark.parametrize(("name", "call"), WRONG.items(), ids=WRONG)
 def test_a_block_of_the_wrong_size_is_refused_before_anything_moves(grid, name, call):
-    message = f"{name}: the block has 4 elements and the plan"
-    with ledger.record() as moved, pytest.raises(ShapeError, match=message) as caught:
-        call(grid)
+    with ledger.record() as moved:
+        kind, text = refusal(lambda: call(grid), grid)
+    assert kind is ShapeError
+    assert f"{name}: the block has 4 elements and the plan needs" in text
     assert not moved.events
-    assert len(set(comm.collect(str(caught.value), grid))) == 1
 
 
 @pytest.mark.grids(LINE)
@@ -229,8 +229,9 @@ def test_a_dtype_that_mpi_lacks_is_refused(grid, dtype):
         lambda: comm.bcast(block, grid, ("col",)),
     ]
     for call in calls:
-        with pytest.raises(DTypeError, match=r"MPI cannot carry dtype .*: use a float, complex, integer or bool"):
-            call()
+        kind, text = refusal(call, grid)
+        assert kind is DTypeError
+        assert f"MPI cannot carry dtype {block.dtype}: use a float, complex, integer or bool dtype" in text
 
 
 def agree(grid, failures):
@@ -246,13 +247,11 @@ def agree(grid, failures):
     ids=["shape", "layout", "disk"],
 )
 def test_a_failure_of_one_rank_is_agreed_on(grid, error, kind):
-    with pytest.raises(kind) as caught:
-        agree(grid, {1: error})
-    assert comm.collect((type(caught.value), str(caught.value)), grid) == [(kind, str(error))] * 3
+    assert refusal(lambda: agree(grid, {1: error}), grid) == (kind, str(error))
 
 
 @pytest.mark.grids(LINE)
 def test_of_several_failures_the_first_rank_s_is_agreed_on(grid):
-    with pytest.raises(ShapeError, match="rank 1"):
-        agree(grid, {1: ShapeError("rank 1"), 2: LayoutError("rank 2")})
+    failures = {1: ShapeError("rank 1"), 2: LayoutError("rank 2")}
+    assert refusal(lambda: agree(grid, failures), grid) == (ShapeError, "rank 1")
     agree(grid, {})
