@@ -55,8 +55,7 @@ def train(
 
     settings = [*(setting or []), *([f'parallel.tensor="{tensor}"'] if tensor else [])]
     if grid:
-        axes = ", ".join(f"{axis} = {size}" for axis, size in configs.parse_grid(grid).items())
-        settings.append(f"parallel.grid={{ {axes} }}")
+        settings.append(configs.grid_setting(configs.parse_grid(grid)))
     if (config is None) == (resume is None):
         raise ConfigError("train: give a configuration, or --resume and the directory of a run")
     if resume is not None:

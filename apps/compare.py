@@ -13,15 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from colossal_mpi import comm, ledger
+from colossal_mpi import backend, comm, ledger
 from colossal_mpi.apps import config as configs
 from colossal_mpi.apps import launch
 from colossal_mpi.apps.train import make_grid
 from colossal_mpi.apps.trainer import Trainer
+from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import LaunchError
 from colossal_mpi.grid import world_rank
+from colossal_mpi.layout import index_of
 
-MODES: list[tuple[str, str, dict[str, int]]] = [
+CASES: list[tuple[str, str, dict[str, int]]] = [
     ("one rank", "none", {"data": 1}),
     ("1d", "1d", {"col": 4}),
     ("2d", "2d", {"row": 2, "col": 2}),
@@ -47,21 +49,20 @@ def first_steps(config: configs.Config, steps: int, reference: Path) -> dict[str
                 trainer.optimizer.step(trainer.learning_rate(step))
     row: dict[str, Any] = {"losses": losses, "words_per_step": sum(comm.collect(moved.words, grid))}
     if not reference.exists():
-        np.savez(reference, **{name: g.local for name, g in gradients.items()})  # type: ignore[arg-type]
+        np.savez(reference, **{name: backend.to_host(g.local) for name, g in gradients.items()})  # type: ignore[arg-type]
     with np.load(reference) as exact:
         top = max(abs(exact[name]).max() for name in gradients)
         worst = max(_difference(g, exact[name], 1e-3 * top) for name, g in gradients.items())
     return row | {"max_gradient_difference": max(comm.collect(worst, grid))}
 
 
-def _difference(gradient: Any, exact: np.ndarray, floor: float) -> float:
-    box = gradient.layout.box(gradient.shape, gradient.grid.axes, gradient.grid.coords)
-    mine = exact[tuple(slice(a, b) for a, b in box)]
-    return float(np.max(abs(gradient.local - mine), initial=0) / max(abs(exact).max(), floor))
+def _difference(gradient: DistArray, exact: np.ndarray, floor: float) -> float:
+    mine = backend.to_host(gradient.local) - exact[index_of(gradient.box)]
+    return float(np.max(abs(mine), initial=0) / max(abs(exact).max(), floor))
 
 
 def modes(config: str, directory: Path, steps: int = 3) -> dict[str, dict[str, Any]]:
-    """Start the first steps of `config` in every mode of `MODES`, one after the other; return a row for each.
+    """Start the first steps of `config` in every mode of `CASES`, one after the other; return a row for each.
 
     Raises
     ------
@@ -72,7 +73,7 @@ def modes(config: str, directory: Path, steps: int = 3) -> dict[str, dict[str, A
     reference = directory / "reference.npz"
     reference.unlink(missing_ok=True)
     rows = {}
-    for name, tensor, axes in MODES:
+    for name, tensor, axes in CASES:
         out, ranks = directory / f"{name.replace(' ', '-')}.json", int(np.prod(list(axes.values())))
         command = [
             sys.executable,
@@ -94,8 +95,7 @@ def modes(config: str, directory: Path, steps: int = 3) -> dict[str, dict[str, A
 
 def main(config: str, axes: str, tensor: str, steps: str, reference: str, out: str) -> None:
     """Do the part of one mode."""
-    grid = ", ".join(f"{axis} = {size}" for axis, size in json.loads(axes).items())
-    settings = [f"parallel.grid={{ {grid} }}", f'parallel.tensor="{tensor}"', 'parallel.dtype="float64"']
+    settings = [configs.grid_setting(json.loads(axes)), f'parallel.tensor="{tensor}"', 'parallel.dtype="float64"']
     row = first_steps(configs.load(config, settings), int(steps), Path(reference))
     if world_rank() == 0:
         Path(out).write_text(json.dumps(row))

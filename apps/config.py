@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from colossal_mpi.errors import ConfigError
 
 SHIPPED = Path(__file__).parent / "configs"
-Count = Field(ge=1)
 
 
 class _Section(BaseModel):
@@ -28,13 +27,6 @@ class Model(_Section):
     heads: int = Field(4, ge=1, description="attention heads; must divide hidden")
     context: int = Field(64, ge=1, description="tokens per sequence")
     vocabulary: int = Field(256, ge=256, description="tokens; bytes need 256")
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> Model:
-        if self.hidden % self.heads:
-            fitting = [n for n in range(1, self.hidden + 1) if self.hidden % n == 0][:8]
-            raise ValueError(f"heads={self.heads} must divide hidden={self.hidden}: use one of {fitting}")
-        return self
 
 
 class Data(_Section):
@@ -180,6 +172,11 @@ def parse_grid(text: str) -> dict[str, int]:
             raise ConfigError(f"--grid {text!r}: write axis=size with commas between, for example data=2,row=2,col=2")
         axes[axis.strip()] = int(size)
     return axes
+
+
+def grid_setting(axes: Mapping[str, int]) -> str:
+    """Return the setting, as `load` takes it, that gives a run a grid of these axes."""
+    return f"parallel.grid={{ {', '.join(f'{axis} = {size}' for axis, size in axes.items())} }}"
 
 
 def dump(config: Config) -> str:

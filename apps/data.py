@@ -63,14 +63,15 @@ def read_corpus(files: Sequence[str], validation: float, context: int, grid: Gri
 
 
 def split(tokens: np.ndarray, validation: float) -> Corpus:
-    """Hold out every n-th stretch of a corpus, n the inverse of the share `validation`.
+    """Hold out a share of a corpus, in stretches spread evenly over it.
 
     The end alone would be a sample of its own: that of CPython's documentation has a bigram entropy of 2.14 nats
     per byte against 2.45 of the whole.
     """
-    every = round(1 / validation)
-    stretch = max(1, min(_STRETCH, len(tokens) // every))
-    held = np.arange(len(tokens)) // stretch % every == every - 1
+    stretch = max(1, min(_STRETCH, int(len(tokens) * validation)))
+    number = np.arange(len(tokens)) // stretch
+    # Stretch i is held out where the whole part of (i + 1) x share steps up; the tiny term is for shares like 0.1.
+    held = np.floor((number + 1) * validation + 1e-9) > np.floor(number * validation + 1e-9)
     return Corpus(tokens[~held], tokens[held])
 
 

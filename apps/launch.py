@@ -9,22 +9,9 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 
-from mpi4py import MPI
+from colossal_mpi.launcher import inherited, mpiexec_command
 
-from colossal_mpi.errors import ConfigError, LaunchError
-from colossal_mpi.guards import launched
-
-# What `mpiexec --version` says, for every library that it can start. Intel MPI and MPICH share one ABI.
-_SAYS = {
-    "MPICH": ("HYDRA", "Intel(R) MPI"),
-    "Intel MPI": ("Intel(R) MPI", "HYDRA"),
-    "Open MPI": ("Open MPI", "OpenRTE", "PRRTE"),
-}
-_ALLOCATIONS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID", "FLUX_JOB_ID")
-_OF_A_RANK = ("PMI_", "PMIX_", "OMPI_COMM_WORLD_", "HYDI_", "MPI_LOCAL")
-_SETTINGS = ("PMIX_MCA_",)
 _SECOND_INTERRUPT = 3.0  # seconds
 _FORWARDED = (
     signal.SIGINT,
@@ -62,113 +49,12 @@ def run(n: int, command: Sequence[str], dry_run: bool = False) -> int:
     argv, extra = mpiexec_command(n, command)
     settings = [f"{name}={shlex.quote(value)}" for name, value in extra.items()]
     print("$", *settings, shlex.join(map(_short, argv)), file=sys.stderr, flush=True)
-    return 0 if dry_run else _wait(argv, _inherited(os.environ) | extra)
-
-
-def mpiexec_command(
-    n: int, command: Sequence[str], *, env: Mapping[str, str] | None = None
-) -> tuple[list[str], dict[str, str]]:
-    """Return the arguments that start a command on n ranks, and the environment variables to add.
-
-    Parameters
-    ----------
-    n
-        Number of ranks.
-    command
-        A program and its arguments, as for `run`.
-    env
-        The environment of the job; that of this process if left out.
-    """
-    env = os.environ if env is None else env
-    if n < 1:
-        raise ConfigError(f"-n {n}: a job has at least one rank, for example -n 4")
-    size, rank = launched()
-    if size > 1:
-        raise LaunchError(
-            f"this is rank {rank} of {size} of a job, and each would start a job of its own: run this "
-            "outside of mpiexec and srun, or the command itself under them"
-        )
-    vendor = MPI.get_vendor()[0]
-    options, extra = _open_mpi(n, env) if vendor == "Open MPI" else ([], {})
-    return [_mpiexec(vendor, env), *options, "-n", str(n), *_program(command, env)], extra
-
-
-def _open_mpi(n: int, env: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
-    options = ["--allow-run-as-root"] if os.geteuid() == 0 else []
-    if n <= _cores() or any(name in env for name in _ALLOCATIONS):
-        return options, {}
-    # A rank that does not yield took 31 s for 1000 small allreduces of 4 ranks on 2 cores, instead of 0.02 s.
-    return [*options, "--oversubscribe", "--bind-to", "none"], {"OMPI_MCA_mpi_yield_when_idle": "1"}
-
-
-def _cores() -> int:
-    # Open MPI counts cores, where os.cpu_count counts hardware threads.
-    cpus = os.sched_getaffinity(0) if sys.platform == "linux" else range(os.cpu_count() or 1)
-    cores = set()
-    for cpu in cpus:
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        cores.add(siblings.read_text() if siblings.exists() else cpu)
-    return len(cores)
-
-
-def _mpiexec(vendor: str, env: Mapping[str, str]) -> str:
-    rejected = []
-    for folder in [_here(), *env.get("PATH", os.defpath).split(os.pathsep)]:
-        for name in ("mpiexec", "mpiexec.hydra", "mpirun"):
-            path = shutil.which(name, path=folder) if folder else None
-            if path and path not in rejected:
-                if any(word in _version(path) for word in _SAYS.get(vendor, (vendor,))):
-                    return path
-                rejected.append(path)
-    others = f" (not of it: {', '.join(rejected)})" if rejected else ""
-    raise LaunchError(
-        f"mpi4py uses {vendor}, and no mpiexec of it is beside {sys.executable} or on PATH{others}: load the "
-        "module of that MPI, start with srun, or `pip install colossal-mpi[mpich]` in a new environment"
-    )
-
-
-def _version(path: str) -> str:
-    try:
-        answer = subprocess.run(
-            [path, "--version"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-            stdin=subprocess.DEVNULL,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return answer.stdout + answer.stderr
-
-
-def _here() -> str:
-    return os.path.dirname(sys.executable)  # not resolved: the python of a virtual environment is a link
-
-
-def _program(command: Sequence[str], env: Mapping[str, str]) -> list[str]:
-    if not command:
-        raise ConfigError("nothing to run: give a command, for example `colossal-mpi run -n 4 train.py`")
-    name, *rest = command
-    if name.endswith(".py"):
-        if not Path(name).is_file():
-            raise ConfigError(f"{name}: no such file in {Path.cwd()}")
-        return [sys.executable, name, *rest]
-    found = shutil.which(name, path=_here()) or shutil.which(name, path=env.get("PATH", os.defpath))
-    if found is None:
-        raise ConfigError(f"{name}: no such program beside {sys.executable} or on PATH; give a .py file or a program")
-    return [found, *rest]
+    return 0 if dry_run else _wait(argv, inherited(os.environ) | extra)
 
 
 def _short(word: str) -> str:
     name = os.path.basename(word)
     return name if os.path.isabs(word) and shutil.which(name) == word else word
-
-
-def _inherited(env: Mapping[str, str]) -> dict[str, str]:
-    # Started as the only rank of a job (srun -n 1), this process has variables that would make every child a
-    # rank of that job. The MPI_Init of `import colossal_mpi` itself leaves none: test_launch checks it.
-    return {name: env[name] for name in env if name.startswith(_SETTINGS) or not name.startswith(_OF_A_RANK)}
 
 
 def _wait(argv: Sequence[str], env: Mapping[str, str]) -> int:

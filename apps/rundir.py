@@ -35,12 +35,19 @@ class RunDirectory:
             )
         try:
             if self.config.exists():
-                shutil.rmtree(self.path)
+                self._clear()
             self.plot.parent.mkdir(parents=True, exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
             self.config.write_text(configs.dump(config))
         except OSError as problem:
             raise ConfigError(f"run.directory={str(self.path)!r} cannot be written: {problem.strerror}") from None
+
+    def _clear(self) -> None:
+        """Remove the files of a former run, and nothing else that may lie there."""
+        for folder in (self.checkpoints, self.plot.parent):
+            shutil.rmtree(folder, ignore_errors=True)
+        for file in (self.config, self.metrics, self.sample):
+            file.unlink(missing_ok=True)
 
     def latest(self) -> Path:
         """Return the newest checkpoint.
@@ -67,14 +74,16 @@ class RunDirectory:
             file.write(json.dumps(row) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return the metrics."""
-        lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
-        return [json.loads(line) for line in lines]
+        """Return the metrics; a last line that a crash has cut short is left out."""
+        text = self.metrics.read_text() if self.metrics.exists() else ""
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
     def rewind(self, steps: int) -> None:
         """Forget what came after `steps` steps: a resumed run does those again."""
         kept = [row for row in self.rows() if row["step"] <= steps]
-        self.metrics.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        whole = self.metrics.with_suffix(".partial")
+        whole.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        whole.replace(self.metrics)
         for later in self.checkpoints.glob("step-*"):
             if int(later.name.partition("-")[2]) > steps:
                 shutil.rmtree(later)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from colossal_mpi import checkpoint, random
+from colossal_mpi import checkpoint, comm, random
 from colossal_mpi.apps import data
 from colossal_mpi.apps.config import Config
 from colossal_mpi.distarray import DistArray, from_global
@@ -105,8 +105,9 @@ class Trainer:
     def save(self, directory: Path, step: int) -> None:
         """Write a checkpoint of the state after `step` steps."""
         checkpoint.save(directory, self._state(), {"step": step, "config": self.config.model_dump()}, self.grid)
-        if self.grid.rank == 0:
-            checkpoint.point_latest(directory)
+        with comm.agreed(self.grid):
+            if self.grid.rank == 0:
+                checkpoint.point_latest(directory)
 
     def restore(self, directory: Path) -> int:
         """Take the state of a checkpoint, of any grid and mode, and return the number of steps behind it."""

@@ -4,11 +4,7 @@ from colossal_mpi import guards as _guards
 
 _guards.install()
 
-from colossal_mpi import (  # noqa: E402
-    ledger,
-    linalg,
-    random,
-)
+from colossal_mpi import comm, ledger, linalg, random  # noqa: E402
 from colossal_mpi.distarray import DistArray, from_global, full, zeros  # noqa: E402
 from colossal_mpi.errors import (  # noqa: E402
     CheckpointError,
@@ -35,6 +31,7 @@ __all__ = [
     "Layout",
     "LayoutError",
     "ShapeError",
+    "comm",
     "from_global",
     "full",
     "ledger",

@@ -20,18 +20,14 @@ Block = Any
 """One rank's part of a distributed array: ``numpy.ndarray``, ``cupy.ndarray`` or another array of the array API."""
 
 
+_NUMPY = array_namespace(np.empty(0))
+
+
 def namespace(*blocks: Block) -> Any:
     """Return the array namespace of `blocks`."""
     if all(type(block) is np.ndarray for block in blocks):
-        return _NUMPY
+        return _NUMPY  # array_namespace takes 3 microseconds, several times per layer
     return array_namespace(*blocks)
-
-
-def _namespace_of_numpy() -> Any:
-    return array_namespace(np.empty(0))
-
-
-_NUMPY = _namespace_of_numpy()
 
 
 def resolve_device(device: str, node_rank: int) -> str:
@@ -86,10 +82,8 @@ def zeros_like(block: Block, shape: Sequence[int], dtype: Any = None) -> Block:
 
 
 def contiguous(block: Block) -> Block:
-    """Return `block` in C order, copied only where it is not."""
-    if is_numpy_array(block) or is_cupy_array(block):
-        return block if block.flags.c_contiguous else block.copy(order="C")
-    return block
+    """Return a NumPy or CuPy block in C order, copied only where it is not."""
+    return block if block.flags.c_contiguous else block.copy(order="C")
 
 
 def to_host(block: Block) -> np.ndarray:
@@ -127,4 +121,11 @@ def synchronize(block: Block) -> None:
 
 def numpy_dtype(dtype: Any) -> np.dtype:
     """Return `dtype` as a NumPy dtype; blocks of all libraries compare by it."""
-    return np.dtype(getattr(dtype, "_np_dtype", dtype))
+    return np.dtype(getattr(dtype, "_np_dtype", dtype))  # array-api-strict has dtypes of its own
+
+
+def dtype_of(xp: Any, dtype: Any) -> Any:
+    """Return the dtype of a name, or of NumPy, as the namespace `xp` has it; None stays None."""
+    if dtype is None or not isinstance(dtype, str | type | np.dtype):
+        return dtype
+    return getattr(xp, np.dtype(dtype).name)

@@ -28,7 +28,7 @@ from colossal_mpi import backend, comm
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import CheckpointError
 from colossal_mpi.grid import Grid
-from colossal_mpi.layout import Box, box_shape
+from colossal_mpi.layout import Box, box_shape, index_of
 
 FORMAT_VERSION = 1
 MANIFEST, INDEX = "manifest.json", "index.h5"
@@ -50,26 +50,39 @@ def save(directory: str | Path, arrays: Mapping[str, DistArray], metadata: Mappi
     Raises
     ------
     CheckpointError
-        On all ranks, if the directory exists or a rank cannot write; no directory of the final name is left then.
+        On all ranks, if an array is a partial sum or of another grid, the directory exists or a rank cannot write; no
+        directory of the final name is left then.
 
+    Notes
+    -----
     **Communication:** small messages only.
     """
     directory = Path(directory)
     partial = directory.with_name(f".{directory.name}.partial")
-    with comm.agreed(grid):
+    _savable(arrays, grid)
+    head = json.dumps({"format_version": FORMAT_VERSION, "metadata": metadata, "arrays": _entries(arrays)})
+    with comm.agreed(grid, CheckpointError):
         if grid.rank == 0:
             _make(directory, partial)
-    with comm.agreed(grid):
+    with comm.agreed(grid, CheckpointError):
         entry = _write_rank(partial, arrays, grid)
     files = dict(item for item in comm.collect(entry, grid) if item)
-    with comm.agreed(grid):
+    with comm.agreed(grid, CheckpointError):
         if grid.rank == 0:
             _write_index(partial, arrays, grid)
             files[INDEX] = _digest(partial / INDEX)
-            _write_manifest(partial, arrays, files, metadata)
+            _write_manifest(partial, head, files)
             _flush(partial)
             partial.rename(directory)
             _flush(directory.parent)
+
+
+def _savable(arrays: Mapping[str, DistArray], grid: Grid) -> None:
+    for name, array in arrays.items():
+        if array.layout.partial:
+            raise CheckpointError(f"{name} is {array.layout}: partial sums cannot be saved; redistribute it first")
+        if array.grid is not grid:
+            raise CheckpointError(f"{name} lies on another grid, {array.grid}: save the arrays of one grid at a time")
 
 
 def _make(directory: Path, partial: Path) -> None:
@@ -83,11 +96,11 @@ def _make(directory: Path, partial: Path) -> None:
 
 def _flush(path: Path) -> None:
     """Bring a file, or the names in a directory, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        os.fsync(descriptor)
     finally:
-        os.close(handle)
+        os.close(descriptor)
 
 
 def _digest(path: Path) -> dict[str, Any]:
@@ -100,12 +113,7 @@ def _rank_file(rank: int) -> str:
 
 
 def _owned(array: DistArray, rank: int) -> Box | None:
-    """Return the box of `array` that `rank` writes, or None if it is empty or another rank's."""
-    coords = array.grid.coords_of(rank)
-    if not array.layout.owner(array.grid.axes, coords):
-        return None
-    box = array.layout.box(array.shape, array.grid.axes, coords)
-    return None if 0 in box_shape(box) else box
+    return array.layout.owned(array.shape, array.grid.axes, array.grid.coords_of(rank))
 
 
 def _write_rank(partial: Path, arrays: Mapping[str, DistArray], grid: Grid) -> tuple[str, dict[str, Any]] | None:
@@ -132,21 +140,23 @@ def _write_index(partial: Path, arrays: Mapping[str, DistArray], grid: Grid) -> 
                 box = _owned(array, rank)
                 if box is not None:
                     source = h5py.VirtualSource(_rank_file(rank), name, box_shape(box))
-                    whole[tuple(slice(a, b) for a, b in box)] = source
+                    whole[index_of(box)] = source
             dataset = file.create_virtual_dataset(name, whole)
             dataset.attrs["layout"] = repr(array.layout)
             dataset.attrs["grid"] = repr(grid)
     _flush(partial / INDEX)
 
 
-def _write_manifest(partial: Path, arrays: Mapping[str, DistArray], files: Any, metadata: Mapping[str, Any]) -> None:
-    entries = {
+def _entries(arrays: Mapping[str, DistArray]) -> dict[str, Any]:
+    return {
         name: {"shape": a.shape, "dtype": str(backend.numpy_dtype(a.dtype)), "layout": repr(a.layout)}
         for name, a in arrays.items()
     }
-    manifest = {"format_version": FORMAT_VERSION, "metadata": metadata, "arrays": entries, "files": files}
+
+
+def _write_manifest(partial: Path, head: str, files: Mapping[str, Any]) -> None:
     path = partial / MANIFEST
-    path.write_text(json.dumps(manifest, indent=1))
+    path.write_text(json.dumps(json.loads(head) | {"files": files}, indent=1))
     _flush(path)
 
 
@@ -197,15 +207,17 @@ def load(directory: str | Path, arrays: Mapping[str, DistArray], grid: Grid) -> 
     CheckpointError
         On all ranks, before any array is touched, if the checkpoint is missing, damaged or of other arrays.
 
+    Notes
+    -----
     **Communication:** small messages only; each rank reads its own blocks.
     """
     directory = Path(directory)
-    with comm.agreed(grid):
+    with comm.agreed(grid, CheckpointError):
         manifest = read_manifest(directory)
         _match(directory, manifest["arrays"], arrays)
         for name in sorted(manifest["files"])[grid.rank :: grid.size]:
             _verify(directory, name, manifest["files"][name])
-    with comm.agreed(grid):
+    with comm.agreed(grid, CheckpointError):
         _read(directory, arrays)
     return manifest["metadata"]
 
@@ -236,6 +248,5 @@ def _read(directory: Path, arrays: Mapping[str, DistArray]) -> None:
 
     with h5py.File(directory / INDEX, "r") as file:
         for name, array in arrays.items():
-            box = array.layout.box(array.shape, array.grid.axes, array.grid.coords)
-            host = np.asarray(file[name][tuple(slice(a, b) for a, b in box)])
+            host = np.asarray(file[name][index_of(array.box)])
             array.local[...] = backend.to_block(host, array.local)

@@ -1,8 +1,9 @@
 """The one file that gives buffers to MPI.
 
-Every function takes this rank's block and the grid axes that span the group, checks shape and dtype before it
-communicates (a mismatch is silently wrong in some MPIs and overwrites the heap in Open MPI), stages blocks that MPI
-cannot read through host memory, and enters what arrived into the ledger. float16 and bfloat16 are summed in float32.
+Every function takes this rank's block and the grid axes that span the group. It checks that the block is of the size
+that the caller's plan, which all ranks make from the same global metadata, gives this rank: a mismatch is silently
+wrong in some MPIs and overwrites the heap in Open MPI. Blocks that MPI cannot read are staged through host memory, what
+arrived is entered into the ledger, and float16 is summed in float32.
 """
 
 from __future__ import annotations
@@ -21,14 +22,20 @@ from colossal_mpi.errors import ColossalError, DTypeError, ShapeError
 from colossal_mpi.grid import Grid
 from colossal_mpi.layout import part
 
-SUM, MAX = MPI.SUM, MPI.MAX
+SUM, MAX = "sum", "max"
+_MPI = {SUM: MPI.SUM, MAX: MPI.MAX}
+_LOCAL: dict[str, Callable[..., Block]] = {
+    SUM: lambda xp, a, b: a + b,
+    MAX: lambda xp, a, b: xp.maximum(a, b),
+}
 
 
 def _wire(block: Block) -> Any:
     """Return the buffer that MPI reads for `block`: its own memory, or a copy in host memory."""
     if backend.mpi_can_read(block):
+        block = backend.contiguous(block)  # may start a kernel: synchronise after it
         backend.synchronize(block)
-        return backend.contiguous(block)
+        return block
     return np.ascontiguousarray(backend.to_host(block))
 
 
@@ -77,7 +84,7 @@ def allgather(
     return backend.to_block(recv, block)
 
 
-def reduce_scatter(block: Block, grid: Grid, axes: Sequence[str], counts: Sequence[int], op: MPI.Op = SUM) -> Block:
+def reduce_scatter(block: Block, grid: Grid, axes: Sequence[str], counts: Sequence[int], op: str = SUM) -> Block:
     """Return this rank's piece of the sum over the group; piece r has `counts[r]` elements, in order.
 
     **Communication:** reduce_scatter, ``(p - 1) x own`` words received. **Adjoint:** `allgather`.
@@ -90,7 +97,7 @@ def reduce_scatter(block: Block, grid: Grid, axes: Sequence[str], counts: Sequen
     recv = _landing(block, own, send.dtype)
     kind = _mpi_type(send.dtype)
     # With counts: Open MPI's Reduce_scatter_block moves up to 1.5x the words on two ranks.
-    comm.Reduce_scatter([send, kind], [recv, kind], list(counts), op)
+    comm.Reduce_scatter([send, kind], [recv, kind], list(counts), _MPI[op])
     ledger.post("reduce_scatter", grid.ordered(axes), (comm.size - 1) * own, send.dtype.itemsize, begun)
     result = backend.to_block(recv, block)
     return result if backend.numpy_dtype(result.dtype) == dtype else cast(result, block.dtype)
@@ -108,7 +115,7 @@ def cast(block: Block, dtype: Any) -> Block:
     return backend.namespace(block).astype(block, dtype)
 
 
-def allreduce(block: Block, grid: Grid, axes: Sequence[str], op: MPI.Op = SUM) -> Block:
+def allreduce(block: Block, grid: Grid, axes: Sequence[str], op: str = SUM) -> Block:
     """Return the sum (or maximum) over the group, on every rank, bitwise equal on all of them.
 
     A reduce_scatter and an allgather, so that each element is summed once, by one rank. Two ranks swap their blocks
@@ -121,7 +128,7 @@ def allreduce(block: Block, grid: Grid, axes: Sequence[str], op: MPI.Op = SUM) -
     comm, xp = grid.comm(axes), backend.namespace(block)
     if comm.size == 2:
         both = xp.reshape(_swap(block, grid, axes), (2, *block.shape))
-        return cast(both[0, ...] + both[1, ...] if op == SUM else xp.maximum(both[0, ...], both[1, ...]), block.dtype)
+        return cast(_LOCAL[op](xp, both[0, ...], both[1, ...]), block.dtype)
     pieces = [part(block.size, comm.size, r) for r in range(comm.size)]
     counts = [stop - start for start, stop in pieces]
     own = reduce_scatter(xp.reshape(block, (-1,)), grid, axes, counts, op)
@@ -156,11 +163,11 @@ def bcast(block: Block, grid: Grid, axes: Sequence[str], root: int = 0) -> Block
     **Communication:** bcast, n words received on every rank but the root. **Adjoint:** a reduction to the root.
     """
     comm, begun = grid.comm(axes), time.perf_counter()
-    buffer = _wire(block)
+    buffer = _wire(block) if comm.rank == root else _landing(block, block.size)
     comm.Bcast([buffer, _mpi_type(buffer.dtype)], root)
     words = 0 if comm.rank == root else buffer.size
     ledger.post("bcast", grid.ordered(axes), words, buffer.dtype.itemsize, begun)
-    return backend.to_block(buffer.reshape(block.shape), block)
+    return backend.namespace(block).reshape(backend.to_block(buffer, block), block.shape)
 
 
 def share(value: Any, grid: Grid, root: int = 0) -> Any:
@@ -174,13 +181,19 @@ def collect(value: Any, grid: Grid) -> list[Any]:
 
 
 @contextmanager
-def agreed(grid: Grid) -> Iterator[None]:
+def agreed(grid: Grid, kind: type[ColossalError] = ColossalError) -> Iterator[None]:
     """Turn a failure that only some ranks see inside the block into the same error on all of them.
+
+    Parameters
+    ----------
+    grid : Grid
+    kind : type
+        What an OSError becomes.
 
     Raises
     ------
     ColossalError
-        The first failing rank's error, by rank, or one of its kind.
+        The first failing rank's, by rank, with its own type and text.
     """
     failure: BaseException | None = None
     try:
@@ -190,5 +203,5 @@ def agreed(grid: Grid) -> Iterator[None]:
     outcomes = collect(None if failure is None else (type(failure), str(failure)), grid)
     first = next((outcome for outcome in outcomes if outcome), None)
     if first is not None:
-        kind: Callable[[str], Exception] = first[0] if issubclass(first[0], ColossalError) else ColossalError
-        raise kind(first[1]) from failure
+        raised: type[Exception] = first[0] if issubclass(first[0], ColossalError) else kind
+        raise raised(first[1]) from failure

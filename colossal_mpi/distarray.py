@@ -13,7 +13,7 @@ from colossal_mpi import backend, comm
 from colossal_mpi.backend import Block
 from colossal_mpi.errors import LayoutError, ShapeError
 from colossal_mpi.grid import Grid
-from colossal_mpi.layout import Layout, box_shape
+from colossal_mpi.layout import Box, Layout, box_shape, index_of
 from colossal_mpi.redistribute import redistribute
 
 _matmul: Callable[[DistArray, DistArray], DistArray] | None = None
@@ -56,12 +56,17 @@ class DistArray:
     def __init__(self, local: Block, shape: Sequence[int], layout: Layout, grid: Grid) -> None:
         self.shape, self.grid, self.local = tuple(shape), grid, local
         self.layout = layout.on(grid.axes, len(self.shape))
-        need = box_shape(self.layout.box(self.shape, grid.axes, grid.coords))
+        need = box_shape(self.box)
         if tuple(local.shape) != need:
             raise ShapeError(
                 f"DistArray: {self.layout} of {self.shape} on {grid} gives the rank at {dict(grid.coords)} "
                 f"a block of {need}, not {tuple(local.shape)}"
             )
+
+    @property
+    def box(self) -> Box:
+        """The global indices of this rank's block: ``(start, stop)`` of each dim."""
+        return self.layout.box(self.shape, self.grid.axes, self.grid.coords)
 
     @property
     def dtype(self) -> Any:
@@ -126,7 +131,8 @@ class DistArray:
 
     def astype(self, dtype: Any) -> DistArray:
         """Return the array in another dtype."""
-        return self.like(backend.namespace(self.local).astype(self.local, dtype))
+        xp = backend.namespace(self.local)
+        return self.like(xp.astype(self.local, backend.dtype_of(xp, dtype)))
 
     def copy(self) -> DistArray:
         """Return a copy that shares no memory with this one."""
@@ -140,14 +146,22 @@ class DistArray:
         xp = backend.namespace(self.local)
         return _total(self, xp.sum(self.local), (*self.layout.cut, *self.layout.partial))
 
+    def sum_over(self, dims: Sequence[int]) -> DistArray:
+        """Return the sum over some dims, left partial over the axes that cut them. **Communication:** none."""
+        xp = backend.namespace(self.local)
+        kept = [d for d in range(self.ndim) if d not in dims]
+        summed = [axis for d in dims for axis in self.layout.dims[d]]
+        layout = Layout(*[self.layout.dims[d] for d in kept], partial=(*self.layout.partial, *summed))
+        block = xp.sum(self.local, axis=tuple(dims), dtype=self.dtype)
+        return DistArray(block, [self.shape[d] for d in kept], layout, self.grid)
+
     def norm(self) -> float:
-        """Return the Frobenius norm, the same bits on every rank.
+        """Return the Frobenius norm, the same bits on every rank; the squares are summed in float64.
 
         **Communication:** one allreduce of a single word, after the reduction of partial sums.
         """
         whole = self.redistribute(self.layout.with_partial())
-        xp = backend.namespace(whole.local)
-        return math.sqrt(_total(whole, xp.sum(xp.abs(whole.local) ** 2), whole.layout.cut))
+        return math.sqrt(_total(whole, squares(whole), whole.layout.cut))
 
     def __matmul__(self, other: DistArray) -> DistArray:
         if _matmul is None or not isinstance(other, DistArray):
@@ -190,10 +204,7 @@ class DistArray:
 def _gather_to(array: DistArray, root: int) -> np.ndarray | None:
     """Send each owned block to `root`, which lays them side by side."""
     grid = array.grid
-    boxes = [
-        array.layout.box(array.shape, grid.axes, at) if array.layout.owner(grid.axes, at) else None
-        for at in (grid.coords_of(rank) for rank in range(grid.size))
-    ]
+    boxes = [array.layout.owned(array.shape, grid.axes, grid.coords_of(rank)) for rank in range(grid.size)]
     counts = [0 if box is None else math.prod(box_shape(box)) for box in boxes]
     xp = backend.namespace(array.local)
     own = xp.reshape(array.local, (-1,))[: counts[grid.rank]]
@@ -205,9 +216,16 @@ def _gather_to(array: DistArray, root: int) -> np.ndarray | None:
     out, start = np.empty(array.shape, flat.dtype), 0
     for box, count in zip(boxes, counts, strict=True):
         if box is not None:
-            out[tuple(slice(a, b) for a, b in box)] = flat[start : start + count].reshape(box_shape(box))
+            out[index_of(box)] = flat[start : start + count].reshape(box_shape(box))
         start += count
     return out
+
+
+def squares(array: DistArray) -> Block:
+    """Return the sum of the squares of this rank's block, in float64 whatever its dtype."""
+    xp = backend.namespace(array.local)
+    size = xp.astype(xp.abs(array.local), xp.float64)
+    return xp.sum(size * size)
 
 
 def _total(array: DistArray, local: Block, axes: Sequence[str]) -> Any:
@@ -229,15 +247,22 @@ def _linear(op: Callable[[Any, Any], Any], a: DistArray, b: Any) -> DistArray:
         return a.like(op(a.local, _match(a, b).local))
     if a.layout.partial:
         raise LayoutError(f"{op.__name__} of a scalar and {a}: not linear in partial sums; redistribute it first")
-    return a.like(op(a.local, b))
+    return a.like(op(a.local, _scalar(op, a, b)))
 
 
 def _scaled(op: Callable[[Any, Any], Any], a: DistArray, b: Any) -> DistArray:
     if not isinstance(b, DistArray):
-        return a.like(op(a.local, b))
+        return a.like(op(a.local, _scalar(op, a, b)))
     if a.layout.partial or b.layout.partial:
         raise LayoutError(f"{op.__name__} of {a} and {b}: not linear in partial sums; redistribute them first")
     return a.like(op(a.local, _match(a, b).local))
+
+
+def _scalar(op: Callable[[Any, Any], Any], a: DistArray, b: Any) -> Any:
+    """Return `b`, which an array cannot stand for: it would be broadcast against the block, not the global array."""
+    if np.ndim(b):
+        raise ShapeError(f"{op.__name__} of {a} and an array of shape {np.shape(b)}: make it one too, with from_global")
+    return b
 
 
 def from_global(
@@ -266,9 +291,8 @@ def from_global(
     shape = tuple(source.shape if shape is None else shape)
     layout = layout.on(grid.axes, len(shape))
     box = layout.box(shape, grid.axes, grid.coords)
-    index = tuple(slice(start, stop) for start, stop in box)
-    block = source(index) if callable(source) else source[index] if shape else source
-    block = grid.xp.asarray(block, dtype=dtype, copy=True)
+    block = source(index_of(box)) if callable(source) else source[index_of(box)] if shape else source
+    block = grid.xp.asarray(block, dtype=backend.dtype_of(grid.xp, dtype), copy=True)
     if any(grid.coords[axis] for axis in layout.partial):
         block = backend.zeros_like(block, block.shape)
     return DistArray(block, shape, layout, grid)
@@ -279,7 +303,7 @@ def full(shape: Sequence[int], value: float, grid: Grid, layout: Layout, dtype: 
     layout = layout.on(grid.axes, len(shape))
     held = 0 if any(grid.coords[axis] for axis in layout.partial) else value
     box = layout.box(shape, grid.axes, grid.coords)
-    return DistArray(grid.xp.full(box_shape(box), held, dtype=np.dtype(dtype)), shape, layout, grid)
+    return DistArray(grid.xp.full(box_shape(box), held, dtype=backend.dtype_of(grid.xp, dtype)), shape, layout, grid)
 
 
 def zeros(shape: Sequence[int], grid: Grid, layout: Layout, dtype: Any = "float64") -> DistArray:

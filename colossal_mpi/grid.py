@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any
 
 from mpi4py import MPI
 
-from colossal_mpi import backend
+from colossal_mpi import backend, layout
 from colossal_mpi.errors import GridError
 
 
@@ -67,10 +68,10 @@ class Grid:
         comm = MPI.COMM_WORLD if comm is None else comm
         _check(axes, comm.Get_size())
         self._cart: Any = comm.Create_cart(list(axes.values()), reorder=False) if axes else comm
-        self._settle(dict(axes))
         node = comm.Split_type(MPI.COMM_TYPE_SHARED)
         self.device = backend.resolve_device(device, node.Get_rank())
         node.Free()
+        self._settle({axis: operator.index(size) for axis, size in axes.items()})
 
     def _settle(self, axes: dict[str, int]) -> None:
         self.axes = MappingProxyType(axes)
@@ -79,17 +80,26 @@ class Grid:
         self._subs: dict[tuple[str, ...], MPI.Intracomm] = {tuple(axes): self._cart}
         self._slices: dict[tuple[tuple[str, int], ...], Grid] = {}
         self.plans: dict[Any, Any] = {}
-        """Plans of redistributions and products on this grid, by everything that they depend on."""
+        """Plans of redistributions on this grid, by everything that they depend on."""
+        self.xp = backend.device_namespace(self.device)
+        """The array namespace in which blocks of this grid are made."""
 
     def coords_of(self, rank: int, axes: Sequence[str] | None = None) -> dict[str, int]:
         """Return the coordinates of `rank` in the group spanned by `axes` (all of them by default)."""
-        coords = {}
-        for axis in reversed(self.axes if axes is None else self.ordered(axes)):
-            rank, coords[axis] = divmod(rank, self.axes[axis])
-        return dict(reversed(coords.items()))
+        group = tuple(self.axes) if axes is None else self.ordered(axes)
+        return layout.coords_of(rank, {axis: self.axes[axis] for axis in group})
 
     def ordered(self, axes: Sequence[str]) -> tuple[str, ...]:
-        """Return `axes` in the order of the grid, which is the order of ranks in their group."""
+        """Return `axes` in the order of the grid, which is the order of ranks in their group.
+
+        Raises
+        ------
+        GridError
+            If one of them is not of the grid.
+        """
+        alien = [axis for axis in axes if axis not in self.axes]
+        if alien:
+            raise GridError(f"no axis {', '.join(map(repr, alien))} on {self}")
         return tuple(axis for axis in self.axes if axis in axes)
 
     def extent(self, axes: Sequence[str]) -> int:
@@ -127,11 +137,6 @@ class Grid:
             self._slices[key] = sub
         return self._slices[key]
 
-    @property
-    def xp(self) -> Any:
-        """The array namespace in which blocks of this grid are made."""
-        return backend.device_namespace(self.device)
-
     def __repr__(self) -> str:
         return f"Grid({_text(self.axes)})" if self.axes else "Grid()"
 
@@ -142,7 +147,7 @@ def _text(axes: Any) -> str:
 
 def _check(axes: dict[str, int], ranks: int) -> None:
     for axis, size in axes.items():
-        if not isinstance(size, int) or size < 1:
+        if not hasattr(size, "__index__") or size < 1:
             raise GridError(f"Grid({_text(axes)}): the size of {axis} must be a positive integer, not {size!r}")
     need = math.prod(axes.values())
     if need != ranks:

@@ -7,7 +7,6 @@ grid and every block is one contiguous box of the global array.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -120,11 +119,12 @@ class Layout:
 
     def owner(self, sizes: Mapping[str, int], coords: Mapping[str, int]) -> bool:
         """Say whether the rank at `coords` is the first of those that hold its block (coordinate 0)."""
-        return all(coords[axis] == 0 for axis in sizes if axis not in self.cut)
+        return not any(coords[axis] for axis in sizes if axis not in self.cut)
 
-    def copies(self, sizes: Mapping[str, int]) -> int:
-        """Return how many ranks hold each element."""
-        return math.prod(size for axis, size in sizes.items() if axis not in self.cut)
+    def owned(self, shape: Sequence[int], sizes: Mapping[str, int], coords: Mapping[str, int]) -> Box | None:
+        """Return the box that the rank at `coords` owns, None if it owns none; the owned boxes tile the array."""
+        box = self.box(shape, sizes, coords)
+        return box if self.owner(sizes, coords) and 0 not in box_shape(box) else None
 
 
 def bounds(n: int, axes: Axes, sizes: Mapping[str, int], coords: Mapping[str, int]) -> tuple[int, int]:
@@ -136,9 +136,30 @@ def bounds(n: int, axes: Axes, sizes: Mapping[str, int], coords: Mapping[str, in
     return start, start + length
 
 
+def coords_of(rank: int, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Return the coordinates of `rank` among ranks in row-major order of axes of these sizes."""
+    coords = {}
+    for axis in reversed(list(sizes)):
+        rank, coords[axis] = divmod(rank, sizes[axis])
+    return dict(reversed(coords.items()))
+
+
+def rank_of(coords: Mapping[str, int], sizes: Mapping[str, int]) -> int:
+    """Return the rank at `coords` among ranks in row-major order of axes of these sizes."""
+    rank = 0
+    for axis, size in sizes.items():
+        rank = rank * size + coords[axis]
+    return rank
+
+
 def box_shape(box: Box) -> tuple[int, ...]:
     """Return the shape of a box."""
     return tuple(stop - start for start, stop in box)
+
+
+def index_of(box: Box) -> tuple[slice, ...]:
+    """Return the slices of `box` in the global array."""
+    return tuple(slice(start, stop) for start, stop in box)
 
 
 def intersect(a: Box, b: Box) -> Box:

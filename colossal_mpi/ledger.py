@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-_CORE = str(Path(__file__).resolve().parent)
+_CORE = str(Path(__file__).parent)
 _BELOW = {f"{_CORE}/{name}.py" for name in ("ledger", "comm", "redistribute", "distarray")}
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from colossal_mpi.distarray import DistArray
+from colossal_mpi.errors import LayoutError
 from colossal_mpi.grid import Grid
 from colossal_mpi.layout import Box, Layout, box_shape
 
@@ -93,7 +94,9 @@ def normal_block(box: Box, shape: Sequence[int], seed: int, stream: str) -> np.n
 
 def _distributed(maker: Any, shape: Any, grid: Grid, layout: Layout, seed: int, stream: str) -> DistArray:
     shape = tuple(shape)
-    layout = layout.on(grid.axes, len(shape)).with_partial()
+    layout = layout.on(grid.axes, len(shape))
+    if layout.partial:
+        raise LayoutError(f"random numbers in {layout}: make them without partial sums and redistribute")
     box = layout.box(shape, grid.axes, grid.coords) if shape else ((0, 1),)
     block = maker(box, shape or (1,), seed, stream)
     return DistArray(grid.xp.asarray(block if shape else block[0]), shape, layout, grid)
@@ -112,6 +115,13 @@ def uniform(shape: Sequence[int], grid: Grid, layout: Layout, seed: int = 0, str
     stream : str
         Name of the array; arrays of different names are independent.
 
+    Raises
+    ------
+    LayoutError
+        If `layout` does not fit the shape or the grid, or has partial axes.
+
+    Notes
+    -----
     **Communication:** none.
     """
     return _distributed(uniform_block, shape, grid, layout, seed, stream)

@@ -12,13 +12,13 @@ the source's layout with its partial axes made replicated (`cotangent`); nothing
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from colossal_mpi import backend, comm
 from colossal_mpi.backend import Block
 from colossal_mpi.grid import Grid
-from colossal_mpi.layout import Axes, Box, Layout, box_shape, intersect, slices
+from colossal_mpi.layout import Axes, Box, Layout, box_shape, coords_of, intersect, part, rank_of, slices
 
 Shape = tuple[int, ...]
 
@@ -99,24 +99,44 @@ def redistribute(block: Block, shape: Shape, source: Layout, target: Layout, gri
     return block if plan.keep else backend.zeros_like(block, block.shape)
 
 
-def _plan(shape: Shape, source: Layout, target: Layout, grid: Grid) -> Plan:
+def _stages(source: Layout, target: Layout) -> tuple[Axes, Layout, Axes]:
+    """Return the axes of the reduce_scatter, the layout that it leaves, and the axes of the allreduce."""
     summed = [axis for axis in source.partial if axis not in target.partial]
     scattered = tuple(axis for axis in target.cut if axis in summed)
+    dims = [(*axes, *(a for a in want if a in scattered)) for axes, want in zip(source.dims, target.dims, strict=True)]
+    middle = Layout(*dims, partial=[a for a in source.partial if a not in scattered])
+    return scattered, middle, tuple(axis for axis in summed if axis not in scattered)
+
+
+def received(shape: Shape, source: Layout, target: Layout, sizes: Mapping[str, int]) -> list[int]:
+    """Return the words that each rank of a grid of these axes receives in a redistribution. Needs no MPI.
+
+    Parameters are those of `redistribute`, the layouts checked and without axes of size 1.
+    """
+    scattered, middle, rest = _stages(source, target)
+    p, q = (math.prod(sizes[axis] for axis in axes) for axes in (scattered, rest))
+    words = []
+    for rank in range(math.prod(sizes.values())):
+        coords = coords_of(rank, sizes)
+        have, want = (layout.box(shape, sizes, coords) for layout in (middle, target))
+        own = math.prod(box_shape(have))
+        low, high = part(own, q, rank_of(coords, {axis: sizes[axis] for axis in sizes if axis in rest}))
+        lacking = math.prod(box_shape(want)) - math.prod(box_shape(intersect(have, want)))
+        words.append((p - 1) * own + (q - 2) * (high - low) + own + lacking)
+    return words
+
+
+def _plan(shape: Shape, source: Layout, target: Layout, grid: Grid) -> Plan:
+    scattered, middle, rest = _stages(source, target)
     reductions = []
     if scattered:
-        dims = [
-            (*axes, *(a for a in want if a in scattered)) for axes, want in zip(source.dims, target.dims, strict=True)
-        ]
-        middle = Layout(*dims, partial=[a for a in source.partial if a not in scattered])
         reductions.append(_scatter(shape, source, middle, scattered, grid))
-        source = middle
-    rest = tuple(axis for axis in summed if axis not in scattered)
     if rest:
-        own = box_shape(source.box(shape, grid.axes, grid.coords))
+        own = box_shape(middle.box(shape, grid.axes, grid.coords))
         reductions.append(Reduction(grid.ordered(rest), None, [], own))
     fresh = [axis for axis in target.partial if axis not in source.partial]
     keep = all(grid.coords[axis] == 0 for axis in fresh)
-    return Plan(tuple(reductions), _exchange_plan(shape, source, target, grid), keep)
+    return Plan(tuple(reductions), _exchange_plan(shape, middle, target, grid), keep)
 
 
 def _scatter(shape: Shape, source: Layout, middle: Layout, axes: Axes, grid: Grid) -> Reduction:

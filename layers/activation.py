@@ -23,4 +23,5 @@ class GELU(Layer):
 
     def backward(self, dy: DistArray, cache: Any, later: Later = None) -> DistArray:
         """Return ``dy gelu'(x)``."""
+        dy = dy.redistribute(cache.layout)
         return cache.like(kernels.gelu_backward(dy.local, cache.local))

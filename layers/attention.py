@@ -8,7 +8,7 @@ from colossal_mpi import backend
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import ShapeError
 from colossal_mpi.layers.kernels import reference as kernels
-from colossal_mpi.layers.layer import Context, Later, Layer
+from colossal_mpi.layers.layer import Chain, Context, Later, Layer
 from colossal_mpi.layers.linear import Linear
 from colossal_mpi.layers.parallelism import Parallelism
 
@@ -35,11 +35,11 @@ class CausalAttention(Layer):
         """Return the cotangent of the packed queries, keys and values."""
         x, y, lse = cache
         q, k, v = (x.local[:, :, t, ...] for t in range(3))
-        grads = kernels.attention_backward(dy.local, q, k, v, y.local, lse)
+        grads = kernels.attention_backward(dy.redistribute(y.layout).local, q, k, v, y.local, lse)
         return x.like(backend.namespace(q).stack(grads, axis=2))
 
 
-class SelfAttention(Layer):
+class SelfAttention(Chain):
     """Causal multi-head self-attention of the residual stream, with its input and output products.
 
     Parameters
@@ -79,19 +79,8 @@ class SelfAttention(Layer):
             raise ShapeError(f"{heads} heads do not divide hidden={hidden}: use heads in {{{', '.join(fitting)}}}")
         sizes = {"h": hidden, "t": 3, "a": heads, "d": hidden // heads}
         common = {"seed": seed, "dtype": dtype}
-        self.qkv = Linear("bsh,htad->bstad", sizes, "a", parallelism, f"{name}.qkv", std=std, **common)
-        self.core = CausalAttention(parallelism)
-        self.out = Linear("bsad,adh->bsh", sizes, "a", parallelism, f"{name}.out", std=out_std, **common)
-
-    def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
-        """Return the attention output, in the layout of the stream."""
-        qkv, first = self.qkv.forward(x, ctx)
-        heads, second = self.core.forward(qkv, ctx)
-        y, third = self.out.forward(heads, ctx)
-        return y, (first, second, third)
-
-    def backward(self, dy: DistArray, cache: Any, later: Later = None) -> DistArray:
-        """Return the cotangent of the stream."""
-        first, second, third = cache
-        dy = self.core.backward(self.out.backward(dy, third, later), second, later)
-        return self.qkv.backward(dy, first, later)
+        super().__init__(
+            Linear("bsh,htad->bstad", sizes, "a", parallelism, f"{name}.qkv", std=std, **common),
+            CausalAttention(parallelism),
+            Linear("bsad,adh->bsh", sizes, "a", parallelism, f"{name}.out", std=out_std, **common),
+        )

@@ -10,7 +10,7 @@ from colossal_mpi.errors import ShapeError
 from colossal_mpi.layers.kernels import reference as kernels
 from colossal_mpi.layers.layer import Context, Later, Layer, Parameter
 from colossal_mpi.layers.parallelism import Parallelism
-from colossal_mpi.layout import Layout, bounds
+from colossal_mpi.layout import Layout
 from colossal_mpi.linalg.contract import map_layout
 
 
@@ -47,21 +47,19 @@ class Embedding(Layer):
 
     def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
         """Return the rows of the table at the integer ids `x`, in the layout of the stream."""
-        table, ids = self.table.value.redistribute(self.used), x.redistribute(self.ids)
-        rows = kernels.lookup(table.local, ids.local, self._rows(table)[0])
+        ids = x.redistribute(self.ids)
+        kernels.require_ids(ids.local, self.table.value.shape[0])
+        table = self.table.value.redistribute(self.used)
+        rows = kernels.lookup(table.local, ids.local, table.box[0][0])
         partial = map_layout("bsh", self.axes, "v")
         y = DistArray(rows, (*x.shape, table.shape[1]), partial, x.grid)
-        return y.redistribute(self.y), ids
-
-    def _rows(self, table: DistArray) -> tuple[int, int]:
-        """Return the rows of the table that this rank looks up in."""
-        return bounds(table.shape[0], self.used.dims[0], table.grid.axes, table.grid.coords)
+        return y.redistribute(self.y), (ids, table.box[0])
 
     def backward(self, dy: DistArray, cache: Any, later: Later = None) -> None:
         """Add the rows of `dy` to the gradient of the table; ids have no cotangent."""
+        ids, (start, stop) = cache
         dy = dy.redistribute(self.dy)
-        start, stop = self._rows(self.table.value)
-        block = kernels.lookup_backward(dy.local, cache.local, start, stop - start)
+        block = kernels.lookup_backward(dy.local, ids.local, start, stop - start)
         layout = map_layout("vh", self.axes, "bs")
         self.table.accumulate(DistArray(block, self.table.value.shape, layout, dy.grid))
 
@@ -94,20 +92,17 @@ class PositionEmbedding(Layer):
             raise ShapeError(
                 f"a sequence of {x.shape[1]} needs as many positions; the table has {self.table.value.shape[0]}"
             )
-        start, stop = self._span(x)
+        start, stop = x.box[1]
         table = self.table.value.redistribute(self.used)
-        return x.like(x.local + table.local[start:stop, :]), None
-
-    @staticmethod
-    def _span(x: DistArray) -> tuple[int, int]:
-        return bounds(x.shape[1], x.layout.dims[1], x.grid.axes, x.grid.coords)
+        return x.like(x.local + table.local[start:stop, :]), x.layout
 
     def backward(self, dy: DistArray, cache: Any, later: Later = None) -> DistArray:
         """Return `dy`; its sum over the batch goes to the rows of the table."""
-        xp = backend.namespace(dy.local)
-        start, stop = self._span(dy)
+        dy = dy.redistribute(cache)
+        start, stop = dy.box[1]
+        rows = dy.sum_over([0])
         block = backend.zeros_like(dy.local, (self.table.value.shape[0], dy.local.shape[2]))
-        block[start:stop, :] = xp.sum(dy.local, axis=0)
-        layout = Layout(*self.used.dims, partial=(*dy.layout.dims[0], *dy.layout.dims[1]))
+        block[start:stop, :] = rows.local
+        layout = Layout(*self.used.dims, partial=(*rows.layout.partial, *dy.layout.dims[1]))
         self.table.accumulate(DistArray(block, self.table.value.shape, layout, dy.grid))
         return dy

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from colossal_mpi import distarray, random
+from colossal_mpi import backend, distarray, random
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.layers.parallelism import Parallelism
 from colossal_mpi.layout import Layout
@@ -61,13 +61,8 @@ class Parameter:
         if std is None:
             self.value = distarray.full(shape, fill, grid, layout, dtype)
         else:
-            values = random.normal(shape, grid, layout, seed, name)
-            self.value = (values * std).astype(self._dtype(grid, dtype))
+            self.value = (random.normal(shape, grid, layout, seed, name) * std).astype(dtype)
         self.grad: DistArray | None = None
-
-    @staticmethod
-    def _dtype(grid: Any, dtype: Any) -> Any:
-        return getattr(grid.xp, dtype) if isinstance(dtype, str) else dtype
 
     def accumulate(self, grad: DistArray) -> None:
         """Add a contribution, in any layout, to the gradient, which stays partial over the deferred axes.
@@ -84,9 +79,13 @@ class Parameter:
         **Communication:** an allreduce over the deferred axes.
         """
         if self.grad is None:
-            self.grad = self.value * 0
+            self.grad = self.zeros()
         self.grad = self.grad.redistribute(self.value.layout)
         return self.grad
+
+    def zeros(self) -> DistArray:
+        """Return zeros in the layout of the weight."""
+        return self.value.like(backend.zeros_like(self.value.local, self.value.local.shape))
 
     def __repr__(self) -> str:
         return f"Parameter({self.name}, {self.value})"
@@ -95,8 +94,9 @@ class Parameter:
 class Layer:
     """Base of all layers.
 
-    A layer implements ``forward(x, ctx) -> (y, cache)`` and ``backward(dy, cache, later=None) -> dx``. Gradients of its
-    parameters are accumulated in them; with `later` a list, the weight products are appended to it as functions
+    A layer implements ``forward(x, ctx) -> (y, cache)`` and ``backward(dy, cache, later=None) -> dx``. Both are pure
+    but for the gradients of parameters, which are accumulated in them. `dy` may come in any layout, partial sums
+    included; dx goes in the layout of x. With `later` a list, the weight products are appended to it as functions
     instead of being done.
     """
 
@@ -125,29 +125,37 @@ class Layer:
                     yield from item._all()
 
 
-def do(work: Callable[[], None], later: Later) -> None:
-    """Do `work` now, or leave it for later."""
-    if later is None:
-        work()
-    else:
-        later.append(work)
+class Chain(Layer):
+    """Layers one after the other; the backward pass is theirs in reverse."""
+
+    def __init__(self, *layers: Layer) -> None:
+        self.layers = list(layers)
+
+    def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
+        """Return the output of the last layer."""
+        caches = []
+        for layer in self.layers:
+            x, cache = layer.forward(x, ctx)
+            caches.append(cache)
+        return x, caches
+
+    def backward(self, dy: DistArray, cache: Any, later: Later = None) -> Any:
+        """Return the cotangent of the first layer's input."""
+        for layer, kept in zip(reversed(self.layers), reversed(cache), strict=True):
+            dy = layer.backward(dy, kept, later)
+        return dy
 
 
-def saved_arrays(cache: Any) -> list[DistArray | Any]:
-    """Return the arrays held by a cache, each buffer once."""
-    found: dict[int, Any] = {}
+class Residual(Chain):
+    """``x + chain(x)``, for a chain whose output is shaped as its input."""
 
-    def visit(item: Any) -> None:
-        if isinstance(item, tuple | list):
-            for part in item:
-                visit(part)
-        elif isinstance(item, DistArray):
-            visit(item.local)
-        elif hasattr(item, "nbytes") and hasattr(item, "shape"):
-            base = item
-            while getattr(base, "base", None) is not None and hasattr(base.base, "nbytes"):
-                base = base.base
-            found[id(base)] = base
+    def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
+        """Return ``x + chain(x)``."""
+        y, cache = super().forward(x, ctx)
+        return x + y, (cache, x.layout)
 
-    visit(cache)
-    return list(found.values())
+    def backward(self, dy: DistArray, cache: Any, later: Later = None) -> Any:
+        """Return ``dy`` and the chain's cotangent together."""
+        caches, layout = cache
+        dy = dy.redistribute(layout)
+        return dy + super().backward(dy, caches, later)

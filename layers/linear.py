@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from colossal_mpi import backend
 from colossal_mpi.distarray import DistArray
-from colossal_mpi.layers.layer import Context, Later, Layer, Parameter, do
+from colossal_mpi.layers.layer import Context, Later, Layer, Parameter
 from colossal_mpi.layers.parallelism import Parallelism, Product
 from colossal_mpi.layout import Layout
-from colossal_mpi.linalg.contract import adjoints, contract
+from colossal_mpi.linalg.contract import adjoints, contract, parse
 
 
 class Linear(Layer):
@@ -57,7 +56,7 @@ class Linear(Layer):
     ) -> None:
         self.product: Product = parallelism.product(subscripts, inner)
         self.keep = parallelism.keep_gathered
-        _, w, y = subscripts.replace("->", ",").split(",")
+        w, y = parse(subscripts).b, parse(subscripts).c
         self.weight = weight or Parameter(
             f"{name}.weight",
             [sizes[x] for x in w],
@@ -67,7 +66,7 @@ class Linear(Layer):
             seed=seed,
             dtype=dtype,
         )
-        # Letters of the bias: those of the result that are not the batch's.
+        self.batch_dims = [d for d, x in enumerate(y) if x not in w]
         self.bias_dims = [d for d, x in enumerate(y) if x in w]
         self.bias_layout = Layout(*[self.product.y.dims[d] for d in self.bias_dims])
         self.bias = None
@@ -90,24 +89,13 @@ class Linear(Layer):
         p, ((x, w), x_layout) = self.product, cache
         dx_subscripts, dw_subscripts = adjoints(p.subscripts)
         if self.bias is not None:
-            self.bias.accumulate(_sum_batch(dy, self.bias_dims))
+            self.bias.accumulate(dy.redistribute(p.y).sum_over(self.batch_dims))
         dy = dy.redistribute(p.dy)
         w = self.weight.value.redistribute(p.w) if w is None else w
         dx = contract(dx_subscripts, dy, w, p.axes, out=x_layout)
-        do(lambda: self.weight.accumulate(contract(dw_subscripts, x, dy, p.axes)), later)
+
+        def weight_product() -> None:
+            self.weight.accumulate(contract(dw_subscripts, x, dy, p.axes))
+
+        weight_product() if later is None else later.append(weight_product)
         return dx
-
-
-def _sum_batch(dy: DistArray, dims: list[int]) -> DistArray:
-    """Return the sum of `dy` over all dims but `dims`, partial over the axes that cut them."""
-    return sum_over(dy, [d for d in range(dy.ndim) if d not in dims])
-
-
-def sum_over(array: DistArray, dims: list[int]) -> DistArray:
-    """Return the sum of an array over some dims, left partial over the axes that cut them."""
-    xp = backend.namespace(array.local)
-    kept = [d for d in range(array.ndim) if d not in dims]
-    layout = Layout(
-        *[array.layout.dims[d] for d in kept], partial=[axis for d in dims for axis in array.layout.dims[d]]
-    )
-    return DistArray(xp.sum(array.local, axis=tuple(dims)), [array.shape[d] for d in kept], layout, array.grid)

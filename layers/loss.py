@@ -8,7 +8,7 @@ from colossal_mpi import backend, comm
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.layers.kernels import reference as kernels
 from colossal_mpi.layers.parallelism import Parallelism
-from colossal_mpi.layout import Layout, bounds
+from colossal_mpi.layout import Layout
 
 
 class CrossEntropy:
@@ -33,13 +33,16 @@ class CrossEntropy:
         Parameters
         ----------
         logits : DistArray, ``[b, s, v]``
+            In any layout; free in that of the head's result.
         labels : DistArray of integers, ``[b, s]``
+            Negative ones do not count.
         count : int
             Number of valid labels in all microbatches of the step.
         """
         xp, grid, axes = backend.namespace(logits.local), logits.grid, self.layout.dims[2]
-        labels = labels.redistribute(Layout(*self.layout.dims[:2]))
-        start, _ = bounds(logits.shape[2], axes, grid.axes, grid.coords)
+        logits, labels = logits.redistribute(self.layout), labels.redistribute(Layout(*self.layout.dims[:2]))
+        kernels.require_ids(labels.local, logits.shape[2], least=None)
+        start = logits.box[2][0]
         top = comm.allreduce(kernels.peak(logits.local), grid, axes, comm.MAX)
         sums = kernels.cross_entropy_sums(logits.local, labels.local, top, start)
         total, target = comm.allreduce(sums, grid, axes)
@@ -49,6 +52,6 @@ class CrossEntropy:
         return losses.sum() / count, (logits, labels, top + spread, start, 1.0 / count)
 
     def backward(self, cache: Any) -> DistArray:
-        """Return the cotangent of the logits, in their layout."""
+        """Return the cotangent of the logits, in the layout of the inside of a block."""
         logits, labels, lse, start, scale = cache
         return logits.like(kernels.cross_entropy_backward(logits.local, labels.local, lse, start, scale))

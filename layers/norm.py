@@ -8,7 +8,6 @@ from colossal_mpi import backend, comm
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.layers.kernels import reference as kernels
 from colossal_mpi.layers.layer import Context, Later, Layer, Parameter
-from colossal_mpi.layers.linear import sum_over
 from colossal_mpi.layers.parallelism import Parallelism
 
 
@@ -40,13 +39,13 @@ class LayerNorm(Layer):
         """Return ``(x - mean) / sqrt(var + eps) * gain + bias``."""
         xp = backend.namespace(x.local)
         mean = self._mean(x, xp.sum(x.local, axis=-1))
-        centred = x.local - mean[..., None]
-        rstd = 1.0 / xp.sqrt(self._mean(x, xp.sum(centred * centred, axis=-1)) + self.eps)
-        centred *= rstd[..., None]
+        variance = self._mean(x, xp.sum((x.local - mean[..., None]) ** 2, axis=-1))
+        rstd = 1.0 / xp.sqrt(variance + self.eps)
         gain, bias = (p.value.redistribute(self.used).local for p in (self.gain, self.bias))
-        centred *= gain
-        centred += bias
-        return x.like(centred), (x, mean, rstd, gain)
+        y = kernels.normalise(x.local, mean, rstd)
+        y *= gain
+        y += bias
+        return x.like(y), (x, mean, rstd, gain)
 
     def _mean(self, x: DistArray, local: Any) -> Any:
         return comm.allreduce(local, x.grid, x.layout.dims[-1]) / self.size
@@ -54,11 +53,12 @@ class LayerNorm(Layer):
     def backward(self, dy: DistArray, cache: Any, later: Later = None) -> DistArray:
         """Return the cotangent of x; those of gain and bias go to the gradients."""
         x, mean, rstd, gain = cache
+        dy = dy.redistribute(x.layout)
         xp = backend.namespace(dy.local)
         y = kernels.normalise(x.local, mean, rstd)
         rows = list(range(dy.ndim - 1))
-        self.gain.accumulate(sum_over(dy.like(dy.local * y), rows))
-        self.bias.accumulate(sum_over(dy, rows))
+        self.gain.accumulate(dy.like(dy.local * y).sum_over(rows))
+        self.bias.accumulate(dy.sum_over(rows))
         d = dy.local * gain
         sums = xp.stack([xp.sum(d, axis=-1), xp.sum(d * y, axis=-1)])
         sums = comm.allreduce(sums, x.grid, x.layout.dims[-1])

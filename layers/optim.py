@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 from colossal_mpi import backend, comm
-from colossal_mpi.distarray import DistArray
+from colossal_mpi.distarray import DistArray, squares
 from colossal_mpi.layers.layer import Parameter
 
 
-def gradient_norm(parameters: Iterable[Parameter]) -> float:
-    """Return the norm of all reduced gradients together, each global element counted once.
+def gradient_norm(gradients: Sequence[DistArray]) -> float:
+    """Return the norm of reduced gradients together, each global element counted once, in float64.
 
     **Communication:** one allreduce of a single word over the whole grid.
     """
-    local, some = 0.0, None
-    for parameter in parameters:
-        some = parameter.reduce()
-        if some.layout.owner(some.grid.axes, some.grid.coords):
-            xp = backend.namespace(some.local)
-            local = local + xp.sum(some.local * some.local, dtype=xp.float64)
-    if some is None:
-        return 0.0
-    block = backend.namespace(some.local).asarray(local, dtype=backend.namespace(some.local).float64)
-    total = comm.allreduce(block, some.grid, tuple(some.grid.axes))
-    return math.sqrt(float(backend.to_host(total)))
+    owned = [g for g in gradients if g.layout.owner(g.grid.axes, g.grid.coords)]
+    grid, xp = gradients[0].grid, backend.namespace(gradients[0].local)
+    local = sum((squares(g) for g in owned), start=xp.zeros((), dtype=xp.float64))
+    return math.sqrt(float(backend.to_host(comm.allreduce(xp.asarray(local), grid, tuple(grid.axes)))))
 
 
 class AdamW:
@@ -62,14 +54,14 @@ class AdamW:
         self.lr, self.betas, self.eps = lr, betas, eps
         self.weight_decay, self.clip = weight_decay, clip
         self.steps = 0
-        self.moments = {p.name: (p.value * 0, p.value * 0) for p in self.parameters}
+        self.moments = {p.name: (p.zeros(), p.zeros()) for p in self.parameters}
 
     def step(self, lr: float | None = None) -> float:
         """Update all weights, forget the gradients, and return the norm that they had.
 
         **Communication:** the deferred reductions of the gradients and one allreduce of a single word.
         """
-        norm = gradient_norm(self.parameters)
+        norm = gradient_norm([parameter.reduce() for parameter in self.parameters])
         scale = 1.0 if self.clip is None or norm <= self.clip else self.clip / norm
         self.steps += 1
         for parameter in self.parameters:
@@ -98,7 +90,7 @@ class AdamW:
         return {f"{slot}/{name}": pair[i] for name, pair in self.moments.items() for i, slot in enumerate("mv")}
 
 
-def warmup_cosine(step: int, *, peak: float, warmup: int, total: int, floor: float = 0.1) -> Any:
+def warmup_cosine(step: int, *, peak: float, warmup: int, total: int, floor: float = 0.1) -> float:
     """Return the learning rate of `step`: linear to `peak` over `warmup` steps, then a cosine to ``floor * peak``."""
     if step < warmup:
         return peak * (step + 1) / warmup

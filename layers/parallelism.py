@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from colossal_mpi.errors import GridError
 from colossal_mpi.grid import Grid
-from colossal_mpi.layout import Axes, Layout, part
+from colossal_mpi.layout import Axes, Layout, bounds
 from colossal_mpi.linalg.contract import map_layout, parse
 
 INNER = "inner"
@@ -42,6 +42,7 @@ class Template:
     """Axes over which a weight is stored, each element once among them."""
 
 
+# `seq` has its place in both; `_check` refuses it until attention can be cut over the sequence.
 _ONE_MAP = {"data": "b", "row": "b", "seq": "s", "col": INNER, "depth": "h"}
 _BATCH = {"data": "b", "depth": "b", "row": "b", "seq": "s"}
 
@@ -69,7 +70,7 @@ MODES: dict[str, tuple[Template, Axes]] = {
 }
 """Tensor-parallel modes: their template and the axes that they use."""
 
-_TRAINING = ("data",)
+_DATA = ("data",)
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Parallelism:
     @property
     def deferred(self) -> Axes:
         """Axes over which gradients stay partial until the last microbatch."""
-        return self._present(_TRAINING)
+        return self._present(_DATA)
 
     def _present(self, axes: Sequence[str]) -> Axes:
         return tuple(axis for axis in axes if self.grid.axes.get(axis, 1) > 1)
@@ -174,37 +175,32 @@ class Parallelism:
         """
         if len(shape) == 1:
             return used
-        dims = [list(axes) for axes in used.dims]
+        dims, zero = [list(axes) for axes in used.dims], dict.fromkeys(self.grid.axes, 0)
         for axis in self._present(self._template.stored):
             if axis in used.cut:
                 continue
             size = self.grid.axes[axis]
-            local = [self._largest(n, axes) for n, axes in zip(shape, dims, strict=True)]
+            local = [bounds(n, tuple(axes), self.grid.axes, zero)[1] for n, axes in zip(shape, dims, strict=True)]
             even = [d for d, n in enumerate(shape) if n and n % (self.grid.extent(dims[d]) * size) == 0]
             dims[even[0] if even else local.index(max(local))].append(axis)
         return Layout(*dims)
-
-    def _largest(self, n: int, axes: Sequence[str]) -> int:
-        for axis in axes:
-            n = part(n, self.grid.axes[axis], 0)[1]
-        return n
 
     def __repr__(self) -> str:
         return f"Parallelism({self.grid}, tensor={self.tensor!r})"
 
 
 def _check(grid: Grid, mode: str, axes: Axes) -> None:
-    alien = [axis for axis, size in grid.axes.items() if size > 1 and axis not in (*_TRAINING, *axes)]
+    alien = [axis for axis, size in grid.axes.items() if size > 1 and axis not in (*_DATA, *axes)]
     if not alien:
         return
     fitting = [
         name
         for name, (_, used) in MODES.items()
-        if all(axis in (*_TRAINING, *used) for axis, size in grid.axes.items() if size > 1)
+        if all(axis in (*_DATA, *used) for axis, size in grid.axes.items() if size > 1)
     ]
     product = math.prod(grid.axes[axis] for axis in alien)
     raise GridError(
-        f"tensor={mode!r} uses the axes {', '.join((*_TRAINING, *axes))} and not {', '.join(alien)} of {grid}: "
+        f"tensor={mode!r} uses the axes {', '.join((*_DATA, *axes))} and not {', '.join(alien)} of {grid}: "
         + (f"use tensor={' or '.join(map(repr, fitting))}, " if fitting else "")
         + f"or give those {product} ranks to an axis that it uses"
     )

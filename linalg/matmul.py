@@ -20,7 +20,6 @@ class Algorithm:
     a: Layout
     b: Layout
     c: Layout
-    source: str
 
     def fits(self, grid: Grid) -> bool:
         """Say whether every axis of the grid larger than 1 has a place in this algorithm."""
@@ -33,36 +32,27 @@ class Algorithm:
             return Layout(*[[axis for axis in dim if axis in grid.axes] for dim in layout.dims])
 
         axes = {axis: letter for axis, letter in self.axes.items() if axis in grid.axes}
-        return Algorithm(axes, present(self.a), present(self.b), present(self.c), self.source)
+        return Algorithm(axes, present(self.a), present(self.b), present(self.c))
 
 
 ALGORITHMS: dict[str, Algorithm] = {
-    "1d-column": Algorithm(
-        {"col": "n"}, Layout("col", None), Layout(None, "col"), Layout(None, "col"), "B and C cut by columns"
-    ),
-    "1d-row": Algorithm(
-        {"col": "k"}, Layout(None, "col"), Layout("col", None), Layout("col", None), "k cut, C reduced"
-    ),
-    "summa": Algorithm(
-        {"row": "m", "col": "n"},
-        Layout("row", "col"),
-        Layout("row", "col"),
-        Layout("row", "col"),
-        "van de Geijn & Watts 1997, C stationary",
-    ),
+    "1d-column": Algorithm({"col": "n"}, Layout("col", None), Layout(None, "col"), Layout(None, "col")),
+    "1d-row": Algorithm({"col": "k"}, Layout(None, "col"), Layout("col", None), Layout("col", None)),
+    # van de Geijn & Watts 1997, C stationary
+    "summa": Algorithm({"row": "m", "col": "n"}, Layout("row", "col"), Layout("row", "col"), Layout("row", "col")),
+    # Solomonik & Demmel 2011, depth layer l owning the l-th slice of k: no operand is replicated
     "2.5d": Algorithm(
         {"row": "m", "col": "n", "depth": "k"},
         Layout("row", ("depth", "col")),
         Layout(("depth", "row"), "col"),
         Layout(("row", "depth"), "col"),
-        "Solomonik & Demmel 2011, depth layer l owning the l-th slice of k",
     ),
+    # Agarwal et al. 1995
     "3d": Algorithm(
         {"row": "m", "col": "n", "depth": "k"},
         Layout(("row", "col"), "depth"),
         Layout(("depth", "row"), "col"),
         Layout(("row", "depth"), "col"),
-        "Agarwal et al. 1995",
     ),
 }
 """The presets by name. `2.5d` and `3d` are one map and differ in how A is stored."""

@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,40 +12,27 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from colossal_mpi import launcher
+
 from .ranklog import RankLog
 
 MARK = "COLOSSAL_MPI_JOB"
 # Not SIGUSR1: the library catches that one for preemption, and mpiexec forwards it.
 DUMP_SIGNAL = signal.SIGUSR2
 ENVIRONMENT = {
-    "OMPI_ALLOW_RUN_AS_ROOT": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-    "PRTE_MCA_hwloc_default_binding_policy": "none",
-    "OMPI_MCA_mpi_yield_when_idle": "1",
-    "OMPI_MCA_pml": "ob1",
+    "OMPI_MCA_pml": "ob1",  # without these Open MPI looks for network providers for a second
     "OMPI_MCA_btl": "self,sm",
     "OPENBLAS_NUM_THREADS": "1",
     "OMP_NUM_THREADS": "1",
     "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # a search through every installed package, on every rank
 }
-# What a launcher around this process has set would make the ranks its children.
-FOREIGN = ("PMI_", "PMIX_", "MPI_LOCAL", "OMPI_COMM_WORLD_", "PYTEST_ADDOPTS", "PYTHONDONTWRITEBYTECODE")
+NOT_FOR_RANKS = ("PYTEST_ADDOPTS", "PYTHONDONTWRITEBYTECODE")
 
 
 def die_with_parent() -> None:
     """Ask Linux to kill this process when the one that started it ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-def mpiexec() -> str:
-    """Return the ``mpiexec`` beside this python, else the one on PATH."""
-    beside = str(Path(sys.executable).parent)
-    found = shutil.which("mpiexec", path=beside) or shutil.which("mpiexec")
-    if found is None:
-        raise FileNotFoundError(f"no mpiexec in {beside} nor on PATH: pip install mpich")
-    return found
 
 
 class Job:
@@ -57,7 +43,7 @@ class Job:
     directory : Path
         Made here; holds what the ranks are told and what they write.
     spec : dict
-        For the worker: ``tests`` (node ids), ``files``, ``ranks``, ``options`` (of pytest), ``prepared``.
+        For the worker: ``tests`` (node ids), ``file``, ``ranks``, ``options`` (of pytest), ``prepared``.
     cwd : Path
         Where the ranks start.
     """
@@ -67,13 +53,14 @@ class Job:
         (directory / "spec.json").write_text(json.dumps(spec))
         self.directory, self.tests, self.size = directory, set(spec["tests"]), spec["ranks"]
         self.ranks = {rank: RankLog(directory, rank) for rank in range(self.size)}
-        command = [mpiexec(), "-n", str(self.size), sys.executable, "-m", f"{__package__}.worker"]
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
+        worker = [sys.executable, "-m", f"{__package__}.worker", str(directory)]
+        command, needed = launcher.mpiexec_command(self.size, worker)
+        kept = {name: value for name, value in launcher.inherited(os.environ).items() if name not in NOT_FOR_RANKS}
         with (directory / "output.txt").open("wb") as output:
             self.process = subprocess.Popen(
-                [*command, str(directory)],
+                command,
                 cwd=cwd,
-                env=ENVIRONMENT | kept | {MARK: str(directory)},
+                env=ENVIRONMENT | kept | needed | {MARK: str(directory)},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -6,9 +6,9 @@ Sums over a dim that may be cut are left to the layer: a function that needs one
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from colossal_mpi.backend import Block, namespace
+from colossal_mpi.errors import ShapeError
 
 _GELU = math.sqrt(2.0 / math.pi)
 _CUBIC = 0.044715
@@ -143,15 +143,34 @@ def lookup_backward(dy: Block, ids: Block, start: int, count: int) -> Block:
     Equal rows are added by one product with a 0/1 matrix of the distinct ids, in a fixed order.
     """
     xp = namespace(dy)
-    table = xp.zeros((count, dy.shape[-1]), dtype=dy.dtype)
     flat, here = _rows(ids, start, count)
     if not flat.size or not count:
-        return table
+        return xp.zeros((count, dy.shape[-1]), dtype=dy.dtype)
     distinct, place = xp.unique_inverse(flat)
     same = xp.reshape(place, (1, -1)) == xp.arange(distinct.shape[0])[:, None]
     hits = xp.astype(same & here[None, :], dy.dtype)
-    table[distinct] = xp.matmul(hits, xp.reshape(dy, (-1, dy.shape[-1])))
+    sums = xp.matmul(hits, xp.reshape(dy, (-1, dy.shape[-1])))
+    rows = xp.arange(count)
+    nearest = xp.clip(xp.searchsorted(distinct, rows), max=distinct.shape[0] - 1)
+    table = xp.take(sums, nearest, axis=0)
+    table *= xp.astype(xp.take(distinct, nearest) == rows, dy.dtype)[:, None]
     return table
+
+
+def require_ids(ids: Block, count: int, least: int | None = 0) -> None:
+    """Require integer ids from `least` (None: any) to below `count`.
+
+    Raises
+    ------
+    ShapeError
+        On the ranks that hold an id outside, which ends the job.
+    """
+    xp = namespace(ids)
+    if not ids.size:
+        return
+    low, high = int(xp.min(ids)), int(xp.max(ids))
+    if high >= count or (least is not None and low < least):
+        raise ShapeError(f"token ids from {low} to {high} for a vocabulary of {count}: they must be below it, from 0")
 
 
 def peak(logits: Block) -> Block:
@@ -179,7 +198,7 @@ def _one_hot(labels: Block, start: int, count: int) -> Block:
 def cross_entropy_backward(logits: Block, labels: Block, lse: Block, start: int, scale: float) -> Block:
     """Return the cotangent of the logits' piece: ``scale (softmax - one hot)`` where the label counts, else 0."""
     xp = namespace(logits)
-    d: Any = xp.exp(logits - lse[..., None])
+    d = xp.exp(logits - lse[..., None])
     d -= xp.astype(_one_hot(labels, start, logits.shape[-1]), d.dtype)
     d *= scale * xp.astype(labels >= 0, d.dtype)[..., None]
     return d

@@ -6,10 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from colossal_mpi.distarray import DistArray
-from colossal_mpi.layers.block import Block
+from colossal_mpi.layers.block import TransformerBlock
 from colossal_mpi.layers.embedding import Embedding, PositionEmbedding
-from colossal_mpi.layers.layer import Context, Later, Layer
+from colossal_mpi.layers.layer import Chain
 from colossal_mpi.layers.linear import Linear
 from colossal_mpi.layers.norm import LayerNorm
 from colossal_mpi.layers.parallelism import Parallelism
@@ -30,8 +29,8 @@ class GPTConfig:
     dtype: str = "float32"
 
 
-class GPT(Layer):
-    """GPT-2 (Radford et al. 2019) with tied input and output embeddings.
+class GPT(Chain):
+    """GPT-2 (Radford et al. 2019) with tied input and output embeddings: token ids ``[b, s]`` to logits ``[b, s, v]``.
 
     Parameters
     ----------
@@ -47,35 +46,17 @@ class GPT(Layer):
     def __init__(self, config: GPTConfig, parallelism: Parallelism) -> None:
         self.config, hidden = config, config.hidden
         common: dict[str, Any] = {"seed": config.seed, "dtype": config.dtype}
-        self.tokens = Embedding(config.vocabulary, hidden, parallelism, "tokens", **common)
-        self.positions = PositionEmbedding(config.positions, hidden, parallelism, "positions", **common)
+        tokens = Embedding(config.vocabulary, hidden, parallelism, "tokens", **common)
         out_std = 0.02 / math.sqrt(2 * config.layers)
         inner = config.inner or 4 * hidden
-        self.blocks = [
-            Block(hidden, config.heads, inner, parallelism, f"blocks.{i}", out_std=out_std, **common)
-            for i in range(config.layers)
-        ]
-        self.norm = LayerNorm(hidden, parallelism, "norm", dtype=config.dtype)
-        self.head = Linear(
-            "bsh,vh->bsv",
-            {"v": config.vocabulary, "h": hidden},
-            "v",
-            parallelism,
-            "head",
-            bias=False,
-            weight=self.tokens.table,
+        sizes = {"v": config.vocabulary, "h": hidden}
+        super().__init__(
+            tokens,
+            PositionEmbedding(config.positions, hidden, parallelism, "positions", **common),
+            *[
+                TransformerBlock(hidden, config.heads, inner, parallelism, f"blocks.{i}", out_std=out_std, **common)
+                for i in range(config.layers)
+            ],
+            LayerNorm(hidden, parallelism, "norm", dtype=config.dtype),
+            Linear("bsh,vh->bsv", sizes, "v", parallelism, "head", bias=False, weight=tokens.table),
         )
-        self.layers: list[Layer] = [self.tokens, self.positions, *self.blocks, self.norm, self.head]
-
-    def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
-        """Return the logits ``[b, s, v]`` of token ids ``[b, s]``."""
-        caches = []
-        for layer in self.layers:
-            x, cache = layer.forward(x, ctx)
-            caches.append(cache)
-        return x, caches
-
-    def backward(self, dy: DistArray, cache: Any, later: Later = None) -> None:
-        """Take the cotangent of the logits to the gradients of all parameters."""
-        for layer in reversed(self.layers):
-            dy = layer.backward(dy, cache.pop(), later)

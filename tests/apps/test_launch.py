@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from mpi4py import MPI
 
+from colossal_mpi import launcher
 from colossal_mpi.apps import launch
 from colossal_mpi.errors import ConfigError, LaunchError
 
@@ -109,16 +110,16 @@ def test_signal_ends_a_job_that_is_inside_mpi(script, number):
 def test_mpiexec_of_the_library_is_found_behind_others(tmp_path, monkeypatch, vendor):
     others = {"MPICH", "Intel MPI"} if vendor == "Open MPI" else {"Open MPI"}
     paths = {name: fake_mpiexec(tmp_path / name, VERSIONS[name]) for name in [*others, vendor]}
-    monkeypatch.setattr(launch, "_here", lambda: str(tmp_path))
+    monkeypatch.setattr(launcher, "_here", lambda: str(tmp_path))
     env = {"PATH": os.pathsep.join(os.path.dirname(path) for path in paths.values())}
-    assert launch._mpiexec(vendor, env) == paths[vendor]
+    assert launcher._mpiexec(vendor, env) == paths[vendor]
 
 
 def test_mpiexec_of_another_library_is_refused(tmp_path, monkeypatch):
     foreign = fake_mpiexec(tmp_path / "bin", "mpiexec (Open MPI) 5.0.11")
-    monkeypatch.setattr(launch, "_here", lambda: str(tmp_path))
+    monkeypatch.setattr(launcher, "_here", lambda: str(tmp_path))
     with pytest.raises(LaunchError, match="mpi4py uses MPICH") as caught:
-        launch._mpiexec("MPICH", {"PATH": os.path.dirname(foreign)})
+        launcher._mpiexec("MPICH", {"PATH": os.path.dirname(foreign)})
     assert foreign in str(caught.value)
 
 
@@ -134,8 +135,8 @@ def test_mpiexec_of_another_library_is_refused(tmp_path, monkeypatch):
 )
 def test_open_mpi_gets_only_what_it_needs(monkeypatch, uid, cores, env, expected):
     monkeypatch.setattr(os, "geteuid", lambda: uid)
-    monkeypatch.setattr(launch, "_cores", lambda: cores)
-    assert launch._open_mpi(4, env) == expected
+    monkeypatch.setattr(launcher, "_cores", lambda: cores)
+    assert launcher._open_mpi(4, env) == expected
 
 
 @pytest.mark.parametrize(
@@ -162,4 +163,4 @@ def test_rank_of_a_job_is_refused(monkeypatch):
 def test_programs_of_this_environment_come_first():
     argv, _ = launch.mpiexec_command(2, ["python", "-V"], env={"PATH": "/usr/bin"})
     assert argv[-2:] == [os.path.join(os.path.dirname(sys.executable), "python"), "-V"]
-    assert MPI.get_vendor()[0] in launch._SAYS
+    assert MPI.get_vendor()[0] in launcher._SAYS

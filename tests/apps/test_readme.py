@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from colossal_mpi.apps.launch import mpiexec_command
+from colossal_mpi.launcher import mpiexec_command
 
 README = Path(__file__).parents[2] / "README.rst"
 

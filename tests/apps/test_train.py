@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from colossal_mpi.apps import compare
-from colossal_mpi.apps.launch import mpiexec_command
+from colossal_mpi.launcher import mpiexec_command
 
 SMALL = """
 [model]
@@ -108,10 +108,11 @@ def test_a_run_resumes_on_another_grid(folder):
         (4, ["--resume", "nowhere"], "no run to resume at nowhere"),
         (4, ["missing.toml"], "cannot read config missing.toml"),
         (4, ["small.toml", "--tensor", "1d"], "tensor='1d' uses the axes data, col and not row"),
+        (4, ["small.toml", "--set", "model.heads=3"], "3 heads do not divide hidden=20: use heads in {1, 2, 4, 5, 10}"),
         (4, ["small.toml", "--frobnicate"], "No such option: --frobnicate"),
         (4, ["small.toml", "--set", "run.directory=/proc/nowhere"], "run.directory='/proc/nowhere' cannot be written"),
     ],
-    ids=["key", "ranks", "corpus", "resume", "config", "mode", "option", "directory"],
+    ids=["key", "ranks", "corpus", "resume", "config", "mode", "heads", "option", "directory"],
 )
 def test_what_cannot_run_says_so_once(folder, ranks, arguments, message):
     begun = time.monotonic()
@@ -148,7 +149,7 @@ def test_every_mode_does_the_steps_of_one_rank(folder, monkeypatch):
         ("2d", "2d", {"row": 2, "col": 2}),
         ("3d", "3d", {"col": 2, "depth": 2}),
     ]
-    monkeypatch.setattr(compare, "MODES", ragged)
+    monkeypatch.setattr(compare, "CASES", ragged)
     result = compare.modes(str(folder / "small.toml"), folder / "compare", steps=3)
     reference = result["one rank"]["losses"]
     assert len(reference) == 3

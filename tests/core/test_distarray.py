@@ -18,7 +18,6 @@ def cut(grid, partial=True):
     return layouts(2, list(grid.axes), partial)
 
 
-@pytest.mark.smoke
 @on_grids
 def test_from_global_takes_this_ranks_block(grid):
     whole = integers(SHAPE)
@@ -80,7 +79,6 @@ def test_a_layout_that_does_not_fit_is_an_error_on_all_ranks(grid, layout):
         assert f"{layout}: " in text
 
 
-@pytest.mark.smoke
 @on_grids
 @pytest.mark.parametrize("op", [operator.add, operator.sub, operator.mul, operator.truediv], ids=lambda op: op.__name__)
 def test_arithmetic_of_arrays_in_any_two_layouts(grid, op):
@@ -110,6 +108,17 @@ def test_scalars_on_either_side(grid, scalar):
     results, wanted = [*sums, *scaled, x**scalar], [*of_sums, *of_scaled, whole**2]
     assert all(type(result) is DistArray for result in results)
     assert all(represents(result, want) for result, want in zip(results, wanted, strict=True))
+
+
+@pytest.mark.grids(LINE)
+@pytest.mark.parametrize("other", [np.ones((4, 2)), np.ones(2), [1.0, 2.0]], ids=["block", "row", "list"])
+def test_plain_arrays_are_no_scalars(grid, other):
+    """Each would fit this rank's block, (4, 2), and be taken for another part of the global array on each rank."""
+    x = full((4, 6), 1, grid, Layout(None, "col"))
+    for operation in (lambda: x + other, lambda: other - x, lambda: x * other, lambda: other / x):
+        kind, text = refusal(operation, grid)
+        assert kind is ShapeError
+        assert f"an array of shape {np.shape(other)}: make it one too, with from_global" in text
 
 
 NOT_LINEAR = {
@@ -154,7 +163,6 @@ def test_transposition_moves_nothing(grid):
         assert not moved.events
 
 
-@pytest.mark.smoke
 @on_grids
 def test_matmul_is_that_of_numpy(grid):
     a, b = integers((7, 5), seed=1), integers((5, 9), seed=2)
@@ -174,6 +182,7 @@ def test_gather_gives_the_global_array_to_the_root(grid, shape):
         assert np.array_equal(at_root, whole) if grid.rank == root else at_root is None
 
 
+@pytest.mark.smoke
 @pytest.mark.grids(SQUARE)
 def test_gather_sends_words_to_the_root_alone(grid):
     for layout in cut(grid, partial=False):

@@ -3,7 +3,7 @@ import pytest
 from mpi4py import MPI
 
 from colossal_mpi import DistArray, Grid, GridError, Layout, comm, from_global
-from tests.cases import integers, represents
+from tests.cases import integers, refusal, represents
 
 TWO = {"row": 2, "col": 2}
 THREE = {"pipe": 2, "row": 1, "col": 3}
@@ -48,6 +48,19 @@ def test_a_group_is_in_the_order_of_the_grid(grid):
         ]
         assert grid.extent(axes) == group.size
         assert grid.comm(tuple(reversed(axes))) is group
+
+
+@pytest.mark.grids(TWO)
+def test_a_group_along_an_unknown_axis_is_an_error_on_all_ranks(grid):
+    kind, text = refusal(lambda: grid.comm(("row", "depth")), grid)
+    assert kind is GridError
+    assert "no axis 'depth' on Grid(row=2, col=2)" in text
+
+
+def test_sizes_may_be_integers_of_numpy():
+    made = Grid(row=np.int64(1), col=np.int32(1))
+    assert repr(made) == "Grid(row=1, col=1)"
+    assert all(type(size) is int for size in made.axes.values())
 
 
 @pytest.mark.grids(THREE, {"row": 2, "pipe": 2})

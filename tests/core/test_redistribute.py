@@ -6,7 +6,7 @@ import pytest
 
 from colossal_mpi import DistArray, Layout, comm, from_global, ledger
 from colossal_mpi.layout import part
-from colossal_mpi.redistribute import cotangent
+from colossal_mpi.redistribute import cotangent, received
 from tests.cases import astray, inner, integers, lacking, layouts, represents, some, spread, totals
 
 GRIDS = [{"row": 2, "col": 2}, {"row": 2, "col": 3}, {"row": 1, "col": 3}, {"a": 2, "b": 2, "c": 2}]
@@ -61,6 +61,18 @@ def test_every_move_receives_what_is_lacking(grid, shape):
     assert not wrong
 
 
+@on_every_case
+def test_the_words_of_every_move_are_foretold(grid, shape):
+    wrong = []
+    for source, target in cases(grid, shape):
+        x = from_global(integers(shape), grid, source)
+        with ledger.record() as moved:
+            y = x.redistribute(target)
+        if moved.words != received(shape, x.layout, y.layout, grid.axes)[grid.rank]:
+            wrong.append(f"{source} -> {target}: {moved.words} words")
+    assert not wrong
+
+
 def reduce_scatter_words(p, own):
     return (p - 1) * own
 
@@ -109,16 +121,28 @@ def test_nothing_moves_where_nothing_is_lacking(grid):
     assert not moved.events
 
 
+ONE = {
+    "swap": (Layout("row", "col"), Layout("col", "row"), "all_to_all", BOTH),
+    "turn": (Layout("row", "col"), Layout(("col", "row"), None), "all_to_all", BOTH),
+    "other-dim": (Layout("row", None), Layout(None, "row"), "all_to_all", ("row",)),
+    "gather-dim-0": (Layout("row", "col"), Layout(None, "col"), "allgather", ("row",)),
+    "gather-dim-1": (Layout("row", "col"), Layout("row", None), "allgather", ("col",)),
+    "gather-all": (Layout("row", "col"), Layout(None, None), "allgather", BOTH),
+    "gather-inner": (Layout(BOTH, None), Layout("row", None), "allgather", ("col",)),
+}
+
+
 @pytest.mark.grids({"row": 2, "col": 2})
-def test_swapping_two_axes_is_one_exchange(grid):
-    array = from_global(integers((7, 5)), grid, Layout("row", "col"))
+@pytest.mark.parametrize(("source", "target", "op", "axes"), ONE.values(), ids=ONE)
+def test_a_move_is_one_collective_over_the_axes_that_change(grid, source, target, op, axes):
+    array = from_global(integers((7, 5)), grid, source)
     with ledger.record() as moved:
-        array.redistribute(Layout("col", "row"))
-    assert [(event.op, event.axes) for event in moved.events] == [("all_to_all", BOTH)]
+        array.redistribute(target)
+    assert [(event.op, event.axes) for event in moved.events] == [(op, axes)]
 
 
 @pytest.mark.smoke
-@pytest.mark.grids({"row": 2, "col": 2}, {"row": 2, "col": 3})
+@pytest.mark.grids({"row": 2, "col": 3})
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "complex64", "complex128", "int32", "int64"])
 def test_every_dtype_is_kept(grid, dtype):
     whole = integers((7, 5), dtype)

@@ -7,7 +7,7 @@ from colossal_mpi import from_global, random
 from colossal_mpi.layers import Context, Parallelism
 from colossal_mpi.layers.activation import GELU
 from colossal_mpi.layers.attention import CausalAttention, SelfAttention
-from colossal_mpi.layers.block import MLP, Block
+from colossal_mpi.layers.block import MLP, TransformerBlock
 from colossal_mpi.layers.embedding import Embedding, PositionEmbedding
 from colossal_mpi.layers.linear import Linear
 from colossal_mpi.layers.loss import CrossEntropy
@@ -24,7 +24,7 @@ LAYERS = {
     "attention-core": CausalAttention,
     "attention": lambda p: SelfAttention(H, A, p, "attention", **COMMON),
     "mlp": lambda p: MLP(H, F, p, "mlp", **COMMON),
-    "block": lambda p: Block(H, A, F, p, "block", **COMMON),
+    "block": lambda p: TransformerBlock(H, A, F, p, "block", **COMMON),
     "positions": lambda p: PositionEmbedding(S + 2, H, p, "positions", **COMMON),
 }
 MODES = {(): None, ("col",): "1d", ("row", "col"): "2d", ("depth", "col"): "2.5d", ("col", "depth"): "3d"}

@@ -6,7 +6,7 @@ from reference.words import block_words
 from colossal_mpi import comm, ledger, random
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.layers import Context, Parallelism
-from colossal_mpi.layers.block import Block
+from colossal_mpi.layers.block import TransformerBlock
 
 RAGGED = {"b": 7, "s": 5, "h": 10, "a": 5, "d": 2, "f": 13}
 EVEN = {"b": 8, "s": 4, "h": 16, "a": 8, "d": 2, "f": 24}
@@ -14,7 +14,7 @@ EVEN = {"b": 8, "s": 4, "h": 16, "a": 8, "d": 2, "f": 24}
 
 def check(grid, mode, sizes, keep_gathered):
     p = Parallelism(grid, mode, keep_gathered)
-    block = Block(sizes["h"], sizes["a"], sizes["f"], p, "block", dtype="float64")
+    block = TransformerBlock(sizes["h"], sizes["a"], sizes["f"], p, "block", dtype="float64")
     x = random.normal((sizes["b"], sizes["s"], sizes["h"]), grid, p.stream(), 0, "x")
     with ledger.record() as moved:
         y, cache = block.forward(x, Context())
