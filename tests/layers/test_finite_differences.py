@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from colossal_mpi import from_global, random
+from colossal_mpi import ShapeError, from_global, random
 from colossal_mpi.layers import Context, Parallelism
 from colossal_mpi.layers.activation import GELU
 from colossal_mpi.layers.attention import CausalAttention, SelfAttention
@@ -111,3 +111,42 @@ def test_cross_entropy_backward_is_the_derivative_of_forward(grid):
     v = random.normal(logits.shape, grid, logits.layout, 5, "v")
     expected = slope(lambda: loss.forward(logits, y, B * S)[0], logits, v)
     assert abs((gradient * v).sum() - expected) <= 1e-9 * gradient.norm() * v.norm()
+
+
+@grids
+@pytest.mark.parametrize("name", LAYERS)
+def test_dy_may_come_in_any_layout_and_backward_may_be_called_again(grid, name):
+    p = parallelism(grid)
+    layer, x = LAYERS[name](p), input_of(name, p, grid)
+    y, cache = layer.forward(x, Context())
+    weights = random.normal(y.shape, grid, y.layout, 4, "dy")
+    dx = layer.backward(weights, cache)
+    gradients = {q.name: q.reduce() for q in layer.parameters()}
+    for q in layer.parameters():
+        q.grad = None
+    whole = weights.replicated()
+    scattered = whole.redistribute(whole.layout.with_partial(*[a for a, n in grid.axes.items() if n > 1]))
+    again = layer.backward(scattered, cache)
+    assert again.layout == dx.layout
+    assert (again - dx).norm() <= 1e-13 * dx.norm()
+    for q in layer.parameters():
+        assert (q.reduce() - gradients[q.name]).norm() <= 1e-13 * gradients[q.name].norm(), q.name
+
+
+@pytest.mark.grids({"row": 2, "col": 2})
+def test_logits_may_come_in_any_layout(grid):
+    p = parallelism(grid)
+    loss, labels = CrossEntropy(p), from_global(np.random.default_rng(0).integers(-1, V, (B, S)), grid, p.tokens())
+    logits = random.normal((B, S, V), grid, p.inside("bsv", "v"), 3, "logits")
+    assert loss.forward(logits.replicated(), labels, 9)[0] == loss.forward(logits, labels, 9)[0]
+
+
+@grids
+def test_ids_outside_the_vocabulary_are_refused(grid):
+    p = parallelism(grid)
+    ids = from_global(np.full((B, S), V), grid, p.tokens())
+    logits = random.normal((B, S, V), grid, p.inside("bsv", "v"), 3, "logits")
+    with pytest.raises(ShapeError, match=f"token ids from {V} to {V} for a vocabulary of {V}"):
+        Embedding(V, H, p, "tokens").forward(ids, Context())
+    with pytest.raises(ShapeError, match="token ids"):
+        CrossEntropy(p).forward(logits, ids, 1)

@@ -1,0 +1,41 @@
+"""The reference kernels use nothing outside the array API standard."""
+
+import array_api_strict as strict
+import numpy as np
+import pytest
+
+from colossal_mpi.layers.kernels import reference as kernels
+
+RNG = np.random.default_rng(0)
+X, DY = RNG.standard_normal((2, 5, 3)), RNG.standard_normal((2, 5, 3))
+HEADS = [RNG.standard_normal((2, 4, 3, 5)) for _ in range(5)]
+IDS, LABELS = np.array([[1, 6, 3], [6, 0, 2]]), np.array([[0, -1, 2, 1, 0], [1, 1, -1, 0, 2]])
+CASES = {
+    "gelu": (kernels.gelu, X),
+    "gelu_backward": (kernels.gelu_backward, DY, X),
+    "normalise": (kernels.normalise, X, X[..., 0], X[..., 1]),
+    "normalise_backward": (kernels.normalise_backward, DY, X, X[..., 0], RNG.standard_normal((2, 2, 5)), 3),
+    "attention": (kernels.attention, *HEADS[:3]),
+    "attention_backward": (kernels.attention_backward, *HEADS, RNG.standard_normal((2, 3, 4))),
+    "lookup": (kernels.lookup, X[0], IDS, 2),
+    "lookup_backward": (kernels.lookup_backward, RNG.standard_normal((2, 3, 4)), IDS, 2, 5),
+    "peak": (kernels.peak, X),
+    "cross_entropy_sums": (kernels.cross_entropy_sums, X, LABELS, X[..., 0], 1),
+    "cross_entropy_backward": (kernels.cross_entropy_backward, X, LABELS, X[..., 0], 1, 0.5),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernel_gives_the_same_in_the_strict_namespace(name):
+    kernel, *arguments = CASES[name]
+    plain = kernel(*[a.copy() if isinstance(a, np.ndarray) else a for a in arguments])
+    other = kernel(*[strict.asarray(a, copy=True) if isinstance(a, np.ndarray) else a for a in arguments])
+    for ours, theirs in zip(*[x if isinstance(x, tuple) else (x,) for x in (plain, other)], strict=True):
+        assert np.allclose(ours, np.asarray(theirs), rtol=1e-14, atol=1e-15)
+
+
+def test_lookup_backward_adds_equal_rows():
+    dy = RNG.standard_normal((2, 3, 4))
+    table = np.zeros((9, 4))
+    np.add.at(table, IDS, dy)
+    assert np.allclose(kernels.lookup_backward(dy, IDS, 2, 5), table[2:7], rtol=1e-15, atol=0)
