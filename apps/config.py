@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -42,9 +42,9 @@ class Training(_Section):
     steps: int = Field(400, ge=1)
     batch: int = Field(16, ge=1, description="sequences per step, over all ranks and microbatches")
     microbatches: int = Field(1, ge=1, description="parts of the batch whose gradients are accumulated")
-    lr: float = Field(1e-3, gt=0, description="greatest learning rate")
+    lr: float = Field(1e-3, gt=0, allow_inf_nan=False, description="greatest learning rate")
     warmup: int = Field(20, ge=0, description="steps of linear warm-up; a cosine follows")
-    weight_decay: float = Field(0.1, ge=0)
+    weight_decay: float = Field(0.1, ge=0, allow_inf_nan=False)
     clip: float = Field(1.0, gt=0, description="greatest norm of the gradient")
     seed: int = 0
     evaluate_every: int = Field(100, ge=1, description="steps between validations")
@@ -63,7 +63,9 @@ class Training(_Section):
 class Parallel(_Section):
     """The grid and the mode."""
 
-    grid: dict[str, int] = Field({}, description="size of each axis, outermost first; empty: data over all ranks")
+    grid: dict[Literal["data", "depth", "row", "col"], Annotated[int, Field(ge=1)]] = Field(
+        {}, description="size of each axis, outermost first; empty: data over all ranks"
+    )
     tensor: Literal["none", "1d", "2d", "2.5d", "3d"] = "none"
     keep_gathered: bool = Field(True, description="keep gathered operands for the backward pass: faster, more memory")
     dtype: Literal["float32", "float64"] = "float32"
@@ -103,7 +105,7 @@ def load(source: str, settings: Sequence[str] = ()) -> Config:
     """
     path = Path(source) if Path(source).suffix else SHIPPED / f"{source}.toml"
     try:
-        table = tomllib.loads(path.read_text())
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as problem:
         shipped = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.toml")))
         raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ class RunDirectory:
         ConfigError
             If it holds a run already and `overwrite` is not set, or it cannot be written.
         """
+        if self.config.exists() and not self.checkpoints.is_dir():
+            raise ConfigError(f"{self.config} is not that of a run: choose another folder with --set run.directory=...")
         if self.config.exists() and not overwrite:
             raise ConfigError(
                 f"{self.path} holds a run already: go on with --resume {self.path}, replace it with --overwrite, "
@@ -38,19 +41,29 @@ class RunDirectory:
                 self._clear()
             self.plot.parent.mkdir(parents=True, exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
-            self.config.write_text(configs.dump(config))
-        except OSError as problem:
-            raise ConfigError(f"run.directory={str(self.path)!r} cannot be written: {problem.strerror}") from None
+            self.write_config(config)
+        except (OSError, ValueError) as problem:
+            reason = getattr(problem, "strerror", None) or problem
+            raise ConfigError(f"run.directory={str(self.path)!r} cannot be written: {reason}") from None
+
+    def write_config(self, config: configs.Config) -> None:
+        """Write the configuration that the run has from now on."""
+        self.config.write_text(configs.dump(config), encoding="utf-8")
 
     def _clear(self) -> None:
-        """Remove the files of a former run, and nothing else that may lie there."""
-        for folder in (self.checkpoints, self.plot.parent):
-            shutil.rmtree(folder, ignore_errors=True)
-        for file in (self.config, self.metrics, self.sample):
+        """Remove what a former run wrote, and nothing else that may lie there."""
+        for _, folder in self._saved():
+            shutil.rmtree(folder)
+        for file in (self.config, self.metrics, self.sample, self.plot, self.checkpoints / "latest"):
             file.unlink(missing_ok=True)
 
+    def _saved(self) -> list[tuple[int, Path]]:
+        """Return the checkpoints and the steps behind them, in order."""
+        names = ((re.fullmatch(r"step-(\d+)", path.name), path) for path in self.checkpoints.glob("step-*"))
+        return sorted((int(match[1]), path) for match, path in names if match)
+
     def latest(self) -> Path:
-        """Return the newest checkpoint.
+        """Return the newest checkpoint: that of the link ``latest``, or the last one if the link is broken.
 
         Raises
         ------
@@ -59,10 +72,12 @@ class RunDirectory:
         """
         if not self.config.is_file():
             raise CheckpointError(f"no run to resume at {self.path}: it has no {self.config.name}")
-        latest = self.checkpoints / "latest"
-        if not latest.exists():
+        latest, saved = self.checkpoints / "latest", self._saved()
+        if latest.exists():
+            return latest.resolve()
+        if not saved:
             raise CheckpointError(f"{self.path} has no checkpoint yet: start it anew with --overwrite")
-        return latest.resolve()
+        return saved[-1][1]
 
     def checkpoint(self, step: int) -> Path:
         """Return the place of the checkpoint after `step` steps."""
@@ -71,7 +86,7 @@ class RunDirectory:
     def append(self, row: dict[str, Any]) -> None:
         """Add a row to the metrics."""
         with self.metrics.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the metrics; a last line that a crash has cut short is left out."""
@@ -84,6 +99,6 @@ class RunDirectory:
         whole = self.metrics.with_suffix(".partial")
         whole.write_text("".join(json.dumps(row) + "\n" for row in kept))
         whole.replace(self.metrics)
-        for later in self.checkpoints.glob("step-*"):
-            if int(later.name.partition("-")[2]) > steps:
+        for step, later in self._saved():
+            if step > steps:
                 shutil.rmtree(later)

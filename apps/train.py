@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from typing import Any
@@ -14,6 +15,7 @@ from colossal_mpi.apps.config import Config, load
 from colossal_mpi.apps.plot import plot_loss
 from colossal_mpi.apps.rundir import RunDirectory
 from colossal_mpi.apps.trainer import Trainer
+from colossal_mpi.errors import ColossalError, ConfigError
 from colossal_mpi.grid import Grid, world_size
 
 PROMPT = b"\nThe "
@@ -44,9 +46,12 @@ def resume(path: str, settings: list[str]) -> None:
     grid = make_grid(config)
     trainer = Trainer(config, grid)
     done = trainer.restore(latest)
+    if done > config.training.steps:
+        raise ConfigError(f"{latest} has done {done} steps, and training.steps={config.training.steps}: give more")
     with comm.agreed(grid):
         if grid.rank == 0:
             directory.rewind(done)
+            directory.write_config(config)
     _train(trainer, directory, done)
 
 
@@ -55,6 +60,11 @@ def _train(trainer: Trainer, directory: RunDirectory, done: int) -> None:
     report = _Report(trainer, directory, done) if first else None
     for step in range(done, training.steps):
         row = _timed_step(trainer, step)
+        if not math.isfinite(row["loss"] + row["gradient_norm"]):
+            raise ColossalError(
+                f"step {step + 1}: loss {row['loss']}, gradient norm {row['gradient_norm']}; lower training.lr and go "
+                f"on from the last checkpoint with --resume {directory.path}"
+            )
         last = step + 1 == training.steps
         if last or (step + 1) % training.evaluate_every == 0:
             row["val_loss"] = trainer.validate()
@@ -80,6 +90,8 @@ class _Report:
     """What rank 0 shows and writes: a bar at a terminal, a line every few steps otherwise."""
 
     def __init__(self, trainer: Trainer, directory: RunDirectory, done: int) -> None:
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")  # the sample may hold what an ASCII terminal cannot show
         self.training, self.directory, self.done = trainer.config.training, directory, done
         self.console, self.begun = Console(soft_wrap=True), time.perf_counter()
         self.best: float | None = None

@@ -60,7 +60,7 @@ def save(directory: str | Path, arrays: Mapping[str, DistArray], metadata: Mappi
     directory = Path(directory)
     partial = directory.with_name(f".{directory.name}.partial")
     _savable(arrays, grid)
-    head = json.dumps({"format_version": FORMAT_VERSION, "metadata": metadata, "arrays": _entries(arrays)})
+    head = _head(arrays, metadata)
     with comm.agreed(grid, CheckpointError):
         if grid.rank == 0:
             _make(directory, partial)
@@ -79,6 +79,11 @@ def save(directory: str | Path, arrays: Mapping[str, DistArray], metadata: Mappi
 
 def _savable(arrays: Mapping[str, DistArray], grid: Grid) -> None:
     for name, array in arrays.items():
+        parts = name.split("/") if isinstance(name, str) else [""]
+        if not all(part.strip(".") for part in parts) or "\0" in name:
+            raise CheckpointError(f"{name!r} cannot name an array in HDF5: use names with / between")
+        if any("/".join(parts[:i]) in arrays for i in range(1, len(parts))):
+            raise CheckpointError(f"{name!r} lies under the name of another array: HDF5 cannot hold both")
         if array.layout.partial:
             raise CheckpointError(f"{name} is {array.layout}: partial sums cannot be saved; redistribute it first")
         if array.grid is not grid:
@@ -154,6 +159,13 @@ def _entries(arrays: Mapping[str, DistArray]) -> dict[str, Any]:
     }
 
 
+def _head(arrays: Mapping[str, DistArray], metadata: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps({"format_version": FORMAT_VERSION, "metadata": metadata, "arrays": _entries(arrays)})
+    except (TypeError, ValueError) as problem:
+        raise CheckpointError(f"the metadata cannot be written as JSON: {problem}") from None
+
+
 def _write_manifest(partial: Path, head: str, files: Mapping[str, Any]) -> None:
     path = partial / MANIFEST
     path.write_text(json.dumps(json.loads(head) | {"files": files}, indent=1))
@@ -218,7 +230,7 @@ def load(directory: str | Path, arrays: Mapping[str, DistArray], grid: Grid) -> 
         for name in sorted(manifest["files"])[grid.rank :: grid.size]:
             _verify(directory, name, manifest["files"][name])
     with comm.agreed(grid, CheckpointError):
-        _read(directory, arrays)
+        _read(directory, arrays, manifest["files"])
     return manifest["metadata"]
 
 
@@ -229,6 +241,8 @@ def _match(directory: Path, entries: Mapping[str, Any], arrays: Mapping[str, Dis
             f"{directory} holds other arrays: it lacks {missing[:3] or 'none'} and has {surplus[:3] or 'none'} besides"
         )
     for name, array in arrays.items():
+        if array.layout.partial:
+            raise CheckpointError(f"{name} is {array.layout}: load into an array without partial sums")
         have = (tuple(entries[name]["shape"]), entries[name]["dtype"])
         want = (array.shape, str(backend.numpy_dtype(array.dtype)))
         if have != want:
@@ -243,10 +257,13 @@ def _verify(directory: Path, name: str, expected: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{directory} is damaged: {name} is not the file that was written (SHA-256 differs)")
 
 
-def _read(directory: Path, arrays: Mapping[str, DistArray]) -> None:
+def _read(directory: Path, arrays: Mapping[str, DistArray], files: Mapping[str, Any]) -> None:
     import h5py
 
     with h5py.File(directory / INDEX, "r") as file:
+        needed = {source.file_name for name in arrays for source in file[name].virtual_sources()}
+        if not needed <= set(files):
+            raise CheckpointError(f"{directory} is damaged: {INDEX} needs {sorted(needed - set(files))}")
         for name, array in arrays.items():
             host = np.asarray(file[name][index_of(array.box)])
             array.local[...] = backend.to_block(host, array.local)

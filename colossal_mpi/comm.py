@@ -48,6 +48,8 @@ def _landing(block: Block, count: int, dtype: Any = None) -> Any:
 
 def _mpi_type(dtype: Any) -> MPI.Datatype:
     known = np.dtype(dtype)
+    if not known.isnative:
+        raise DTypeError(f"MPI cannot carry dtype {dtype}, of foreign byte order: from_global makes it native")
     if known.kind in "biufc":  # mpi4py has a code for strings too, and carries their first characters
         with suppress(KeyError, ValueError):
             return MPI.Datatype.fromcode(known.char)
@@ -65,6 +67,12 @@ def _starts(counts: Sequence[int]) -> list[int]:
 def _require(count: int, block: Block, what: str) -> None:
     if block.size != count:
         raise ShapeError(f"{what}: the block has {block.size} elements and the plan needs {count}")
+
+
+def _require_op(op: str, block: Block) -> None:
+    kind = backend.numpy_dtype(block.dtype).kind
+    if kind == "b" or (op == MAX and kind == "c"):
+        raise DTypeError(f"the {op} of {block.dtype} over ranks: cast it first, bool to an integer, complex to a float")
 
 
 def allgather(
@@ -91,6 +99,7 @@ def reduce_scatter(block: Block, grid: Grid, axes: Sequence[str], counts: Sequen
     """
     comm, begun = grid.comm(axes), time.perf_counter()
     _require(sum(counts), block, "reduce_scatter")
+    _require_op(op, block)
     dtype = backend.numpy_dtype(block.dtype)
     send = _wire(_widened(block))
     own = counts[comm.rank]
@@ -125,6 +134,7 @@ def allreduce(block: Block, grid: Grid, axes: Sequence[str], op: str = SUM) -> B
     """
     if grid.extent(axes) == 1:
         return block
+    _require_op(op, block)
     comm, xp = grid.comm(axes), backend.namespace(block)
     if comm.size == 2:
         both = xp.reshape(_swap(block, grid, axes), (2, *block.shape))
@@ -188,7 +198,7 @@ def agreed(grid: Grid, kind: type[ColossalError] = ColossalError) -> Iterator[No
     ----------
     grid : Grid
     kind : type
-        What an OSError becomes.
+        What an error that is none of ours becomes.
 
     Raises
     ------
@@ -198,7 +208,7 @@ def agreed(grid: Grid, kind: type[ColossalError] = ColossalError) -> Iterator[No
     failure: BaseException | None = None
     try:
         yield
-    except (ColossalError, OSError) as error:
+    except Exception as error:  # any: a rank that left now would leave the others waiting
         failure = error
     outcomes = collect(None if failure is None else (type(failure), str(failure)), grid)
     first = next((outcome for outcome in outcomes if outcome), None)

@@ -11,7 +11,7 @@ import numpy as np
 
 from colossal_mpi import backend, comm
 from colossal_mpi.backend import Block
-from colossal_mpi.errors import LayoutError, ShapeError
+from colossal_mpi.errors import GridError, LayoutError, ShapeError
 from colossal_mpi.grid import Grid
 from colossal_mpi.layout import Box, Layout, box_shape, index_of
 from colossal_mpi.redistribute import redistribute
@@ -54,7 +54,9 @@ class DistArray:
     __array_ufunc__ = None  # NumPy scalars and arrays leave the arithmetic to the methods below
 
     def __init__(self, local: Block, shape: Sequence[int], layout: Layout, grid: Grid) -> None:
-        self.shape, self.grid, self.local = tuple(shape), grid, local
+        # A NumPy scalar, which arithmetic makes of a 0-d array, cannot be written to.
+        self.local: Block = np.asarray(local) if isinstance(local, np.generic) else local
+        self.shape, self.grid = tuple(shape), grid
         self.layout = layout.on(grid.axes, len(self.shape))
         need = box_shape(self.box)
         if tuple(local.shape) != need:
@@ -118,8 +120,9 @@ class DistArray:
         """
         if root is None:
             return np.array(backend.to_host(self.replicated().local))
-        whole = self if not self.layout.partial else self.redistribute(self.layout.with_partial())
-        return _gather_to(whole, root)
+        if not 0 <= root < self.grid.size:
+            raise GridError(f"gather(root={root}) on {self.grid}: the root must be from 0 to {self.grid.size - 1}")
+        return _gather_to(self.redistribute(self.layout.with_partial()), root)
 
     @property
     def T(self) -> DistArray:  # noqa: N802
@@ -130,8 +133,10 @@ class DistArray:
         return DistArray(block, self.shape[::-1], layout, self.grid)
 
     def astype(self, dtype: Any) -> DistArray:
-        """Return the array in another dtype."""
+        """Return the array in another dtype; partial sums cannot become integers, which would round each of them."""
         xp = backend.namespace(self.local)
+        if self.layout.partial and backend.numpy_dtype(backend.dtype_of(xp, dtype)).kind in "iub":
+            raise LayoutError(f"{self} as {dtype}: not linear in partial sums; redistribute it first")
         return self.like(xp.astype(self.local, backend.dtype_of(xp, dtype)))
 
     def copy(self) -> DistArray:
@@ -198,7 +203,12 @@ class DistArray:
         return self * other
 
     def __rtruediv__(self, other: Any) -> DistArray:
-        return self**-1.0 * other
+        if self.layout.partial:
+            raise LayoutError(f"division by {self}: not linear in partial sums; redistribute it first")
+        return self.like(_scalar(operator.truediv, self, other) / self.local)
+
+    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+        raise TypeError(f"{self} is no NumPy array: .local is this rank's block, .gather() the whole")
 
 
 def _gather_to(array: DistArray, root: int) -> np.ndarray | None:
@@ -288,10 +298,14 @@ def from_global(
         raise ShapeError("from_global: a callable needs shape=, the global shape")
     if not callable(source) and not hasattr(source, "shape"):
         source = np.asarray(source)
+    if not callable(source) and shape is not None and tuple(shape) != tuple(source.shape):
+        raise ShapeError(f"from_global: shape={tuple(shape)} for a source of {tuple(source.shape)}: leave shape out")
     shape = tuple(source.shape if shape is None else shape)
     layout = layout.on(grid.axes, len(shape))
     box = layout.box(shape, grid.axes, grid.coords)
     block = source(index_of(box)) if callable(source) else source[index_of(box)] if shape else source
+    if isinstance(block, np.ndarray) and not block.dtype.isnative:
+        block = block.astype(block.dtype.newbyteorder("="))
     block = grid.xp.asarray(block, dtype=backend.dtype_of(grid.xp, dtype), copy=True)
     if any(grid.coords[axis] for axis in layout.partial):
         block = backend.zeros_like(block, block.shape)

@@ -1,7 +1,8 @@
 """The errors that users see.
 
 Each is raised from *global* metadata, so that every rank raises the same one, and says what was
-required, what came and what would work. Start-up code prints such an error once, without a traceback.
+required, what came and what would work. What one rank alone can see (a token id out of range) is raised there, and ends
+the job unless it is caught. Start-up code prints such an error once, without a traceback.
 """
 
 

@@ -126,7 +126,8 @@ class Grid:
         GridError
             If an axis is unknown or this rank does not lie there.
         """
-        if any(self.coords.get(axis) != index for axis, index in coords.items()):
+        self.ordered(tuple(coords))
+        if any(self.coords[axis] != index for axis, index in coords.items()):
             raise GridError(f"at({_text(coords)}): this rank lies at {_text(self.coords)}; pass its own coordinates")
         key = tuple(sorted(coords.items()))
         if key not in self._slices:
@@ -136,6 +137,30 @@ class Grid:
             sub._settle(rest)
             self._slices[key] = sub
         return self._slices[key]
+
+    def free(self) -> None:
+        """Free the communicators of this grid; MPI has some two thousand of them. Collective; the grid ends.
+
+        A grid is also a context manager that does so at its end.
+        """
+        self._release()
+        if self.axes:
+            self._cart.Free()
+
+    def _release(self) -> None:
+        """Free what was made of this grid's own communicator."""
+        for sub in self._slices.values():
+            sub._release()
+        for axes, group in self._subs.items():
+            if axes != tuple(self.axes):
+                group.Free()
+        self._slices, self._subs = {}, {tuple(self.axes): self._cart}
+
+    def __enter__(self) -> Grid:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.free()
 
     def __repr__(self) -> str:
         return f"Grid({_text(self.axes)})" if self.axes else "Grid()"

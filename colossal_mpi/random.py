@@ -12,13 +12,14 @@ Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3. SC 2011
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from colossal_mpi.distarray import DistArray
-from colossal_mpi.errors import LayoutError
+from colossal_mpi.errors import LayoutError, ShapeError
 from colossal_mpi.grid import Grid
 from colossal_mpi.layout import Box, Layout, box_shape
 
@@ -95,6 +96,8 @@ def normal_block(box: Box, shape: Sequence[int], seed: int, stream: str) -> np.n
 def _distributed(maker: Any, shape: Any, grid: Grid, layout: Layout, seed: int, stream: str) -> DistArray:
     shape = tuple(shape)
     layout = layout.on(grid.axes, len(shape))
+    if math.prod(shape[:-1]) > 2**64:
+        raise ShapeError(f"random numbers of shape {shape}: the leading dims may have 2**64 rows together")
     if layout.partial:
         raise LayoutError(f"random numbers in {layout}: make them without partial sums and redistribute")
     box = layout.box(shape, grid.axes, grid.coords) if shape else ((0, 1),)

@@ -17,7 +17,7 @@ class CausalAttention(Layer):
     """Causal softmax attention of packed queries, keys and values ``[b, s, 3, a, d]`` to ``[b, s, a, d]``.
 
     Batch and heads may be cut, the sequence and the head dim may not. **Communication:** none. The backward pass
-    makes the probabilities again from their log-sum-exp, so that no s x s array is kept.
+    makes the probabilities again from the peaks and sums of their scores, so that no s x s array is kept.
     """
 
     def __init__(self, parallelism: Parallelism) -> None:
@@ -26,16 +26,16 @@ class CausalAttention(Layer):
     def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
         """Return the attention of each head."""
         q, k, v = (x.local[:, :, t, ...] for t in range(3))
-        out, lse = kernels.attention(q, k, v)
+        out, statistics = kernels.attention(q, k, v)
         b, s, _, a, d = x.shape
         y = DistArray(out, (b, s, a, d), self.layout, x.grid)
-        return y, (x, y, lse)
+        return y, (x, y, statistics)
 
     def backward(self, dy: DistArray, cache: Any, later: Later = None) -> DistArray:
         """Return the cotangent of the packed queries, keys and values."""
-        x, y, lse = cache
+        x, y, statistics = cache
         q, k, v = (x.local[:, :, t, ...] for t in range(3))
-        grads = kernels.attention_backward(dy.redistribute(y.layout).local, q, k, v, y.local, lse)
+        grads = kernels.attention_backward(dy.redistribute(y.layout).local, q, k, v, y.local, statistics)
         return x.like(backend.namespace(q).stack(grads, axis=2))
 
 

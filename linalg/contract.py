@@ -18,7 +18,7 @@ independent parallel matrix multiplication communication lower bounds, SPAA 2022
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -87,6 +87,11 @@ def parse(subscripts: str) -> Subscripts:
     return Subscripts(a, b, c)
 
 
+def extents_of(sub: Subscripts, a: Sequence[int], b: Sequence[int]) -> dict[str, int]:
+    """Return the size of each letter of operands of these shapes."""
+    return {**dict(zip(sub.a, a, strict=True)), **dict(zip(sub.b, b, strict=True))}
+
+
 def adjoints(subscripts: str) -> tuple[str, str]:
     """Return the subscripts of the two adjoints, which run on the same map as the product: the box is the same.
 
@@ -147,13 +152,17 @@ def contract(
     _check(sub, a, b, axes)
     left = a.redistribute(map_layout(sub.a, axes))
     right = b.redistribute(map_layout(sub.b, axes))
-    extents = {**dict(zip(sub.a, a.shape, strict=True)), **dict(zip(sub.b, b.shape, strict=True))}
+    extents = extents_of(sub, a.shape, b.shape)
     block = multiply(sub, left.local, right.local)
     product = DistArray(block, [extents[x] for x in sub.c], map_layout(sub.c, axes, sub.k), a.grid)
     return product if out is None else product.redistribute(out)
 
 
 def _check(sub: Subscripts, a: DistArray, b: DistArray, axes: Mapping[str, str]) -> None:
+    if not (isinstance(a, DistArray) and isinstance(b, DistArray)):
+        raise DTypeError(
+            f"contract({sub}): operands are {type(a).__name__} and {type(b).__name__}: make DistArrays of them"
+        )
     if a.grid is not b.grid:
         raise GridError(f"contract({sub}): a lies on {a.grid} and b on {b.grid}: make both on the same Grid object")
     for letters, array, name in ((sub.a, a, "a"), (sub.b, b, "b")):
@@ -168,14 +177,14 @@ def _check(sub: Subscripts, a: DistArray, b: DistArray, axes: Mapping[str, str])
     for axis, letter in axes.items():
         if axis not in a.grid.axes:
             raise GridError(f"contract({sub}): no axis {axis!r} on {a.grid}")
-        if letter not in sub.a + sub.b:
+        if letter not in {*sub.a, *sub.b}:
             raise LayoutError(f"contract({sub}): axis {axis!r} is mapped to {letter!r}, which is no letter of it")
 
 
 def multiply(sub: Subscripts, a: Block, b: Block) -> Block:
     """Return the local product, by one (batched) matrix product of the blocks' own library."""
     xp = backend.namespace(a, b)
-    size = {**dict(zip(sub.a, a.shape, strict=True)), **dict(zip(sub.b, b.shape, strict=True))}
+    size = extents_of(sub, a.shape, b.shape)
     left = _matrix(xp, a, sub.a, (sub.batch, sub.m, sub.k), size)
     right = _matrix(xp, b, sub.b, (sub.batch, sub.k, sub.n), size)
     made = sub.batch + sub.m + sub.n

@@ -9,6 +9,7 @@ from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import GridError, ShapeError
 from colossal_mpi.grid import Grid
 from colossal_mpi.layout import Layout
+from colossal_mpi.linalg.auto import fastest
 from colossal_mpi.linalg.contract import contract
 
 
@@ -88,9 +89,9 @@ def matmul(a: DistArray, b: DistArray, algorithm: str | None = None, out: Layout
         In any layout on the same grid; in the layouts of `preset` each word moves once.
     algorithm : str, optional
         ``1d-column``, ``1d-row``, ``summa``, ``2.5d`` or ``3d``; by default the first of them that uses all axes of the
-        grid.
+        grid. ``auto`` takes the map that is modelled to be fastest from where the operands lie, see `options`.
     out : Layout, optional
-        Of the result; by default that of the preset.
+        Of the result; by default that of the preset, or of the map that ``auto`` takes.
 
     **Communication:** summed over ranks ``mk(P_n - 1) + kn(P_m - 1) + mn(P_k - 1)`` words if `a` and `b` are stored as
     the preset has them, and the moves to it if not. **Adjoint:** `contract` with the same map.
@@ -102,6 +103,9 @@ def matmul(a: DistArray, b: DistArray, algorithm: str | None = None, out: Layout
     """
     if a.ndim != 2 or b.ndim != 2:
         raise ShapeError(f"matmul of shapes {a.shape} and {b.shape}: both must have 2 dims; contract takes any number")
+    if algorithm == "auto":
+        best = fastest("mk,kn->mn", a, b, out)
+        return contract("mk,kn->mn", a, b, best.axes, best.out)
     choice = preset(algorithm or _default(a.grid), a.grid)
     return contract("mk,kn->mn", a, b, choice.axes, choice.c if out is None else out)
 

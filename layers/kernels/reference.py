@@ -80,26 +80,31 @@ def _heads(x: Block) -> Block:
 
 
 def attention(q: Block, k: Block, v: Block) -> tuple[Block, Block]:
-    """Return causal softmax attention ``[b, s, a, d]`` and the log-sum-exp of its scores ``[b, a, s]``."""
+    """Return causal softmax attention ``[b, s, a, d]`` and, stacked ``[2, b, a, s, 1]``, the scores' peaks and sums.
+
+    The sums are of ``exp(score - peak)``. Their logarithm added to the peak would lose it where the peak is large.
+    """
     xp = namespace(q)
     p = _scores(q, k)
     if p.size == 0:
-        return xp.zeros_like(q), xp.zeros(p.shape[:-1], dtype=q.dtype)
-    peak = xp.max(p, axis=-1, keepdims=True)
-    p -= peak
+        return xp.zeros_like(q), xp.ones((2, *p.shape[:-1], 1), dtype=q.dtype)
+    peaks = xp.max(p, axis=-1, keepdims=True)
+    p -= peaks
     p = xp.exp(p)
-    total = xp.sum(p, axis=-1, keepdims=True)
-    p /= total
-    out = xp.matmul(p, _heads(v))
-    return _heads(out), (peak + xp.log(total))[..., 0]
+    sums = xp.sum(p, axis=-1, keepdims=True)
+    p /= sums
+    return _heads(xp.matmul(p, _heads(v))), xp.stack([peaks, sums])
 
 
-def attention_backward(do: Block, q: Block, k: Block, v: Block, o: Block, lse: Block) -> tuple[Block, Block, Block]:
-    """Return the cotangents of q, k, v; the probabilities are made again from the log-sum-exp (Dao et al. 2022)."""
+def attention_backward(
+    do: Block, q: Block, k: Block, v: Block, o: Block, statistics: Block
+) -> tuple[Block, Block, Block]:
+    """Return the cotangents of q, k, v; the probabilities are made again from the statistics (Dao et al. 2022)."""
     xp = namespace(q)
     p = _scores(q, k)
-    p -= lse[..., None]
+    p -= statistics[0, ...]
     p = xp.exp(p)
+    p /= statistics[1, ...]
     dv = xp.matmul(xp.matrix_transpose(p), _heads(do))
     ds = xp.matmul(_heads(do), xp.matrix_transpose(_heads(v)))
     ds -= _heads(xp.sum(do * o, axis=-1, keepdims=True))
@@ -149,7 +154,7 @@ def lookup_backward(dy: Block, ids: Block, start: int, count: int) -> Block:
     distinct, place = xp.unique_inverse(flat)
     same = xp.reshape(place, (1, -1)) == xp.arange(distinct.shape[0])[:, None]
     hits = xp.astype(same & here[None, :], dy.dtype)
-    sums = xp.matmul(hits, xp.reshape(dy, (-1, dy.shape[-1])))
+    sums = xp.matmul(hits, xp.reshape(dy, (flat.shape[0], dy.shape[-1])))
     rows = xp.arange(count)
     nearest = xp.clip(xp.searchsorted(distinct, rows), max=distinct.shape[0] - 1)
     table = xp.take(sums, nearest, axis=0)
@@ -195,10 +200,14 @@ def _one_hot(labels: Block, start: int, count: int) -> Block:
     return labels[..., None] == xp.arange(start, start + count)
 
 
-def cross_entropy_backward(logits: Block, labels: Block, lse: Block, start: int, scale: float) -> Block:
-    """Return the cotangent of the logits' piece: ``scale (softmax - one hot)`` where the label counts, else 0."""
+def cross_entropy_backward(logits: Block, labels: Block, top: Block, total: Block, start: int, scale: float) -> Block:
+    """Return the cotangent of the logits' piece: ``scale (softmax - one hot)`` where the label counts, else 0.
+
+    `top` and `total` are the maximum and the sum of ``exp(logits - top)`` over the whole vocabulary.
+    """
     xp = namespace(logits)
-    d = xp.exp(logits - lse[..., None])
+    d = xp.exp(logits - top[..., None])
+    d /= total[..., None]
     d -= xp.astype(_one_hot(labels, start, logits.shape[-1]), d.dtype)
     d *= scale * xp.astype(labels >= 0, d.dtype)[..., None]
     return d

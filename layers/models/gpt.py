@@ -48,7 +48,7 @@ class GPT(Chain):
         common: dict[str, Any] = {"seed": config.seed, "dtype": config.dtype}
         tokens = Embedding(config.vocabulary, hidden, parallelism, "tokens", **common)
         out_std = 0.02 / math.sqrt(2 * config.layers)
-        inner = config.inner or 4 * hidden
+        inner = 4 * hidden if config.inner is None else config.inner
         sizes = {"v": config.vocabulary, "h": hidden}
         super().__init__(
             tokens,

@@ -33,11 +33,16 @@ def test_settings_overrule_the_file_and_may_be_strings(tmp_path):
         ("[tranining]\n", r"unknown key tranining={}; known here are model, data, training, parallel, run"),
         ("[training]\nsteps = 'many'\n", r"training.steps='many': input should be a valid integer"),
         ("[training]\nsteps = 0\n", r"training.steps=0: input should be greater than or equal to 1"),
+        (
+            "[parallel]\ngrid = { comm = 2 }\n",
+            r"grid.comm.*='comm': input should be 'data', 'depth', 'row' or 'col'",
+        ),
+        ("[training]\nlr = inf\n", r"training.lr=inf: input should be a finite number"),
         ("[parallel]\ntensor = '4d'\n", r"parallel.tensor='4d': input should be 'none', '1d', '2d', '2.5d' or '3d'"),
         ("[training]\nbatch = 2\nmicrobatches = 3\n", r"microbatches=3 must be at most batch=2"),
         ("training = 3\n[model\n", r"run.toml is not valid TOML"),
     ],
-    ids=["key", "section", "type", "range", "choice", "combination", "syntax"],
+    ids=["key", "section", "type", "range", "axis", "finite", "choice", "combination", "syntax"],
 )
 def test_errors_name_key_value_file_and_remedy(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message):

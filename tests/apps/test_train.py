@@ -133,14 +133,56 @@ def startup():
 
 
 def test_a_run_is_not_overwritten_unless_asked(folder):
-    (folder / "run").mkdir()
-    (folder / "run" / "config.toml").write_text("")
-    refused = start(1, "small.toml", "--grid", "data=1", "--tensor", "none")
+    quick = [
+        "small.toml",
+        "--grid",
+        "data=1",
+        "--tensor",
+        "none",
+        "--set",
+        "training.steps=1",
+        "--set",
+        "training.sample=0",
+    ]
+    assert start(1, *quick).returncode == 0
+    (folder / "run" / "notes.txt").write_text("the user's own")
+    refused = start(1, *quick)
     assert refused.returncode != 0
     assert "go on with --resume run, replace it with --overwrite" in refused.stderr
-    quick = ["--set", "training.steps=1", "--set", "training.sample=0"]
-    again = start(1, "small.toml", "--grid", "data=1", "--tensor", "none", "--overwrite", *quick)
+    again = start(1, *quick, "--overwrite")
     assert again.returncode == 0, again.stderr
+    assert (folder / "run" / "notes.txt").exists()
+
+
+def test_a_config_that_is_no_runs_is_never_overwritten(folder):
+    (folder / "run").mkdir()
+    (folder / "run" / "config.toml").write_text("mine")
+    refused = start(1, "small.toml", "--grid", "data=1", "--tensor", "none", "--overwrite")
+    assert "run/config.toml is not that of a run" in refused.stderr
+    assert (folder / "run" / "config.toml").read_text() == "mine"
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(folder):
+    result = start(2, "small.toml", "--grid", "data=2", "--tensor", "none", "--set", "training.lr=1e38")
+    assert result.returncode != 0
+    assert result.stderr.count("colossal_mpi: error: step 2: loss nan") == 1, result.stderr
+    assert all(np.isfinite(row["loss"]) for row in rows(folder / "run"))
+
+
+def test_resuming_survives_a_cut_line_and_a_lost_link_and_keeps_its_settings(folder):
+    one = ["small.toml", "--grid", "data=1", "--tensor", "none", "--set", "training.sample=0"]
+    assert start(1, *one, "--set", "training.steps=3").returncode == 0
+    run = folder / "run"
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    (run / "checkpoints" / "latest").unlink()
+    (run / "checkpoints" / "step-0000003.bak").mkdir()
+    fewer = start(1, "--resume", "run", "--set", "training.steps=2")
+    assert "has done 3 steps, and training.steps=2: give more" in fewer.stderr
+    more = start(1, "--resume", "run", "--set", "training.steps=5")
+    assert more.returncode == 0, more.stderr
+    assert [row["step"] for row in rows(run)] == [1, 2, 3, 4, 5]
+    assert "steps = 5" in (run / "config.toml").read_text()
 
 
 def test_every_mode_does_the_steps_of_one_rank(folder, monkeypatch):

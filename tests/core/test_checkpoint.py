@@ -4,8 +4,9 @@ import json
 
 import numpy as np
 import pytest
+from mpi4py import MPI
 
-from colossal_mpi import CheckpointError, Layout, checkpoint, comm, random, zeros
+from colossal_mpi import CheckpointError, Grid, Layout, checkpoint, comm, random, zeros
 
 LAYOUTS = {
     "weights/a": ((7, 5), ("row", "col")),
@@ -114,8 +115,59 @@ def test_a_failed_write_leaves_no_checkpoint_and_raises_on_all_ranks(grid, share
 
     if grid.rank == 1:
         monkeypatch.setattr(checkpoint, "_flush", full)
-    with pytest.raises(Exception, match="No space left on device"):
+    with pytest.raises(CheckpointError, match="No space left on device"):
         checkpoint.save(shared_path / "one", arrays(grid), {}, grid)
     assert not (shared_path / "one").exists()
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         checkpoint.load(shared_path / "one", arrays(grid), grid)
+
+
+@pytest.mark.grids({"row": 3})
+@pytest.mark.parametrize(
+    "names", [["a", "a/b"], ["a/"], [""], [".."], ["a\0b"]], ids=["prefix", "slash", "empty", "dots", "nul"]
+)
+def test_names_that_hdf5_cannot_hold_are_refused_on_all_ranks(grid, shared_path, names):
+    array = zeros((2,), grid, Layout("row"))
+    with pytest.raises(CheckpointError, match="HDF5"):
+        checkpoint.save(shared_path / "one", dict.fromkeys(names, array), {}, grid)
+    with pytest.raises(CheckpointError, match="cannot be written as JSON"):
+        checkpoint.save(shared_path / "one", {"a": array}, {"step": np.float32(1)}, grid)
+    assert array.gather().size == 2  # the ranks are still in step
+    assert not list(shared_path.iterdir())
+
+
+@pytest.mark.grids({"row": 2})
+def test_partial_sums_and_arrays_of_another_grid_are_refused(grid, shared_path):
+    whole, partial = zeros((4,), grid, Layout("row")), zeros((4,), grid, Layout(None, partial="row"))
+    other = zeros((4,), Grid(col=2), Layout("col"))
+    checkpoint.save(shared_path / "one", {"a": whole}, {}, grid)
+    with pytest.raises(CheckpointError, match="partial sums cannot be saved"):
+        checkpoint.save(shared_path / "two", {"a": partial}, {}, grid)
+    with pytest.raises(CheckpointError, match="lies on another grid"):
+        checkpoint.save(shared_path / "two", {"a": other}, {}, grid)
+    with pytest.raises(CheckpointError, match="load into an array without partial sums"):
+        checkpoint.load(shared_path / "one", {"a": partial}, grid)
+
+
+@pytest.mark.grids({"row": 2})
+def test_a_rank_file_that_the_manifest_leaves_out_is_missed(grid, shared_path):
+    directory, loaded = shared_path / "one", arrays(grid, empty=True)
+    checkpoint.save(directory, arrays(grid), {}, grid)
+    if grid.rank == 0:
+        manifest = json.loads((directory / "manifest.json").read_text())
+        del manifest["files"]["rank00001.h5"]
+        (directory / "manifest.json").write_text(json.dumps(manifest))
+        (directory / "rank00001.h5").unlink()
+    comm.collect(None, grid)
+    with pytest.raises(CheckpointError, match=r"index.h5 needs \['rank00001.h5'\]"):
+        checkpoint.load(directory, loaded, grid)
+
+
+@pytest.mark.grids({"row": 2, "col": 3})
+def test_another_grid_loads_it(grid, shared_path):
+    saved = arrays(grid)
+    checkpoint.save(shared_path / "one", saved, {}, grid)
+    for other in (Grid(row=6), Grid(MPI.COMM_SELF)):
+        loaded = arrays(other, empty=True)
+        checkpoint.load(shared_path / "one", loaded, other)
+        assert all(np.array_equal(loaded[name].gather(), saved[name].gather()) for name in saved)

@@ -2,7 +2,11 @@
 
 import numpy as np
 import pytest
+from mpi4py import MPI
 from reference import gpt_case as case
+
+from colossal_mpi import Grid
+from colossal_mpi.layers.models import GPTConfig
 
 prepared_by = pytest.mark.prepare(case.prepare)
 
@@ -85,3 +89,15 @@ def test_one_rank_equals_pytorch(prepared):
     assert set(mine) == set(exact)
     assert case.difference({name: (g, ...) for name, g in mine.items()}, exact) <= 1e-10
     assert min(abs(g).max() for g in exact.values()) > 0  # no gradient is zero as a whole, so none passes by being zero
+
+
+@pytest.mark.parametrize("tensor", ["2d", "2.5d", "3d"])
+@pytest.mark.grids({"col": 3}, {"row": 2, "col": 3})
+def test_axes_larger_than_heads_and_width_leave_blocks_empty(grid, tensor, monkeypatch):
+    tiny = GPTConfig(vocabulary=257, layers=1, hidden=2, heads=1, positions=19, inner=1, dtype="float64")
+    monkeypatch.setattr(case, "CONFIG", tiny)
+    loss, model = case.run(grid, tensor)
+    reference, exact = case.run(Grid(MPI.COMM_SELF), None)
+    assert abs(loss - reference) <= 1e-12 * reference
+    whole = {p.name: p.grad.local for p in exact.parameters()}
+    assert case.difference({p.name: case.block_and_index(p.grad) for p in model.parameters()}, whole) <= 1e-10

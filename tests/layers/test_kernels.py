@@ -16,12 +16,12 @@ CASES = {
     "normalise": (kernels.normalise, X, X[..., 0], X[..., 1]),
     "normalise_backward": (kernels.normalise_backward, DY, X, X[..., 0], RNG.standard_normal((2, 2, 5)), 3),
     "attention": (kernels.attention, *HEADS[:3]),
-    "attention_backward": (kernels.attention_backward, *HEADS, RNG.standard_normal((2, 3, 4))),
+    "attention_backward": (kernels.attention_backward, *HEADS, np.abs(RNG.standard_normal((2, 2, 3, 4, 1)))),
     "lookup": (kernels.lookup, X[0], IDS, 2),
     "lookup_backward": (kernels.lookup_backward, RNG.standard_normal((2, 3, 4)), IDS, 2, 5),
     "peak": (kernels.peak, X),
     "cross_entropy_sums": (kernels.cross_entropy_sums, X, LABELS, X[..., 0], 1),
-    "cross_entropy_backward": (kernels.cross_entropy_backward, X, LABELS, X[..., 0], 1, 0.5),
+    "cross_entropy_backward": (kernels.cross_entropy_backward, X, LABELS, X[..., 0], np.abs(X[..., 1]), 1, 0.5),
 }
 
 
@@ -39,3 +39,14 @@ def test_lookup_backward_adds_equal_rows():
     table = np.zeros((9, 4))
     np.add.at(table, IDS, dy)
     assert np.allclose(kernels.lookup_backward(dy, IDS, 2, 5), table[2:7], rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e5])
+def test_large_scores_and_logits_lose_no_digits(shift):
+    logits = (X + shift).astype("float32")
+    exact = np.exp(logits.astype("float64") - logits.max())
+    exact /= exact.sum(-1, keepdims=True)
+    top = kernels.peak(logits)
+    total = kernels.cross_entropy_sums(logits, LABELS, top, 0)[0]
+    gradient = kernels.cross_entropy_backward(logits, np.full(LABELS.shape, 3), top, total, 0, 1.0)
+    assert abs(gradient - exact).max() <= 8 * np.finfo("float32").eps
