@@ -64,6 +64,40 @@ def _starts(counts: Sequence[int]) -> list[int]:
     return starts
 
 
+# Pieces from this many bytes on go from rank to rank by Sendrecv, which MPI copies once: on one node, MPICH's allgather
+# takes twice as long and its reduce_scatter 1.1 times, Open MPI's reduce_scatter 1.4 times. Words are the same.
+_LARGE = 1 << 15
+_TAG = 7
+
+
+def _large(count: int, buffer: Any) -> bool:
+    """Say whether pieces of at most `count` elements are large; all ranks of a group pass the same count."""
+    return count * buffer.dtype.itemsize >= _LARGE
+
+
+def _shifts(comm: MPI.Intracomm) -> Iterator[tuple[int, int]]:
+    """Yield, for each of p - 1 steps, the rank to send to and the one to receive from."""
+    for step in range(1, comm.size):
+        yield (comm.rank + step) % comm.size, (comm.rank - step) % comm.size
+
+
+def _pieces(buffer: Any, starts: Sequence[int], counts: Sequence[int]) -> Callable[[int], Any]:
+    return lambda rank: buffer[starts[rank] : starts[rank] + counts[rank]]
+
+
+def _reduce_pairwise(
+    comm: MPI.Intracomm, send: Any, kind: MPI.Datatype, counts: Sequence[int], op: str, recv: Any
+) -> Any:
+    """Add to this rank's own piece those of the others, from the rank before it backwards."""
+    piece, xp = _pieces(send.reshape(-1), _starts(counts), counts), backend.namespace(send)
+    total = piece(comm.rank)
+    for to, source in _shifts(comm):
+        comm.Sendrecv([piece(to), kind], to, _TAG, [recv, kind], source, _TAG)
+        total = _LOCAL[op](xp, total, recv)
+        backend.synchronize(recv)  # the next message must not land before it is added
+    return total
+
+
 def _require(count: int, block: Block, what: str) -> None:
     if block.size != count:
         raise ShapeError(f"{what}: the block has {block.size} elements and the plan needs {count}")
@@ -86,7 +120,14 @@ def allgather(
     _require(counts[comm.rank], block, "allgather")
     send, recv = _wire(block), _landing(block, sum(counts))
     kind = _mpi_type(send.dtype)
-    comm.Allgatherv([send, kind], [recv, (counts, starts or _starts(counts)), kind])
+    starts = starts or _starts(counts)
+    if _large(max(counts), send):
+        own, flat = _pieces(recv, starts, counts), send.reshape(-1)
+        own(comm.rank)[...] = flat
+        for to, source in _shifts(comm):
+            comm.Sendrecv([flat, kind], to, _TAG, [own(source), kind], source, _TAG)
+    else:
+        comm.Allgatherv([send, kind], [recv, (counts, starts), kind])
     words = sum(counts) - counts[comm.rank]
     ledger.post("allgather", grid.ordered(axes), words, send.dtype.itemsize, begun)
     return backend.to_block(recv, block)
@@ -103,10 +144,13 @@ def reduce_scatter(block: Block, grid: Grid, axes: Sequence[str], counts: Sequen
     dtype = backend.numpy_dtype(block.dtype)
     send = _wire(_widened(block))
     own = counts[comm.rank]
-    recv = _landing(block, own, send.dtype)
     kind = _mpi_type(send.dtype)
-    # With counts: Open MPI's Reduce_scatter_block moves up to 1.5x the words on two ranks.
-    comm.Reduce_scatter([send, kind], [recv, kind], list(counts), _MPI[op])
+    if _large(max(counts), send):
+        recv = _reduce_pairwise(comm, send, kind, counts, op, _landing(block, own, send.dtype))
+    else:
+        recv = _landing(block, own, send.dtype)
+        # With counts: Open MPI's Reduce_scatter_block moves up to 1.5x the words on two ranks.
+        comm.Reduce_scatter([send, kind], [recv, kind], list(counts), _MPI[op])
     ledger.post("reduce_scatter", grid.ordered(axes), (comm.size - 1) * own, send.dtype.itemsize, begun)
     result = backend.to_block(recv, block)
     return result if backend.numpy_dtype(result.dtype) == dtype else cast(result, block.dtype)
