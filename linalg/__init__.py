@@ -5,6 +5,7 @@ from colossal_mpi.linalg.auto import Machine, calibrate, explain, options
 from colossal_mpi.linalg.contract import adjoints, contract
 from colossal_mpi.linalg.cost import best_grid, lower_bound, price
 from colossal_mpi.linalg.matmul import ALGORITHMS, matmul, preset
+from colossal_mpi.linalg.norms import diagonal, dot, matvec, norm, trace, tril, triu
 
 register_matmul(matmul)
 
@@ -15,10 +16,17 @@ __all__ = [
     "best_grid",
     "calibrate",
     "contract",
+    "diagonal",
+    "dot",
     "explain",
     "lower_bound",
     "matmul",
+    "matvec",
+    "norm",
     "options",
     "preset",
     "price",
+    "trace",
+    "tril",
+    "triu",
 ]
