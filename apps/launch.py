@@ -58,17 +58,22 @@ def _short(word: str) -> str:
 
 
 def _wait(argv: Sequence[str], env: Mapping[str, str]) -> int:
+    received: list[int] = []
     with subprocess.Popen(argv, env=env) as job:
-        before = {number: signal.signal(number, partial(_forward, job)) for number in _FORWARDED}
+        before = {number: signal.signal(number, partial(_forward, job, received)) for number in _FORWARDED}
         try:
             code = job.wait()
         finally:
             for number, action in before.items():
                 signal.signal(number, action)
+    ended = [number for number in received if number != signal.SIGUSR1]
+    if code == 0 and ended:
+        return 128 + ended[0]  # MPICH's mpiexec says 0 now and then when it is interrupted
     return code if code >= 0 else 128 - code
 
 
-def _forward(job: subprocess.Popen, number: int, _frame: object) -> None:
+def _forward(job: subprocess.Popen, received: list[int], number: int, _frame: object) -> None:
+    received.append(number)
     if number != signal.SIGINT:
         job.send_signal(number)
         return

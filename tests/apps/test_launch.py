@@ -164,3 +164,17 @@ def test_programs_of_this_environment_come_first():
     argv, _ = launch.mpiexec_command(2, ["python", "-V"], env={"PATH": "/usr/bin"})
     assert argv[-2:] == [os.path.join(os.path.dirname(sys.executable), "python"), "-V"]
     assert MPI.get_vendor()[0] in launcher._SAYS
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_job_never_counts_as_done(tmp_path, number):
+    polite = tmp_path / "mpiexec"
+    polite.write_text("#!/bin/sh\ntrap 'exit 0' INT TERM\necho ready\nwhile :; do sleep 0.05; done\n")
+    polite.chmod(0o755)
+    code = f"import sys\nfrom colossal_mpi.apps import launch\nsys.exit(launch._wait([{str(polite)!r}], {{}}))"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    process.communicate(timeout=20)
+    assert process.returncode == 128 + number
