@@ -59,21 +59,40 @@ def _short(word: str) -> str:
 
 def _wait(argv: Sequence[str], env: Mapping[str, str]) -> int:
     received: list[int] = []
-    with subprocess.Popen(argv, env=env) as job:
-        before = {number: signal.signal(number, partial(_forward, job, received)) for number in _FORWARDED}
-        try:
-            code = job.wait()
-        finally:
-            for number, action in before.items():
-                signal.signal(number, action)
+    jobs: list[subprocess.Popen] = []
+    # Before the job starts: a signal that comes in between is handed on once there is one.
+    before = {number: signal.signal(number, partial(_on_signal, jobs, received)) for number in _FORWARDED}
+    try:
+        with subprocess.Popen(argv, env=env) as job:
+            jobs.append(job)
+            for number in tuple(received):
+                _forward(job, number)
+            code = _patiently(job)
+    finally:
+        for number, action in before.items():
+            signal.signal(number, action)
     ended = [number for number in received if number != signal.SIGUSR1]
     if code == 0 and ended:
         return 128 + ended[0]  # MPICH's mpiexec says 0 now and then when it is interrupted
     return code if code >= 0 else 128 - code
 
 
-def _forward(job: subprocess.Popen, received: list[int], number: int, _frame: object) -> None:
+def _patiently(job: subprocess.Popen) -> int:
+    """Wait for a job in short spans: a signal that comes just before a wait without end would be handled after it."""
+    while True:
+        try:
+            return job.wait(0.5)
+        except subprocess.TimeoutExpired:
+            pass
+
+
+def _on_signal(jobs: list[subprocess.Popen], received: list[int], number: int, _frame: object) -> None:
     received.append(number)
+    if jobs:
+        _forward(jobs[0], number)
+
+
+def _forward(job: subprocess.Popen, number: int) -> None:
     if number != signal.SIGINT:
         job.send_signal(number)
         return
