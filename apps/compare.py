@@ -45,8 +45,7 @@ def first_steps(config: configs.Config, steps: int, reference: Path) -> dict[str
         with ledger.record() as moved:
             losses.append(trainer.gradients(step))
             gradients = {p.name: p.reduce() for p in trainer.optimizer.parameters}
-            if step + 1 < steps:
-                trainer.optimizer.step(trainer.learning_rate(step))
+            trainer.optimizer.step(trainer.learning_rate(step))
     row: dict[str, Any] = {"losses": losses, "words_per_step": sum(comm.collect(moved.words, grid))}
     if not reference.exists():
         np.savez(reference, **{name: backend.to_host(g.local) for name, g in gradients.items()})  # type: ignore[arg-type]

@@ -94,7 +94,6 @@ class _Report:
             sys.stdout.reconfigure(errors="replace")  # the sample may hold what an ASCII terminal cannot show
         self.training, self.directory, self.done = trainer.config.training, directory, done
         self.console, self.begun = Console(soft_wrap=True), time.perf_counter()
-        self.best: float | None = None
         self.bar: Any
         self.task: Any
         self.bar, self.task = _bar(self.console, self.training.steps, done) if sys.stdout.isatty() else (None, None)

@@ -94,8 +94,7 @@ def test_every_algorithm_stores_each_word_once(grid):
 
 
 @pytest.mark.grids({"row": 2, "col": 2}, {"row": 2, "col": 3}, {"row": 2, "col": 2, "depth": 2})
-@pytest.mark.parametrize("name", ["summa", "2.5d", "3d"])
-def test_no_matrix_is_ever_whole_on_a_rank(grid, name, monkeypatch):
+def test_no_matrix_is_ever_whole_on_a_rank(grid, monkeypatch):
     sizes = []
 
     def watched(block, shape, *rest):
@@ -105,12 +104,13 @@ def test_no_matrix_is_ever_whole_on_a_rank(grid, name, monkeypatch):
 
     redistribute = distarray.redistribute
     monkeypatch.setattr(distarray, "redistribute", watched)
-    if ALGORITHMS[name].fits(grid):
+    fitting = [name for name in ("summa", "2.5d", "3d") if ALGORITHMS[name].fits(grid)]
+    for name in fitting:
         choice, _, _, A, B = operands(grid, name, (7, 5, 9))
         C = matmul(A, B, name)
         contract("mn,kn->mk", C, B, choice.axes, choice.a)
         contract("mk,mn->kn", A, C, choice.axes, choice.b)
-        assert sizes
+    assert len(sizes) >= 2 * len(fitting) > 0
     assert all(held < whole for held, whole in sizes)
 
 
