@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from colossal_mpi import backend, ledger
+from colossal_mpi import backend, ledger, shared
 from colossal_mpi.backend import Block
 from colossal_mpi.errors import ColossalError, DTypeError, ShapeError
 from colossal_mpi.grid import Grid
@@ -259,3 +259,83 @@ def agreed(grid: Grid, kind: type[ColossalError] = ColossalError) -> Iterator[No
     if first is not None:
         raised: type[Exception] = first[0] if issubclass(first[0], ColossalError) else kind
         raise raised(first[1]) from failure
+
+
+class Pending:
+    """An exchange under way: the blocks that it receives hold their values after `wait`."""
+
+    def __init__(self, requests: list[MPI.Request], landings: list[tuple[Any, Block]], entry: tuple[Any, ...]) -> None:
+        self._requests, self._landings, self._entry = requests, landings, entry
+
+    def wait(self) -> None:
+        """Wait until everything is sent and received, and enter what was received into the ledger."""
+        begun = time.perf_counter()
+        MPI.Request.Waitall(self._requests)
+        for buffer, block in self._landings:
+            if buffer is not block:
+                block[...] = backend.to_block(buffer, block)
+        axes, words, itemsize, posted = self._entry
+        ledger.post("all_to_all", axes, words, itemsize, begun - posted)
+
+
+def start_exchange(
+    grid: Grid, axes: Sequence[str], send: Sequence[tuple[int, Block]], recv: Sequence[tuple[int, Block]]
+) -> Pending:
+    """Send blocks to ranks of the group and receive from them into blocks that are there, while the caller goes on.
+
+    Parameters
+    ----------
+    grid : Grid
+    axes : sequence of str
+        That span the group.
+    send, recv : sequence of (int, array)
+        Rank of the group and a contiguous block. What one rank sends to another it receives in the same order.
+
+    **Communication:** all_to_all, the words of `recv`. **Adjoint:** itself, send and recv swapped.
+    """
+    comm, begun = grid.comm(axes), time.perf_counter()
+    landings = [(block if backend.mpi_can_read(block) else _landing(block, block.size), block) for _, block in recv]
+    requests = [
+        comm.Irecv([buffer, _mpi_type(buffer.dtype)], source, _TAG)
+        for (source, _), (buffer, _) in zip(recv, landings, strict=True)
+    ]
+    for to, block in send:
+        buffer = _wire(block)
+        requests.append(comm.Isend([buffer, _mpi_type(buffer.dtype)], to, _TAG))
+    words = sum(block.size for _, block in recv)
+    itemsize = recv[0][1].dtype.itemsize if recv else 0
+    return Pending(requests, landings, (grid.ordered(axes), words, itemsize, time.perf_counter() - begun))
+
+
+@contextmanager
+def reading(
+    block: Block, grid: Grid, axes: Sequence[str], shapes: Sequence[Sequence[int]], words: int
+) -> Iterator[list[Block]]:
+    """Let the ranks of a group on one node read each other's blocks where they lie, until the context ends.
+
+    A block outside the shareable memory is copied into it first. No rank leaves before all have read.
+
+    Parameters
+    ----------
+    block : array
+        This rank's; nobody may write to it inside the context.
+    grid : Grid
+    axes : sequence of str
+        That span the group; `Grid.peers` must know its ranks.
+    shapes : sequence of tuple of int
+        Of the blocks of all ranks of the group.
+    words : int
+        How many elements of other ranks this one reads, for the ledger.
+    """
+    comm, begun = grid.comm(axes), time.perf_counter()
+    memories = grid.peers(axes)
+    assert memories is not None, "the ranks of this group cannot read each other's memory"
+    lent = shared.lend(block)
+    told = np.empty((comm.size, 1 + block.ndim), np.int64)
+    comm.Allgather(np.array(shared.describe(lent), np.int64), told)
+    ledger.post("read", grid.ordered(axes), words, block.dtype.itemsize, begun)
+    yield [
+        block if rank == comm.rank else shared.view(memory, shape, block.dtype, where)
+        for rank, (memory, shape, where) in enumerate(zip(memories, shapes, told.tolist(), strict=True))
+    ]
+    comm.Barrier()

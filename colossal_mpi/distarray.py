@@ -306,7 +306,7 @@ def from_global(
     block = source(index_of(box)) if callable(source) else source[index_of(box)] if shape else source
     if isinstance(block, np.ndarray) and not block.dtype.isnative:
         block = block.astype(block.dtype.newbyteorder("="))
-    block = grid.xp.asarray(block, dtype=backend.dtype_of(grid.xp, dtype), copy=True)
+    block = grid.own(block, dtype)
     if any(grid.coords[axis] for axis in layout.partial):
         block = backend.zeros_like(block, block.shape)
     return DistArray(block, shape, layout, grid)
@@ -317,7 +317,9 @@ def full(shape: Sequence[int], value: float, grid: Grid, layout: Layout, dtype: 
     layout = layout.on(grid.axes, len(shape))
     held = 0 if any(grid.coords[axis] for axis in layout.partial) else value
     box = layout.box(shape, grid.axes, grid.coords)
-    return DistArray(grid.xp.full(box_shape(box), held, dtype=backend.dtype_of(grid.xp, dtype)), shape, layout, grid)
+    block = grid.empty(box_shape(box), dtype)
+    block[...] = held
+    return DistArray(block, shape, layout, grid)
 
 
 def zeros(shape: Sequence[int], grid: Grid, layout: Layout, dtype: Any = "float64") -> DistArray:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 from mpi4py import MPI
 
-from colossal_mpi import backend, layout
+from colossal_mpi import backend, layout, shared
 from colossal_mpi.errors import GridError
 
 
@@ -70,6 +72,7 @@ class Grid:
         self._cart: Any = comm.Create_cart(list(axes.values()), reorder=False) if axes else comm
         node = comm.Split_type(MPI.COMM_TYPE_SHARED)
         self.device = backend.resolve_device(device, node.Get_rank())
+        self._node: int = node.bcast(comm.Get_rank())
         node.Free()
         self._settle({axis: operator.index(size) for axis, size in axes.items()})
 
@@ -83,6 +86,9 @@ class Grid:
         """Plans of redistributions on this grid, by everything that they depend on."""
         self.xp = backend.device_namespace(self.device)
         """The array namespace in which blocks of this grid are made."""
+        self.shares = self.device == "cpu" and os.environ.get("COLOSSAL_MPI_SHARED") != "0"
+        """Whether ranks of one node read each other's large blocks where they lie; the same on all ranks."""
+        self._peers: dict[tuple[str, ...], list[shared.Memory] | None] = {}
 
     def coords_of(self, rank: int, axes: Sequence[str] | None = None) -> dict[str, int]:
         """Return the coordinates of `rank` in the group spanned by `axes` (all of them by default)."""
@@ -116,6 +122,38 @@ class Grid:
             self._subs[key] = self._cart.Sub([axis in key for axis in self.axes])
         return self._subs[key]
 
+    def peers(self, axes: Sequence[str]) -> list[shared.Memory] | None:
+        """Return the shareable memory of each rank of the group spanned by `axes`, None if they cannot all be read.
+
+        Collective over the group when first called for `axes`; all of its ranks get None or none of them does.
+        """
+        key = self.ordered(axes)
+        if not self.shares:
+            return None
+        if key not in self._peers:
+            group = self.comm(key)
+            told = group.allgather((self._node, shared.address()))
+            near = all(node == self._node and where for node, where in told)
+            found = [shared.mapped(where) for _, where in told] if near else [None]
+            known = [memory for memory in found if memory is not None]
+            self._peers[key] = known if all(group.allgather(len(known) == len(told))) else None
+        return self._peers[key]
+
+    def empty(self, shape: Sequence[int], dtype: Any) -> Any:
+        """Return an uninitialised block of this grid's device; a large one where the ranks of the node can read it."""
+        if self.shares and self.size > 1:
+            return shared.empty(shape, backend.numpy_dtype(dtype))
+        return self.xp.empty(tuple(shape), dtype=backend.dtype_of(self.xp, dtype))
+
+    def own(self, block: Any, dtype: Any = None) -> Any:
+        """Return a copy of an array as a block of this grid's device, made as `empty` makes one."""
+        if not (self.shares and self.size > 1):
+            return self.xp.asarray(block, dtype=backend.dtype_of(self.xp, dtype), copy=True)
+        whole = np.asarray(block)
+        copy = self.empty(whole.shape, whole.dtype if dtype is None else dtype)
+        copy[...] = whole
+        return copy
+
     def at(self, **coords: int) -> Grid:
         """Return the sub-grid without the named axes that holds the ranks with these coordinates.
 
@@ -133,7 +171,7 @@ class Grid:
         if key not in self._slices:
             rest = {axis: size for axis, size in self.axes.items() if axis not in coords}
             sub = Grid.__new__(Grid)
-            sub._cart, sub.device = self.comm(tuple(rest)), self.device
+            sub._cart, sub.device, sub._node = self.comm(tuple(rest)), self.device, self._node
             sub._settle(rest)
             self._slices[key] = sub
         return self._slices[key]

@@ -102,7 +102,7 @@ def _distributed(maker: Any, shape: Any, grid: Grid, layout: Layout, seed: int, 
         raise LayoutError(f"random numbers in {layout}: make them without partial sums and redistribute")
     box = layout.box(shape, grid.axes, grid.coords) if shape else ((0, 1),)
     block = maker(box, shape or (1,), seed, stream)
-    return DistArray(grid.xp.asarray(block if shape else block[0]), shape, layout, grid)
+    return DistArray(grid.own(block if shape else block[0]), shape, layout, grid)
 
 
 def uniform(shape: Sequence[int], grid: Grid, layout: Layout, seed: int = 0, stream: str = "") -> DistArray:

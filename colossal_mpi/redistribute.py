@@ -15,12 +15,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from colossal_mpi import backend, comm
 from colossal_mpi.backend import Block
 from colossal_mpi.grid import Grid
 from colossal_mpi.layout import Axes, Box, Layout, box_shape, coords_of, intersect, part, rank_of, slices
 
 Shape = tuple[int, ...]
+READ_FROM = 1 << 18
+"""Bytes of the largest block of a group on one node from which on its ranks read each other's memory."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,10 @@ class Exchange:
     same: bool
     """Whether the whole group wants the same box, so that an allgather does."""
     shape: Shape
+    shapes: list[Shape]
+    """Of the blocks of the group before the exchange."""
+    theirs: list[tuple[slice, ...]]
+    """Where each received piece stands in the block of the rank that has it."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +194,8 @@ def _exchange_plan(shape: Shape, source: Layout, target: Layout, grid: Grid) -> 
         _flat_starts(recv, want[me]),
         not set(axes) & set(target.cut),
         box_shape(want[me]),
+        [box_shape(box) for box in have],
+        [slices(box, origin) for box, origin in zip(recv, have, strict=True)],
     )
 
 
@@ -215,21 +225,65 @@ def _pack(block: Block, pieces: list[tuple[slice, ...]]) -> Block:
 def _reduce(block: Block, reduction: Reduction, grid: Grid) -> Block:
     if reduction.pieces is None:
         return comm.allreduce(block, grid, reduction.axes)
+    if readable(block, [block.shape], grid, reduction.axes) and block.dtype.itemsize > 2:
+        return _reduce_reading(block, reduction, reduction.pieces, grid)
     xp = backend.namespace(block)
     flat = comm.reduce_scatter(_pack(block, reduction.pieces), grid, reduction.axes, reduction.counts)
     return xp.reshape(flat, reduction.shape)
+
+
+def readable(block: Block, shapes: Sequence[Shape], grid: Grid, axes: Axes) -> bool:
+    """Say whether a group had better read each other's blocks where they lie; all of its ranks say the same.
+
+    Parameters
+    ----------
+    block : array
+        This rank's.
+    shapes : sequence of tuple of int
+        Of the blocks of all ranks of the group.
+    grid : Grid
+    axes : tuple of str
+        That span the group.
+    """
+    if not grid.shares or type(block) is not np.ndarray or block.dtype.kind not in "fciu":
+        return False
+    return max(map(math.prod, shapes)) * block.dtype.itemsize >= READ_FROM and grid.peers(axes) is not None
+
+
+def _reduce_reading(block: Block, reduction: Reduction, pieces: list[tuple[slice, ...]], grid: Grid) -> Block:
+    """Add to this rank's own piece those of the others, from the rank before it backwards."""
+    p = grid.extent(reduction.axes)
+    me = grid.comm(reduction.axes).rank
+    total = grid.empty(reduction.shape, block.dtype)
+    words = (p - 1) * math.prod(reduction.shape)
+    with comm.reading(block, grid, reduction.axes, [block.shape] * p, words) as blocks:
+        total[...] = block[pieces[me]]
+        for step in range(1, p):
+            np.add(total, blocks[(me - step) % p][pieces[me]], out=total)
+    return total
 
 
 def _exchange(block: Block, plan: Exchange, grid: Grid) -> Block:
     xp = backend.namespace(block)
     if not plan.axes:
         return block[plan.send[0]]
+    if readable(block, plan.shapes, grid, plan.axes):
+        return _exchange_reading(block, plan, grid)
     if plan.same:
         own = xp.reshape(block[plan.send[0]], (-1,))
         flat = comm.allgather(own, grid, plan.axes, plan.recv_counts, plan.starts)
     else:
         flat = comm.all_to_all(_pack(block, plan.send), grid, plan.axes, plan.send_counts, plan.recv_counts)
     return xp.reshape(flat, plan.shape) if plan.same and plan.starts else _unpack(flat, plan)
+
+
+def _exchange_reading(block: Block, plan: Exchange, grid: Grid) -> Block:
+    out, me = grid.empty(plan.shape, block.dtype), grid.comm(plan.axes).rank
+    words = sum(plan.recv_counts) - plan.recv_counts[me]
+    with comm.reading(block, grid, plan.axes, plan.shapes, words) as blocks:
+        for theirs, piece, target in zip(blocks, plan.theirs, plan.recv, strict=True):
+            out[target] = theirs[piece]
+    return out
 
 
 def _unpack(flat: Block, plan: Exchange) -> Block:
