@@ -1,8 +1,8 @@
 """The local matrix product, added into an array that is there: ``c = alpha op(a) op(b) + beta c``.
 
 NumPy's ``matmul`` cannot add, and an addition of its own costs a temporary and three passes through memory. So the
-``gemm`` of the very BLAS that NumPy has loaded is called, and cuBLAS's for CuPy blocks. Any other block, and any stride or
-dtype that BLAS does not take, goes through ``matmul`` of the array's own library.
+``gemm`` of the very BLAS that NumPy has loaded is called, and cuBLAS's for CuPy blocks. Any other block, and any stride
+or dtype that BLAS does not take, goes through ``matmul`` of the array's own library.
 """
 
 from __future__ import annotations
@@ -40,14 +40,27 @@ def gemm(
     if 0 in c.shape:
         return
     conj = conj if backend.numpy_dtype(c.dtype).kind == "c" else (False, False)
-    if type(c) is np.ndarray and a.shape[1] and _cblas(a, b, c, alpha, beta, conj):
+    fits = a.shape[1] and a.dtype == b.dtype == c.dtype
+    if fits and type(c) is np.ndarray and _cblas(a, b, c, alpha, beta, conj):
         return
-    if is_cupy_array(c) and a.shape[1] and c.dtype.name in _LETTERS:
+    if fits and is_cupy_array(c) and c.dtype.name in _LETTERS:
         _cublas(a, b, c, alpha, beta, conj)
         return
-    xp = backend.namespace(c)
-    left, right = (xp.conj(x) if flip else x for x, flip in zip((a, b), conj, strict=True))
-    blend(c, xp.matmul(left, right), alpha, beta)
+    blend(c, product(a, b, c.dtype, conj), alpha, beta)
+
+
+def product(a: Block, b: Block, dtype: Any, conj: tuple[bool, bool] = (False, False)) -> Block:
+    """Return ``op(a) op(b)`` of stacks of matrices in a new array.
+
+    float32 is the dtype in which products of 16-bit floats are summed; cuBLAS does so by itself, other libraries are
+    given float32.
+    """
+    xp = backend.namespace(a, b)
+    if backend.numpy_dtype(dtype) != backend.numpy_dtype(a.dtype) and not is_cupy_array(a):
+        a, b = xp.astype(a, dtype), xp.astype(b, dtype)
+    if backend.numpy_dtype(dtype).kind == "c":
+        a, b = (xp.conj(x) if flip else x for x, flip in zip((a, b), conj, strict=True))
+    return xp.matmul(a, b)
 
 
 def blend(c: Block, product: Block, alpha: complex = 1, beta: complex = 0) -> None:
@@ -63,7 +76,12 @@ def _cblas(a: np.ndarray, b: np.ndarray, c: np.ndarray, alpha: complex, beta: co
     """Do the product by BLAS and say so; False where BLAS does not take it."""
     routine = _routine(c.dtype.name)
     order = _order(c)
-    if routine is None or order is None or not a.dtype == b.dtype == c.dtype:
+    if order is None or (routine is None and c.dtype.kind in "fc"):
+        return False
+    if alpha == 1 and beta == 0 and not any(conj):
+        np.matmul(a, b, out=c)
+        return True
+    if routine is None:
         return False
     ops = [_operand(x, order, flip, routine.conjugates) for x, flip in zip((a, b), conj, strict=True)]
     (a, op_a), (b, op_b) = ops

@@ -273,7 +273,7 @@ class Pending:
         MPI.Request.Waitall(self._requests)
         for buffer, block in self._landings:
             if buffer is not block:
-                block[...] = backend.to_block(buffer, block)
+                block[...] = backend.namespace(block).reshape(backend.to_block(buffer, block), block.shape)
         axes, words, itemsize, posted = self._entry
         ledger.post("all_to_all", axes, words, itemsize, begun - posted)
 
@@ -309,11 +309,12 @@ def start_exchange(
 
 @contextmanager
 def reading(
-    block: Block, grid: Grid, axes: Sequence[str], shapes: Sequence[Sequence[int]], words: int
-) -> Iterator[list[Block]]:
+    block: Block, grid: Grid, axes: Sequence[str], shapes: Sequence[Sequence[int]], words: int, lend: bool = True
+) -> Iterator[list[Block] | None]:
     """Let the ranks of a group on one node read each other's blocks where they lie, until the context ends.
 
-    A block outside the shareable memory is copied into it first. No rank leaves before all have read.
+    A block outside the shareable memory is copied into it first, or, if `lend` is false, all ranks get None. No rank
+    leaves before all have read.
 
     Parameters
     ----------
@@ -327,15 +328,18 @@ def reading(
     words : int
         How many elements of other ranks this one reads, for the ledger.
     """
-    comm, begun = grid.comm(axes), time.perf_counter()
+    group, begun = grid.comm(axes), time.perf_counter()
     memories = grid.peers(axes)
     assert memories is not None, "the ranks of this group cannot read each other's memory"
-    lent = shared.lend(block)
-    told = np.empty((comm.size, 1 + block.ndim), np.int64)
-    comm.Allgather(np.array(shared.describe(lent), np.int64), told)
+    lent = shared.lend(block) if lend else block
+    told = np.empty((group.size, 1 + block.ndim), np.int64)
+    group.Allgather(np.array(shared.describe(lent), np.int64), told)
+    if min(told[:, 0]) < 0:
+        yield None
+        return
     ledger.post("read", grid.ordered(axes), words, block.dtype.itemsize, begun)
     yield [
-        block if rank == comm.rank else shared.view(memory, shape, block.dtype, where)
+        block if rank == group.rank else shared.view(memory, shape, block.dtype, where)
         for rank, (memory, shape, where) in enumerate(zip(memories, shapes, told.tolist(), strict=True))
     ]
-    comm.Barrier()
+    group.Barrier()

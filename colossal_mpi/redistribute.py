@@ -101,13 +101,13 @@ def redistribute(block: Block, shape: Shape, source: Layout, target: Layout, gri
     if plan is None:
         plan = grid.plans[key] = _plan(shape, source, target, grid)
     for reduction in plan.reductions:
-        block = _reduce(block, reduction, grid)
+        block = reduce(block, reduction, grid)
     if plan.exchange is not None:
         block = _exchange(block, plan.exchange, grid)
     return block if plan.keep else backend.zeros_like(block, block.shape)
 
 
-def _stages(source: Layout, target: Layout) -> tuple[Axes, Layout, Axes]:
+def stages(source: Layout, target: Layout) -> tuple[Axes, Layout, Axes]:
     """Return the axes of the reduce_scatter, the layout that it leaves, and the axes of the allreduce."""
     summed = [axis for axis in source.partial if axis not in target.partial]
     scattered = tuple(axis for axis in target.cut if axis in summed)
@@ -121,7 +121,7 @@ def received(shape: Shape, source: Layout, target: Layout, sizes: Mapping[str, i
 
     Parameters are those of `redistribute`, the layouts checked and without axes of size 1.
     """
-    scattered, middle, rest = _stages(source, target)
+    scattered, middle, rest = stages(source, target)
     p, q = (math.prod(sizes[axis] for axis in axes) for axes in (scattered, rest))
     words = []
     for rank in range(math.prod(sizes.values())):
@@ -135,10 +135,10 @@ def received(shape: Shape, source: Layout, target: Layout, sizes: Mapping[str, i
 
 
 def _plan(shape: Shape, source: Layout, target: Layout, grid: Grid) -> Plan:
-    scattered, middle, rest = _stages(source, target)
+    scattered, middle, rest = stages(source, target)
     reductions = []
     if scattered:
-        reductions.append(_scatter(shape, source, middle, scattered, grid))
+        reductions.append(scatter(shape, source, middle, scattered, grid))
     if rest:
         own = box_shape(middle.box(shape, grid.axes, grid.coords))
         reductions.append(Reduction(grid.ordered(rest), None, [], own))
@@ -147,10 +147,13 @@ def _plan(shape: Shape, source: Layout, target: Layout, grid: Grid) -> Plan:
     return Plan(tuple(reductions), _exchange_plan(shape, middle, target, grid), keep)
 
 
-def _scatter(shape: Shape, source: Layout, middle: Layout, axes: Axes, grid: Grid) -> Reduction:
-    origin = source.box(shape, grid.axes, grid.coords)
-    boxes = [middle.box(shape, grid.axes, coords) for coords in _group(axes, grid)]
-    own = middle.box(shape, grid.axes, grid.coords)
+def scatter(
+    shape: Shape, source: Layout, middle: Layout, axes: Axes, grid: Grid, within: Box | None = None
+) -> Reduction:
+    """Return the reduce_scatter over `axes` from one layout to another, of the whole block or of the box `within`."""
+    origin = within or source.box(shape, grid.axes, grid.coords)
+    boxes = [intersect(middle.box(shape, grid.axes, coords), origin) for coords in group_coords(axes, grid)]
+    own = boxes[grid.comm(axes).rank]
     return Reduction(
         grid.ordered(axes),
         [slices(box, origin) for box in boxes],
@@ -159,12 +162,12 @@ def _scatter(shape: Shape, source: Layout, middle: Layout, axes: Axes, grid: Gri
     )
 
 
-def _group(axes: Sequence[str], grid: Grid) -> list[dict[str, int]]:
+def group_coords(axes: Sequence[str], grid: Grid) -> list[dict[str, int]]:
     """Return the full coordinates of the ranks of the group spanned by `axes`, in their order."""
     return [{**grid.coords, **grid.coords_of(r, axes)} for r in range(grid.extent(axes))]
 
 
-def _moved(source: Layout, target: Layout, grid: Grid) -> Axes:
+def moved_axes(source: Layout, target: Layout, grid: Grid) -> Axes:
     """Return the axes that cut the source and whose place changes: they span the ranks that exchange."""
     axes: list[str] = []
     for have, want in zip(source.dims, target.dims, strict=True):
@@ -179,8 +182,8 @@ def _exchange_plan(shape: Shape, source: Layout, target: Layout, grid: Grid) -> 
     """Plan who sends what: along axes that replicate the source, a rank's sender shares its coordinate."""
     if source.dims == target.dims:
         return None
-    axes = _moved(source, target, grid)
-    group = _group(axes, grid)
+    axes = moved_axes(source, target, grid)
+    group = group_coords(axes, grid)
     have, want = ([lay.box(shape, grid.axes, at) for at in group] for lay in (source, target))
     me = grid.comm(axes).rank if axes else 0
     send = [intersect(have[me], box) for box in want]
@@ -222,7 +225,8 @@ def _pack(block: Block, pieces: list[tuple[slice, ...]]) -> Block:
     return flat[0] if len(flat) == 1 else xp.concat(flat)
 
 
-def _reduce(block: Block, reduction: Reduction, grid: Grid) -> Block:
+def reduce(block: Block, reduction: Reduction, grid: Grid) -> Block:
+    """Return this rank's piece of the sum."""
     if reduction.pieces is None:
         return comm.allreduce(block, grid, reduction.axes)
     if readable(block, [block.shape], grid, reduction.axes) and block.dtype.itemsize > 2:
@@ -257,6 +261,7 @@ def _reduce_reading(block: Block, reduction: Reduction, pieces: list[tuple[slice
     total = grid.empty(reduction.shape, block.dtype)
     words = (p - 1) * math.prod(reduction.shape)
     with comm.reading(block, grid, reduction.axes, [block.shape] * p, words) as blocks:
+        assert blocks is not None
         total[...] = block[pieces[me]]
         for step in range(1, p):
             np.add(total, blocks[(me - step) % p][pieces[me]], out=total)
@@ -281,6 +286,7 @@ def _exchange_reading(block: Block, plan: Exchange, grid: Grid) -> Block:
     out, me = grid.empty(plan.shape, block.dtype), grid.comm(plan.axes).rank
     words = sum(plan.recv_counts) - plan.recv_counts[me]
     with comm.reading(block, grid, plan.axes, plan.shapes, words) as blocks:
+        assert blocks is not None
         for theirs, piece, target in zip(blocks, plan.theirs, plan.recv, strict=True):
             out[target] = theirs[piece]
     return out

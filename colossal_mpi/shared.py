@@ -1,8 +1,8 @@
 """Memory that the other ranks of a node can read where it lies, so that a neighbour's block need not be copied.
 
-Each process has one arena: an anonymous file in memory (``memfd_create``) as large as the machine's memory, of which only
-the pages that are written exist. Large blocks are cut from it, and a neighbour maps it through ``/proc``. Who may read
-whose block, and when, is the business of `colossal_mpi.comm`. Where the system has no such files, blocks lie in
+Each process has one arena: an anonymous file in memory (``memfd_create``) as large as the machine's memory, of which
+only the pages that are written exist. Large blocks are cut from it, and a neighbour maps it through ``/proc``. Who may
+read whose block, and when, is the business of `colossal_mpi.comm`. Where the system has no such files, blocks lie in
 ordinary memory and nothing is shared.
 """
 
@@ -146,9 +146,9 @@ def mapped(where: Address) -> Memory | None:
 
 def lend(block: np.ndarray) -> np.ndarray:
     """Return `block`, or a copy of it in the arena if it lies elsewhere."""
-    own = arena()
-    if own is not None and own.offset(block) is not None and min(block.strides, default=0) >= 0:
+    if describe(block)[0] >= 0:
         return block
+    own = arena()
     span = own.take(block.nbytes) if own else None
     if span is None:
         raise MemoryError(f"no {block.nbytes:,} bytes of shareable memory are left for a block of {block.shape}")
@@ -158,11 +158,10 @@ def lend(block: np.ndarray) -> np.ndarray:
 
 
 def describe(block: np.ndarray) -> list[int]:
-    """Return offset and strides, in bytes, of a block of the arena: with shape and dtype, all that `view` needs."""
+    """Return offset in the arena, -1 if it lies elsewhere, and strides of a block, in bytes, for `view`."""
     own = arena()
-    start = own.offset(block) if own else None
-    assert start is not None, "only blocks of the arena can be described"
-    return [start, *block.strides]
+    start = own.offset(block) if own and min(block.strides, default=0) >= 0 else None
+    return [-1 if start is None else start, *block.strides]
 
 
 def view(memory: Memory, shape: Sequence[int], dtype: Any, described: Sequence[int]) -> np.ndarray:

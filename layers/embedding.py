@@ -11,7 +11,7 @@ from colossal_mpi.layers.kernels import reference as kernels
 from colossal_mpi.layers.layer import Context, Later, Layer, Parameter
 from colossal_mpi.layers.parallelism import Parallelism
 from colossal_mpi.layout import Layout
-from colossal_mpi.linalg.contract import map_layout
+from colossal_mpi.linalg.subscripts import map_layout
 
 
 class Embedding(Layer):

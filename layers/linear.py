@@ -9,7 +9,8 @@ from colossal_mpi.distarray import DistArray
 from colossal_mpi.layers.layer import Context, Later, Layer, Parameter
 from colossal_mpi.layers.parallelism import Parallelism, Product
 from colossal_mpi.layout import Layout
-from colossal_mpi.linalg.contract import adjoints, contract, parse
+from colossal_mpi.linalg.contract import contract
+from colossal_mpi.linalg.subscripts import adjoints, parse
 
 
 class Linear(Layer):

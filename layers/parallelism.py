@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from colossal_mpi.errors import GridError
 from colossal_mpi.grid import Grid
 from colossal_mpi.layout import Axes, Layout, bounds
-from colossal_mpi.linalg.contract import map_layout, parse
+from colossal_mpi.linalg.subscripts import map_layout, parse
 
 INNER = "inner"
 """Stands in a template's map for the letter that the inside of a block is cut on: f, the heads a, the vocabulary v."""

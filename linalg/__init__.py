@@ -2,10 +2,11 @@
 
 from colossal_mpi.distarray import register_matmul
 from colossal_mpi.linalg.auto import Machine, calibrate, explain, options
-from colossal_mpi.linalg.contract import adjoints, contract
+from colossal_mpi.linalg.contract import contract
 from colossal_mpi.linalg.cost import best_grid, lower_bound, price
 from colossal_mpi.linalg.matmul import ALGORITHMS, matmul, preset
 from colossal_mpi.linalg.norms import diagonal, dot, matvec, norm, trace, tril, triu
+from colossal_mpi.linalg.subscripts import adjoints
 
 register_matmul(matmul)
 

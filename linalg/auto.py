@@ -14,8 +14,9 @@ from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import ShapeError
 from colossal_mpi.grid import Grid
 from colossal_mpi.layout import Layout
-from colossal_mpi.linalg.contract import Subscripts, contract, extents_of, map_layout, parse
+from colossal_mpi.linalg.contract import contract
 from colossal_mpi.linalg.cost import Cost, lower_bound, price
+from colossal_mpi.linalg.subscripts import Subscripts, extents_of, map_layout, parse
 
 
 @dataclass(frozen=True)

@@ -17,145 +17,144 @@ independent parallel matrix multiplication communication lower bounds, SPAA 2022
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
 
-from colossal_mpi import backend
-from colossal_mpi.backend import Block
+from colossal_mpi import blas
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import DTypeError, GridError, LayoutError, ShapeError
 from colossal_mpi.layout import Layout
-
-
-@dataclass(frozen=True)
-class Subscripts:
-    """A parsed two-operand einsum and the kind of each of its letters."""
-
-    a: str
-    b: str
-    c: str
-
-    @property
-    def batch(self) -> str:
-        """Letters of both operands and the result."""
-        return "".join(x for x in self.c if x in self.a and x in self.b)
-
-    @property
-    def m(self) -> str:
-        """Letters of `a` and the result."""
-        return "".join(x for x in self.a if x in self.c and x not in self.b)
-
-    @property
-    def n(self) -> str:
-        """Letters of `b` and the result."""
-        return "".join(x for x in self.b if x in self.c and x not in self.a)
-
-    @property
-    def k(self) -> str:
-        """Letters of both operands that are summed."""
-        return "".join(x for x in self.a if x in self.b and x not in self.c)
-
-    def __str__(self) -> str:
-        return f"{self.a},{self.b}->{self.c}"
-
-
-@lru_cache(maxsize=1024)
-def parse(subscripts: str) -> Subscripts:
-    """Return the letters of ``"mk,kn->mn"``.
-
-    Raises
-    ------
-    ShapeError
-        If it is not a product of two operands, repeats a letter within one, or sums a letter of one alone.
-    """
-    operands, arrow, c = subscripts.replace(" ", "").partition("->")
-    a, comma, b = operands.partition(",")
-    if not arrow or not comma or "," in b:
-        raise ShapeError(f"contract({subscripts!r}): write two operands and a result, as 'mk,kn->mn'")
-    for letters in (a, b, c):
-        if len(set(letters)) < len(letters) or not all(x.isalpha() for x in letters):
-            raise ShapeError(f"contract({subscripts!r}): {letters!r} must be distinct letters, one per dim")
-    alone = (set(a) ^ set(b)) - set(c)
-    if alone or set(c) - set(a) - set(b):
-        raise ShapeError(
-            f"contract({subscripts!r}): every letter must stand in two of the three arrays; "
-            f"not so {', '.join(sorted(alone | (set(c) - set(a) - set(b))))}"
-        )
-    return Subscripts(a, b, c)
-
-
-def extents_of(sub: Subscripts, a: Sequence[int], b: Sequence[int]) -> dict[str, int]:
-    """Return the size of each letter of operands of these shapes."""
-    return {**dict(zip(sub.a, a, strict=True)), **dict(zip(sub.b, b, strict=True))}
-
-
-def adjoints(subscripts: str) -> tuple[str, str]:
-    """Return the subscripts of the two adjoints, which run on the same map as the product: the box is the same.
-
-    ``dA = contract(first, dC, conj(B), axes)`` and ``dB = contract(second, conj(A), dC, axes)``.
-
-    Examples
-    --------
-    >>> adjoints("mk,kn->mn")
-    ('mn,kn->mk', 'mk,mn->kn')
-    """
-    sub = parse(subscripts)
-    return f"{sub.c},{sub.b}->{sub.a}", f"{sub.a},{sub.c}->{sub.b}"
-
-
-def map_layout(letters: str, axes: Mapping[str, str], partial: str = "") -> Layout:
-    """Return the layout of an array of `letters` that a map asks for: cut along the axes mapped to its letters.
-
-    Axes mapped to letters of `partial` hold partial sums. Several axes on one letter nest in the map's order.
-    """
-    dims = [[axis for axis, letter in axes.items() if letter == x] for x in letters]
-    return Layout(*dims, partial=[axis for axis, letter in axes.items() if letter in partial])
+from colossal_mpi.linalg.execute import Work, execute, execute_scattered
+from colossal_mpi.linalg.local import empty_product, result_dtype
+from colossal_mpi.linalg.pieces import Operand, Panels
+from colossal_mpi.linalg.subscripts import Subscripts, extents_of, map_layout, parse
+from colossal_mpi.redistribute import stages
 
 
 def contract(
-    subscripts: str, a: DistArray, b: DistArray, axes: Mapping[str, str], out: Layout | None = None
+    subscripts: str,
+    a: DistArray,
+    b: DistArray,
+    axes: Mapping[str, str],
+    out: Layout | DistArray | None = None,
+    *,
+    alpha: complex = 1,
+    beta: complex = 0,
+    conj: str = "",
+    stream: str | None = None,
+    panel: int = 256,
 ) -> DistArray:
-    """Return the product of two distributed arrays by the algorithm that a map of grid axes describes.
+    """Return ``alpha op(a) op(b) + beta out`` by the algorithm that a map of grid axes describes.
 
     Parameters
     ----------
     subscripts : str
         A two-operand einsum such as ``"mk,kn->mn"`` or ``"bsk,kn->bsn"``; letters of both operands and the result are
-        batch letters.
+        batch letters. Transposes are subscripts: ``"km,kn->mn"`` is ``a.T @ b``, without a copy.
     a, b : DistArray
-        In any layout on one grid, same dtype; redistributed to the map first.
+        In any layout on one grid, same dtype; redistributed to the map.
     axes : mapping of str to str
         Grid axis to letter. Axes that are not mapped do the product redundantly.
-    out : Layout, optional
-        Of the result. By default the result stays as the product leaves it: cut along the m- and n-axes, partial over
-        the k-axes.
+    out : Layout or DistArray, optional
+        The layout of the result, or an array of its shape and dtype that it is written into, which is no operand. By
+        default the result stays as the product leaves it: cut along the m- and n-axes, partial over the k-axes.
+    alpha, beta : number
+        Factors; a beta other than 0 needs an array `out`. With beta 0 what `out` holds, NaN included, is not read.
+    conj : {"", "a", "b", "ab"}
+        The operands that enter as their complex conjugates.
+    stream : str, optional
+        The letter along which the product is done in panels inside the local range: while one is multiplied the next is
+        under way, and no rank holds a gathered operand that has the letter, nor partial sums of the whole result.
+        ``k`` keeps C in place (SUMMA), ``n`` keeps A, ``m`` keeps B.
+    panel : int
+        Greatest number of indices of a panel.
 
     Returns
     -------
     DistArray
-        The product in layout `out`.
+        The product in layout `out`, or `out` itself.
 
     Raises
     ------
     ShapeError, LayoutError, GridError, DTypeError
-        If letters and shapes, the map and the grid, the two grids or the dtypes do not fit.
+        If letters and shapes, the map and the grid, the two grids, the dtypes or `out` do not fit.
 
     Notes
     -----
-    **Communication:** one redistribution of each operand to the map and one of the result; see the module for words.
-    **Adjoint:** two contracts with the same map, see `adjoints`.
+    **Communication:** one redistribution of each operand to the map and one of the result, whole or in panels; see the
+    module for words. On one node, large operands are read where their ranks store them, without a copy.
+    16-bit floats are summed in float32. **Adjoint:** two contracts with the same map, see `adjoints`.
     """
     sub = parse(subscripts)
+    target = out if isinstance(out, DistArray) else None
+    layout = out.layout if isinstance(out, DistArray) else out
     _check(sub, a, b, axes)
-    left = a.redistribute(map_layout(sub.a, axes))
-    right = b.redistribute(map_layout(sub.b, axes))
+    shape = tuple(extents_of(sub, a.shape, b.shape)[x] for x in sub.c)
+    _check_factors(sub, a, b, shape, target, beta, conj)
+    panels = _panels(sub, a, b, axes, stream, panel)
+    work = Work(sub, alpha, 0, ("a" in conj, "b" in conj))
+    product = _product(work, (a, b), axes, shape, layout, panels, target, beta)
+    if product is target:
+        return product
+    product = product if layout is None else product.redistribute(layout)
+    if target is None:
+        return product if product.dtype == a.dtype else product.astype(a.dtype)
+    blas.blend(target.local, product.local, 1, beta)
+    return target
+
+
+def _product(
+    work: Work,
+    arrays: Sequence[DistArray],
+    axes: Mapping[str, str],
+    shape: tuple[int, ...],
+    layout: Layout | None,
+    panels: Panels,
+    target: DistArray | None,
+    beta: complex,
+) -> DistArray:
+    """Return the product as the map leaves it, partly reduced if it is done in panels, or `target` if that fits."""
+    sub, grid = work.sub, arrays[0].grid
+    made = map_layout(sub.c, axes, sub.k).on(grid.axes, len(sub.c))
+    left, right = (
+        _operand(letters, array, map_layout(letters, axes).on(grid.axes, array.ndim), panels)
+        for letters, array in zip((sub.a, sub.b), arrays, strict=True)
+    )
+    if layout is not None and panels.letter in sub.c and panels.letter:
+        wanted = layout.on(grid.axes, len(sub.c))
+        if stages(made, wanted)[0]:
+            return execute_scattered(work, (left, right), shape, made, wanted)
+    box = made.box(shape, grid.axes, grid.coords)
+    if target is not None and target.layout == made and target.dtype == result_dtype(arrays[0].local):
+        work.beta = beta
+        execute(work, (left, right), target.local, box)
+        return target
+    local = {x: stop - start for x, (start, stop) in zip(sub.c, box, strict=True)}
+    c = empty_product(sub, arrays[0].local, local, grid)
+    execute(work, (left, right), c, box)
+    return DistArray(c, shape, made, grid)
+
+
+def _operand(letters: str, array: DistArray, wanted: Layout, panels: Panels) -> Operand:
+    """Return an operand without partial sums; a small one that comes whole is brought at once."""
+    middle = stages(array.layout, wanted)[1]
+    operand = Operand(letters, array.redistribute(middle.with_partial()), wanted, panels)
+    if panels.letter or operand.large:
+        return operand
+    return Operand(letters, operand.array.redistribute(wanted), wanted, panels)
+
+
+def _panels(
+    sub: Subscripts, a: DistArray, b: DistArray, axes: Mapping[str, str], stream: str | None, width: int
+) -> Panels:
+    if stream is None:
+        return Panels()
     extents = extents_of(sub, a.shape, b.shape)
-    block = multiply(sub, left.local, right.local)
-    product = DistArray(block, [extents[x] for x in sub.c], map_layout(sub.c, axes, sub.k), a.grid)
-    return product if out is None else product.redistribute(out)
+    if stream not in extents or len(stream) != 1:
+        raise ShapeError(f"contract({sub}): stream={stream!r} is no letter of it; use one of {', '.join(extents)}")
+    if width < 1:
+        raise ShapeError(f"contract({sub}): panel={width}: a panel has at least one index")
+    mapped = tuple(axis for axis, letter in axes.items() if letter == stream and a.grid.axes[axis] > 1)
+    return Panels.of(stream, extents[stream], mapped, a.grid, width)
 
 
 def _check(sub: Subscripts, a: DistArray, b: DistArray, axes: Mapping[str, str]) -> None:
@@ -181,21 +180,24 @@ def _check(sub: Subscripts, a: DistArray, b: DistArray, axes: Mapping[str, str])
             raise LayoutError(f"contract({sub}): axis {axis!r} is mapped to {letter!r}, which is no letter of it")
 
 
-def multiply(sub: Subscripts, a: Block, b: Block) -> Block:
-    """Return the local product, by one (batched) matrix product of the blocks' own library."""
-    xp = backend.namespace(a, b)
-    size = extents_of(sub, a.shape, b.shape)
-    left = _matrix(xp, a, sub.a, (sub.batch, sub.m, sub.k), size)
-    right = _matrix(xp, b, sub.b, (sub.batch, sub.k, sub.n), size)
-    made = sub.batch + sub.m + sub.n
-    product = xp.reshape(xp.matmul(left, right), tuple(size[x] for x in made))
-    return product if made == sub.c else xp.permute_dims(product, tuple(made.index(x) for x in sub.c))
-
-
-def _matrix(xp: Any, block: Block, letters: str, groups: tuple[str, str, str], size: Mapping[str, int]) -> Block:
-    """Return `block` as one matrix per batch index: each group of letters becomes one dim."""
-    order = "".join(groups)
-    if order != letters:
-        block = xp.permute_dims(block, tuple(letters.index(x) for x in order))
-    shape = tuple(math.prod(size[x] for x in group) for group in groups)
-    return xp.reshape(block, shape if groups[0] else shape[1:])
+def _check_factors(
+    sub: Subscripts,
+    a: DistArray,
+    b: DistArray,
+    shape: tuple[int, ...],
+    target: DistArray | None,
+    beta: complex,
+    conj: str,
+) -> None:
+    if conj not in ("", "a", "b", "ab", "ba"):
+        raise DTypeError(f"contract({sub}): conj={conj!r}: name the operands to conjugate, 'a', 'b' or 'ab'")
+    if target is None:
+        if beta != 0:
+            raise ShapeError(f"contract({sub}): beta={beta} needs an array out= to be added to")
+        return
+    if target.grid is not a.grid:
+        raise GridError(f"contract({sub}): out lies on {target.grid} and a on {a.grid}: make both on one Grid object")
+    if target.shape != shape or target.dtype != a.dtype:
+        raise ShapeError(f"contract({sub}): out is {target.dtype}{target.shape} and the result {a.dtype}{shape}")
+    if target.local is a.local or target.local is b.local:
+        raise ShapeError(f"contract({sub}): out is an operand, which is read while out is written: use another array")

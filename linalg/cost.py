@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from colossal_mpi.errors import ShapeError
 from colossal_mpi.layout import Layout, box_shape, coords_of
-from colossal_mpi.linalg.contract import map_layout, parse
+from colossal_mpi.linalg.subscripts import map_layout, parse
 from colossal_mpi.redistribute import received
 
 

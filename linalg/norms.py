@@ -11,7 +11,8 @@ from colossal_mpi.backend import Block
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import ShapeError
 from colossal_mpi.layout import Layout
-from colossal_mpi.linalg.contract import contract, map_layout
+from colossal_mpi.linalg.contract import contract
+from colossal_mpi.linalg.subscripts import map_layout
 
 
 def norm(a: DistArray, order: str | float = "fro") -> float:
