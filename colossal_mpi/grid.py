@@ -10,7 +10,7 @@ from typing import Any
 
 from mpi4py import MPI
 
-from colossal_mpi import backend, layout
+from colossal_mpi import awareness, backend, layout
 from colossal_mpi.errors import GridError
 
 
@@ -47,6 +47,8 @@ class Grid:
         This rank in row-major order of the coordinates, and the number of ranks.
     device : str
         ``"cpu"`` or ``"cuda:<i>"``.
+    awareness : Awareness
+        Whether blocks on a GPU are given to MPI as they are or staged through host memory, and why.
 
     Notes
     -----
@@ -70,6 +72,7 @@ class Grid:
         self._cart: Any = comm.Create_cart(list(axes.values()), reorder=False) if axes else comm
         node = comm.Split_type(MPI.COMM_TYPE_SHARED)
         self.device = backend.resolve_device(device, node.Get_rank())
+        self.awareness = awareness.agreed(self.device, comm, node)
         node.Free()
         self._settle({axis: operator.index(size) for axis, size in axes.items()})
 
@@ -133,7 +136,7 @@ class Grid:
         if key not in self._slices:
             rest = {axis: size for axis, size in self.axes.items() if axis not in coords}
             sub = Grid.__new__(Grid)
-            sub._cart, sub.device = self.comm(tuple(rest)), self.device
+            sub._cart, sub.device, sub.awareness = self.comm(tuple(rest)), self.device, self.awareness
             sub._settle(rest)
             self._slices[key] = sub
         return self._slices[key]

@@ -44,6 +44,8 @@ class Exchange:
     recv_counts: list[int]
     starts: list[int] | None
     """Where each received piece starts in the flat result, if all of them are contiguous there."""
+    most: int
+    """A bound on what any rank of the group sends or receives."""
     same: bool
     """Whether the whole group wants the same box, so that an allgather does."""
     shape: Shape
@@ -184,6 +186,7 @@ def _exchange_plan(shape: Shape, source: Layout, target: Layout, grid: Grid) -> 
         [slices(box, want[me]) for box in recv],
         [math.prod(box_shape(box)) for box in recv],
         _flat_starts(recv, want[me]),
+        len(group) * max(math.prod(box_shape(box)) for box in (*have, *want)),
         not set(axes) & set(target.cut),
         box_shape(want[me]),
     )
@@ -228,7 +231,8 @@ def _exchange(block: Block, plan: Exchange, grid: Grid) -> Block:
         own = xp.reshape(block[plan.send[0]], (-1,))
         flat = comm.allgather(own, grid, plan.axes, plan.recv_counts, plan.starts)
     else:
-        flat = comm.all_to_all(_pack(block, plan.send), grid, plan.axes, plan.send_counts, plan.recv_counts)
+        packed = _pack(block, plan.send)
+        flat = comm.all_to_all(packed, grid, plan.axes, plan.send_counts, plan.recv_counts, plan.most)
     return xp.reshape(flat, plan.shape) if plan.same and plan.starts else _unpack(flat, plan)
 
 
