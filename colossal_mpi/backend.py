@@ -1,4 +1,4 @@
-"""Where blocks live: NumPy arrays in host memory or CuPy arrays on a GPU.
+"""Where blocks live: NumPy arrays in host memory, CuPy arrays on a GPU, or arrays of another registered device.
 
 The grid's device decides when a block is made; afterwards the block itself decides. CuPy is imported by the
 first grid that asks for a GPU and by nothing else.
@@ -7,9 +7,8 @@ first grid that asks for a GPU and by nothing else.
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from array_api_compat import array_namespace, is_cupy_array, is_numpy_array
@@ -19,8 +18,102 @@ from colossal_mpi.errors import GridError
 Block = Any
 """One rank's part of a distributed array: ``numpy.ndarray``, ``cupy.ndarray`` or another array of the array API."""
 
-
 _NUMPY = array_namespace(np.empty(0))
+
+
+class Device(Protocol):
+    """What must be known of an array library whose blocks are not in host memory.
+
+    Work on blocks is put into a stream, in order; `read` and `write` are part of it, so that the host side of a copy
+    may be touched only after `synchronize`.
+    """
+
+    def __hash__(self) -> int: ...
+
+    def count(self) -> int:
+        """Return how many devices this node has."""
+
+    def namespace(self, index: int) -> Any:
+        """Make a device the one that new blocks go to, and return the array namespace that makes them."""
+
+    def owns(self, block: Block) -> bool:
+        """Say whether `block` is an array of this library."""
+
+    def read(self, block: Block, host: np.ndarray) -> None:
+        """Put a copy of `block` to a host array of its shape and dtype, in C order, into the stream."""
+
+    def write(self, block: Block, host: np.ndarray) -> None:
+        """Put a copy of a host array in C order to a `block` of its shape and dtype into the stream."""
+
+    def synchronize(self) -> None:
+        """Wait until all that is in the stream is done."""
+
+    def pinned(self, nbytes: int) -> Any:
+        """Return page-locked host memory, from which copies need no staging of their own, as a writable buffer."""
+
+
+class _CuPy:
+    """GPUs by CuPy, each rank on the current stream of its own."""
+
+    def count(self) -> int:
+        if importlib.util.find_spec("cupy") is None:
+            return 0
+        import cupy
+
+        try:
+            return int(cupy.cuda.runtime.getDeviceCount())
+        except cupy.cuda.runtime.CUDARuntimeError:
+            return 0
+
+    def namespace(self, index: int) -> Any:
+        import cupy
+
+        cupy.cuda.Device(index).use()
+        return array_namespace(cupy.empty(0))
+
+    def owns(self, block: Block) -> bool:
+        return is_cupy_array(block)
+
+    def read(self, block: Block, host: np.ndarray) -> None:
+        if block.size:
+            block.get(out=host, blocking=False)
+
+    def write(self, block: Block, host: np.ndarray) -> None:
+        if block.size:
+            block.set(host)
+
+    def synchronize(self) -> None:
+        import cupy
+
+        cupy.cuda.get_current_stream().synchronize()
+
+    def pinned(self, nbytes: int) -> Any:
+        import cupy
+
+        # Not alloc_pinned_memory: CuPy's own pool behind it keeps what it is given back without a bound.
+        return cupy.cuda.PinnedMemoryPointer(cupy.cuda.PinnedMemory(nbytes), 0)
+
+
+_devices: dict[str, Device] = {"cuda": _CuPy()}
+_preferred = "auto"
+
+
+def register(name: str, device: Device) -> None:
+    """Make `name` a device that a grid can be made on; for tests and for array libraries other than CuPy."""
+    _devices[name] = device
+
+
+def prefer(name: str) -> None:
+    """Make `name` what ``device="auto"`` means: ``"auto"``, a GPU if there is one, ``"cpu"`` or another device."""
+    global _preferred
+    _preferred = name
+
+
+def device_of(block: Block) -> Device | None:
+    """Return the device library of a block, None for one in host memory."""
+    if type(block) is np.ndarray:
+        return None
+    return next((device for device in _devices.values() if device.owns(block)), None)
 
 
 def namespace(*blocks: Block) -> Any:
@@ -38,35 +131,22 @@ def resolve_device(device: str, node_rank: int) -> str:
     GridError
         If `device` is not one of ``auto``, ``cpu`` and ``cuda``, or ``cuda`` is asked for and there is none.
     """
-    if device not in ("auto", "cpu", "cuda"):
+    if device not in ("auto", "cpu", *_devices):
         raise GridError(f"device={device!r}: use 'auto', 'cpu' or 'cuda'")
-    gpus = 0 if device == "cpu" else _gpus()
-    if device == "cuda" and not gpus:
+    wanted = _preferred if device == "auto" else device
+    name = "cuda" if wanted == "auto" else wanted
+    count = 0 if name == "cpu" else _devices[name].count()
+    if not count and wanted not in ("auto", "cpu"):
         raise GridError(
-            "device='cuda': no CuPy or no GPU on this node; install an extra, cuda12 or cuda13, or use 'cpu'"
+            f"device={wanted!r}: no CuPy or no GPU on this node; install an extra, cuda12 or cuda13, or use 'cpu'"
         )
-    return f"cuda:{node_rank % gpus}" if gpus else "cpu"
-
-
-def _gpus() -> int:
-    if importlib.util.find_spec("cupy") is None:
-        return 0
-    import cupy
-
-    try:
-        return int(cupy.cuda.runtime.getDeviceCount())
-    except cupy.cuda.runtime.CUDARuntimeError:
-        return 0
+    return f"{name}:{node_rank % count}" if count else "cpu"
 
 
 def device_namespace(device: str) -> Any:
     """Return the array namespace in which a grid on `device` makes its blocks."""
-    if device == "cpu":
-        return _NUMPY
-    import cupy
-
-    cupy.cuda.Device(int(device.partition(":")[2])).use()
-    return array_namespace(cupy.empty(0))
+    name, _, index = device.partition(":")
+    return _NUMPY if name == "cpu" else _devices[name].namespace(int(index))
 
 
 def empty_like(block: Block, shape: Sequence[int], dtype: Any = None) -> Block:
@@ -82,41 +162,37 @@ def zeros_like(block: Block, shape: Sequence[int], dtype: Any = None) -> Block:
 
 
 def contiguous(block: Block) -> Block:
-    """Return a NumPy or CuPy block in C order, copied only where it is not."""
+    """Return a NumPy or device block in C order, copied only where it is not."""
     return block if block.flags.c_contiguous else block.copy(order="C")
 
 
 def to_host(block: Block) -> np.ndarray:
     """Return the values of `block` as a NumPy array, without a copy where it is one."""
-    if is_numpy_array(block):
-        return block
-    if is_cupy_array(block):
-        return block.get()
-    return np.asarray(block)
+    device = device_of(block)
+    if device is None:
+        return np.asarray(block)
+    host = np.empty(block.shape, block.dtype)
+    device.read(block, host)
+    device.synchronize()
+    return host
 
 
 def to_block(host: np.ndarray, beside: Block) -> Block:
-    """Return `host` as a block of the library and on the device of `beside`."""
-    return host if is_numpy_array(beside) else namespace(beside).asarray(host)
-
-
-def mpi_can_read(block: Block) -> bool:
-    """Say whether MPI may be given the memory of `block` itself.
-
-    Host memory always; GPU memory only on the user's word, ``COLOSSAL_MPI_CUDA_AWARE=1``, since a library that is
-    not CUDA-aware answers a device pointer with a segmentation fault.
-    """
-    if is_numpy_array(block):
-        return True
-    return is_cupy_array(block) and os.environ.get("COLOSSAL_MPI_CUDA_AWARE") == "1"
+    """Return `host` as a block of the library and on the device of `beside`; the host array may be reused at once."""
+    device = device_of(beside)
+    if device is None:
+        return host if is_numpy_array(beside) else namespace(beside).asarray(host)
+    block = empty_like(beside, host.shape, host.dtype)
+    device.write(block, np.ascontiguousarray(host))
+    device.synchronize()
+    return block
 
 
 def synchronize(block: Block) -> None:
-    """Wait until the kernels that write `block` are done, before MPI reads its memory."""
-    if is_cupy_array(block):
-        import cupy
-
-        cupy.cuda.get_current_stream().synchronize()
+    """Wait until the kernels that write `block` are done."""
+    device = device_of(block)
+    if device is not None:
+        device.synchronize()
 
 
 def numpy_dtype(dtype: Any) -> np.dtype:
@@ -124,8 +200,17 @@ def numpy_dtype(dtype: Any) -> np.dtype:
     return np.dtype(getattr(dtype, "_np_dtype", dtype))  # array-api-strict has dtypes of its own
 
 
+def is_half(dtype: Any) -> bool:
+    """Say whether `dtype` is float16 or bfloat16, which MPI cannot add and has no portable type for."""
+    known = numpy_dtype(dtype)
+    return known.name in ("float16", "bfloat16") and known.isnative
+
+
 def dtype_of(xp: Any, dtype: Any) -> Any:
-    """Return the dtype of a name, or of NumPy, as the namespace `xp` has it; None stays None."""
+    """Return the dtype of a name, or of NumPy, as the namespace `xp` has it; None stays None.
+
+    A dtype that the namespace has no name for, as NumPy has none for bfloat16 (of the package ml_dtypes), is itself.
+    """
     if dtype is None or not isinstance(dtype, str | type | np.dtype):
         return dtype
-    return getattr(xp, np.dtype(dtype).name)
+    return getattr(xp, np.dtype(dtype).name, np.dtype(dtype))

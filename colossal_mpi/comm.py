@@ -2,8 +2,8 @@
 
 Every function takes this rank's block and the grid axes that span the group. It checks that the block is of the size
 that the caller's plan, which all ranks make from the same global metadata, gives this rank: a mismatch is silently
-wrong in some MPIs and overwrites the heap in Open MPI. Blocks that MPI cannot read are staged through host memory, what
-arrived is entered into the ledger, and float16 is summed in float32.
+wrong in some MPIs and overwrites the heap in Open MPI. `colossal_mpi.staging` says how a block reaches MPI; what
+arrived is entered into the ledger, and 16-bit floats are summed in float32.
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
-from colossal_mpi import backend, ledger, shared
+from colossal_mpi import backend, ledger
 from colossal_mpi.backend import Block
 from colossal_mpi.errors import ColossalError, DTypeError, ShapeError
 from colossal_mpi.grid import Grid
 from colossal_mpi.layout import part
+from colossal_mpi.staging import arrived, landing, outgoing
 
 SUM, MAX = "sum", "max"
 _MPI = {SUM: MPI.SUM, MAX: MPI.MAX}
@@ -30,23 +32,8 @@ _LOCAL: dict[str, Callable[..., Block]] = {
 }
 
 
-def _wire(block: Block) -> Any:
-    """Return the buffer that MPI reads for `block`: its own memory, or a copy in host memory."""
-    if backend.mpi_can_read(block):
-        block = backend.contiguous(block)  # may start a kernel: synchronise after it
-        backend.synchronize(block)
-        return block
-    return np.ascontiguousarray(backend.to_host(block))
-
-
-def _landing(block: Block, count: int, dtype: Any = None) -> Any:
-    """Return a flat buffer of `count` elements that MPI can write beside `block`."""
-    if backend.mpi_can_read(block):
-        return backend.empty_like(block, (count,), dtype)
-    return np.empty(count, backend.numpy_dtype(block.dtype if dtype is None else dtype))
-
-
-def _mpi_type(dtype: Any) -> MPI.Datatype:
+def mpi_type(dtype: Any) -> MPI.Datatype:
+    """Return the MPI type of the elements of a buffer."""
     known = np.dtype(dtype)
     if not known.isnative:
         raise DTypeError(f"MPI cannot carry dtype {dtype}, of foreign byte order: from_global makes it native")
@@ -67,12 +54,37 @@ def _starts(counts: Sequence[int]) -> list[int]:
 # Pieces from this many bytes on go from rank to rank by Sendrecv, which MPI copies once: on one node, MPICH's allgather
 # takes twice as long and its reduce_scatter 1.1 times, Open MPI's reduce_scatter 1.4 times. Words are the same.
 _LARGE = 1 << 15
+# Elements of one message: MPI counts them, and where they lie in a buffer, in a C int, and Open MPI has nothing larger.
+_LIMIT = (1 << 31) - 1
 _TAG = 7
 
 
-def _large(count: int, buffer: Any) -> bool:
-    """Say whether pieces of at most `count` elements are large; all ranks of a group pass the same count."""
-    return count * buffer.dtype.itemsize >= _LARGE
+def _pairwise(counts: Sequence[int], buffer: Any) -> bool:
+    """Say whether pieces of these counts, which all ranks of a group know, go rank by rank."""
+    return max(counts) * buffer.dtype.itemsize >= _LARGE or sum(counts) > _LIMIT
+
+
+def messages(piece: Any) -> list[Any]:
+    """Return a flat piece as the messages that carry it; an empty one needs none."""
+    return [piece[start : start + _LIMIT] for start in range(0, piece.size, _LIMIT)]
+
+
+def _swap(comm: MPI.Intracomm, send: Any, to: int, recv: Any, source: int) -> None:
+    """Send a flat piece to one rank while receiving one from another.
+
+    Both ends of a message know its count and number it alike, and every rank takes its messages in the order of these
+    numbers: the one with the lowest number can always go, so that none waits for ever.
+    """
+    kind = mpi_type(send.dtype)
+    for out, into in zip_longest(messages(send), messages(recv)):
+        comm.Sendrecv(
+            None if out is None else [out, kind],
+            MPI.PROC_NULL if out is None else to,
+            _TAG,
+            None if into is None else [into, kind],
+            MPI.PROC_NULL if into is None else source,
+            _TAG,
+        )
 
 
 def _shifts(comm: MPI.Intracomm) -> Iterator[tuple[int, int]]:
@@ -85,14 +97,19 @@ def _pieces(buffer: Any, starts: Sequence[int], counts: Sequence[int]) -> Callab
     return lambda rank: buffer[starts[rank] : starts[rank] + counts[rank]]
 
 
-def _reduce_pairwise(
-    comm: MPI.Intracomm, send: Any, kind: MPI.Datatype, counts: Sequence[int], op: str, recv: Any
-) -> Any:
+def _exchange_pairwise(comm: MPI.Intracomm, piece: Callable[[int], Any], place: Callable[[int], Any]) -> None:
+    """Send each rank its piece and put what comes from it in its place; this rank's own is copied."""
+    for to, source in _shifts(comm):
+        _swap(comm, piece(to), to, place(source), source)
+    place(comm.rank)[...] = piece(comm.rank)  # a kernel on a GPU: after the messages, which need an idle stream
+
+
+def _reduce_pairwise(comm: MPI.Intracomm, send: Any, counts: Sequence[int], op: str, recv: Any) -> Any:
     """Add to this rank's own piece those of the others, from the rank before it backwards."""
-    piece, xp = _pieces(send.reshape(-1), _starts(counts), counts), backend.namespace(send)
+    piece, xp = _pieces(send, _starts(counts), counts), backend.namespace(send)
     total = piece(comm.rank)
     for to, source in _shifts(comm):
-        comm.Sendrecv([piece(to), kind], to, _TAG, [recv, kind], source, _TAG)
+        _swap(comm, piece(to), to, recv, source)
         total = _LOCAL[op](xp, total, recv)
         backend.synchronize(recv)  # the next message must not land before it is added
     return total
@@ -118,19 +135,16 @@ def allgather(
     """
     comm, begun = grid.comm(axes), time.perf_counter()
     _require(counts[comm.rank], block, "allgather")
-    send, recv = _wire(block), _landing(block, sum(counts))
-    kind = _mpi_type(send.dtype)
+    send, recv = outgoing(block, grid), landing(block, sum(counts), grid)
+    kind = mpi_type(send.dtype)
     starts = starts or _starts(counts)
-    if _large(max(counts), send):
-        own, flat = _pieces(recv, starts, counts), send.reshape(-1)
-        own(comm.rank)[...] = flat
-        for to, source in _shifts(comm):
-            comm.Sendrecv([flat, kind], to, _TAG, [own(source), kind], source, _TAG)
+    if _pairwise(counts, send):
+        _exchange_pairwise(comm, lambda _: send, _pieces(recv, starts, counts))
     else:
         comm.Allgatherv([send, kind], [recv, (counts, starts), kind])
     words = sum(counts) - counts[comm.rank]
     ledger.post("allgather", grid.ordered(axes), words, send.dtype.itemsize, begun)
-    return backend.to_block(recv, block)
+    return arrived(recv, block)
 
 
 def reduce_scatter(block: Block, grid: Grid, axes: Sequence[str], counts: Sequence[int], op: str = SUM) -> Block:
@@ -141,26 +155,22 @@ def reduce_scatter(block: Block, grid: Grid, axes: Sequence[str], counts: Sequen
     comm, begun = grid.comm(axes), time.perf_counter()
     _require(sum(counts), block, "reduce_scatter")
     _require_op(op, block)
-    dtype = backend.numpy_dtype(block.dtype)
-    send = _wire(_widened(block))
-    own = counts[comm.rank]
-    kind = _mpi_type(send.dtype)
-    if _large(max(counts), send):
-        recv = _reduce_pairwise(comm, send, kind, counts, op, _landing(block, own, send.dtype))
+    wide = _widened(block)
+    send, own = outgoing(wide, grid), counts[comm.rank]
+    recv, kind = landing(wide, own, grid), mpi_type(send.dtype)
+    if _pairwise(counts, send):
+        recv = _reduce_pairwise(comm, send, counts, op, recv)
     else:
-        recv = _landing(block, own, send.dtype)
         # With counts: Open MPI's Reduce_scatter_block moves up to 1.5x the words on two ranks.
         comm.Reduce_scatter([send, kind], [recv, kind], list(counts), _MPI[op])
     ledger.post("reduce_scatter", grid.ordered(axes), (comm.size - 1) * own, send.dtype.itemsize, begun)
-    result = backend.to_block(recv, block)
-    return result if backend.numpy_dtype(result.dtype) == dtype else cast(result, block.dtype)
+    result = arrived(recv, wide)
+    return result if wide is block else cast(result, block.dtype)
 
 
 def _widened(block: Block) -> Block:
     """Return `block` in a dtype in which MPI can add without losing half of its digits."""
-    if backend.numpy_dtype(block.dtype).itemsize > 2 or backend.numpy_dtype(block.dtype).kind in "iub":
-        return block
-    return cast(block, backend.namespace(block).float32)
+    return cast(block, backend.namespace(block).float32) if backend.is_half(block.dtype) else block
 
 
 def cast(block: Block, dtype: Any) -> Block:
@@ -181,7 +191,7 @@ def allreduce(block: Block, grid: Grid, axes: Sequence[str], op: str = SUM) -> B
     _require_op(op, block)
     comm, xp = grid.comm(axes), backend.namespace(block)
     if comm.size == 2:
-        both = xp.reshape(_swap(block, grid, axes), (2, *block.shape))
+        both = xp.reshape(_both(block, grid, axes), (2, *block.shape))
         return cast(_LOCAL[op](xp, both[0, ...], both[1, ...]), block.dtype)
     pieces = [part(block.size, comm.size, r) for r in range(comm.size)]
     counts = [stop - start for start, stop in pieces]
@@ -189,26 +199,37 @@ def allreduce(block: Block, grid: Grid, axes: Sequence[str], op: str = SUM) -> B
     return xp.reshape(allgather(own, grid, axes, counts), block.shape)
 
 
-def _swap(block: Block, grid: Grid, axes: Sequence[str]) -> Block:
+def _both(block: Block, grid: Grid, axes: Sequence[str]) -> Block:
     flat = backend.namespace(block).reshape(block, (-1,))
     return _widened(allgather(flat, grid, axes, [block.size] * 2))
 
 
 def all_to_all(
-    block: Block, grid: Grid, axes: Sequence[str], counts: Sequence[int], recv_counts: Sequence[int]
+    block: Block,
+    grid: Grid,
+    axes: Sequence[str],
+    counts: Sequence[int],
+    recv_counts: Sequence[int],
+    most: int | None = None,
 ) -> Block:
     """Return what each rank of the group sent to this one, in order, flat; piece r of `block` goes to rank r.
+
+    `most` bounds what any rank sends or receives in all, alike on every rank: each knows its own counts alone, and all
+    must go the same way. Without it the pieces go rank by rank, which is right for any counts and slow for small ones.
 
     **Communication:** all_to_all, ``sum(recv_counts) - own`` words received. **Adjoint:** itself, counts swapped.
     """
     comm, begun = grid.comm(axes), time.perf_counter()
     _require(sum(counts), block, "all_to_all")
-    send, recv = _wire(block), _landing(block, sum(recv_counts))
-    kind = _mpi_type(send.dtype)
-    comm.Alltoallv([send, (counts, _starts(counts)), kind], [recv, (recv_counts, _starts(recv_counts)), kind])
+    send, recv = outgoing(block, grid), landing(block, sum(recv_counts), grid)
+    kind, starts, places = mpi_type(send.dtype), _starts(counts), _starts(recv_counts)
+    if most is None or most > _LIMIT:
+        _exchange_pairwise(comm, _pieces(send, starts, counts), _pieces(recv, places, recv_counts))
+    else:
+        comm.Alltoallv([send, (counts, starts), kind], [recv, (recv_counts, places), kind])
     words = sum(recv_counts) - recv_counts[comm.rank]
     ledger.post("all_to_all", grid.ordered(axes), words, send.dtype.itemsize, begun)
-    return backend.to_block(recv, block)
+    return arrived(recv, block)
 
 
 def bcast(block: Block, grid: Grid, axes: Sequence[str], root: int = 0) -> Block:
@@ -217,11 +238,13 @@ def bcast(block: Block, grid: Grid, axes: Sequence[str], root: int = 0) -> Block
     **Communication:** bcast, n words received on every rank but the root. **Adjoint:** a reduction to the root.
     """
     comm, begun = grid.comm(axes), time.perf_counter()
-    buffer = _wire(block) if comm.rank == root else _landing(block, block.size)
-    comm.Bcast([buffer, _mpi_type(buffer.dtype)], root)
+    buffer = outgoing(block, grid) if comm.rank == root else landing(block, block.size, grid)
+    kind = mpi_type(buffer.dtype)
+    for piece in messages(buffer):
+        comm.Bcast([piece, kind], root)
     words = 0 if comm.rank == root else buffer.size
     ledger.post("bcast", grid.ordered(axes), words, buffer.dtype.itemsize, begun)
-    return backend.namespace(block).reshape(backend.to_block(buffer, block), block.shape)
+    return block if comm.rank == root else backend.namespace(block).reshape(arrived(buffer, block), block.shape)
 
 
 def share(value: Any, grid: Grid, root: int = 0) -> Any:
@@ -259,87 +282,3 @@ def agreed(grid: Grid, kind: type[ColossalError] = ColossalError) -> Iterator[No
     if first is not None:
         raised: type[Exception] = first[0] if issubclass(first[0], ColossalError) else kind
         raise raised(first[1]) from failure
-
-
-class Pending:
-    """An exchange under way: the blocks that it receives hold their values after `wait`."""
-
-    def __init__(self, requests: list[MPI.Request], landings: list[tuple[Any, Block]], entry: tuple[Any, ...]) -> None:
-        self._requests, self._landings, self._entry = requests, landings, entry
-
-    def wait(self) -> None:
-        """Wait until everything is sent and received, and enter what was received into the ledger."""
-        begun = time.perf_counter()
-        MPI.Request.Waitall(self._requests)
-        for buffer, block in self._landings:
-            if buffer is not block:
-                block[...] = backend.namespace(block).reshape(backend.to_block(buffer, block), block.shape)
-        axes, words, itemsize, posted = self._entry
-        ledger.post("all_to_all", axes, words, itemsize, begun - posted)
-
-
-def start_exchange(
-    grid: Grid, axes: Sequence[str], send: Sequence[tuple[int, Block]], recv: Sequence[tuple[int, Block]]
-) -> Pending:
-    """Send blocks to ranks of the group and receive from them into blocks that are there, while the caller goes on.
-
-    Parameters
-    ----------
-    grid : Grid
-    axes : sequence of str
-        That span the group.
-    send, recv : sequence of (int, array)
-        Rank of the group and a contiguous block. What one rank sends to another it receives in the same order.
-
-    **Communication:** all_to_all, the words of `recv`. **Adjoint:** itself, send and recv swapped.
-    """
-    comm, begun = grid.comm(axes), time.perf_counter()
-    landings = [(block if backend.mpi_can_read(block) else _landing(block, block.size), block) for _, block in recv]
-    requests = [
-        comm.Irecv([buffer, _mpi_type(buffer.dtype)], source, _TAG)
-        for (source, _), (buffer, _) in zip(recv, landings, strict=True)
-    ]
-    for to, block in send:
-        buffer = _wire(block)
-        requests.append(comm.Isend([buffer, _mpi_type(buffer.dtype)], to, _TAG))
-    words = sum(block.size for _, block in recv)
-    itemsize = recv[0][1].dtype.itemsize if recv else 0
-    return Pending(requests, landings, (grid.ordered(axes), words, itemsize, time.perf_counter() - begun))
-
-
-@contextmanager
-def reading(
-    block: Block, grid: Grid, axes: Sequence[str], shapes: Sequence[Sequence[int]], words: int, lend: bool = True
-) -> Iterator[list[Block] | None]:
-    """Let the ranks of a group on one node read each other's blocks where they lie, until the context ends.
-
-    A block outside the shareable memory is copied into it first, or, if `lend` is false, all ranks get None. No rank
-    leaves before all have read.
-
-    Parameters
-    ----------
-    block : array
-        This rank's; nobody may write to it inside the context.
-    grid : Grid
-    axes : sequence of str
-        That span the group; `Grid.peers` must know its ranks.
-    shapes : sequence of tuple of int
-        Of the blocks of all ranks of the group.
-    words : int
-        How many elements of other ranks this one reads, for the ledger.
-    """
-    group, begun = grid.comm(axes), time.perf_counter()
-    memories = grid.peers(axes)
-    assert memories is not None, "the ranks of this group cannot read each other's memory"
-    lent = shared.lend(block) if lend else block
-    told = np.empty((group.size, 1 + block.ndim), np.int64)
-    group.Allgather(np.array(shared.describe(lent), np.int64), told)
-    if min(told[:, 0]) < 0:
-        yield None
-        return
-    ledger.post("read", grid.ordered(axes), words, block.dtype.itemsize, begun)
-    yield [
-        block if rank == group.rank else shared.view(memory, shape, block.dtype, where)
-        for rank, (memory, shape, where) in enumerate(zip(memories, shapes, told.tolist(), strict=True))
-    ]
-    group.Barrier()

@@ -220,7 +220,7 @@ def _gather_to(array: DistArray, root: int) -> np.ndarray | None:
     own = xp.reshape(array.local, (-1,))[: counts[grid.rank]]
     send = [counts[grid.rank] if rank == root else 0 for rank in range(grid.size)]
     recv = counts if grid.rank == root else [0] * grid.size
-    flat = backend.to_host(comm.all_to_all(own, grid, tuple(grid.axes), send, recv))
+    flat = backend.to_host(comm.all_to_all(own, grid, tuple(grid.axes), send, recv, sum(counts)))
     if grid.rank != root:
         return None
     out, start = np.empty(array.shape, flat.dtype), 0

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from colossal_mpi import backend, layout, shared
+from colossal_mpi import awareness, backend, layout, shared
 from colossal_mpi.errors import GridError
 
 
@@ -49,6 +49,8 @@ class Grid:
         This rank in row-major order of the coordinates, and the number of ranks.
     device : str
         ``"cpu"`` or ``"cuda:<i>"``.
+    awareness : Awareness
+        Whether blocks on a GPU are given to MPI as they are or staged through host memory, and why.
 
     Notes
     -----
@@ -73,6 +75,7 @@ class Grid:
         node = comm.Split_type(MPI.COMM_TYPE_SHARED)
         self.device = backend.resolve_device(device, node.Get_rank())
         self._node: int = node.bcast(comm.Get_rank())
+        self.awareness = awareness.agreed(self.device, comm, node)
         node.Free()
         self._settle({axis: operator.index(size) for axis, size in axes.items()})
 
@@ -171,7 +174,8 @@ class Grid:
         if key not in self._slices:
             rest = {axis: size for axis, size in self.axes.items() if axis not in coords}
             sub = Grid.__new__(Grid)
-            sub._cart, sub.device, sub._node = self.comm(tuple(rest)), self.device, self._node
+            sub._cart, sub._node = self.comm(tuple(rest)), self._node
+            sub.device, sub.awareness = self.device, self.awareness
             sub._settle(rest)
             self._slices[key] = sub
         return self._slices[key]

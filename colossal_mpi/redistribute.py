@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from colossal_mpi import backend, comm
+from colossal_mpi import backend, comm, exchange
 from colossal_mpi.backend import Block
 from colossal_mpi.grid import Grid
 from colossal_mpi.layout import Axes, Box, Layout, box_shape, coords_of, intersect, part, rank_of, slices
@@ -48,6 +48,8 @@ class Exchange:
     recv_counts: list[int]
     starts: list[int] | None
     """Where each received piece starts in the flat result, if all of them are contiguous there."""
+    most: int
+    """A bound on what any rank of the group sends or receives."""
     same: bool
     """Whether the whole group wants the same box, so that an allgather does."""
     shape: Shape
@@ -195,6 +197,7 @@ def _exchange_plan(shape: Shape, source: Layout, target: Layout, grid: Grid) -> 
         [slices(box, want[me]) for box in recv],
         [math.prod(box_shape(box)) for box in recv],
         _flat_starts(recv, want[me]),
+        len(group) * max(math.prod(box_shape(box)) for box in (*have, *want)),
         not set(axes) & set(target.cut),
         box_shape(want[me]),
         [box_shape(box) for box in have],
@@ -260,7 +263,7 @@ def _reduce_reading(block: Block, reduction: Reduction, pieces: list[tuple[slice
     me = grid.comm(reduction.axes).rank
     total = grid.empty(reduction.shape, block.dtype)
     words = (p - 1) * math.prod(reduction.shape)
-    with comm.reading(block, grid, reduction.axes, [block.shape] * p, words) as blocks:
+    with exchange.reading(block, grid, reduction.axes, [block.shape] * p, words) as blocks:
         assert blocks is not None
         total[...] = block[pieces[me]]
         for step in range(1, p):
@@ -278,14 +281,15 @@ def _exchange(block: Block, plan: Exchange, grid: Grid) -> Block:
         own = xp.reshape(block[plan.send[0]], (-1,))
         flat = comm.allgather(own, grid, plan.axes, plan.recv_counts, plan.starts)
     else:
-        flat = comm.all_to_all(_pack(block, plan.send), grid, plan.axes, plan.send_counts, plan.recv_counts)
+        packed = _pack(block, plan.send)
+        flat = comm.all_to_all(packed, grid, plan.axes, plan.send_counts, plan.recv_counts, plan.most)
     return xp.reshape(flat, plan.shape) if plan.same and plan.starts else _unpack(flat, plan)
 
 
 def _exchange_reading(block: Block, plan: Exchange, grid: Grid) -> Block:
     out, me = grid.empty(plan.shape, block.dtype), grid.comm(plan.axes).rank
     words = sum(plan.recv_counts) - plan.recv_counts[me]
-    with comm.reading(block, grid, plan.axes, plan.shapes, words) as blocks:
+    with exchange.reading(block, grid, plan.axes, plan.shapes, words) as blocks:
         assert blocks is not None
         for theirs, piece, target in zip(blocks, plan.theirs, plan.recv, strict=True):
             out[target] = theirs[piece]

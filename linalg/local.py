@@ -17,8 +17,7 @@ Conj = tuple[bool, bool]
 
 def result_dtype(block: Block) -> Any:
     """Return the dtype in which products of a block are summed: float32 for the 16-bit floats."""
-    dtype = backend.numpy_dtype(block.dtype)
-    return backend.namespace(block).float32 if dtype.itemsize == 2 and dtype.kind not in "iu" else block.dtype
+    return backend.namespace(block).float32 if backend.is_half(block.dtype) else block.dtype
 
 
 def empty_product(sub: Subscripts, a: Block, size: Mapping[str, int], grid: Grid) -> Block:
@@ -39,9 +38,8 @@ def accumulate(
     right = _matrix(xp, b, sub.b, (sub.batch, sub.k, sub.n), size)
     made = sub.batch + sub.m + sub.n
     whole = xp.permute_dims(c, tuple(sub.c.index(x) for x in made)) if made != sub.c else c
-    flat = (
-        None if sub.batch else _flat(xp, whole, (math.prod(size[x] for x in sub.m), math.prod(size[x] for x in sub.n)))
-    )
+    rows, columns = (math.prod(size[x] for x in letters) for letters in (sub.m, sub.n))
+    flat = None if sub.batch else _flat(xp, whole, (rows, columns))
     if flat is not None:
         blas.gemm(left, right, flat, alpha, beta, conj)
         return

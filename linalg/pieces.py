@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from colossal_mpi import backend, comm, redistribute
+from colossal_mpi import backend, exchange, redistribute
 from colossal_mpi.backend import Block
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.grid import Grid
@@ -113,7 +113,7 @@ def bring(operand: Operand, stack: ExitStack, keep: bool) -> InPlace:
     if readable(array.local, shapes, array.grid, axes):
         needed, own = operand.want[operand.me], operand.have[operand.me]
         words = math.prod(box_shape(needed)) - math.prod(box_shape(intersect(needed, own)))
-        blocks = stack.enter_context(comm.reading(array.local, array.grid, axes, shapes, words, lend=not keep))
+        blocks = stack.enter_context(exchange.reading(array.local, array.grid, axes, shapes, words, lend=not keep))
         if blocks is not None:
             return Read(operand, blocks)
     return Received(operand, keep)
@@ -157,7 +157,7 @@ class Received(InPlace):
         self._plans = grid.plans.setdefault(key, {})
         place = grid.plans if keep else {}
         self._spaces = place.setdefault((*key, type(array.local), str(array.dtype)), {})
-        self._pending: dict[int, tuple[comm.Pending, list[Piece]]] = {}
+        self._pending: dict[int, tuple[exchange.Pending, list[Piece]]] = {}
 
     def _panel(self, j: int) -> int:
         """Return the panel to bring for panel j: an operand without the letter comes whole, once."""
@@ -175,7 +175,7 @@ class Received(InPlace):
                 packed[box] = space.pack(operand.array.local[slices(box, origin)])
         landing = [(source, box, space.take(box_shape(box), operand.array.local)) for source, box in recv]
         sent = [(to, packed[box]) for to, box in send]
-        pending = comm.start_exchange(grid, operand.axes, sent, [(source, block) for source, _, block in landing])
+        pending = exchange.start(grid, operand.axes, sent, [(source, block) for source, _, block in landing])
         self._pending[self._panel(j)] = pending, [(box, block) for _, box, block in landing]
 
     def pieces(self, j: int) -> list[Piece]:

@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 
-from colossal_mpi import ColossalError, DistArray, Layout, comm
+from colossal_mpi import ColossalError, DistArray, Layout, backend, comm
 
 
 def layouts(ndim, axes, partial=True):
@@ -33,6 +33,16 @@ def integers(shape, dtype="float64", seed=0):
     return (values + 1j * rng.integers(-9, 10, shape) if np.dtype(dtype).kind == "c" else values).astype(dtype)
 
 
+def on(grid, values):
+    """Return a NumPy array as a block on the device of `grid`."""
+    return grid.xp.asarray(values)
+
+
+def host(array):
+    """Return the block of a DistArray, or a block, as a NumPy array."""
+    return backend.to_host(array.local if isinstance(array, DistArray) else array)
+
+
 def indices(shape, layout, sizes, coords):
     """Return the global indices of each dim that the rank at `coords` holds."""
     held = [np.arange(n) for n in shape]
@@ -55,7 +65,7 @@ def spread(whole, grid, layout, seed=1):
     for axis in layout.partial:
         index = index * grid.axes[axis] + grid.coords[axis]
     term = rest[index - 1] if index else whole - sum(rest)
-    return DistArray(block_of(term, layout, grid), whole.shape, layout, grid)
+    return DistArray(on(grid, block_of(term, layout, grid)), whole.shape, layout, grid)
 
 
 def represents(array, whole):
@@ -66,7 +76,7 @@ def represents(array, whole):
 def astray(arrays, whole):
     """Return the names of the `arrays`, on one grid, that are not `whole`; what all ranks hold is brought together."""
     grid = next(iter(arrays.values())).grid
-    held = comm.collect((dict(grid.coords), [np.asarray(array.local) for array in arrays.values()]), grid)
+    held = comm.collect((dict(grid.coords), [host(array) for array in arrays.values()]), grid)
     return [
         name
         for i, (name, array) in enumerate(arrays.items())
@@ -85,8 +95,8 @@ def _equal(array, whole, held):
 
 def assemble(array):
     """Return the global array, on all ranks, from the first of the ranks that hold each block."""
-    grid, whole = array.grid, np.zeros(array.shape, array.dtype)
-    for coords, block in comm.collect((dict(grid.coords), np.asarray(array.local)), grid):
+    grid, whole = array.grid, np.zeros(array.shape, backend.numpy_dtype(array.dtype))
+    for coords, block in comm.collect((dict(grid.coords), host(array)), grid):
         if _counts(array, coords):
             whole[np.ix_(*indices(array.shape, array.layout, grid.axes, coords))] += block
     return whole
@@ -100,7 +110,7 @@ def _counts(array, coords):
 def inner(x, y):
     """Return this rank's part of the inner product of the global arrays; x may hold partial sums, y is cut as x is."""
     assert y.layout == x.layout.with_partial()
-    return np.vdot(np.asarray(x.local), np.asarray(y.local)) if _counts(x, x.grid.coords) else 0
+    return np.vdot(host(x), host(y)) if _counts(x, x.grid.coords) else 0
 
 
 def totals(parts, grid):

@@ -3,6 +3,8 @@
 Loaded by ``pytest_plugins = ["colossal_mpi.testing.plugin"]`` in the top ``conftest.py``.  All tests of one
 file on one number of ranks share one ``mpiexec``; the ranks' reports become one report per test.
 
+``--device=fake`` makes the grids of tests on a pretended device, ``--device=cuda`` on GPUs.
+
 Markers
 -------
 ranks(n) or ranks([n, ...])
@@ -36,5 +38,6 @@ merge : parent; one report of many
 job : parent; one ``mpiexec`` and its files
 ranklog : parent; what one rank has written
 worker : rank; runs pytest in process
+fake, fake_array : a device without a GPU, whose blocks refuse to reach MPI or NumPy raw
 store : the directories that both sides know
 """

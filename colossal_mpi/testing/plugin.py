@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from colossal_mpi import backend
+
 from .runner import Runner, group, rank_count
 from .store import STORE, Store
 
@@ -21,12 +23,23 @@ _grids: dict[tuple[tuple[str, int], ...], Any] = {}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Register the ini option ``mpi_deadline``."""
+    """Register the ini option ``mpi_deadline`` and the option ``--device``."""
     parser.addini("mpi_deadline", "seconds that a multi-rank test may take", default="60")
+    parser.addoption(
+        "--device",
+        choices=["cpu", "fake", "cuda"],
+        default="cpu",
+        help="where grids make their blocks; other than cpu, only the tests that have a grid are run",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the markers and, in the parent, what runs multi-rank tests."""
+    """Choose the device, register the markers and, in the parent, what runs multi-rank tests."""
+    if config.option.device == "fake":
+        from . import fake
+
+        fake.install()
+    backend.prefer(config.option.device)
     for marker in MARKERS:
         config.addinivalue_line("markers", marker)
     # mark.prepare(func) alone would mark func instead of making a decorator out of it
@@ -60,8 +73,12 @@ def _ranks_id(n: int) -> str:
     return f"{n}rank" if n == 1 else f"{n}ranks"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Move the multi-rank tests of one file and one number of ranks behind the first of them."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what no device changes; move the multi-rank tests of one file and one number of ranks together."""
+    if config.option.device != "cpu":
+        gone = [item for item in items if "grid" not in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected(items=gone)
+        items[:] = [item for item in items if item not in set(gone)]
     places: dict[tuple, int] = {}
     order = {
         item: places.setdefault(group(item), place) if rank_count(item) > 1 else place

@@ -179,6 +179,7 @@ def _options(config: pytest.Config) -> list[str]:
         f"--rootdir={config.rootpath}",
         f"--import-mode={option.importmode}",
         f"--tb={option.tbstyle}",
+        f"--device={option.device}",
     ]
     options += [f"--verbosity={option.verbose}", *(["--showlocals"] if option.showlocals else [])]
     options += ["-c", str(config.inipath)] if config.inipath else []

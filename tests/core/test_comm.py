@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from colossal_mpi import CheckpointError, ColossalError, DTypeError, LayoutError, ShapeError, comm, ledger
-from tests.cases import integers, refusal, totals
+from tests.cases import host, integers, on, refusal, totals
 
 LINE, WIDE = {"col": 3}, {"row": 2, "col": 3}
 DTYPES = ["float16", "float32", "float64", "complex64", "complex128", "int32", "int64"]
@@ -30,15 +30,15 @@ def blocks(grid, axes, shapes, dtype="float64", seed=0):
 @on_groups
 def test_allgather_lays_ragged_blocks_side_by_side(grid, axes):
     held, me = blocks(grid, axes, RAGGED)
-    whole = comm.allgather(held[me], grid, axes, [block.size for block in held])
-    assert np.array_equal(whole, np.concatenate(held))
+    whole = comm.allgather(on(grid, held[me]), grid, axes, [block.size for block in held])
+    assert np.array_equal(host(whole), np.concatenate(held))
 
 
 @pytest.mark.grids(LINE)
 def test_allgather_can_lay_blocks_in_another_order(grid):
     held, me = blocks(grid, ("col",), RAGGED)
-    whole = comm.allgather(held[me], grid, ("col",), [3, 0, 2], [2, 0, 0])
-    assert np.array_equal(whole, np.concatenate([held[2], held[0]]))
+    whole = comm.allgather(on(grid, held[me]), grid, ("col",), [3, 0, 2], [2, 0, 0])
+    assert np.array_equal(host(whole), np.concatenate([held[2], held[0]]))
 
 
 @pytest.mark.smoke
@@ -48,9 +48,9 @@ def test_allgather_can_lay_blocks_in_another_order(grid):
 def test_reduce_scatter_sums_each_piece(grid, axes, dtype):
     counts = RAGGED[: grid.extent(axes)]
     held, me = blocks(grid, axes, [sum(counts)] * 6, dtype)
-    piece = comm.reduce_scatter(held[me], grid, axes, counts)
+    piece = comm.reduce_scatter(on(grid, held[me]), grid, axes, counts)
     assert piece.dtype == dtype
-    assert np.array_equal(piece, np.split(sum(held), np.cumsum(counts)[:-1])[me])
+    assert np.array_equal(host(piece), np.split(sum(held), np.cumsum(counts)[:-1])[me])
 
 
 @pytest.mark.smoke
@@ -59,9 +59,9 @@ def test_reduce_scatter_sums_each_piece(grid, axes, dtype):
 @pytest.mark.parametrize("shape", [(7, 5), (1,), (0, 3), ()], ids=str)
 def test_allreduce_sums_and_keeps_the_shape(grid, axes, shape):
     held, me = blocks(grid, axes, [shape] * 6)
-    total = comm.allreduce(held[me], grid, axes)
+    total = comm.allreduce(on(grid, held[me]), grid, axes)
     assert total.shape == shape
-    assert np.array_equal(total, sum(held))
+    assert np.array_equal(host(total), sum(held))
 
 
 @pytest.mark.grids(WIDE)
@@ -69,9 +69,9 @@ def test_allreduce_sums_and_keeps_the_shape(grid, axes, shape):
 def test_allreduce_of_every_dtype(grid, dtype):
     for axes in [("row",), ("col",), ("row", "col")]:
         held, me = blocks(grid, axes, [(7, 5)] * 6, dtype)
-        total = comm.allreduce(held[me], grid, axes)
+        total = comm.allreduce(on(grid, held[me]), grid, axes)
         assert total.dtype == dtype
-        assert np.array_equal(total, sum(held))
+        assert np.array_equal(host(total), sum(held))
 
 
 @pytest.mark.grids(WIDE)
@@ -79,14 +79,15 @@ def test_allreduce_takes_the_maximum(grid):
     for axes in [("row",), ("col",), ("row", "col")]:
         held, me = blocks(grid, axes, [(7,)] * 6)
         held[0][:3] = -np.inf
-        assert np.array_equal(comm.allreduce(held[me], grid, axes, comm.MAX), np.max(held, axis=0))
+        top = comm.allreduce(on(grid, held[me]), grid, axes, comm.MAX)
+        assert np.array_equal(host(top), np.max(held, axis=0))
 
 
 @pytest.mark.grids(LINE, WIDE)
 def test_sums_are_bitwise_equal_on_all_ranks(grid):
     block = np.random.default_rng(grid.rank).standard_normal(7)
-    total = comm.allreduce(block, grid, tuple(grid.axes))
-    assert len(set(comm.collect(total.tobytes(), grid))) == 1
+    total = comm.allreduce(on(grid, block), grid, tuple(grid.axes))
+    assert len(set(comm.collect(host(total).tobytes(), grid))) == 1
 
 
 @pytest.mark.smoke
@@ -96,8 +97,10 @@ def test_all_to_all_hands_out_ragged_pieces(grid, axes):
     group, me = members(grid, axes), members(grid, axes).index(grid.rank)
     counts = np.add.outer(np.arange(len(group)), 2 * np.arange(len(group))) % 4
     pieces = [[integers(n, seed=10 * s + d) for d, n in enumerate(row)] for s, row in enumerate(counts)]
-    got = comm.all_to_all(np.concatenate(pieces[me]), grid, axes, counts[me].tolist(), counts[:, me].tolist())
-    assert np.array_equal(got, np.concatenate([row[me] for row in pieces]))
+    block, there, back = on(grid, np.concatenate(pieces[me])), counts[me].tolist(), counts[:, me].tolist()
+    for most in (None, 3 * len(group)):
+        got = comm.all_to_all(block, grid, axes, there, back, most)
+        assert np.array_equal(host(got), np.concatenate([row[me] for row in pieces]))
 
 
 @pytest.mark.smoke
@@ -106,9 +109,9 @@ def test_all_to_all_hands_out_ragged_pieces(grid, axes):
 def test_bcast_gives_the_block_of_the_root(grid, axes):
     held, me = blocks(grid, axes, [(2, 3)] * 6)
     for root in range(grid.extent(axes)):
-        mine = held[me].copy()
-        assert np.array_equal(comm.bcast(mine, grid, axes, root), held[root])
-        assert np.array_equal(mine, held[me])
+        mine = on(grid, held[me])
+        assert np.array_equal(host(comm.bcast(mine, grid, axes, root)), held[root])
+        assert np.array_equal(host(mine), held[me])
 
 
 @pytest.mark.grids(LINE)
@@ -129,8 +132,8 @@ def test_allgather_and_reduce_scatter_are_adjoints(grid, axes, dtype):
     counts = RAGGED[: grid.extent(axes)]
     held, me = blocks(grid, axes, counts, dtype)
     x, y = held[me], integers(sum(counts), dtype, 50 + grid.rank)
-    forward = np.vdot(comm.allgather(x, grid, axes, counts), y)
-    backward = np.vdot(x, comm.reduce_scatter(y, grid, axes, counts))
+    forward = np.vdot(host(comm.allgather(on(grid, x), grid, axes, counts)), y)
+    backward = np.vdot(x, host(comm.reduce_scatter(on(grid, y), grid, axes, counts)))
     assert same(grid, forward, backward)
 
 
@@ -141,8 +144,8 @@ def test_all_to_all_is_its_own_adjoint(grid, axes):
     counts = np.add.outer(np.arange(p), 2 * np.arange(p)) % 4
     there, back = counts[me].tolist(), counts[:, me].tolist()
     x, y = integers(sum(there), seed=grid.rank), integers(sum(back), seed=50 + grid.rank)
-    forward = np.vdot(comm.all_to_all(x, grid, axes, there, back), y)
-    backward = np.vdot(x, comm.all_to_all(y, grid, axes, back, there))
+    forward = np.vdot(host(comm.all_to_all(on(grid, x), grid, axes, there, back)), y)
+    backward = np.vdot(x, host(comm.all_to_all(on(grid, y), grid, axes, back, there)))
     assert same(grid, forward, backward)
 
 
@@ -150,7 +153,8 @@ def test_all_to_all_is_its_own_adjoint(grid, axes):
 @on_groups
 def test_allreduce_is_its_own_adjoint(grid, axes):
     x, y = integers((7, 5), seed=grid.rank), integers((7, 5), seed=50 + grid.rank)
-    assert same(grid, np.vdot(comm.allreduce(x, grid, axes), y), np.vdot(x, comm.allreduce(y, grid, axes)))
+    there, back = (host(comm.allreduce(on(grid, z), grid, axes)) for z in (x, y))
+    assert same(grid, np.vdot(there, y), np.vdot(x, back))
 
 
 @pytest.mark.grids(WIDE)
@@ -158,8 +162,8 @@ def test_allreduce_is_its_own_adjoint(grid, axes):
 def test_the_adjoint_of_bcast_is_a_sum_at_the_root(grid, axes):
     x, y = integers(7, seed=grid.rank), integers(7, seed=50 + grid.rank)
     root = grid.extent(axes) - 1
-    summed = comm.allreduce(y, grid, axes) * (grid.comm(axes).rank == root)
-    assert same(grid, np.vdot(comm.bcast(x, grid, axes, root), y), np.vdot(x, summed))
+    summed = host(comm.allreduce(on(grid, y), grid, axes)) * (grid.comm(axes).rank == root)
+    assert same(grid, np.vdot(host(comm.bcast(on(grid, x), grid, axes, root)), y), np.vdot(x, summed))
 
 
 @pytest.mark.grids(LINE, WIDE)
@@ -168,14 +172,17 @@ def test_words_are_those_of_the_table(grid):
     counts = RAGGED[:p]
     own, n = counts[grid.rank], sum(counts)
     part_of_7 = len(np.array_split(range(7), p)[grid.rank])
-    block, turned = np.ones(own, "float32"), [(grid.rank + d) % 3 for d in range(p)]
-    pieces = np.ones(sum(turned), "float32")
+    turned = [(grid.rank + d) % 3 for d in range(p)]
+
+    def ones(count):
+        return on(grid, np.ones(count, "float32"))
+
     calls = [
-        (n - own, lambda: comm.allgather(block, grid, axes, counts)),
-        ((p - 1) * own, lambda: comm.reduce_scatter(np.ones(n, "float32"), grid, axes, counts)),
-        ((p - 2) * part_of_7 + 7, lambda: comm.allreduce(np.ones(7, "float32"), grid, axes)),
-        (sum(turned) - turned[grid.rank], lambda: comm.all_to_all(pieces, grid, axes, turned, turned)),
-        (5 * (grid.rank != 1), lambda: comm.bcast(np.ones(5, "float32"), grid, axes, 1)),
+        (n - own, lambda: comm.allgather(ones(own), grid, axes, counts)),
+        ((p - 1) * own, lambda: comm.reduce_scatter(ones(n), grid, axes, counts)),
+        ((p - 2) * part_of_7 + 7, lambda: comm.allreduce(ones(7), grid, axes)),
+        (sum(turned) - turned[grid.rank], lambda: comm.all_to_all(ones(sum(turned)), grid, axes, turned, turned)),
+        (5 * (grid.rank != 1), lambda: comm.bcast(ones(5), grid, axes, 1)),
     ]
     for words, call in calls:
         with ledger.record() as moved:
@@ -191,16 +198,18 @@ def test_float16_is_summed_in_float32(grid):
     terms = np.full((3, 4), 40000, "float16")
     terms[[0, 1, 2], [0, 1, 2]] *= -1  # in whatever order, float16 would overflow in one of the columns
     terms[:, 3] = [2048, 1, 1]  # 2048 + 1 is 2048 in float16
-    mine = terms[grid.rank]
-    assert comm.allreduce(mine, grid, ("col",)).tolist() == [40000, 40000, 40000, 2050]
-    assert comm.reduce_scatter(mine, grid, ("col",), [2, 1, 1]).tolist() == [[40000] * 2, [40000], [2050]][grid.rank]
+    mine = on(grid, terms[grid.rank])
+    assert host(comm.allreduce(mine, grid, ("col",))).tolist() == [40000, 40000, 40000, 2050]
+    assert (
+        host(comm.reduce_scatter(mine, grid, ("col",), [2, 1, 1])).tolist() == [[40000] * 2, [40000], [2050]][grid.rank]
+    )
 
 
 @pytest.mark.grids(WIDE)
 def test_float16_of_two_ranks_is_rounded_once(grid):
     mine = np.array([[40000, 1], [40000, 2048]], "float16")[grid.coords["row"]]
     with np.errstate(over="ignore"):
-        assert comm.allreduce(mine, grid, ("row",)).tolist() == [np.inf, 2048]
+        assert host(comm.allreduce(on(grid, mine), grid, ("row",))).tolist() == [np.inf, 2048]
 
 
 WRONG = {
@@ -217,7 +226,7 @@ on_collectives = pytest.mark.parametrize(("name", "call"), WRONG.items(), ids=WR
 def test_a_block_of_the_wrong_size_is_refused_before_anything_moves(grid, name, call):
     if grid.rank == 1:  # alone: it would wait for the others, were anything sent first
         with pytest.raises(ShapeError, match=f"{name}: the block has 4 elements and the plan needs"):
-            call(np.ones(4), grid)
+            call(on(grid, np.ones(4)), grid)
 
 
 @pytest.mark.grids(LINE)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from colossal_mpi import comm, ledger
-from tests.cases import integers
+from tests.cases import host, integers, on
 
 COUNTS = {2: [5, 0], 3: [4, 0, 3], 4: [1, 6, 0, 2]}
 GRIDS = pytest.mark.grids({"x": 2}, {"x": 3}, {"x": 4})
@@ -24,10 +24,10 @@ def test_allgather_and_reduce_scatter(grid, both, dtype):
     terms = [integers((sum(counts),), dtype, seed=r) for r in range(grid.size)]
     start = sum(counts[:me])
     with ledger.record() as moved:
-        whole = comm.allgather(parts[me], grid, ("x",), counts)
-        own = comm.reduce_scatter(terms[me], grid, ("x",), counts)
-    assert np.array_equal(whole, np.concatenate(parts))
-    assert np.array_equal(own, sum(terms)[start : start + counts[me]])
+        whole = comm.allgather(on(grid, parts[me]), grid, ("x",), counts)
+        own = comm.reduce_scatter(on(grid, terms[me]), grid, ("x",), counts)
+    assert np.array_equal(host(whole), np.concatenate(parts))
+    assert np.array_equal(host(own), sum(terms)[start : start + counts[me]])
     assert own.dtype == whole.dtype == np.dtype(dtype)
     assert [event.words for event in moved.events] == [sum(counts) - counts[me], (grid.size - 1) * counts[me]]
 
@@ -36,15 +36,17 @@ def test_allgather_and_reduce_scatter(grid, both, dtype):
 def test_pieces_may_land_out_of_order_and_maxima_are_taken(grid, both):
     counts, me = COUNTS[grid.size], grid.rank
     starts = [sum(counts[r + 1 :]) for r in range(grid.size)]
-    whole = comm.allgather(np.full(counts[me], me), grid, ("x",), counts, starts)
-    assert np.array_equal(whole, np.concatenate([np.full(n, r) for r, n in reversed(list(enumerate(counts)))]))
+    whole = comm.allgather(on(grid, np.full(counts[me], me)), grid, ("x",), counts, starts)
+    expected = np.concatenate([np.full(n, r) for r, n in reversed(list(enumerate(counts)))])
+    assert np.array_equal(host(whole), expected)
     terms = [integers((sum(counts),), seed=r) for r in range(grid.size)]
-    own = comm.reduce_scatter(terms[me], grid, ("x",), counts, comm.MAX)
-    assert np.array_equal(own, np.max(terms, axis=0)[sum(counts[:me]) :][: counts[me]])
+    own = comm.reduce_scatter(on(grid, terms[me]), grid, ("x",), counts, comm.MAX)
+    assert np.array_equal(host(own), np.max(terms, axis=0)[sum(counts[:me]) :][: counts[me]])
 
 
 @GRIDS
 def test_allreduce_leaves_the_same_bits_everywhere(grid, both):
-    total = comm.allreduce(np.random.default_rng(grid.rank).standard_normal((5, 3)), grid, ("x",))
+    mine = np.random.default_rng(grid.rank).standard_normal((5, 3))
+    total = host(comm.allreduce(on(grid, mine), grid, ("x",)))
     assert len(set(comm.collect(total.tobytes(), grid))) == 1
     assert np.allclose(total, sum(np.random.default_rng(r).standard_normal((5, 3)) for r in range(grid.size)))

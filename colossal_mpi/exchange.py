@@ -1,0 +1,111 @@
+"""Blocks of other ranks without a collective: messages under way while the caller goes on, and reading on one node.
+
+With `colossal_mpi.comm` the only file that gives buffers to MPI.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from colossal_mpi import backend, ledger, shared
+from colossal_mpi.backend import Block
+from colossal_mpi.comm import messages, mpi_type
+from colossal_mpi.grid import Grid
+from colossal_mpi.staging import arrived, landing, outgoing
+
+_TAG = 8
+
+
+class Pending:
+    """An exchange under way: the blocks that it receives hold their values after `wait`."""
+
+    def __init__(self, requests: list[MPI.Request], landings: list[tuple[Any, Block]], entry: tuple[Any, ...]) -> None:
+        self._requests, self._landings, self._entry = requests, landings, entry
+
+    def wait(self) -> None:
+        """Wait until everything is sent and received, and enter what was received into the ledger."""
+        begun = time.perf_counter()
+        MPI.Request.Waitall(self._requests)
+        for buffer, block in self._landings:
+            if buffer is not block:
+                block[...] = backend.namespace(block).reshape(arrived(buffer, block), block.shape)
+        axes, words, itemsize, posted = self._entry
+        ledger.post("all_to_all", axes, words, itemsize, begun - posted)
+
+
+def start(
+    grid: Grid, axes: Sequence[str], send: Sequence[tuple[int, Block]], recv: Sequence[tuple[int, Block]]
+) -> Pending:
+    """Send blocks to ranks of the group and receive from them into blocks that are there, while the caller goes on.
+
+    Parameters
+    ----------
+    grid : Grid
+    axes : sequence of str
+        That span the group.
+    send, recv : sequence of (int, array)
+        Rank of the group and a contiguous block. What one rank sends to another it receives in the same order.
+
+    **Communication:** all_to_all, the words of `recv`. **Adjoint:** itself, send and recv swapped.
+    """
+    comm, begun = grid.comm(axes), time.perf_counter()
+    landings = [(_into(block, grid), block) for _, block in recv]
+    requests = []
+    for (source, _), (buffer, _) in zip(recv, landings, strict=True):
+        requests += [comm.Irecv([m, mpi_type(m.dtype)], source, _TAG) for m in messages(buffer.reshape(-1))]
+    for to, block in send:
+        buffer = outgoing(block, grid)
+        requests += [comm.Isend([m, mpi_type(m.dtype)], to, _TAG) for m in messages(buffer)]
+    words = sum(block.size for _, block in recv)
+    itemsize = backend.numpy_dtype(recv[0][1].dtype).itemsize if recv else 0
+    return Pending(requests, landings, (grid.ordered(axes), words, itemsize, time.perf_counter() - begun))
+
+
+def _into(block: Block, grid: Grid) -> Any:
+    """Return the buffer that MPI writes for `block`: its own memory if it is the host's, else one to copy from."""
+    own = type(block) is np.ndarray and not backend.is_half(block.dtype)
+    return block if own else landing(block, block.size, grid)
+
+
+@contextmanager
+def reading(
+    block: Block, grid: Grid, axes: Sequence[str], shapes: Sequence[Sequence[int]], words: int, lend: bool = True
+) -> Iterator[list[Block] | None]:
+    """Let the ranks of a group on one node read each other's blocks where they lie, until the context ends.
+
+    A block outside the shareable memory is copied into it first, or, if `lend` is false, all ranks get None. No rank
+    leaves before all have read.
+
+    Parameters
+    ----------
+    block : array
+        This rank's; nobody may write to it inside the context.
+    grid : Grid
+    axes : sequence of str
+        That span the group; `Grid.peers` must know its ranks.
+    shapes : sequence of tuple of int
+        Of the blocks of all ranks of the group.
+    words : int
+        How many elements of other ranks this one reads, for the ledger.
+    """
+    group, begun = grid.comm(axes), time.perf_counter()
+    memories = grid.peers(axes)
+    assert memories is not None, "the ranks of this group cannot read each other's memory"
+    lent = shared.lend(block) if lend else block
+    told = np.empty((group.size, 1 + block.ndim), np.int64)
+    group.Allgather(np.array(shared.describe(lent), np.int64), told)
+    if min(told[:, 0]) < 0:
+        yield None
+        return
+    ledger.post("read", grid.ordered(axes), words, block.dtype.itemsize, begun)
+    yield [
+        block if rank == group.rank else shared.view(memory, shape, block.dtype, where)
+        for rank, (memory, shape, where) in enumerate(zip(memories, shapes, told.tolist(), strict=True))
+    ]
+    group.Barrier()
