@@ -15,6 +15,7 @@ from colossal_mpi.errors import (  # noqa: E402
     LaunchError,
     LayoutError,
     ShapeError,
+    VerificationError,
 )
 from colossal_mpi.grid import Grid  # noqa: E402
 from colossal_mpi.layout import Layout  # noqa: E402
@@ -31,6 +32,7 @@ __all__ = [
     "Layout",
     "LayoutError",
     "ShapeError",
+    "VerificationError",
     "comm",
     "from_global",
     "full",

@@ -36,3 +36,7 @@ class CheckpointError(ColossalError, RuntimeError):
 
 class LaunchError(ColossalError, ImportError):
     """MPI is missing, or the launcher and the MPI library do not belong together."""
+
+
+class VerificationError(ColossalError, ArithmeticError):
+    """A result that fails a check of itself."""

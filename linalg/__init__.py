@@ -2,8 +2,10 @@
 
 from colossal_mpi.distarray import register_matmul
 from colossal_mpi.linalg.auto import Machine, calibrate, explain, options
+from colossal_mpi.linalg.bounds import lower_bound, memory_bound
 from colossal_mpi.linalg.contract import contract
-from colossal_mpi.linalg.cost import best_grid, lower_bound, price
+from colossal_mpi.linalg.cost import price
+from colossal_mpi.linalg.grids import best_grid
 from colossal_mpi.linalg.matmul import ALGORITHMS, matmul, preset
 from colossal_mpi.linalg.norms import diagonal, dot, matvec, norm, trace, tril, triu
 from colossal_mpi.linalg.subscripts import adjoints
@@ -23,6 +25,7 @@ __all__ = [
     "lower_bound",
     "matmul",
     "matvec",
+    "memory_bound",
     "norm",
     "options",
     "preset",

@@ -14,35 +14,41 @@ from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import ShapeError
 from colossal_mpi.grid import Grid
 from colossal_mpi.layout import Layout
+from colossal_mpi.linalg.bounds import lower_bound
 from colossal_mpi.linalg.contract import contract
-from colossal_mpi.linalg.cost import Cost, lower_bound, price
+from colossal_mpi.linalg.cost import Cost, price
 from colossal_mpi.linalg.subscripts import Subscripts, extents_of, map_layout, parse
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Seconds that a machine takes for a message, a word and a floating-point operation (alpha, beta, gamma)."""
+    """Seconds that a machine takes for a message, a word, a floating-point operation and a sum (alpha, beta, gamma)."""
 
     message: float = 5e-6
     word: float = 2e-9
     flop: float = 4e-11
+    add: float = 1e-9
+    """For one element that a reduction adds: it is read twice and written once, from memory."""
 
     def seconds(self, cost: Cost) -> float:
         """Return the modelled time of a product: that of its busiest rank."""
-        return self.message * cost.messages + self.word * max(cost.words) + self.flop * cost.flop
+        moved = self.message * cost.messages + self.word * max(cost.words)
+        return moved + self.flop * cost.flop + self.add * cost.summed
 
 
 def calibrate(grid: Grid, words: int = 1 << 18, size: int = 384) -> Machine:
-    """Measure a machine with an allgather of one word, one of `words`, and a float64 product of `size`.
+    """Measure a machine with an allgather of one word, one of `words`, a sum of `words` and a product of `size`.
 
     **Communication:** two allgathers over the whole grid, each three times; the best of them counts.
     """
+    flop = _best(grid, lambda: _product(grid, size)) / (2 * size**3)
+    block = grid.xp.ones(words)
+    add = _best(grid, lambda: backend.synchronize(block + block)) / words
     if grid.size == 1:
-        return Machine(0.0, 0.0, _best(grid, lambda: _product(grid, size)) / (2 * size**3))
+        return Machine(0.0, 0.0, flop, add)
     small, large = (_best(grid, partial(_gather, grid, n)) for n in (1, words))
     each = (grid.size - 1) * words
-    message = small / max(1, (grid.size - 1).bit_length())
-    return Machine(message, max(large - small, 1e-12) / each, _best(grid, lambda: _product(grid, size)) / (2 * size**3))
+    return Machine(small / max(1, (grid.size - 1).bit_length()), max(large - small, 1e-12) / each, flop, add)
 
 
 def _best(grid: Grid, work: Callable[[], None]) -> float:
@@ -73,6 +79,10 @@ def maps(sub: Subscripts, grid: Grid) -> Iterator[dict[str, str]]:
         yield {axis: letter for axis, letter in zip(axes, choice, strict=True) if letter}
 
 
+_NARROWEST = 32
+"""Indices of the narrowest panel that is tried: a local product of fewer is no faster than memory."""
+
+
 def spread_layout(sub: Subscripts, axes: Mapping[str, str], grid: Grid) -> Layout:
     """Return the layout of a result that is stored once: cut as the map leaves it and further, innermost, on one dim.
 
@@ -87,12 +97,18 @@ def spread_layout(sub: Subscripts, axes: Mapping[str, str], grid: Grid) -> Layou
 
 @dataclass(frozen=True)
 class Option:
-    """One map of a product, with its price."""
+    """One map of a product, whole or in panels, with its price."""
 
     axes: Mapping[str, str]
     out: Layout
     cost: Cost
     seconds: float
+    stream: str | None = None
+    panel: int = 0
+
+    def do(self, subscripts: str, a: DistArray, b: DistArray) -> DistArray:
+        """Return the product on this map."""
+        return contract(subscripts, a, b, self.axes, self.out, stream=self.stream, panel=self.panel or 1)
 
 
 def options(
@@ -103,7 +119,7 @@ def options(
     memory: int | None = None,
     machine: Machine | None = None,
 ) -> list[Option]:
-    """Return every map of a product that fits the memory, fastest first.
+    """Return every map of a product that fits the memory, fastest first; in panels where it does not fit whole.
 
     Parameters
     ----------
@@ -127,11 +143,10 @@ def options(
         If no map fits the memory.
     """
     sub, grid, machine = parse(subscripts), a.grid, machine or Machine()
-    sizes, found = extents_of(sub, a.shape, b.shape), []
+    found: list[Option] = []
     for axes in maps(sub, grid):
         result = spread_layout(sub, axes, grid) if out is None else out
-        cost = price(subscripts, sizes, grid.axes, axes, a.layout, b.layout, result)
-        found.append(Option(axes, result, cost, machine.seconds(cost)))
+        found += _ways(sub, a, b, axes, result, memory, machine)
     fitting = [option for option in found if memory is None or option.cost.workspace <= memory]
     if not fitting:
         least = min(option.cost.workspace for option in found)
@@ -139,6 +154,33 @@ def options(
             f"{subscripts} on {grid} needs {least:,} elements of workspace on a rank, and memory is {memory:,}"
         )
     return sorted(fitting, key=lambda option: (option.seconds, _cut_parts(option, sub, grid), len(option.axes)))
+
+
+def _ways(
+    sub: Subscripts,
+    a: DistArray,
+    b: DistArray,
+    axes: Mapping[str, str],
+    out: Layout,
+    memory: int | None,
+    machine: Machine,
+) -> Iterator[Option]:
+    """Yield a map whole and, where that does not fit the memory, in the widest panels of each letter that do."""
+    extents = extents_of(sub, a.shape, b.shape)
+
+    def option(stream: str | None = None, panel: int = 0) -> Option:
+        cost = price(str(sub), extents, a.grid.axes, axes, a.layout, b.layout, out, stream, panel)
+        return Option(axes, out, cost, machine.seconds(cost), stream, panel)
+
+    whole = option()
+    yield whole
+    if memory is None or whole.cost.workspace <= memory:
+        return
+    for letter, extent in extents.items():
+        panel = extent
+        while panel > _NARROWEST and option(letter, panel).cost.workspace > memory:
+            panel = max(_NARROWEST, panel // 2)
+        yield option(letter, max(1, panel))
 
 
 def fastest(subscripts: str, a: DistArray, b: DistArray, out: Layout | None = None) -> Option:
@@ -186,13 +228,14 @@ def _measure(subscripts: str, a: DistArray, b: DistArray, option: Option) -> tup
     comm.collect(None, a.grid)
     begun = time.perf_counter()
     with ledger.record() as moved:
-        contract(subscripts, a, b, option.axes, option.out)
+        option.do(subscripts, a, b)
     seen = comm.collect((moved.words, time.perf_counter() - begun), a.grid)
     return sum(words for words, _ in seen), max(seconds for _, seconds in seen)
 
 
 def _line(option: Option, words: int, seconds: float, bound: float) -> str:
     name = " ".join(f"{axis}:{letter}" for axis, letter in option.axes.items()) or "no axis"
+    name += f" by {option.panel} of {option.stream}" if option.stream else ""
     busiest = max(option.cost.words)
     ratio = f"{busiest / bound:.3f}" if bound else "-"
     return (

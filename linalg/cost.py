@@ -1,23 +1,18 @@
-"""What a product costs on a grid, before it is done: words, messages, flop, memory, and the bounds no algorithm beats.
+"""What a product costs on a grid, before it is done: words, messages, flop and memory.
 
 Everything here is arithmetic on sizes; nothing needs MPI. Words are those of the ledger, to the word.
-
-References
-----------
-Al Daas, Ballard, Grigori, Kumar, Rouse: Tight memory-independent parallel matrix multiplication communication lower
-bounds, SPAA 2022. Smith, Lowery, Langou, van de Geijn: A tight I/O lower bound for matrix multiplication, 2019.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
-from colossal_mpi.errors import ShapeError
-from colossal_mpi.layout import Layout, box_shape, coords_of
+from colossal_mpi.layout import Layout, bounds, box_shape, coords_of, part
 from colossal_mpi.linalg.subscripts import map_layout, parse
-from colossal_mpi.redistribute import received
+from colossal_mpi.redistribute import received, stages
 
 
 @dataclass(frozen=True)
@@ -27,16 +22,39 @@ class Cost:
     words: tuple[int, ...]
     """Array elements that each rank receives."""
     messages: int
-    """Messages that a rank receives, at most: log2 p for each reduction or gathering over p ranks."""
+    """Messages that a rank receives, at most: log2 p for each reduction or gathering over p ranks, of each panel."""
     flop: int
     """Floating-point operations of the busiest rank; 2mnk in all."""
+    summed: int
+    """Array elements that a rank adds up in reductions, at most."""
     workspace: int
-    """Array elements that a rank holds besides the stored operands and result, at most."""
+    """Array elements that a rank holds besides the stored operands and result, at most: gathered or received pieces of
+    the operands, partial sums and what is packed for sending. What lies on one node and is read in place takes less."""
 
     @property
     def total_words(self) -> int:
         """Words received by all ranks together."""
         return sum(self.words)
+
+
+@dataclass(frozen=True)
+class _Move:
+    """From where to where one of the three arrays goes."""
+
+    letters: str
+    shape: tuple[int, ...]
+    have: Layout
+    want: Layout
+    operand: bool
+
+
+@dataclass(frozen=True)
+class _Panels:
+    """The panels of a streamed product: their letter, how many, and the longest."""
+
+    letter: str = ""
+    count: int = 1
+    width: int = 0
 
 
 def price(
@@ -47,8 +65,10 @@ def price(
     a: Layout,
     b: Layout,
     out: Layout | None = None,
+    stream: str | None = None,
+    panel: int = 256,
 ) -> Cost:
-    """Return the cost of ``contract(subscripts, a, b, axes, out)``, the moves of badly stored operands included.
+    """Return the cost of ``contract(subscripts, a, b, axes, out, ...)``, the moves of badly stored operands included.
 
     Parameters
     ----------
@@ -63,39 +83,90 @@ def price(
         In which the operands are stored.
     out : Layout, optional
         Of the result; None leaves it partial.
+    stream, panel
+        As in `contract`.
     """
     sub = parse(subscripts)
     axes = {axis: letter for axis, letter in axes.items() if sizes[axis] > 1}
     made = map_layout(sub.c, axes, sub.k)
+
+    def move(letters: str, have: Layout, want: Layout) -> _Move:
+        return _Move(letters, tuple(extents[x] for x in letters), have, want, letters is not sub.c)
+
     moves = [
-        (sub.a, a.on(sizes, len(sub.a)), map_layout(sub.a, axes)),
-        (sub.b, b.on(sizes, len(sub.b)), map_layout(sub.b, axes)),
-        (sub.c, made, made if out is None else out.on(sizes, len(sub.c))),
+        move(sub.a, a.on(sizes, len(sub.a)), map_layout(sub.a, axes)),
+        move(sub.b, b.on(sizes, len(sub.b)), map_layout(sub.b, axes)),
+        _Move(sub.c, tuple(extents[x] for x in sub.c), made, made if out is None else out.on(sizes, len(sub.c)), False),
     ]
-    steps = [received(tuple(extents[x] for x in s), have, want, sizes) for s, have, want in moves]
-    workspace = sum(_largest(s, lay, extents, sizes) for s, have, want, lay in _held(moves) if have != want)
+    panels = _panels(extents, sizes, axes, stream, panel)
+    words = [received(m.shape, m.have, m.want, sizes) for m in moves]
     return Cost(
-        tuple(sum(words) for words in zip(*steps, strict=True)),
-        sum(_messages(have, want, sizes) for _, have, want in moves),
+        tuple(map(sum, zip(*words, strict=True))),
+        sum(_messages(m.have, m.want, sizes) * _times(m, panels) for m in moves),
         2 * math.prod(-(-n // _parts(x, axes, sizes)) for x, n in extents.items()),
-        workspace,
+        sum(_summed(m, sizes) for m in moves),
+        sum(_workspace(m, panels, sizes) for m in moves),
     )
 
 
-def _held(moves: Sequence[tuple[str, Layout, Layout]]) -> list[tuple[str, Layout, Layout, Layout]]:
-    """Return each move with the layout that is neither operand nor result: gathered a and b, partial c."""
-    a, b, c = moves
-    return [(*a, a[2]), (*b, b[2]), (*c, c[1])]
+def _panels(
+    extents: Mapping[str, int], sizes: Mapping[str, int], axes: Mapping[str, str], stream: str | None, panel: int
+) -> _Panels:
+    if stream is None:
+        return _Panels()
+    mapped = tuple(axis for axis, letter in axes.items() if letter == stream)
+    _, length = bounds(extents[stream], mapped, sizes, dict.fromkeys(mapped, 0))
+    count = max(1, -(-length // panel))
+    return _Panels(stream, count, part(length, count, 0)[1])
+
+
+def _scatters(move: _Move) -> bool:
+    return bool(stages(move.have, move.want)[0])
+
+
+def _times(move: _Move, panels: _Panels) -> int:
+    """Return how often an array is communicated: once a panel if it has their letter and is not reduced whole."""
+    in_panels = panels.letter in move.letters and (move.operand or _scatters(move))
+    return panels.count if in_panels else 1
+
+
+def _summed(move: _Move, sizes: Mapping[str, int]) -> int:
+    """Return the elements that rank 0, whose blocks are never smaller than another's, adds to its own."""
+    scattered, middle, rest = stages(move.have, move.want)
+    p, q = (math.prod(sizes[axis] for axis in axes) for axes in (scattered, rest))
+    own = _block(move, middle, sizes)
+    return (p - 1) * own + (q - 1) * -(-own // q)
+
+
+def _block(move: _Move, layout: Layout, sizes: Mapping[str, int], panels: _Panels | None = None) -> int:
+    """Return the elements of the largest block in a layout, or of its part in one panel."""
+    shape = box_shape(layout.box(move.shape, sizes, coords_of(0, sizes)))
+    if panels is not None and panels.letter and panels.letter in move.letters:
+        at = move.letters.index(panels.letter)
+        shape = (*shape[:at], min(shape[at], panels.width), *shape[at + 1 :])
+    return math.prod(shape)
+
+
+def _workspace(move: _Move, panels: _Panels, sizes: Mapping[str, int]) -> int:
+    """Return what a rank holds of one of the three arrays besides what is stored, at most."""
+    if move.have == move.want:
+        return 0
+    scattered, middle, rest = stages(move.have, move.want)
+    block = partial(_block, move, sizes=sizes)
+    reduced = 3 * block(middle) if scattered or rest else 0  # received, added, the sum before
+    if move.operand:
+        # What arrives and what is packed are together no more than the piece of the gathered operand, twice if the
+        # next panel is under way.
+        gathered = block(move.want, panels=panels) * (2 if _times(move, panels) > 1 else 1)
+        return gathered + (reduced + block(move.have) if reduced else 0)
+    in_panels = panels if _times(move, panels) > 1 else None
+    summed = 2 * block(move.have, panels=in_panels) if reduced else block(move.have)  # the sums, and packed
+    moved = block(middle) + 2 * block(move.want) if middle.dims != move.want.dims else 0
+    return summed + (3 * block(middle, panels=in_panels) if reduced else 0) + moved
 
 
 def _parts(letter: str, axes: Mapping[str, str], sizes: Mapping[str, int]) -> int:
     return math.prod(sizes[axis] for axis, mapped in axes.items() if mapped == letter)
-
-
-def _largest(letters: str, layout: Layout, extents: Mapping[str, int], sizes: Mapping[str, int]) -> int:
-    """Return the elements of the largest block, which is that of rank 0: earlier parts are never smaller."""
-    box = layout.box([extents[x] for x in letters], sizes, coords_of(0, sizes))
-    return math.prod(box_shape(box))
 
 
 def _messages(have: Layout, want: Layout, sizes: Mapping[str, int]) -> int:
@@ -113,110 +184,3 @@ def _kept(have: Layout, want: Layout) -> list[str]:
                 break
             kept.append(x)
     return kept
-
-
-def lower_bound(m: int, n: int, k: int, ranks: int) -> float:
-    """Return the words that some rank must receive in an m x n x k product, whatever memory it has.
-
-    Al Daas et al. 2022, theorem 3, for data that is stored once and evenly. With the sizes in order, largest first:
-    one dimension is cut up to p = m/n ranks, two up to mn/k^2, three beyond.
-    """
-    m, n, k = sorted((m, n, k), reverse=True)
-    if ranks <= m / n:
-        touched = (m * n + m * k) / ranks + n * k
-    elif ranks <= m * n / k**2:
-        touched = 2 * math.sqrt(m * n * k**2 / ranks) + m * n / ranks
-    else:
-        touched = 3 * (m * n * k / ranks) ** (2 / 3)
-    return max(0.0, touched - (m * n + m * k + n * k) / ranks)
-
-
-def memory_bound(m: int, n: int, k: int, ranks: int, memory: float) -> float:
-    """Return the words that some rank with `memory` words must receive: ``2mnk / (p sqrt(memory)) - 2 memory``."""
-    return max(0.0, 2 * m * n * k / (ranks * math.sqrt(memory)) - 2 * memory)
-
-
-@dataclass(frozen=True)
-class GridChoice:
-    """A grid for a product and what it costs. Ranks beyond the grid stay idle."""
-
-    sizes: Mapping[str, int]
-    axes: Mapping[str, str]
-    words: float
-    """Received by the busiest rank."""
-    bound: float
-    """`lower_bound` for all the ranks that there are."""
-    flop: int
-    """Of the busiest rank."""
-    memory: int
-    """Elements that a rank holds at most: operands, result and workspace."""
-
-    @property
-    def ranks(self) -> int:
-        """The ranks that work."""
-        return math.prod(self.sizes.values())
-
-
-BALANCE = 50.0
-"""Flop that take as long as receiving one word, when nothing has been measured."""
-
-
-def best_grid(m: int, n: int, k: int, ranks: int, memory: int | None = None, balance: float = BALANCE) -> GridChoice:
-    """Return the grid row x col x depth, mapped to m, n and k, on which a product takes the least time.
-
-    Parameters
-    ----------
-    m, n, k : int
-    ranks : int
-        Ranks that there are; some may be left idle: for 20000^3 on 127 ranks, 5 x 5 x 5 moves ten times fewer words
-        than 127 x 1 x 1.
-    memory : int, optional
-        Elements that a rank can hold.
-    balance : float
-        Flop that take as long as receiving one word.
-
-    Returns
-    -------
-    GridChoice
-        Time is modelled as ``flop + balance * words`` of the busiest rank. Ties go against cutting k, which adds and
-        writes C once more, and then to fewer ranks.
-
-    Raises
-    ------
-    ShapeError
-        If no grid fits the memory.
-    """
-    choices = [_choice(m, n, k, ranks, p) for p in _grids(ranks)]
-    fitting = [choice for choice in choices if memory is None or choice.memory <= memory]
-    if not fitting:
-        least = min(choices, key=lambda choice: choice.memory)
-        raise ShapeError(
-            f"best_grid: {m} x {n} x {k} on {ranks} ranks needs at least {least.memory:,} elements on a rank "
-            f"({dict(least.sizes)}) and memory is {memory:,}: use more ranks"
-        )
-    return min(fitting, key=lambda c: (c.flop + balance * c.words, c.sizes["depth"], c.ranks))
-
-
-def _grids(ranks: int) -> list[tuple[int, int, int]]:
-    return [
-        (pm, pn, pk)
-        for pm in range(1, ranks + 1)
-        for pn in range(1, ranks // pm + 1)
-        for pk in range(1, ranks // (pm * pn) + 1)
-    ]
-
-
-def _choice(m: int, n: int, k: int, ranks: int, p: tuple[int, int, int]) -> GridChoice:
-    (pm, pn, pk), (lm, ln, lk) = p, (-(-size // parts) for size, parts in zip((m, n, k), p, strict=True))
-    faces = ((lm * lk, pn), (lk * ln, pm), (lm * ln, pk))
-    stored = sum(face / copies for face, copies in faces)
-    sizes = {"row": pm, "col": pn, "depth": pk}
-    workspace = sum(face for face, copies in faces if copies > 1)
-    return GridChoice(
-        sizes,
-        {"row": "m", "col": "n", "depth": "k"},
-        sum(face * (1 - 1 / copies) for face, copies in faces),
-        lower_bound(m, n, k, ranks),
-        2 * lm * ln * lk,
-        math.ceil(stored) + workspace,
-    )

@@ -158,6 +158,7 @@ class Received(InPlace):
         place = grid.plans if keep else {}
         self._spaces = place.setdefault((*key, type(array.local), str(array.dtype)), {})
         self._pending: dict[int, tuple[exchange.Pending, list[Piece]]] = {}
+        self._whole: list[Piece] | None = None
 
     def _panel(self, j: int) -> int:
         """Return the panel to bring for panel j: an operand without the letter comes whole, once."""
@@ -165,7 +166,7 @@ class Received(InPlace):
 
     def post(self, j: int) -> None:
         """Send the pieces of panel j to the ranks that need them and post the receives."""
-        if self._panel(j) in self._pending:
+        if self._whole is not None or self._panel(j) in self._pending:
             return
         operand, grid = self._operand, self._operand.array.grid
         send, recv = self._plan(j)
@@ -180,12 +181,15 @@ class Received(InPlace):
 
     def pieces(self, j: int) -> list[Piece]:
         """Return the pieces of panel j, this rank's own first."""
+        if self._whole is not None:
+            return self._whole
         self.post(j)
-        pending, received = self._pending[self._panel(j)]
+        pending, received = self._pending.pop(self._panel(j))
         pending.wait()
-        if self._operand.streams:
-            del self._pending[j]
-        return self._operand.own(j) + received
+        pieces = self._operand.own(j) + received
+        if not self._operand.streams:
+            self._whole = pieces
+        return pieces
 
     def _plan(self, j: int) -> tuple[list[tuple[int, Box]], list[tuple[int, Box]]]:
         """Return which box goes to which rank, and which comes from which, for panel j."""

@@ -70,4 +70,4 @@ def test_the_bound_is_continuous_between_its_regimes():
 
 
 def test_memory_bound_falls_with_memory():
-    assert cost.memory_bound(512, 512, 512, 8, 1000) > cost.memory_bound(512, 512, 512, 8, 4000) > 0
+    assert linalg.memory_bound(512, 512, 512, 8, 1000) > linalg.memory_bound(512, 512, 512, 8, 4000) > 0

@@ -160,9 +160,15 @@ def test_every_dtype_is_kept(grid, dtype):
 
 
 WRONG = {
-    "unknown": ("cannon", "no algorithm 'cannon'; there are 1d-column, 1d-row, summa, 2.5d, 3d"),
-    "1d-column": ("1d-column", "uses the axes col and not all of Grid(row=2, col=2); on this grid use summa, 2.5d, 3d"),
-    "1d-row": ("1d-row", "uses the axes col and not all of Grid(row=2, col=2); on this grid use summa, 2.5d, 3d"),
+    "unknown": ("cannon", "no algorithm 'cannon'; there are 1d-column, 1d-row, summa, summa-a, summa-b, 2.5d, 3d"),
+    "1d-column": (
+        "1d-column",
+        "uses the axes col and not all of Grid(row=2, col=2); on this grid use summa, summa-a, summa-b, 2.5d, 3d",
+    ),
+    "1d-row": (
+        "1d-row",
+        "uses the axes col and not all of Grid(row=2, col=2); on this grid use summa, summa-a, summa-b, 2.5d, 3d",
+    ),
 }
 
 

@@ -1,0 +1,90 @@
+"""Check a product without a reference: thin products with random vectors find any wrong block.
+
+References
+----------
+Freivalds: Probabilistic machines can use less running time, 1977.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from colossal_mpi import backend, random
+from colossal_mpi.distarray import DistArray
+from colossal_mpi.errors import VerificationError
+from colossal_mpi.layout import Layout
+from colossal_mpi.linalg.contract import contract
+from colossal_mpi.linalg.subscripts import parse
+
+COLUMNS, FACTOR = 10, 20
+"""Vectors, and units of rounding that the difference may have: correct products of zero-mean matrices have 4 to 11."""
+
+
+class Check:
+    """What ``C = alpha op(A) op(B) + beta C0`` must do to random vectors of -1 and 1, worked out before C is written.
+
+    Parameters
+    ----------
+    subscripts, a, b, alpha, beta, out, conj
+        As in `contract`.
+
+    Notes
+    -----
+    ``Y = alpha op(A) (op(B) X) + beta C0 X`` with X of 10 columns; a wrong C
+    passes with a chance of at most 2**-10. **Communication:** that of three thin products, O(n) words.
+    """
+
+    def __init__(
+        self,
+        subscripts: str,
+        a: DistArray,
+        b: DistArray,
+        alpha: complex = 1,
+        beta: complex = 0,
+        out: DistArray | Layout | None = None,
+        conj: str = "",
+    ) -> None:
+        sub = parse(subscripts)
+        r = next(chr(x) for x in range(ord("A"), ord("Z")) if chr(x) not in sub.a + sub.b)
+        thin, shared = sub.n + r, "".join(x for x in sub.b if x not in sub.n) + r
+        self._spec = f"{sub.c},{thin}->{sub.batch}{sub.m}{r}"
+        extents = dict(zip(sub.b, b.shape, strict=True)) | {r: COLUMNS}
+        self._x = _signs([extents[x] for x in thin], b)
+        bx = _thin(f"{sub.b},{thin}->{shared}", b, self._x, "a" if "b" in conj else "")
+        self._y = alpha * _thin(f"{sub.a},{shared}->{sub.batch}{sub.m}{r}", a, bx, "a" if "a" in conj else "")
+        if beta != 0 and isinstance(out, DistArray):
+            self._y = self._y + beta * _thin(self._spec, out, self._x)
+
+    def passes(self, c: DistArray) -> float:
+        """Return ``||C X - Y|| / ||Y||``, in the Frobenius norm, the same on every rank.
+
+        Raises
+        ------
+        VerificationError
+            If it is above 20 units of rounding, not a number, or, for integers, above zero.
+        """
+        difference, size = (_thin(self._spec, c, self._x) - self._y).norm(), self._y.norm()
+        error = difference / size if size else difference
+        dtype = backend.numpy_dtype(c.dtype)
+        allowed = FACTOR * float(np.finfo(dtype).eps) if dtype.kind in "fc" else 0.0
+        if not error <= allowed:
+            raise VerificationError(
+                f"the product {c} is wrong: C X differs from A (B X) by {error:.2e} of its norm, and {allowed:.2e} is "
+                f"allowed, for {COLUMNS} random vectors X"
+            )
+        return error
+
+
+def _signs(shape: list[int], beside: DistArray) -> DistArray:
+    grid = beside.grid
+    half = random.uniform(shape, grid, Layout(*[None] * len(shape)), seed=1, stream="linalg.verify")
+    xp = backend.namespace(half.local)
+    return half.like(xp.where(half.local < 0.5, -1.0, 1.0)).astype(beside.dtype)
+
+
+def _thin(subscripts: str, a: DistArray, x: DistArray, conj: str = "") -> DistArray:
+    """Return a thin product, made where `a` lies and replicated."""
+    sub = parse(subscripts)
+    whole = a.redistribute(a.layout.with_partial())
+    axes = {axis: letter for letter, dim in zip(sub.a, whole.layout.dims, strict=True) for axis in dim}
+    return contract(subscripts, whole, x, axes, Layout(*[None] * len(sub.c)), conj=conj)
