@@ -1,6 +1,7 @@
 """The only way data moves between layouts.
 
-Partial sums come first: one reduce_scatter over the axes that cut the result, then one allreduce over the rest.
+Partial sums come first: one reduce_scatter over the axes that cut the result, then one allreduce over the rest, of what
+this rank will need of a dim that the target cuts over an axis on which the source is replicated.
 Then one exchange over the axes whose place changed, in which each rank receives exactly what it lacks: an
 all_to_all, or an allgather where the whole group wants the same, or a local slice where nothing is lacking.
 Moving one axis at a time instead would cost up to 4x the words (swapping row and col).
@@ -11,6 +12,7 @@ the source's layout with its partial axes made replicated (`cotangent`); nothing
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,10 +31,10 @@ READ_FROM = 1 << 18
 
 @dataclass(frozen=True)
 class Reduction:
-    """Sum partial blocks over `axes`; piece r of the block goes to rank r of the group (all of it to all if None)."""
+    """Sum partial blocks over `axes`; piece r of the block goes to rank r of the group, a single one to all."""
 
     axes: Axes
-    pieces: list[tuple[slice, ...]] | None
+    pieces: list[tuple[slice, ...]]
     counts: list[int]
     shape: Shape
 
@@ -113,9 +115,21 @@ def stages(source: Layout, target: Layout) -> tuple[Axes, Layout, Axes]:
     """Return the axes of the reduce_scatter, the layout that it leaves, and the axes of the allreduce."""
     summed = [axis for axis in source.partial if axis not in target.partial]
     scattered = tuple(axis for axis in target.cut if axis in summed)
-    dims = [(*axes, *(a for a in want if a in scattered)) for axes, want in zip(source.dims, target.dims, strict=True)]
+    free = [axis for axis in target.cut if axis not in (*source.cut, *source.partial)] if summed else []
+    dims = [_middle(have, want, scattered, free) for have, want in zip(source.dims, target.dims, strict=True)]
     middle = Layout(*dims, partial=[a for a in source.partial if a not in scattered])
     return scattered, middle, tuple(axis for axis in summed if axis not in scattered)
+
+
+def _middle(have: Axes, want: Axes, scattered: Axes, free: Sequence[str]) -> Axes:
+    """Return how a dim is cut after the sums: by the axes of its reduce_scatter, and by those that slice it for free.
+
+    An axis over which the source is replicated slices before the sum what would be thrown away after it.
+    """
+    taken = have
+    if want[: len(have)] == have:
+        taken += tuple(itertools.takewhile(lambda axis: axis in scattered or axis in free, want[len(have) :]))
+    return (*taken, *(axis for axis in want if axis in scattered and axis not in taken))
 
 
 def received(shape: Shape, source: Layout, target: Layout, sizes: Mapping[str, int]) -> list[int]:
@@ -142,8 +156,9 @@ def _plan(shape: Shape, source: Layout, target: Layout, grid: Grid) -> Plan:
     if scattered:
         reductions.append(scatter(shape, source, middle, scattered, grid))
     if rest:
-        own = box_shape(middle.box(shape, grid.axes, grid.coords))
-        reductions.append(Reduction(grid.ordered(rest), None, [], own))
+        own = middle.box(shape, grid.axes, grid.coords)
+        before = own if scattered else source.box(shape, grid.axes, grid.coords)
+        reductions.append(Reduction(grid.ordered(rest), [slices(own, before)], [], box_shape(own)))
     fresh = [axis for axis in target.partial if axis not in source.partial]
     keep = all(grid.coords[axis] == 0 for axis in fresh)
     return Plan(tuple(reductions), _exchange_plan(shape, middle, target, grid), keep)
@@ -230,8 +245,8 @@ def _pack(block: Block, pieces: list[tuple[slice, ...]]) -> Block:
 
 def reduce(block: Block, reduction: Reduction, grid: Grid) -> Block:
     """Return this rank's piece of the sum."""
-    if reduction.pieces is None:
-        return comm.allreduce(block, grid, reduction.axes)
+    if len(reduction.pieces) == 1:
+        return comm.allreduce(block[(*reduction.pieces[0], ...)], grid, reduction.axes)
     if readable(block, [block.shape], grid, reduction.axes) and block.dtype.itemsize > 2:
         return _reduce_reading(block, reduction, reduction.pieces, grid)
     xp = backend.namespace(block)

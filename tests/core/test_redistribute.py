@@ -89,6 +89,9 @@ SUMS = {
     "all": (Layout("row", None, partial="col"), Layout("row", None), "a"),
     "all-two": (Layout(None, None, partial=BOTH), Layout(None, None), "a"),
     "scatter-and-all": (Layout(None, None, partial=BOTH), Layout("row", None), "sa"),
+    "sliced-first": (Layout(None, None, partial="col"), Layout("row", "col"), "s"),
+    "sliced-first-nested": (Layout(None, None, partial="col"), Layout(BOTH, None), "s"),
+    "sliced-before-all": (Layout(None, None, partial="col"), Layout("row", None), "a"),
     "part-of-it": (Layout(None, None, partial=BOTH), Layout(None, "col", partial="row"), "s"),
 }
 
