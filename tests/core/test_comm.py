@@ -200,7 +200,9 @@ def test_float16_is_summed_in_float32(grid):
     terms[:, 3] = [2048, 1, 1]  # 2048 + 1 is 2048 in float16
     mine = on(grid, terms[grid.rank])
     assert host(comm.allreduce(mine, grid, ("col",))).tolist() == [40000, 40000, 40000, 2050]
-    assert host(comm.reduce_scatter(mine, grid, ("col",), [2, 1, 1])).tolist() == [[40000] * 2, [40000], [2050]][grid.rank]
+    assert (
+        host(comm.reduce_scatter(mine, grid, ("col",), [2, 1, 1])).tolist() == [[40000] * 2, [40000], [2050]][grid.rank]
+    )
 
 
 @pytest.mark.grids(WIDE)
