@@ -58,8 +58,10 @@ class _CuPy:
     def count(self) -> int:
         if importlib.util.find_spec("cupy") is None:
             return 0
-        import cupy
-
+        try:
+            import cupy
+        except ImportError:  # it is there, and the CUDA that it was built for is not
+            return 0
         try:
             return int(cupy.cuda.runtime.getDeviceCount())
         except cupy.cuda.runtime.CUDARuntimeError:
@@ -141,6 +143,14 @@ def resolve_device(device: str, node_rank: int) -> str:
             f"device={wanted!r}: no CuPy or no GPU on this node; install an extra, cuda12 or cuda13, or use 'cpu'"
         )
     return f"{name}:{node_rank % count}" if count else "cpu"
+
+
+def describe_gpu() -> str:
+    """Return the names of the first GPU, CuPy and the CUDA runtime in a line; there must be a GPU."""
+    import cupy
+
+    name = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
+    return f"{name}, CuPy {cupy.__version__}, CUDA runtime {cupy.cuda.runtime.runtimeGetVersion()}"
 
 
 def device_namespace(device: str) -> Any:
