@@ -213,7 +213,7 @@ def numpy_dtype(dtype: Any) -> np.dtype:
 def is_half(dtype: Any) -> bool:
     """Say whether `dtype` is float16 or bfloat16, which MPI cannot add and has no portable type for."""
     known = numpy_dtype(dtype)
-    return known.name in ("float16", "bfloat16") and known.isnative
+    return known.itemsize == 2 and known.name in ("float16", "bfloat16") and known.isnative
 
 
 def dtype_of(xp: Any, dtype: Any) -> Any:
