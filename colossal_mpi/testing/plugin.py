@@ -31,6 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="cpu",
         help="where grids make their blocks; other than cpu, only the tests that have a grid are run",
     )
+    parser.addoption("--ranks", type=int, default=None, help="run only the tests of that many ranks")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -75,16 +76,20 @@ def _ranks_id(n: int) -> str:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what no device changes; move the multi-rank tests of one file and one number of ranks together."""
-    if config.option.device != "cpu":
-        gone = [item for item in items if "grid" not in getattr(item, "fixturenames", ())]
-        config.hook.pytest_deselected(items=gone)
-        items[:] = [item for item in items if item not in set(gone)]
+    wanted = [item for item in items if _is_wanted(config, item)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(wanted)])
+    items[:] = wanted
     places: dict[tuple, int] = {}
     order = {
         item: places.setdefault(group(item), place) if rank_count(item) > 1 else place
         for place, item in enumerate(items)
     }
     items.sort(key=order.__getitem__)
+
+
+def _is_wanted(config: pytest.Config, item: pytest.Item) -> bool:
+    on_device = config.option.device == "cpu" or "grid" in getattr(item, "fixturenames", ())
+    return on_device and config.option.ranks in (None, rank_count(item))
 
 
 @pytest.fixture

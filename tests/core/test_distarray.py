@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from colossal_mpi import DistArray, Grid, Layout, LayoutError, ShapeError, comm, from_global, full, ledger, zeros
-from tests.cases import block_of, integers, layouts, refusal, represents, some, spread
+from tests.cases import block_of, host, integers, layouts, refusal, represents, some, spread
 
 SQUARE, LINE, SLIM = {"row": 2, "col": 2}, {"col": 3}, {"row": 1, "col": 3}
 SHAPE = (7, 5)
@@ -25,8 +25,8 @@ def test_from_global_takes_this_ranks_block(grid):
         array = from_global(whole, grid, layout)
         assert represents(array, whole), layout
         holds = all(grid.coords[axis] == 0 for axis in array.layout.partial)
-        assert np.array_equal(array.local, block_of(whole, layout, grid) * holds)
-        assert not np.shares_memory(array.local, whole)
+        assert np.array_equal(host(array), block_of(whole, layout, grid) * holds)
+        assert not np.shares_memory(host(array), whole)
 
 
 @on_grids

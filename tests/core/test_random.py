@@ -5,7 +5,7 @@ import pytest
 
 from colossal_mpi import Layout, LayoutError, comm, random
 from colossal_mpi.random import normal_block, philox, uniform_block
-from tests.cases import block_of, layouts, refusal, some
+from tests.cases import block_of, host, layouts, refusal, some
 
 N = 400_000
 MAKERS = {"uniform": (random.uniform, uniform_block), "normal": (random.normal, normal_block)}
@@ -52,8 +52,8 @@ def test_blocks_are_bitwise_those_of_one_rank(grid, shape, maker, block):
     for layout in some(layouts(len(shape), list(grid.axes), partial=False), 20):
         array = maker(shape, grid, layout, seed=3, stream="w")
         assert array.shape == shape
-        assert array.local.dtype == np.float64
-        assert array.local.tobytes() == block_of(whole, layout, grid).tobytes(), layout
+        assert array.dtype == np.float64
+        assert host(array).tobytes() == block_of(whole, layout, grid).tobytes(), layout
 
 
 @pytest.mark.smoke
@@ -61,7 +61,7 @@ def test_blocks_are_bitwise_those_of_one_rank(grid, shape, maker, block):
 @on_makers
 def test_replicas_are_bitwise_equal(grid, maker, block):
     array = maker((7, 5), grid, Layout(None, None))
-    assert len(set(comm.collect(array.local.tobytes(), grid))) == 1
+    assert len(set(comm.collect(host(array).tobytes(), grid))) == 1
 
 
 @pytest.mark.grids({"row": 2, "col": 2})

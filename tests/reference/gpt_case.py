@@ -7,6 +7,7 @@ from colossal_mpi import Grid, from_global
 from colossal_mpi.layers import Context, Parallelism
 from colossal_mpi.layers.loss import CrossEntropy
 from colossal_mpi.layers.models import GPT, GPTConfig
+from tests.cases import host
 
 CONFIG = GPTConfig(vocabulary=257, layers=3, hidden=40, heads=5, positions=19, dtype="float64")
 BATCH = 7
@@ -38,10 +39,10 @@ def prepare(path):
     from reference.torch_gpt import loss_and_gradients
 
     loss, model = run(Grid(MPI.COMM_SELF), None)
-    weights = {p.name: p.value.local for p in model.parameters()}
+    weights = {p.name: host(p.value) for p in model.parameters()}
     exact_loss, exact = loss_and_gradients(weights, TOKENS, LABELS, CONFIG.heads)
     np.savez(path / "weights.npz", **weights)
-    np.savez(path / "gradients.npz", loss=loss, **{p.name: p.grad.local for p in model.parameters()})
+    np.savez(path / "gradients.npz", loss=loss, **{p.name: host(p.grad) for p in model.parameters()})
     np.savez(path / "torch.npz", loss=exact_loss, **exact)
 
 
@@ -61,4 +62,4 @@ def difference(mine, exact):
 def block_and_index(array):
     """Return this rank's block of a DistArray and where it lies."""
     box = array.layout.box(array.shape, array.grid.axes, array.grid.coords)
-    return array.local, tuple(slice(a, b) for a, b in box)
+    return host(array), tuple(slice(a, b) for a, b in box)
