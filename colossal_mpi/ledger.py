@@ -9,6 +9,7 @@ all_to_all         what arrives from others
 reduce_scatter     (p - 1) x own block of the result
 allreduce          as reduce_scatter and allgather
 bcast              n on each rank but the root
+read               what is used of the memory of other ranks
 =================  =============================================
 """
 
@@ -22,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 _CORE = str(Path(__file__).parent)
-_BELOW = {f"{_CORE}/{name}.py" for name in ("ledger", "comm", "redistribute", "distarray")}
+_BELOW = {f"{_CORE}/{name}.py" for name in ("ledger", "comm", "exchange", "redistribute", "distarray")}
 
 
 @dataclass(frozen=True, slots=True)
