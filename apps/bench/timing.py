@@ -14,6 +14,7 @@ from mpi4py import MPI
 from colossal_mpi.errors import ColossalError
 
 _NAP = 5e-4  # seconds between two looks
+_SPIN = 0.5  # seconds after which threads that still run are not waiting for the next product: MPI has some too
 _PATIENCE = 60.0  # seconds that a rank which has failed waits for the others, which may wait for it in the product
 
 
@@ -113,7 +114,8 @@ def blas_threads(count: int, on: set[int]) -> Iterator[None]:
 
 def cool_down() -> None:
     """Wait until the threads of BLAS sleep: OpenBLAS lets them spin for a tenth of a second after a product."""
-    while True:
+    deadline = time.monotonic() + _SPIN
+    while time.monotonic() < deadline:
         before = time.process_time()
         time.sleep(0.01)
         if time.process_time() - before < 0.002:
