@@ -71,11 +71,15 @@ def train(
 
 @bench.command(epilog="Example: colossal-mpi bench gemm --size 2048 --size 8192,512,512 --plot gemm.png")
 def gemm(
-    size: Annotated[list[str] | None, typer.Option(help="M,N,K, or one number for a cube. May be repeated.")] = None,
-    ranks: Annotated[int | None, typer.Option(help="Ranks to start; under mpiexec, those that there are. [4]")] = None,
+    size: Annotated[
+        list[str] | None, typer.Option(help="M,N,K, or one number for a cube; may be repeated. [2048]")
+    ] = None,
+    ranks: Annotated[int | None, typer.Option(help="Ranks to start, 4 unless under mpiexec.")] = None,
     dtype: Annotated[str, typer.Option(help="float64, float32, complex64, complex128.")] = "float64",
-    algorithm: Annotated[list[str] | None, typer.Option(help="numpy, scalapack, auto, summa, ... All; repeat.")] = None,
-    repeat: Annotated[int | None, typer.Option(help="Rounds of all of them. By default 5, or 1 s of each.")] = None,
+    algorithm: Annotated[
+        list[str] | None, typer.Option(help="numpy, scalapack, auto, summa, ...: may be repeated; all by default.")
+    ] = None,
+    repeat: Annotated[int | None, typer.Option(help="Rounds of all of them. By default 10, and 1 s of each.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the rows here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the speeds here (PNG, PDF, SVG).")] = None,
 ) -> None:

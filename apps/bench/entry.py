@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -124,20 +123,14 @@ def blank(name: str, problem: Problem, ranks: int, error: str | None = None) -> 
         "note": "",
         **dict.fromkeys(("seconds", "median_seconds", "gflops", "median_gflops", "words", "residual")),
         "repeats": 0,
+        "foreign": None,
         "error": error,
     }
 
 
-@functools.cache
-def _neighbours() -> list[int]:
-    """Return the ranks of this node."""
-    node = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
-    ranks = node.allgather(MPI.COMM_WORLD.rank)
-    node.Free()
-    return ranks
-
-
 def fits(entries: Sequence[Entry]) -> bool:
     """Say, alike on all ranks, whether the memory of every node holds all of these at once."""
-    need = sum(entry.competitor.need * sum(r < entry.competitor.members for r in _neighbours()) for entry in entries)
+    need = sum(
+        entry.competitor.need * sum(r < entry.competitor.members for r in memory.neighbours()) for entry in entries
+    )
     return all(MPI.COMM_WORLD.allgather(need <= memory.available()))

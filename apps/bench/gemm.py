@@ -14,12 +14,11 @@ from colossal_mpi.apps.bench import report, scalapack
 from colossal_mpi.apps.bench.competitors import Competitor, OneProcess
 from colossal_mpi.apps.bench.distributed import Distributed, best_sizes
 from colossal_mpi.apps.bench.entry import Entry, blank, fits
+from colossal_mpi.apps.bench.noise import Meter
 from colossal_mpi.apps.bench.options import Options, Problem
 
-LEAST_SECONDS = 1.0
-"""That each competitor runs in all, unless the user says how often."""
-ROUNDS = (5, 100)
-"""The fewest and the most, unless the user says how many."""
+_FEWEST, _USUAL, _MOST = 3, 10, 100  # rounds
+_SHORT, _LONG = 1.0, 20.0  # seconds
 
 
 def main(options: Options) -> int:
@@ -55,15 +54,18 @@ def _compete(problem: Problem, options: Options) -> tuple[list[dict[str, Any]], 
     keep = fits(held)  # if not, operands are made anew for each turn
     for entry in held:
         entry.qualify(keep)
+    meter = Meter()
     while not _enough(running := [entry for entry in held if entry.error is None], options.repeat):
         for entry in running:
             entry.turn(keep)
+    foreign = meter.foreign()
     for entry in held:
         entry.competitor.forget()
-    rows = report.best_of(entry.row(options.ranks) for entry in entries)
+    rows = report.best_of(entry.row(options.ranks) | {"foreign": foreign} for entry in entries)
     if missing and options.required:
         rows.append(blank("scalapack", problem, options.ranks, missing[0]))
-    return rows, missing or [entry.competitor.source for entry in entries if entry.competitor.source][:1]
+    sources = missing or [entry.competitor.source for entry in entries if entry.competitor.source][:1]
+    return rows, [f"scalapack: {source}" for source in sources]
 
 
 def _entries(problem: Problem, options: Options) -> tuple[list[Entry], list[str]]:
@@ -83,10 +85,14 @@ def _entries(problem: Problem, options: Options) -> tuple[list[Entry], list[str]
 
 
 def _enough(entries: Sequence[Entry], repeat: int | None) -> bool:
-    """Say whether the competitors have had their rounds."""
+    """Say whether the competitors have had their rounds.
+
+    Unless the user says how many, these are 10, more until each has run for 1 s, and fewer, at least 3, once each has
+    run for 20 s; never more than 100.
+    """
     if not entries:
         return True
-    rounds, (least, most) = len(entries[0].seconds), ROUNDS
+    rounds, ran = len(entries[0].seconds), min(sum(entry.seconds) for entry in entries)
     if repeat is not None:
         return rounds >= repeat
-    return rounds >= most or (rounds >= least and all(sum(entry.seconds) >= LEAST_SECONDS for entry in entries))
+    return rounds >= _MOST or (rounds >= _USUAL and ran >= _SHORT) or (rounds >= _FEWEST and ran >= _LONG)

@@ -1,11 +1,23 @@
-"""How much memory a node has left."""
+"""The ranks of a node, and how much memory it has left."""
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
+
+from mpi4py import MPI
 
 _SPARED = 0.9  # of what is free is counted on: the rest is for MPI, page tables and other programs
 _CGROUP = Path("/sys/fs/cgroup")
+
+
+@functools.cache
+def neighbours() -> list[int]:
+    """Return the ranks of this rank's node. Collective when first called."""
+    node = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
+    ranks = node.allgather(MPI.COMM_WORLD.rank)
+    node.Free()
+    return ranks
 
 
 def available() -> float:

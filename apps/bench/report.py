@@ -14,6 +14,7 @@ from rich.table import Table
 from colossal_mpi.apps.bench.options import PEERS, Problem
 
 _COLUMNS = ("name", "grid", "best s", "median s", "GFlop/s", "median", "ratio", "median", "words/rank")
+_NOISE = 0.05  # of the cores, from which on times are worth a warning
 
 
 def best_of(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -46,8 +47,13 @@ def show(problem: Problem, ranks: int, rows: Sequence[dict[str, Any]], notes: Se
     for row in (row for row in rows if row["error"] is not None):
         console.print(f"{row['name']}: {row['error']}", markup=False)
     for note in notes:
-        console.print(f"scalapack: {note}", markup=False)
+        console.print(note, markup=False)
     console.print("ratio: to numpy's speed; words: array elements that the busiest rank receives")
+    foreign = next((row["foreign"] for row in rows if row["foreign"] is not None), 0.0)
+    if foreign >= _NOISE:
+        console.print(
+            f"[bold]other programs used {foreign:.0%} of the cores meanwhile: measure again when they rest[/]"
+        )
 
 
 def place(row: dict[str, Any]) -> str:
