@@ -36,7 +36,7 @@ def show(problem: Problem, ranks: int, rows: Sequence[dict[str, Any]], notes: Se
     console = Console(soft_wrap=True, highlight=False)
     console.width = max(console.width, 120)  # a narrow terminal wraps the table rather than losing figures
     repeats = max((row["repeats"] for row in rows), default=0)
-    console.print(f"\n[bold]{problem}[/] on {ranks} ranks, {repeats} interleaved repeats")
+    console.print(f"\n{problem} on {ranks} ranks, {repeats} interleaved repeats", markup=False)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in _COLUMNS:
         table.add_column(column, justify="left" if column in ("name", "grid") else "right", no_wrap=True)
@@ -89,7 +89,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     panels: dict[tuple[int, ...], list[dict[str, Any]]] = {}
     for row in rows:
         panels.setdefault((row["m"], row["n"], row["k"]), []).append(row)
-    across = min(3, len(panels))
+    across = min(2, len(panels))
     down = -(-len(panels) // across)
     bars = max(map(len, panels.values()))
     figure, axes = pyplot.subplots(
@@ -120,7 +120,8 @@ def _panel(ax: Any, size: Sequence[int], rows: Sequence[dict[str, Any]]) -> None
             continue
         ax.plot([row["median_gflops"]] * 2, [y - 0.36, y + 0.36], color="#22313f", lw=1.5)
         ratio = f"  {row['ratio']:.2f}x" if row["ratio"] and row["name"] != "numpy" else ""
-        ax.text(row["gflops"] + 0.01 * top, y, f"{row['gflops']:.1f}{ratio}", va="center", size=8)
+        label = ax.text(row["gflops"] + 0.01 * top, y, f"{row['gflops']:.1f}{ratio}", va="center", size=8)
+        label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.8})  # over the line of NumPy
         if row["name"] == "numpy":
             ax.axvline(row["gflops"], color="#8a939c", ls="--", lw=0.8, zorder=0)
     ax.set_yticks(range(len(rows)), [f"{row['name']}  {place(row)}" for row in rows], size=8)
