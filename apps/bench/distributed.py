@@ -69,7 +69,7 @@ class Distributed(Competitor):
     def _made(self, layout: Layout, shape: tuple[int, int], name: str) -> DistArray:
         assert self._grid is not None
         block = fill(layout.box(shape, self._grid.axes, self._grid.coords), shape, self.problem.dtype, name)  # type: ignore[arg-type]
-        return DistArray(self._grid.xp.asarray(block), shape, layout, self._grid)
+        return DistArray(self._grid.own(block), shape, layout, self._grid)
 
     def run(self) -> None:
         """Call `linalg.matmul`."""
@@ -142,4 +142,5 @@ def _factors(ranks: int, parts: int) -> list[tuple[int, ...]]:
 def _price(problem: Problem, sizes: Mapping[str, int], axes: Mapping[str, str], layouts: list[Layout]) -> Cost:
     extents = {"m": problem.m, "n": problem.n, "k": problem.k}
     used = {axis: letter for axis, letter in axes.items() if axis in sizes}
-    return linalg.price(_SUBSCRIPTS, extents, sizes, used, *layouts)
+    a, b, c = layouts
+    return linalg.price(_SUBSCRIPTS, extents, sizes, used, a, b, c)
