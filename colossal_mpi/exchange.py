@@ -79,8 +79,8 @@ def reading(
 ) -> Iterator[list[Block] | None]:
     """Let the ranks of a group on one node read each other's blocks where they lie, until the context ends.
 
-    A block outside the shareable memory is copied into it first, or, if `lend` is false, all ranks get None. No rank
-    leaves before all have read.
+    A block outside the shareable memory is copied into it first. If one cannot be, or `lend` is false, all ranks get
+    None. No rank leaves before all have read.
 
     Parameters
     ----------

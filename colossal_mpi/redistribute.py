@@ -248,7 +248,9 @@ def reduce(block: Block, reduction: Reduction, grid: Grid) -> Block:
     if len(reduction.pieces) == 1:
         return comm.allreduce(block[(*reduction.pieces[0], ...)], grid, reduction.axes)
     if readable(block, [block.shape], grid, reduction.axes) and block.dtype.itemsize > 2:
-        return _reduce_reading(block, reduction, reduction.pieces, grid)
+        total = _reduce_reading(block, reduction, grid)
+        if total is not None:
+            return total
     xp = backend.namespace(block)
     flat = comm.reduce_scatter(_pack(block, reduction.pieces), grid, reduction.axes, reduction.counts)
     return xp.reshape(flat, reduction.shape)
@@ -272,17 +274,18 @@ def readable(block: Block, shapes: Sequence[Shape], grid: Grid, axes: Axes) -> b
     return max(map(math.prod, shapes)) * block.dtype.itemsize >= READ_FROM and grid.peers(axes) is not None
 
 
-def _reduce_reading(block: Block, reduction: Reduction, pieces: list[tuple[slice, ...]], grid: Grid) -> Block:
-    """Add to this rank's own piece those of the others, from the rank before it backwards."""
+def _reduce_reading(block: Block, reduction: Reduction, grid: Grid) -> Block | None:
+    """Add to this rank's own piece those of the others, from the rank before it backwards, where they lie."""
     p = grid.extent(reduction.axes)
     me = grid.comm(reduction.axes).rank
     total = grid.empty(reduction.shape, block.dtype)
     words = (p - 1) * math.prod(reduction.shape)
     with exchange.reading(block, grid, reduction.axes, [block.shape] * p, words) as blocks:
-        assert blocks is not None
-        total[...] = block[pieces[me]]
+        if blocks is None:
+            return None
+        total[...] = block[reduction.pieces[me]]
         for step in range(1, p):
-            np.add(total, blocks[(me - step) % p][pieces[me]], out=total)
+            np.add(total, blocks[(me - step) % p][reduction.pieces[me]], out=total)
     return total
 
 
@@ -291,7 +294,9 @@ def _exchange(block: Block, plan: Exchange, grid: Grid) -> Block:
     if not plan.axes:
         return block[plan.send[0]]
     if readable(block, plan.shapes, grid, plan.axes):
-        return _exchange_reading(block, plan, grid)
+        out = _exchange_reading(block, plan, grid)
+        if out is not None:
+            return out
     if plan.same:
         own = xp.reshape(block[plan.send[0]], (-1,))
         flat = comm.allgather(own, grid, plan.axes, plan.recv_counts, plan.starts)
@@ -301,11 +306,12 @@ def _exchange(block: Block, plan: Exchange, grid: Grid) -> Block:
     return xp.reshape(flat, plan.shape) if plan.same and plan.starts else _unpack(flat, plan)
 
 
-def _exchange_reading(block: Block, plan: Exchange, grid: Grid) -> Block:
+def _exchange_reading(block: Block, plan: Exchange, grid: Grid) -> Block | None:
     out, me = grid.empty(plan.shape, block.dtype), grid.comm(plan.axes).rank
     words = sum(plan.recv_counts) - plan.recv_counts[me]
     with exchange.reading(block, grid, plan.axes, plan.shapes, words) as blocks:
-        assert blocks is not None
+        if blocks is None:
+            return None
         for theirs, piece, target in zip(blocks, plan.theirs, plan.recv, strict=True):
             out[target] = theirs[piece]
     return out

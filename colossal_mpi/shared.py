@@ -14,7 +14,9 @@ import math
 import mmap
 import os
 import secrets
+import threading
 from bisect import insort
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -26,14 +28,16 @@ Memory: TypeAlias = mmap.mmap
 LEAST = 1 << 20
 """Bytes from which on a block is made in the arena."""
 _PAGE = 1 << 16
-_KEEP = 256 << 20  # free spans from this size on are given back to the system
+_LARGEST = 1 << 38  # of an arena: all of a node's are mapped by each of its ranks, into 47 bits of addresses
+_KEEP = 1 << 30  # bytes of free memory beyond which all of it is given back to the system
 
 
 class Arena:
     """The shareable memory of this process: free spans by offset, neighbouring ones merged."""
 
     def __init__(self) -> None:
-        self.size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // _PAGE * _PAGE
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        self.size = min(memory, _LARGEST) // _PAGE * _PAGE
         self.file = os.memfd_create("colossal_mpi")
         os.ftruncate(self.file, self.size)
         self._map = mmap.mmap(self.file, self.size)
@@ -41,26 +45,43 @@ class Arena:
         self._map[: len(self.key)] = self.key
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self._free = [(_PAGE, self.size - _PAGE)]
+        self._kept = 0
+        self._returned: deque[tuple[int, int]] = deque()
+        self._lock = threading.Lock()
 
     def take(self, nbytes: int) -> Span | None:
         """Return the first free span that is long enough, None if there is none."""
         need = -(-max(nbytes, 1) // _PAGE) * _PAGE
-        for i, (offset, length) in enumerate(self._free):
-            if length >= need:
-                rest = [(offset + need, length - need)] if length > need else []
-                self._free[i : i + 1] = rest
-                return Span(self, offset, need, self._address + offset)
+        with self._lock:
+            self._settle()
+            for i, (offset, length) in enumerate(self._free):
+                if length >= need:
+                    self._free[i : i + 1] = [(offset + need, length - need)] if length > need else []
+                    self._kept = max(0, self._kept - need)
+                    return Span(self, offset, need, self._address + offset)
         return None
 
     def give_back(self, offset: int, length: int) -> None:
-        """Make a span free again."""
-        insort(self._free, (offset, length))
-        i = self._free.index((offset, length))
-        low, high = max(0, i - 1), min(len(self._free), i + 2)
-        merged = _merge(self._free[low:high])
-        self._free[low:high] = merged
-        if length >= _KEEP:
-            self._map.madvise(mmap.MADV_REMOVE, offset, length)
+        """Make a span free again, now or, if the garbage collector calls in the middle of `take`, with the next one."""
+        self._returned.append((offset, length))
+        if self._lock.acquire(blocking=False):
+            try:
+                self._settle()
+            finally:
+                self._lock.release()
+
+    def _settle(self) -> None:
+        while self._returned:
+            span = self._returned.popleft()
+            insort(self._free, span)
+            i = self._free.index(span)
+            low, high = max(0, i - 1), i + 2
+            self._free[low:high] = _merge(self._free[low:high])
+            self._kept += span[1]
+        if self._kept > _KEEP:
+            for offset, length in self._free:
+                self._map.madvise(mmap.MADV_REMOVE, offset, length)
+            self._kept = 0
 
     def offset(self, block: np.ndarray) -> int | None:
         """Return where `block` starts in the arena, None if it lies elsewhere."""
@@ -145,13 +166,13 @@ def mapped(where: Address) -> Memory | None:
 
 
 def lend(block: np.ndarray) -> np.ndarray:
-    """Return `block`, or a copy of it in the arena if it lies elsewhere."""
+    """Return `block`, or a copy of it in the arena if it lies elsewhere and there is room."""
     if describe(block)[0] >= 0:
         return block
     own = arena()
     span = own.take(block.nbytes) if own else None
     if span is None:
-        raise MemoryError(f"no {block.nbytes:,} bytes of shareable memory are left for a block of {block.shape}")
+        return block
     copy = span.array(block.shape, block.dtype)
     copy[...] = block
     return copy
