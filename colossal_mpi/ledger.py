@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 _CORE = str(Path(__file__).parent)
-_BELOW = {f"{_CORE}/{name}.py" for name in ("ledger", "comm", "redistribute", "distarray")}
+_BELOW = {f"{_CORE}/{name}.py" for name in ("ledger", "comm", "redistribute", "slicing", "distarray")}
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from colossal_mpi.linalg.auto import Machine, calibrate, explain, options
 from colossal_mpi.linalg.contract import adjoints, contract
 from colossal_mpi.linalg.cost import best_grid, lower_bound, price
 from colossal_mpi.linalg.matmul import ALGORITHMS, matmul, preset
-from colossal_mpi.linalg.norms import diagonal, dot, matvec, norm, trace, tril, triu
+from colossal_mpi.linalg.norms import diagonal, dot, matvec, norm, trace, transpose, tril, triu
 
 register_matmul(matmul)
 
@@ -27,6 +27,7 @@ __all__ = [
     "preset",
     "price",
     "trace",
+    "transpose",
     "tril",
     "triu",
 ]
