@@ -6,6 +6,7 @@ from colossal_mpi.linalg.contract import adjoints, contract
 from colossal_mpi.linalg.cost import best_grid, lower_bound, price
 from colossal_mpi.linalg.matmul import ALGORITHMS, matmul, preset
 from colossal_mpi.linalg.norms import diagonal, dot, matvec, norm, trace, transpose, tril, triu
+from colossal_mpi.linalg.symmetric import gram, herk, syrk
 
 register_matmul(matmul)
 
@@ -19,6 +20,8 @@ __all__ = [
     "diagonal",
     "dot",
     "explain",
+    "gram",
+    "herk",
     "lower_bound",
     "matmul",
     "matvec",
@@ -26,6 +29,7 @@ __all__ = [
     "options",
     "preset",
     "price",
+    "syrk",
     "trace",
     "transpose",
     "tril",
