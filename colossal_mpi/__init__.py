@@ -16,6 +16,7 @@ from colossal_mpi.errors import (  # noqa: E402
     LaunchError,
     LayoutError,
     ShapeError,
+    SingularError,
 )
 from colossal_mpi.grid import Grid  # noqa: E402
 from colossal_mpi.layout import Layout  # noqa: E402
@@ -33,6 +34,7 @@ __all__ = [
     "Layout",
     "LayoutError",
     "ShapeError",
+    "SingularError",
     "comm",
     "from_global",
     "full",

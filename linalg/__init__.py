@@ -4,14 +4,17 @@ from colossal_mpi.distarray import register_matmul
 from colossal_mpi.linalg.auto import Machine, calibrate, explain, options
 from colossal_mpi.linalg.contract import adjoints, contract
 from colossal_mpi.linalg.cost import best_grid, lower_bound, price
+from colossal_mpi.linalg.lstsq import lstsq
 from colossal_mpi.linalg.matmul import ALGORITHMS, matmul, preset
 from colossal_mpi.linalg.norms import diagonal, dot, matvec, norm, trace, transpose, tril, triu
+from colossal_mpi.linalg.qr import QR, qr
 from colossal_mpi.linalg.symmetric import gram, herk, syrk
 
 register_matmul(matmul)
 
 __all__ = [
     "ALGORITHMS",
+    "QR",
     "Machine",
     "adjoints",
     "best_grid",
@@ -23,12 +26,14 @@ __all__ = [
     "gram",
     "herk",
     "lower_bound",
+    "lstsq",
     "matmul",
     "matvec",
     "norm",
     "options",
     "preset",
     "price",
+    "qr",
     "syrk",
     "trace",
     "transpose",

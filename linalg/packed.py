@@ -77,6 +77,11 @@ def lower(square: Block) -> Block:
     return xp.where(_mask(xp, square.shape[0]), square, xp.zeros_like(square))
 
 
+def adjoint(block: Block) -> Block:
+    """Return the conjugate transpose of a block."""
+    return backend.namespace(block).conj(block.T) if backend.numpy_dtype(block.dtype).kind == "c" else block.T
+
+
 def mirror(square: Block, hermitian: bool) -> Block:
     """Return the symmetric or Hermitian matrix of which `square` holds the lower triangle."""
     xp, mask = backend.namespace(square), _mask(backend.namespace(square), square.shape[0])
@@ -95,7 +100,8 @@ def solve_upper(a: Block, r: Block) -> Block:
     """
     xp, n = backend.namespace(a), r.shape[0]
     if n <= LEAF:
-        return xp.linalg.solve(r.T, a.T).T
+        # Turned about, r^T is upper triangular: a library's pivoting leaves it alone and substitutes
+        return xp.flip(xp.linalg.solve(xp.flip(r.T), xp.flip(a.T, axis=0)), axis=0).T
     middle = n // 2
     left = solve_upper(a[:, :middle], r[:middle, :middle])
     right = solve_upper(a[:, middle:] - gemm(left, r[:middle, middle:]), r[middle:, middle:])
