@@ -6,6 +6,7 @@ from colossal_mpi.linalg.contract import adjoints, contract
 from colossal_mpi.linalg.cost import best_grid, lower_bound, price
 from colossal_mpi.linalg.lstsq import lstsq
 from colossal_mpi.linalg.matmul import ALGORITHMS, matmul, preset
+from colossal_mpi.linalg.newton_schulz import newton_schulz
 from colossal_mpi.linalg.norms import diagonal, dot, matvec, norm, trace, transpose, tril, triu
 from colossal_mpi.linalg.qr import QR, qr
 from colossal_mpi.linalg.symmetric import gram, herk, syrk
@@ -29,6 +30,7 @@ __all__ = [
     "lstsq",
     "matmul",
     "matvec",
+    "newton_schulz",
     "norm",
     "options",
     "preset",

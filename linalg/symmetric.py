@@ -23,7 +23,6 @@ Al Daas, Ballard, Grigori, Kumar, Rouse: Parallel memory-independent communicati
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -31,13 +30,11 @@ from colossal_mpi import backend, comm
 from colossal_mpi.backend import Block
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import DTypeError, GridError, LayoutError, ShapeError
-from colossal_mpi.grid import Grid
-from colossal_mpi.layout import Axes, Layout, bounds, part, rank_of
+from colossal_mpi.layout import Axes, Layout, bounds, part
 from colossal_mpi.linalg.contract import map_layout
 from colossal_mpi.linalg.norms import tril, triu
 from colossal_mpi.linalg.packed import gemm, lower_product, mirror, pack, unpack
-
-Span = tuple[int, int]
+from colossal_mpi.linalg.ring import Ring, Span
 
 
 def syrk(
@@ -140,7 +137,7 @@ def _product(task: _Task, x: DistArray, conj_left: bool) -> DistArray:
     x = x.redistribute(x.layout.with_partial() if task.axes is None else map_layout("nk", task.axes))
     rows, summed = x.layout.dims
     scatter = task.out is not None and bool({*task.out.cut} & {*summed})
-    ring = _Ring(x.grid, rows, summed, x.shape[0], scatter)
+    ring = _Half(x.grid, rows, x.shape[0], summed, scatter)
     left, right = (task.conj(x.local), x.local) if conj_left else (x.local, task.conj(x.local))
     blocks = _blocks(ring, left, right, x.local, task, conj_left)
     made = _assembled(ring, _reduced(ring, blocks), task)
@@ -149,37 +146,16 @@ def _product(task: _Task, x: DistArray, conj_left: bool) -> DistArray:
 
 
 @dataclass(frozen=True)
-class _Ring:
-    """The ranks that cut the rows of the result, in the order of their group, and which blocks each computes."""
+class _Half(Ring):
+    """Which blocks of the product each rank of a ring computes, and which rows of it each keeps."""
 
-    grid: Grid
-    rows: Axes
     summed: Axes
-    n: int
     scatter: bool
-
-    @property
-    def size(self) -> int:
-        """The number p of blocks of rows."""
-        return self.grid.extent(self.rows)
-
-    @property
-    def me(self) -> int:
-        """The block of this rank."""
-        return self.block_of(dict(self.grid.coords))
 
     @property
     def cut(self) -> Axes:
         """The axes that cut the rows of the result, outer to inner."""
         return (*self.rows, *self.summed) if self.scatter else self.rows
-
-    def block_of(self, coords: Mapping[str, int]) -> int:
-        """Return the number of the block of rows of the rank at `coords`."""
-        return rank_of(coords, {axis: self.grid.axes[axis] for axis in self.grid.ordered(self.rows)})
-
-    def span(self, block: int) -> Span:
-        """Return the rows of a block."""
-        return bounds(self.n, self.rows, self.grid.axes, self.grid.coords_of(block, self.rows))
 
     def own(self, coords: Mapping[str, int]) -> Span:
         """Return the rows of the result that the rank at `coords` holds in the end."""
@@ -204,34 +180,19 @@ class _Ring:
 
 
 def _blocks(
-    ring: _Ring, left: Block, right: Block, stored: Block, task: _Task, conj_left: bool
+    ring: _Half, left: Block, right: Block, stored: Block, task: _Task, conj_left: bool
 ) -> tuple[Block, list[Block]]:
     """Return this rank's own triangle of the product and its blocks beside it, each a sum over its own k."""
     others = []
     for other in ring.computed(ring.me):
-        panel, (low, high) = _panel(ring, stored, other), ring.share(ring.me, other, stored.shape[1])
-        panel = panel if conj_left else task.conj(panel)
-        others.append(gemm(left[:, low:high], panel.T))
+        to, k = (2 * ring.me - other) % ring.size, stored.shape[1]
+        low, high = ring.share(ring.me, other, k)
+        panel = ring.fetch(stored, other, (low, high), ring.share(to, ring.me, k))
+        others.append(gemm(left[:, low:high], (panel if conj_left else task.conj(panel)).T))
     return lower_product(left, right), others
 
 
-def _panel(ring: _Ring, stored: Block, other: int) -> Block:
-    """Return the rows of X of block `other`, while the rank as far on the other side gets this rank's."""
-    xp, k = backend.namespace(stored), stored.shape[1]
-    to = (2 * ring.me - other) % ring.size
-    (mine, end), (low, high), (start, stop) = (
-        ring.share(to, ring.me, k),
-        ring.share(ring.me, other, k),
-        ring.span(other),
-    )
-    send = xp.reshape(stored[:, mine:end], (-1,))
-    shape = (stop - start, high - low)
-    counts, expected = [0] * ring.size, [0] * ring.size
-    counts[to], expected[other] = send.shape[0], math.prod(shape)
-    return xp.reshape(comm.all_to_all(send, ring.grid, ring.rows, counts, expected), shape)
-
-
-def _reduced(ring: _Ring, blocks: tuple[Block, list[Block]]) -> Block:
+def _reduced(ring: _Half, blocks: tuple[Block, list[Block]]) -> Block:
     """Return this rank's rows of its blocks, all packed, summed over the axes that cut k."""
     (own, others), (start, _) = blocks, ring.span(ring.me)
     packed: list[Block] = []
@@ -253,7 +214,7 @@ def _flat(blocks: list[Block], first: Block) -> list[Block]:
     return [first, *(xp.reshape(block, (-1,)) for block in blocks)]
 
 
-def _assembled(ring: _Ring, flat: Block, task: _Task) -> DistArray:
+def _assembled(ring: _Half, flat: Block, task: _Task) -> DistArray:
     """Unpack this rank's rows, exchange the blocks that mirror others', and return the product cut by rows."""
     xp, (low, high) = backend.namespace(flat), ring.own(ring.grid.coords)
     height, start = high - low, ring.span(ring.me)[0]
@@ -267,15 +228,15 @@ def _assembled(ring: _Ring, flat: Block, task: _Task) -> DistArray:
     return DistArray(out, (ring.n, ring.n), Layout(ring.cut, None), ring.grid)
 
 
-def _mirrored(ring: _Ring, out: Block, task: _Task) -> None:
+def _mirrored(ring: _Half, out: Block, task: _Task) -> None:
     """Add the transposes of the blocks that other ranks hold to this rank's rows, in place."""
     xp, grid = backend.namespace(out), ring.grid
     group = [{**grid.coords, **grid.coords_of(r, ring.cut)} for r in range(grid.extent(ring.cut))]
     spans, (low, high) = [ring.own(coords) for coords in group], ring.own(grid.coords)
-    sent = [_wanted(ring, dict(grid.coords), to, task) for to in group]
+    sent = [_wanted(ring, grid.coords, to, task) for to in group]
     pieces = [xp.reshape(out[:, a : b if goes else a], (-1,)) for (a, b), goes in zip(spans, sent, strict=True)]
     counts = [(high - low) * (b - a) * goes for (a, b), goes in zip(spans, sent, strict=True)]
-    comes = [_wanted(ring, source, dict(grid.coords), task) for source in group]
+    comes = [_wanted(ring, source, grid.coords, task) for source in group]
     expected = [(b - a) * (high - low) * here for (a, b), here in zip(spans, comes, strict=True)]
     flat, at = comm.all_to_all(xp.concat(pieces), grid, ring.cut, counts, expected), 0
     for (a, b), count in zip(spans, expected, strict=True):
@@ -284,7 +245,7 @@ def _mirrored(ring: _Ring, out: Block, task: _Task) -> None:
         at += count
 
 
-def _wanted(ring: _Ring, source: dict[str, int], target: dict[str, int], task: _Task) -> bool:
+def _wanted(ring: _Half, source: Mapping[str, int], target: Mapping[str, int], task: _Task) -> bool:
     """Say whether the rank at `source` holds a block whose transpose the rank at `target` lacks."""
     have, want = ring.own(source), ring.own(target)
     if have == want or (task.triangle == "lower" and want < have) or (task.triangle == "upper" and have < want):
