@@ -1,6 +1,7 @@
 """Dense linear algebra on distributed arrays: numpy.linalg for arrays that live on many ranks."""
 
 from colossal_mpi.distarray import register_matmul
+from colossal_mpi.hdf5 import load, save
 from colossal_mpi.linalg.auto import Machine, calibrate, explain, options
 from colossal_mpi.linalg.contract import adjoints, contract
 from colossal_mpi.linalg.cost import best_grid, lower_bound, price
@@ -26,6 +27,7 @@ __all__ = [
     "explain",
     "gram",
     "herk",
+    "load",
     "lower_bound",
     "lstsq",
     "matmul",
@@ -36,6 +38,7 @@ __all__ = [
     "preset",
     "price",
     "qr",
+    "save",
     "syrk",
     "trace",
     "transpose",
