@@ -8,7 +8,7 @@ from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import DTypeError, GridError, ShapeError, SingularError
 from colossal_mpi.layout import Layout
 from colossal_mpi.linalg.contract import contract
-from colossal_mpi.linalg.packed import adjoint, solve_upper
+from colossal_mpi.linalg.packed import adjoint
 from colossal_mpi.linalg.qr import qr
 
 
@@ -74,7 +74,7 @@ def _wide(a: DistArray, b: DistArray, method: str) -> DistArray:
     """Solve ``R^H y = b`` and return ``x = Q y``, for ``a^H = Q R``."""
     q, r = _regular(a.H, method)
     whole = b.redistribute(Layout(None, None))
-    y = whole.like(adjoint(solve_upper(adjoint(whole.local), r)))
+    y = whole.like(backend.namespace(r).linalg.solve(adjoint(r), whole.local))
     return contract("nm,mr->nr", q, y, dict.fromkeys(q.layout.dims[0], "n"), Layout(q.layout.dims[0], None))
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from colossal_mpi import DistArray, DTypeError, Layout, ShapeError, SingularError, comm, from_global, ledger, linalg
+from colossal_mpi.linalg import packed
 from tests.cases import assemble, integers, layouts, refusal, some, totals
 
 ONE, TWO, LINE, LONG, SLIM = {}, {"row": 2}, {"col": 3}, {"row": 5}, {"row": 1, "col": 4}
@@ -231,3 +232,21 @@ def test_least_squares_of_an_ill_conditioned_matrix(grid):
     made = linalg.lstsq(from_global(a, grid, Layout(tuple(grid.axes), None)), from_global(b, grid, Layout(None)))
     assert np.linalg.norm(a @ assemble(made) - b) <= 30 * 60 * np.finfo(float).eps * np.linalg.norm(b)
     assert math.isclose(made.norm(), np.linalg.norm(x), rel_tol=60 * np.finfo(float).eps * 1e10)
+
+
+@pytest.mark.parametrize("n", [0, 1, 63, 64, 65, 200])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_triangular_solutions_have_small_residuals(n, dtype):
+    """Of a triangle as ill-conditioned as one that Cholesky's factorization can make: 1 / sqrt(eps)."""
+    eps = np.finfo(dtype).eps
+    r = np.linalg.qr(conditioned(max(n, 1), max(n, 1), eps**-0.5, dtype)[:n, :n])[1] if n else np.zeros((0, 0), dtype)
+    a = normal((90, n), dtype)
+    x = packed.solve_upper(a, r)
+    assert np.linalg.norm(x @ r - a) <= 4 * max(n, 1) * eps * np.linalg.norm(x) * np.linalg.norm(r)
+
+
+@pytest.mark.grids(SQUARE)
+@pytest.mark.parametrize("method", METHODS)
+def test_more_columns_than_are_solved_at_once(grid, method):
+    a = conditioned(400, 150, 1e10)
+    assert_factors(a, linalg.qr(from_global(a, grid, Layout(("row", "col"), None)), method))
