@@ -176,6 +176,16 @@ def contiguous(block: Block) -> Block:
     return block if block.flags.c_contiguous else block.copy(order="C")
 
 
+def cholesky(block: Block) -> Block | None:
+    """Return the lower Cholesky factor of a Hermitian block, None where it is not numerically positive definite."""
+    xp = namespace(block)
+    try:
+        factor = xp.linalg.cholesky(block)
+    except np.linalg.LinAlgError:
+        return None
+    return factor if bool(xp.all(xp.isfinite(factor))) else None  # CuPy raises nothing and returns NaN
+
+
 def to_host(block: Block) -> np.ndarray:
     """Return the values of `block` as a NumPy array, without a copy where it is one."""
     device = device_of(block)

@@ -9,7 +9,7 @@
 
 A checkpoint is written under a temporary name, flushed to disk and renamed, so that a directory of its final name is
 whole. Checksums are verified before HDF5 parses a file: a flipped bit in its metadata can crash it, and a missing
-file under a virtual dataset silently reads as zeros.
+file under a virtual dataset silently reads as zeros. Single arrays as datasets of one file: `colossal_mpi.hdf5`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from colossal_mpi import backend, comm
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import CheckpointError
 from colossal_mpi.grid import Grid
+from colossal_mpi.hdf5 import require_name
 from colossal_mpi.layout import Box, box_shape, index_of
 
 FORMAT_VERSION = 1
@@ -79,9 +80,8 @@ def save(directory: str | Path, arrays: Mapping[str, DistArray], metadata: Mappi
 
 def _savable(arrays: Mapping[str, DistArray], grid: Grid) -> None:
     for name, array in arrays.items():
-        parts = name.split("/") if isinstance(name, str) else [""]
-        if not all(part.strip(".") for part in parts) or "\0" in name:
-            raise CheckpointError(f"{name!r} cannot name an array in HDF5: use names with / between")
+        require_name(name)
+        parts = name.split("/")
         if any("/".join(parts[:i]) in arrays for i in range(1, len(parts))):
             raise CheckpointError(f"{name!r} lies under the name of another array: HDF5 cannot hold both")
         if array.layout.partial:

@@ -15,6 +15,7 @@ from colossal_mpi.errors import GridError, LayoutError, ShapeError
 from colossal_mpi.grid import Grid
 from colossal_mpi.layout import Box, Layout, box_shape, index_of
 from colossal_mpi.redistribute import redistribute
+from colossal_mpi.slicing import select
 
 _matmul: Callable[[DistArray, DistArray], DistArray] | None = None
 
@@ -131,6 +132,50 @@ class DistArray:
         block = xp.permute_dims(self.local, tuple(reversed(range(self.ndim))))
         layout = Layout(*reversed(self.layout.dims), partial=self.layout.partial)
         return DistArray(block, self.shape[::-1], layout, self.grid)
+
+    @property
+    def mT(self) -> DistArray:  # noqa: N802
+        """The array with its last two dims exchanged, as the array API has it; nothing moves."""
+        if self.ndim < 2:
+            raise ShapeError(f"mT of shape {self.shape}: it needs 2 dims or more")
+        xp = backend.namespace(self.local)
+        *rest, row, column = range(self.ndim)
+        order = (*rest, column, row)
+        layout = Layout(*[self.layout.dims[d] for d in order], partial=self.layout.partial)
+        return DistArray(xp.permute_dims(self.local, order), [self.shape[d] for d in order], layout, self.grid)
+
+    @property
+    def H(self) -> DistArray:  # noqa: N802
+        """The conjugate transpose of a matrix, or of the matrices in the last two dims; nothing moves."""
+        return self.mT.conj()
+
+    def conj(self) -> DistArray:
+        """Return the complex conjugate; the array itself where it is real."""
+        if backend.numpy_dtype(self.dtype).kind != "c":
+            return self
+        return self.like(backend.namespace(self.local).conj(self.local))
+
+    def __getitem__(self, index: Any) -> DistArray:
+        """Return a part of the array by integers, slices of any step, ``...`` and None, as NumPy does.
+
+        A dim keeps the axes that cut it and its part is balanced over them again; an integer's dim is dropped and the
+        part is replicated over the axes that cut it. Where nothing moves, the part is a view.
+
+        **Communication:** none along dims that are uncut or taken whole. Else one all_to_all over the axes that cut the
+        others: a rank receives the elements of its block of the result that were not in its own block. **Adjoint:** the
+        cotangent laid into zeros of the whole shape.
+
+        Raises
+        ------
+        IndexingError
+            If the index is out of range or of another kind; lists, masks and arrays are none.
+
+        Examples
+        --------
+        >>> A[10:20, :], A[:, -1], A[::2], A[..., None]
+        """
+        block, shape, layout = select(self.local, self.shape, self.layout, index, self.grid)
+        return DistArray(block, shape, layout, self.grid)
 
     def astype(self, dtype: Any) -> DistArray:
         """Return the array in another dtype; partial sums cannot become integers, which would round each of them."""

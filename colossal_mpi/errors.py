@@ -22,6 +22,14 @@ class ShapeError(ColossalError, ValueError):
     """Shapes that do not fit one another."""
 
 
+class IndexingError(ColossalError, IndexError):
+    """An index that does not fit its array, or that a distributed array cannot take."""
+
+
+class SingularError(ColossalError, ArithmeticError):
+    """A matrix whose columns are not independent enough for the factorization or solution asked for."""
+
+
 class DTypeError(ColossalError, TypeError):
     """Dtypes that do not fit one another or that MPI cannot carry."""
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 _CORE = str(Path(__file__).parent)
-_BELOW = {f"{_CORE}/{name}.py" for name in ("ledger", "comm", "exchange", "redistribute", "distarray")}
+_BELOW = {f"{_CORE}/{name}.py" for name in ("ledger", "comm", "exchange", "redistribute", "slicing", "distarray")}
 
 
 @dataclass(frozen=True, slots=True)

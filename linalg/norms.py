@@ -1,4 +1,4 @@
-"""Norms, inner products and parts of distributed matrices. Nothing is gathered."""
+"""Norms, inner products, transposes and parts of distributed matrices. Nothing is gathered."""
 
 from __future__ import annotations
 
@@ -82,6 +82,22 @@ def matvec(a: DistArray, x: DistArray) -> DistArray:
     whole = a.redistribute(a.layout.with_partial())
     axes = {axis: letter for letter, dim in zip("mk", whole.layout.dims, strict=True) for axis in dim}
     return contract("mk,k->m", whole, x, axes, map_layout("m", axes))
+
+
+def transpose(a: DistArray, layout: Layout | None = None) -> DistArray:
+    """Return an array with its dims reversed.
+
+    Parameters
+    ----------
+    a : DistArray
+    layout : Layout, optional
+        Of the result: ``transpose(a, a.layout)`` lies as `a` does. By default nothing moves and the layout is reversed
+        with the dims, which is `DistArray.T`, a view.
+
+    **Communication:** that of `DistArray.redistribute` from the reversed layout: each rank receives what its block of
+    the result lacks. **Adjoint:** the transpose of the cotangent to the layout of `a`.
+    """
+    return a.T if layout is None else a.T.redistribute(layout)
 
 
 def diagonal(a: DistArray) -> DistArray:
