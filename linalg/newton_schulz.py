@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from colossal_mpi import backend
-from colossal_mpi.backend import Block
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import DTypeError, LayoutError, ShapeError, SingularError
-from colossal_mpi.linalg.packed import gemm
-from colossal_mpi.linalg.ring import Ring
+from colossal_mpi.linalg.contract import contract
 from colossal_mpi.linalg.symmetric import herk
 
 Coefficients = tuple[float, float, float]
@@ -70,8 +68,8 @@ def newton_schulz(
     -----
     **Communication:** with s the shorter dim and l the longer, s cut into p parts and l into q: a step moves, summed
     over ranks, the words of `herk` of ``[s, l]`` and, unless c = 0, of ``[s, s]``, with n cut into the p and k into the
-    q parts, and ``s l (p - 1)`` for the last product, whose panels of X come one at a time. `g` is never gathered:
-    besides a few blocks of its size, a rank holds one panel of s l / pq and three arrays of s^2 / p elements. Of a
+    q parts, and ``s l (p - 1)`` for the last product, in panels of X. `g` is never gathered:
+    besides a few blocks of its size, a rank holds two panels of s l / pq and three arrays of s^2 / p elements. Of a
     square matrix the dim in more parts counts as the shorter.
 
     References
@@ -148,24 +146,14 @@ def _long(x: DistArray) -> bool:
 def _step(x: DistArray, gramian: DistArray, constants: Coefficients) -> DistArray:
     """Return ``a x + (b G + c G^2) x`` for the Gram matrix ``G = x x^H``, whose rows are cut as those of `x`."""
     a, b, c = constants
+    rows, columns = x.layout.dims
     factor = gramian.local * b
     if c:
-        rows, columns = x.layout.dims
         axes = {**dict.fromkeys(rows, "n"), **dict.fromkeys(columns, "k")}
         factor = factor + herk(gramian, axes).local * c  # G G^H: half of the work of G G
-    return x.like(x.local * a + _times(factor, x))
-
-
-def _times(factor: Block, x: DistArray) -> Block:
-    """Return this rank's rows of a product with `x`, for its rows of the left factor: panels of `x` come in turn."""
-    ring = Ring(x.grid, x.layout.dims[0], x.shape[0])
-    start, stop = ring.span(ring.me)
-    total = gemm(factor[:, start:stop], x.local)
-    for distance in range(1, ring.size):
-        other = (ring.me + distance) % ring.size
-        start, stop = ring.span(other)
-        total = total + gemm(factor[:, start:stop], ring.fetch(x.local, other))
-    return total
+    axes = {**dict.fromkeys(rows, "m"), **dict.fromkeys(columns, "n")}
+    panel = max(1, -(-x.shape[0] // x.grid.extent(rows)))
+    return contract("mk,kn->mn", gramian.like(factor), x, axes, x.copy(), beta=a, stream="k", panel=panel)
 
 
 def _converged(x: DistArray, constants: Coefficients) -> DistArray:
