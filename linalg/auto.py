@@ -209,7 +209,7 @@ def explain(
 
     Parameters are those of `options`; `most` maps are tried.
 
-    **Communication:** that of the products. Collective: every rank gets the same text.
+    **Communication:** that of the products, each done twice. Collective: every rank gets the same text.
     """
     sub, grid = parse(subscripts), a.grid
     sizes = extents_of(sub, a.shape, b.shape)
@@ -225,12 +225,12 @@ def explain(
 
 
 def _measure(subscripts: str, a: DistArray, b: DistArray, option: Option) -> tuple[int, float]:
-    comm.collect(None, a.grid)
-    begun = time.perf_counter()
     with ledger.record() as moved:
-        option.do(subscripts, a, b)
-    seen = comm.collect((moved.words, time.perf_counter() - begun), a.grid)
-    return sum(words for words, _ in seen), max(seconds for _, seconds in seen)
+        option.do(subscripts, a, b)  # makes the plans, too
+    words = sum(comm.collect(moved.words, a.grid))
+    begun = time.perf_counter()
+    option.do(subscripts, a, b)
+    return words, max(comm.collect(time.perf_counter() - begun, a.grid))
 
 
 def _line(option: Option, words: int, seconds: float, bound: float) -> str:
