@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-import os
 from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any
@@ -76,6 +75,8 @@ class Grid:
         self.device = backend.resolve_device(device, node.Get_rank())
         self._node: int = node.bcast(comm.Get_rank())
         self.awareness = awareness.agreed(self.device, comm, node)
+        self.shares: bool = comm.allreduce(self.device == "cpu" and shared.wanted(), MPI.LAND)
+        """Whether ranks of one node read each other's large blocks where they lie; the same on all ranks."""
         node.Free()
         self._settle({axis: operator.index(size) for axis, size in axes.items()})
 
@@ -89,8 +90,6 @@ class Grid:
         """Plans of redistributions on this grid, by everything that they depend on."""
         self.xp = backend.device_namespace(self.device)
         """The array namespace in which blocks of this grid are made."""
-        self.shares = self.device == "cpu" and os.environ.get("COLOSSAL_MPI_SHARED") != "0"
-        """Whether ranks of one node read each other's large blocks where they lie; the same on all ranks."""
         self._peers: dict[tuple[str, ...], list[shared.Memory] | None] = {}
 
     def coords_of(self, rank: int, axes: Sequence[str] | None = None) -> dict[str, int]:
@@ -174,7 +173,7 @@ class Grid:
         if key not in self._slices:
             rest = {axis: size for axis, size in self.axes.items() if axis not in coords}
             sub = Grid.__new__(Grid)
-            sub._cart, sub._node = self.comm(tuple(rest)), self._node
+            sub._cart, sub._node, sub.shares = self.comm(tuple(rest)), self._node, self.shares
             sub.device, sub.awareness = self.device, self.awareness
             sub._settle(rest)
             self._slices[key] = sub

@@ -125,6 +125,11 @@ def arena() -> Arena | None:
         return None
 
 
+def wanted() -> bool:
+    """Say whether the user has not turned it off by ``COLOSSAL_MPI_SHARED=0``."""
+    return os.environ.get("COLOSSAL_MPI_SHARED") != "0"
+
+
 def empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
     """Return an uninitialised array, in the arena if it has at least `LEAST` bytes."""
     nbytes = math.prod(shape) * np.dtype(dtype).itemsize
