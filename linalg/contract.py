@@ -17,12 +17,13 @@ independent parallel matrix multiplication communication lower bounds, SPAA 2022
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from colossal_mpi import blas
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import DTypeError, GridError, LayoutError, ShapeError
-from colossal_mpi.layout import Layout
+from colossal_mpi.layout import Layout, box_shape
 from colossal_mpi.linalg.execute import Work, execute, execute_scattered
 from colossal_mpi.linalg.local import empty_product, result_dtype
 from colossal_mpi.linalg.pieces import Operand, Panels
@@ -115,10 +116,12 @@ def _product(
     """Return the product as the map leaves it, partly reduced if it is done in panels, or `target` if that fits."""
     sub, grid = work.sub, arrays[0].grid
     made = map_layout(sub.c, axes, sub.k).on(grid.axes, len(sub.c))
-    left, right = (
+    operands = [
         _operand(letters, array, map_layout(letters, axes).on(grid.axes, array.ndim), panels)
         for letters, array in zip((sub.a, sub.b), arrays, strict=True)
-    )
+    ]
+    whole = not panels.letter and _thin(sub, operands, shape, made)
+    left, right = (x.moved() if whole or not (panels.letter or x.large) else x for x in operands)
     if layout is not None and panels.letter in sub.c and panels.letter:
         wanted = layout.on(grid.axes, len(sub.c))
         if stages(made, wanted)[0]:
@@ -135,12 +138,19 @@ def _product(
 
 
 def _operand(letters: str, array: DistArray, wanted: Layout, panels: Panels) -> Operand:
-    """Return an operand without partial sums; a small one that comes whole is brought at once."""
+    """Return an operand without partial sums."""
     middle = stages(array.layout, wanted)[1]
-    operand = Operand(letters, array.redistribute(middle.with_partial()), wanted, panels)
-    if panels.letter or operand.large:
-        return operand
-    return Operand(letters, operand.array.redistribute(wanted), wanted, panels)
+    return Operand(letters, array.redistribute(middle.with_partial()), wanted, panels)
+
+
+def _thin(sub: Subscripts, operands: Sequence[Operand], shape: tuple[int, ...], made: Layout) -> bool:
+    """Say whether the summed letters are so short that their pieces had better be laid side by side.
+
+    Each further piece reads and writes the result once more; laid side by side, the operands are copied once instead.
+    """
+    again = max(operand.parts(sub.k) for operand in operands) - 1
+    result = math.prod(box_shape(made.box(shape, operands[0].array.grid.axes, operands[0].first)))
+    return sum(operand.largest for operand in operands) < 2 * again * result
 
 
 def _panels(

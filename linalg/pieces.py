@@ -71,9 +71,30 @@ class Operand:
     def large(self) -> bool:
         """Whether it moves in blocks that are better used piece by piece than laid side by side; alike on all ranks."""
         array = self.array
-        first = array.layout.box(array.shape, array.grid.axes, dict.fromkeys(array.grid.axes, 0))  # never smaller
-        large = math.prod(box_shape(first)) * backend.numpy_dtype(array.dtype).itemsize >= redistribute.READ_FROM
+        stored = math.prod(box_shape(array.layout.box(array.shape, array.grid.axes, self.first)))
+        large = stored * backend.numpy_dtype(array.dtype).itemsize >= redistribute.READ_FROM
         return large and array.layout != self.wanted
+
+    @property
+    def first(self) -> dict[str, int]:
+        """The coordinates of rank 0, whose blocks are never smaller than another's."""
+        return dict.fromkeys(self.array.grid.axes, 0)
+
+    @property
+    def largest(self) -> int:
+        """Elements that a rank needs, at most."""
+        return math.prod(box_shape(self.wanted.box(self.array.shape, self.array.grid.axes, self.first)))
+
+    def parts(self, letters: str) -> int:
+        """Return into how many parts what a rank needs is cut along `letters`, by the ranks that store it."""
+        dims = zip(self.letters, self.array.layout.dims, strict=True)
+        return self.array.grid.extent([axis for x, cut in dims if x in letters for axis in cut if axis in self.axes])
+
+    def moved(self) -> Operand:
+        """Return the operand with all that this rank needs side by side."""
+        if self.array.layout == self.wanted:
+            return self
+        return Operand(self.letters, self.array.redistribute(self.wanted), self.wanted, self.panels)
 
     @property
     def streams(self) -> bool:
