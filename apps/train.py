@@ -58,6 +58,18 @@ def resume(path: str, settings: list[str]) -> None:
 def _train(trainer: Trainer, directory: RunDirectory, done: int) -> None:
     training, first = trainer.config.training, trainer.grid.rank == 0
     report = _Report(trainer, directory, done) if first else None
+    try:
+        _steps(trainer, directory, done, report)
+        text = trainer.generate(PROMPT, training.sample) if training.sample else b""
+        if report:
+            report.finish(text)
+    finally:
+        if report:
+            report.close()
+
+
+def _steps(trainer: Trainer, directory: RunDirectory, done: int, report: _Report | None) -> None:
+    training = trainer.config.training
     for step in range(done, training.steps):
         row = _timed_step(trainer, step)
         if not math.isfinite(row["loss"] + row["gradient_norm"]):
@@ -72,9 +84,6 @@ def _train(trainer: Trainer, directory: RunDirectory, done: int) -> None:
             report.step(row)
         if last or (step + 1) % training.checkpoint_every == 0:
             trainer.save(directory.checkpoint(step + 1), step + 1)
-    text = trainer.generate(PROMPT, training.sample) if training.sample else b""
-    if report:
-        report.finish(text)
 
 
 def _timed_step(trainer: Trainer, step: int) -> dict[str, Any]:
@@ -121,14 +130,18 @@ class _Report:
 
     def finish(self, text: bytes) -> None:
         """Write the plot and the sample, and say where everything is."""
-        if self.bar:
-            self.bar.stop()
+        self.close()
         plot_loss(self.directory.rows(), self.directory.plot)
         self.directory.sample.write_bytes(text)
         if text:
             self._say("sample: " + text.decode(errors="replace").strip())
         checkpoint = self.directory.checkpoints / self.directory.latest().name
         self._say(f"plot {self.directory.plot}, metrics {self.directory.metrics}, checkpoint {checkpoint}")
+
+    def close(self) -> None:
+        """Give the terminal back: while the bar is live, what goes to stderr is written to stdout."""
+        if self.bar:
+            self.bar.stop()
 
 
 def _bar(console: Console, total: int, done: int) -> tuple[Any, Any]:

@@ -25,7 +25,7 @@ def test_help_fits_a_screen(command):
 def test_run_prints_the_plain_line():
     result = call("run", "-n", "3", "--dry-run", "python", "-c", "print(1)")
     assert result.returncode == 0
-    assert re.search(r"mpiexec -n 3 \S*python -c 'print\(1\)'", result.stderr)
+    assert re.search(r"mpiexec( --\S+( none)?)* -n 3 \S*python -c 'print\(1\)'", result.stderr)
 
 
 def test_run_starts_the_ranks_and_returns_their_exit_code():
