@@ -1,0 +1,25 @@
+"""Each formula once, in the array API: any library, any float dtype. Nothing here knows of ranks.
+
+Sums over a dim that may be cut are left to the layer: a function that needs one takes it or returns its local part.
+"""
+
+from colossal_mpi.layers.kernels.reference.activation import gelu, gelu_backward
+from colossal_mpi.layers.kernels.reference.attention import attention, attention_backward
+from colossal_mpi.layers.kernels.reference.loss import cross_entropy_backward, cross_entropy_sums, peak
+from colossal_mpi.layers.kernels.reference.norm import normalise, normalise_backward
+from colossal_mpi.layers.kernels.reference.table import lookup, lookup_backward, require_ids
+
+__all__ = [
+    "attention",
+    "attention_backward",
+    "cross_entropy_backward",
+    "cross_entropy_sums",
+    "gelu",
+    "gelu_backward",
+    "lookup",
+    "lookup_backward",
+    "normalise",
+    "normalise_backward",
+    "peak",
+    "require_ids",
+]

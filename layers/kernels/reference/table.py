@@ -1,0 +1,69 @@
+"""Rows of a table by their numbers."""
+
+from __future__ import annotations
+
+from colossal_mpi.backend import Block, namespace
+from colossal_mpi.errors import ShapeError
+
+
+def lookup(table: Block, ids: Block, start: int) -> Block:
+    """Return rows of a piece of a table: row ``ids - start`` where the piece has it, zeros elsewhere.
+
+    Parameters
+    ----------
+    table : array, ``[rows, h]``
+        Global rows ``start`` to ``start + rows``.
+    ids : integer array, ``[...]``
+        Global row numbers.
+    """
+    xp = namespace(table)
+    flat, here = _rows(ids, start, table.shape[0])
+    if not table.shape[0]:
+        return xp.zeros((*ids.shape, table.shape[1]), dtype=table.dtype)
+    rows = xp.take(table, flat, axis=0)
+    rows *= xp.astype(here, table.dtype)[:, None]
+    return xp.reshape(rows, (*ids.shape, table.shape[1]))
+
+
+def _rows(ids: Block, start: int, count: int) -> tuple[Block, Block]:
+    """Return flat row numbers inside a piece of a table, 0 where it has not the row, and where it has it."""
+    xp = namespace(ids)
+    local = xp.reshape(ids, (-1,)) - start
+    here = (local >= 0) & (local < count)
+    return xp.where(here, local, xp.zeros_like(local)), here
+
+
+def lookup_backward(dy: Block, ids: Block, start: int, count: int) -> Block:
+    """Return the cotangent ``[count, h]`` of the table of `lookup`.
+
+    Equal rows are added by one product with a 0/1 matrix of the distinct ids, in a fixed order.
+    """
+    xp = namespace(dy)
+    flat, here = _rows(ids, start, count)
+    if not flat.size or not count:
+        return xp.zeros((count, dy.shape[-1]), dtype=dy.dtype)
+    distinct, place = xp.unique_inverse(flat)
+    same = xp.reshape(place, (1, -1)) == xp.arange(distinct.shape[0])[:, None]
+    hits = xp.astype(same & here[None, :], dy.dtype)
+    sums = xp.matmul(hits, xp.reshape(dy, (flat.shape[0], dy.shape[-1])))
+    rows = xp.arange(count)
+    nearest = xp.clip(xp.searchsorted(distinct, rows), max=distinct.shape[0] - 1)
+    table = xp.take(sums, nearest, axis=0)
+    table *= xp.astype(xp.take(distinct, nearest) == rows, dy.dtype)[:, None]
+    return table
+
+
+def require_ids(ids: Block, count: int, least: int | None = 0) -> None:
+    """Require integer ids from `least` (None: any) to below `count`.
+
+    Raises
+    ------
+    ShapeError
+        On the ranks that hold an id outside, which ends the job.
+    """
+    xp = namespace(ids)
+    if not ids.size:
+        return
+    low, high = int(xp.min(ids)), int(xp.max(ids))
+    if high >= count or (least is not None and low < least):
+        raise ShapeError(f"token ids from {low} to {high} for a vocabulary of {count}: they must be below it, from 0")
