@@ -20,7 +20,7 @@ from colossal_mpi import (
     zeros,
 )
 from colossal_mpi.linalg import load, save
-from tests.cases import integers, layouts, refusal, represents, some, spread, totals
+from tests.cases import host, integers, layouts, refusal, represents, some, spread, totals
 
 ONE, LINE, SQUARE, WIDE = {}, {"col": 3}, {"row": 2, "col": 2}, {"row": 2, "col": 3}
 DTYPES = ("float16", "float32", "float64", "complex64", "complex128", "int8", "int64", "uint16")
@@ -58,7 +58,7 @@ def test_other_grids_load_it(grid, shared_path):
     with Grid(all=6) as line:
         assert represents(load(shared_path / "one.h5", "x", line, Layout(None, "all")), whole)
     alone = Grid(MPI.COMM_SELF)
-    assert np.array_equal(load(shared_path / "one.h5", "x", alone, Layout(None, None)).local, whole)
+    assert np.array_equal(host(load(shared_path / "one.h5", "x", alone, Layout(None, None))), whole)
 
 
 @pytest.mark.grids(SQUARE)
@@ -96,7 +96,7 @@ def test_rank_0_receives_pieces_of_bounded_size_once(grid, shared_path, monkeypa
 def test_blocks_need_not_be_numpy(grid, shared_path):
     whole = integers((7, 5))
     a = from_global(whole, grid, Layout("row", "col"))
-    save(shared_path / "one.h5", "x", DistArray(array_api_strict.asarray(a.local), a.shape, a.layout, grid))
+    save(shared_path / "one.h5", "x", DistArray(array_api_strict.asarray(host(a)), a.shape, a.layout, grid))
     assert represents(load(shared_path / "one.h5", "x", grid, Layout("col", None)), whole)
 
 
@@ -133,7 +133,7 @@ def test_what_cannot_be_written_is_the_same_error_on_all_ranks(grid, shared_path
     if grid.rank == 0:
         bad.write_bytes(b"no HDF5 at all")
     comm.collect(None, grid)
-    text_like = DistArray(a.local.astype("U1"), a.shape, a.layout, grid)
+    text_like = DistArray(host(a).astype("U1"), a.shape, a.layout, grid)
     for call, kind, message in [
         (lambda: save(file, "x/y", a), CheckpointError, "has 'x/y' already: choose another name, or overwrite=True"),
         (lambda: save(file, "x/y/z", a), CheckpointError, "one.h5: "),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from colossal_mpi import DistArray, IndexingError, Layout, ShapeError, from_global, ledger, linalg, zeros
-from tests.cases import indices, integers, layouts, refusal, represents, some, spread
+from tests.cases import host, indices, integers, layouts, refusal, represents, some, spread
 
 SQUARE, WIDE, SLIM, CUBE = {"row": 2, "col": 2}, {"row": 2, "col": 3}, {"row": 1, "col": 4}, {"a": 2, "b": 2, "c": 2}
 on_grids = pytest.mark.grids(SQUARE, WIDE, SLIM)
@@ -96,7 +96,7 @@ def test_blocks_need_not_be_numpy(grid, index):
     whole = integers(SHAPE)
     for layout in some(layouts(2, grid.axes), 10):
         a = spread(whole, grid, layout)
-        a = DistArray(array_api_strict.asarray(a.local.copy()), a.shape, a.layout, grid)
+        a = DistArray(array_api_strict.asarray(host(a).copy()), a.shape, a.layout, grid)
         part = a[index]
         assert type(part.local) is type(a.local)
         assert represents(part, np.asarray(whole[index])), layout

@@ -9,7 +9,7 @@ import pytest
 
 from colossal_mpi import DistArray, DTypeError, GridError, Layout, LayoutError, ShapeError, from_global, ledger, linalg
 from colossal_mpi.linalg import packed, price, symmetric
-from tests.cases import assemble, inner, integers, layouts, refusal, represents, some, spread, totals
+from tests.cases import assemble, host, inner, integers, layouts, refusal, represents, some, spread, totals
 
 LINE, SQUARE, WIDE, CUBE = {"col": 3}, {"row": 2, "col": 2}, {"row": 2, "col": 3}, {"a": 2, "b": 2, "c": 2}
 SLIM, LONG, ONE = {"row": 1, "col": 4}, {"col": 5}, {}
@@ -216,7 +216,7 @@ def test_blocks_need_not_be_numpy(grid, kind):
         a = integers((7, 5), dtype)
         for axes in maps(grid):
             x = spread(a, grid, Layout(next(iter(grid.axes)), None))
-            x = DistArray(array_api_strict.asarray(x.local.copy()), x.shape, x.layout, grid)
+            x = DistArray(array_api_strict.asarray(host(x).copy()), x.shape, x.layout, grid)
             for out in (None, Layout(tuple(grid.axes), None)):
                 made = product(x, axes, out)
                 assert type(made.local) is type(x.local)
