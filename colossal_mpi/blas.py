@@ -63,6 +63,11 @@ def product(a: Block, b: Block, dtype: Any, conj: tuple[bool, bool] = (False, Fa
     return xp.matmul(a, b)
 
 
+def scale(c: Block, beta: complex) -> None:
+    """Do ``c = beta c`` in place; with beta 0 what c holds is not read."""
+    c[...] = backend.zeros_like(c, c.shape) if beta == 0 else beta * c
+
+
 def blend(c: Block, product: Block, alpha: complex = 1, beta: complex = 0) -> None:
     """Do ``c = alpha product + beta c`` in place; with beta 0 what c holds is not read."""
     scaled = product if alpha == 1 else alpha * product
@@ -76,7 +81,7 @@ def _cblas(a: np.ndarray, b: np.ndarray, c: np.ndarray, alpha: complex, beta: co
     """Do the product by BLAS and say so; False where BLAS does not take it."""
     routine = _routine(c.dtype.name)
     order = _order(c)
-    if order is None or (routine is None and c.dtype.kind in "fc"):
+    if order is None or not c.dtype.isnative or (routine is None and c.dtype.kind in "fc"):
         return False
     if alpha == 1 and beta == 0 and not any(conj):
         np.matmul(a, b, out=c)

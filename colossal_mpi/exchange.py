@@ -75,7 +75,14 @@ def _into(block: Block, grid: Grid) -> Any:
 
 @contextmanager
 def reading(
-    block: Block, grid: Grid, axes: Sequence[str], shapes: Sequence[Sequence[int]], words: int, lend: bool = True
+    block: Block,
+    grid: Grid,
+    axes: Sequence[str],
+    shapes: Sequence[Sequence[int]],
+    words: int,
+    *,
+    lend: bool = True,
+    leaf: bool = True,
 ) -> Iterator[list[Block] | None]:
     """Let the ranks of a group on one node read each other's blocks where they lie, until the context ends.
 
@@ -93,6 +100,9 @@ def reading(
         Of the blocks of all ranks of the group.
     words : int
         How many elements of other ranks this one reads, for the ledger.
+    lend : bool
+    leaf : bool
+        Nothing is communicated inside the context: an exception in it leaves no rank waiting.
     """
     group, begun = grid.comm(axes), time.perf_counter()
     memories = grid.peers(axes)
@@ -104,8 +114,13 @@ def reading(
         yield None
         return
     ledger.post("read", grid.ordered(axes), words, block.dtype.itemsize, begun)
-    yield [
-        block if rank == group.rank else shared.view(memory, shape, block.dtype, where)
-        for rank, (memory, shape, where) in enumerate(zip(memories, shapes, told.tolist(), strict=True))
-    ]
-    group.Barrier()
+    read = leaf
+    try:
+        yield [
+            lent if rank == group.rank else shared.view(memory, shape, block.dtype, where)
+            for rank, (memory, shape, where) in enumerate(zip(memories, shapes, told.tolist(), strict=True))
+        ]
+        read = True
+    finally:
+        if read:
+            group.Barrier()

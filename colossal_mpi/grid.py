@@ -78,6 +78,7 @@ class Grid:
         self.shares: bool = comm.allreduce(self.device == "cpu" and shared.wanted(), MPI.LAND)
         """Whether ranks of one node read each other's large blocks where they lie; the same on all ranks."""
         node.Free()
+        self._part = False
         self._settle({axis: operator.index(size) for axis, size in axes.items()})
 
     def _settle(self, axes: dict[str, int]) -> None:
@@ -174,7 +175,7 @@ class Grid:
             rest = {axis: size for axis, size in self.axes.items() if axis not in coords}
             sub = Grid.__new__(Grid)
             sub._cart, sub._node, sub.shares = self.comm(tuple(rest)), self._node, self.shares
-            sub.device, sub.awareness = self.device, self.awareness
+            sub.device, sub.awareness, sub._part = self.device, self.awareness, True
             sub._settle(rest)
             self._slices[key] = sub
         return self._slices[key]
@@ -182,10 +183,10 @@ class Grid:
     def free(self) -> None:
         """Free the communicators of this grid; MPI has some two thousand of them. Collective; the grid ends.
 
-        A grid is also a context manager that does so at its end.
+        A grid is also a context manager that does so at its end. A sub-grid's own communicator is its parent's.
         """
         self._release()
-        if self.axes:
+        if self.axes and not self._part:
             self._cart.Free()
 
     def _release(self) -> None:

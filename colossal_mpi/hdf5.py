@@ -99,7 +99,7 @@ def _create(h5py: Any, file: Path, name: str, array: DistArray, overwrite: bool)
     except OSError as problem:
         raise CheckpointError(f"{file} cannot be written as HDF5: {problem}") from None
     try:
-        if name in opened and overwrite:
+        if overwrite and isinstance(opened.get(name), h5py.Dataset):
             del opened[name]
         if name in opened:
             raise CheckpointError(f"{file} has {name!r} already: choose another name, or overwrite=True")

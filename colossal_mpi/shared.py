@@ -138,6 +138,11 @@ def empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
     return np.empty(shape, dtype) if span is None else span.array(shape, dtype)
 
 
+if hasattr(os, "register_at_fork"):
+    # A child shares the pages of the arena: it must not give them out a second time.
+    os.register_at_fork(after_in_child=arena.cache_clear)
+
+
 @dataclass(frozen=True)
 class Address:
     """What another process of the node needs to map an arena."""

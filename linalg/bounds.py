@@ -18,6 +18,8 @@ def lower_bound(m: int, n: int, k: int, ranks: int) -> float:
     one dimension is cut up to p = m/n ranks, two up to mn/k^2, three beyond.
     """
     m, n, k = sorted((m, n, k), reverse=True)
+    if k == 0:
+        return 0.0
     if ranks <= m / n:
         touched = (m * n + m * k) / ranks + n * k
     elif ranks <= m * n / k**2:

@@ -20,7 +20,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from colossal_mpi import blas
+import numpy as np
+
+from colossal_mpi import backend, blas
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import DTypeError, GridError, LayoutError, ShapeError
 from colossal_mpi.layout import Layout, box_shape
@@ -56,10 +58,11 @@ def contract(
     axes : mapping of str to str
         Grid axis to letter. Axes that are not mapped do the product redundantly.
     out : Layout or DistArray, optional
-        The layout of the result, or an array of its shape and dtype that it is written into, which is no operand. By
+        The layout of the result, or an array of its shape and dtype that it is written into; it may be an operand. By
         default the result stays as the product leaves it: cut along the m- and n-axes, partial over the k-axes.
     alpha, beta : number
-        Factors; a beta other than 0 needs an array `out`. With beta 0 what `out` holds, NaN included, is not read.
+        Factors, of the dtype of the operands; a beta other than 0 needs an array `out`. With beta 0 what `out` holds,
+        NaN included, is not read, and with alpha 0 the operands are not.
     conj : {"", "a", "b", "ab"}
         The operands that enter as their complex conjugates.
     stream : str, optional
@@ -90,7 +93,7 @@ def contract(
     layout = out.layout if isinstance(out, DistArray) else out
     _check(sub, a, b, axes)
     shape = tuple(extents_of(sub, a.shape, b.shape)[x] for x in sub.c)
-    _check_factors(sub, a, b, shape, target, beta, conj)
+    _check_factors(sub, a, shape, target, (alpha, beta), conj)
     panels = _panels(sub, a, b, axes, stream, panel)
     work = Work(sub, alpha, 0, ("a" in conj, "b" in conj))
     product = _product(work, (a, b), axes, shape, layout, panels, target, beta)
@@ -117,8 +120,8 @@ def _product(
     sub, grid = work.sub, arrays[0].grid
     made = map_layout(sub.c, axes, sub.k).on(grid.axes, len(sub.c))
     operands = [
-        _operand(letters, array, map_layout(letters, axes).on(grid.axes, array.ndim), panels)
-        for letters, array in zip((sub.a, sub.b), arrays, strict=True)
+        _operand(letters, array, axes, panels, side)
+        for letters, array, side in zip((sub.a, sub.b), arrays, "ab", strict=True)
     ]
     whole = not panels.letter and _thin(sub, operands, shape, made)
     left, right = (x.moved() if whole or not (panels.letter or x.large) else x for x in operands)
@@ -127,7 +130,7 @@ def _product(
         if stages(made, wanted)[0]:
             return execute_scattered(work, (left, right), shape, made, wanted)
     box = made.box(shape, grid.axes, grid.coords)
-    if target is not None and target.layout == made and target.dtype == result_dtype(arrays[0].local):
+    if target is not None and target.layout == made and _writable(target, arrays):
         work.beta = beta
         execute(work, (left, right), target.local, box)
         return target
@@ -137,10 +140,21 @@ def _product(
     return DistArray(c, shape, made, grid)
 
 
-def _operand(letters: str, array: DistArray, wanted: Layout, panels: Panels) -> Operand:
+def _writable(target: DistArray, arrays: Sequence[DistArray]) -> bool:
+    """Say whether the product may be summed in `target` while the operands are read.
+
+    Each rank decides for itself: nothing that is communicated depends on it, and empty blocks overlap no others.
+    """
+    overlap = getattr(backend.namespace(target.local), "may_share_memory", lambda a, b: a is b)
+    fits = target.dtype == result_dtype(arrays[0].local)
+    return fits and not any(overlap(target.local, array.local) for array in arrays)
+
+
+def _operand(letters: str, array: DistArray, axes: Mapping[str, str], panels: Panels, side: str) -> Operand:
     """Return an operand without partial sums."""
-    middle = stages(array.layout, wanted)[1]
-    return Operand(letters, array.redistribute(middle.with_partial()), wanted, panels)
+    wanted = map_layout(letters, axes).on(array.grid.axes, array.ndim)
+    array = array.redistribute(stages(array.layout, wanted)[1].with_partial())
+    return Operand(letters, array, wanted, panels, side, any(axis not in axes for axis in array.layout.cut))
 
 
 def _thin(sub: Subscripts, operands: Sequence[Operand], shape: tuple[int, ...], made: Layout) -> bool:
@@ -193,14 +207,16 @@ def _check(sub: Subscripts, a: DistArray, b: DistArray, axes: Mapping[str, str])
 def _check_factors(
     sub: Subscripts,
     a: DistArray,
-    b: DistArray,
     shape: tuple[int, ...],
     target: DistArray | None,
-    beta: complex,
+    factors: tuple[complex, complex],
     conj: str,
 ) -> None:
+    alpha, beta = factors
     if conj not in ("", "a", "b", "ab", "ba"):
         raise DTypeError(f"contract({sub}): conj={conj!r}: name the operands to conjugate, 'a', 'b' or 'ab'")
+    for name, value in (("alpha", alpha), ("beta", beta)):
+        _require_factor(sub, name, value, backend.numpy_dtype(a.dtype))
     if target is None:
         if beta != 0:
             raise ShapeError(f"contract({sub}): beta={beta} needs an array out= to be added to")
@@ -209,5 +225,14 @@ def _check_factors(
         raise GridError(f"contract({sub}): out lies on {target.grid} and a on {a.grid}: make both on one Grid object")
     if target.shape != shape or target.dtype != a.dtype:
         raise ShapeError(f"contract({sub}): out is {target.dtype}{target.shape} and the result {a.dtype}{shape}")
-    if target.local is a.local or target.local is b.local:
-        raise ShapeError(f"contract({sub}): out is an operand, which is read while out is written: use another array")
+
+
+def _require_factor(sub: Subscripts, name: str, value: complex, dtype: np.dtype) -> None:
+    """Refuse on all ranks a factor that would be cut short, or that only ranks with something to multiply would see."""
+    kind, real = dtype.kind, float(np.real(value))
+    fits = kind == "c" or np.imag(value) == 0
+    if kind in "biu":
+        low, high = (0, 1) if kind == "b" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
+        fits = fits and real.is_integer() and low <= real <= high
+    if not fits:
+        raise DTypeError(f"contract({sub}): {name}={value} is no {dtype}: cast the operands with .astype first")

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
+from colossal_mpi.errors import GridError, LayoutError, ShapeError
 from colossal_mpi.layout import Layout, bounds, box_shape, coords_of, part
-from colossal_mpi.linalg.subscripts import map_layout, parse
+from colossal_mpi.linalg.subscripts import Subscripts, map_layout, parse
 from colossal_mpi.redistribute import received, stages
 
 
@@ -85,8 +86,14 @@ def price(
         Of the result; None leaves it partial.
     stream, panel
         As in `contract`.
+
+    Raises
+    ------
+    ShapeError, GridError, LayoutError
+        If extents, sizes, map or stream do not fit the subscripts.
     """
     sub = parse(subscripts)
+    _check(sub, extents, sizes, axes, stream, panel)
     axes = {axis: letter for axis, letter in axes.items() if sizes[axis] > 1}
     made = map_layout(sub.c, axes, sub.k)
 
@@ -107,6 +114,28 @@ def price(
         sum(_summed(m, sizes) for m in moves),
         sum(_workspace(m, panels, sizes) for m in moves),
     )
+
+
+def _check(
+    sub: Subscripts,
+    extents: Mapping[str, int],
+    sizes: Mapping[str, int],
+    axes: Mapping[str, str],
+    stream: str | None,
+    panel: int,
+) -> None:
+    letters = list(dict.fromkeys(sub.a + sub.b))
+    missing = [x for x in letters if x not in extents]
+    if missing:
+        raise ShapeError(f"price({sub}): no extent of {', '.join(missing)}; give one for each of {', '.join(letters)}")
+    alien = [axis for axis in axes if axis not in sizes]
+    if alien:
+        raise GridError(f"price({sub}): no axis {', '.join(alien)}; the sizes name {', '.join(sizes) or 'none'}")
+    wrong = [x for x in [*axes.values(), *([stream] if stream else [])] if x not in letters]
+    if wrong:
+        raise LayoutError(f"price({sub}): {', '.join(wrong)} is no letter of it; use {', '.join(letters)}")
+    if stream and panel < 1:
+        raise ShapeError(f"price({sub}): panel={panel}: a panel has at least one index")
 
 
 def _panels(

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from colossal_mpi import backend
+from colossal_mpi import blas
 from colossal_mpi.backend import Block
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.layout import Box, Layout, box_shape, intersect, slices
 from colossal_mpi.linalg.local import Conj, accumulate, empty_product
-from colossal_mpi.linalg.pieces import Operand, Piece, Space, bring
+from colossal_mpi.linalg.pieces import Operand, Piece, Space, bring, kept
 from colossal_mpi.linalg.subscripts import Subscripts
 from colossal_mpi.redistribute import reduce, scatter, stages
 
@@ -77,8 +77,9 @@ def execute_scattered(
     at, own = (layout.box(shape, grid.axes, grid.coords) for layout in (made, middle))
     first = operands[0].array.local
     result = empty_product(sub, first, dict(zip(sub.c, box_shape(own), strict=True)), grid)
-    plans = grid.plans.setdefault(("panels", shape, made, middle, panels), {})
-    space = plans.setdefault((type(first), str(first.dtype)), Space())
+    key = ("panels", sub.c, shape, made, middle, panels)
+    plans = grid.plans.setdefault(key, {})
+    space = kept(grid, (*key, type(first), str(first.dtype))).setdefault(0, Space())
     for j, left, right in _brought(operands):
         box = panels.cut(sub.c, at, j, grid, grid.coords)
         if j not in plans:
@@ -110,4 +111,4 @@ def _clear(work: Work, operands: Sequence[Operand], c: Block) -> None:
     a = operands[0]
     extents = dict(zip(a.letters, box_shape(a.want[a.me]), strict=True))
     if any(extents[letter] == 0 for letter in work.sub.k):
-        c[...] = backend.zeros_like(c, c.shape) if work.beta == 0 else work.beta * c
+        blas.scale(c, work.beta)

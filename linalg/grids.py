@@ -60,6 +60,8 @@ def best_grid(m: int, n: int, k: int, ranks: int, memory: int | None = None, bal
     ShapeError
         If no grid fits the memory.
     """
+    if min(m, n, k) < 0 or ranks < 1:
+        raise ShapeError(f"best_grid({m}, {n}, {k}, ranks={ranks}): sizes are 0 or more, and ranks 1 or more")
     choices = [_choice(m, n, k, ranks, p) for p in _grids(ranks)]
     fitting = [choice for choice in choices if memory is None or choice.memory <= memory]
     if not fitting:

@@ -31,7 +31,13 @@ def empty_product(sub: Subscripts, a: Block, size: Mapping[str, int], grid: Grid
 def accumulate(
     sub: Subscripts, a: Block, b: Block, c: Block, alpha: complex = 1, beta: complex = 0, conj: Conj = (False, False)
 ) -> None:
-    """Do ``c = alpha op(a) op(b) + beta c`` on blocks, in place; with beta 0 what c holds is not read."""
+    """Do ``c = alpha op(a) op(b) + beta c`` on blocks, in place.
+
+    With beta 0 what c holds is not read, and with alpha 0 not what a and b hold.
+    """
+    if alpha == 0:
+        blas.scale(c, beta)
+        return
     xp = backend.namespace(a, b)
     size = extents_of(sub, a.shape, b.shape)
     left = _matrix(xp, a, sub.a, (sub.batch, sub.m, sub.k), size)

@@ -10,6 +10,7 @@ from colossal_mpi import backend
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import DTypeError, LayoutError, ShapeError, SingularError
 from colossal_mpi.linalg.contract import contract
+from colossal_mpi.linalg.norms import norm
 from colossal_mpi.linalg.symmetric import herk
 
 Coefficients = tuple[float, float, float]
@@ -82,7 +83,11 @@ def newton_schulz(
     whole = g.redistribute(g.layout.with_partial())
     flip = _long(whole)
     x = whole.T if flip else whole
-    x = x * (1 / (x.norm() + epsilon or 1.0))
+    size = x.norm()
+    if math.isinf(size):  # the squares overflow
+        x = x * (1 / norm(x, "max"))
+        size = x.norm()
+    x = x * (1 / (size + epsilon or 1.0))
     if schedule is None:
         x = _converged(x, _constants(coefficients))
     else:

@@ -8,7 +8,8 @@ result. So an operand in place is never copied, and neither is what a neighbour 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -58,6 +59,10 @@ class Operand:
     array: DistArray
     wanted: Layout
     panels: Panels
+    side: str
+    """Which of the two it is, ``a`` or ``b``."""
+    redundant: bool = False
+    """Whether it is cut along an axis that the map leaves out, so that several ranks do the same product."""
 
     def __post_init__(self) -> None:
         array, grid = self.array, self.array.grid
@@ -94,7 +99,9 @@ class Operand:
         """Return the operand with all that this rank needs side by side."""
         if self.array.layout == self.wanted:
             return self
-        return Operand(self.letters, self.array.redistribute(self.wanted), self.wanted, self.panels)
+        return Operand(
+            self.letters, self.array.redistribute(self.wanted), self.wanted, self.panels, self.side, self.redundant
+        )
 
     @property
     def streams(self) -> bool:
@@ -134,7 +141,9 @@ def bring(operand: Operand, stack: ExitStack, keep: bool) -> InPlace:
     if readable(array.local, shapes, array.grid, axes):
         needed, own = operand.want[operand.me], operand.have[operand.me]
         words = math.prod(box_shape(needed)) - math.prod(box_shape(intersect(needed, own)))
-        blocks = stack.enter_context(exchange.reading(array.local, array.grid, axes, shapes, words, lend=not keep))
+        blocks = stack.enter_context(
+            exchange.reading(array.local, array.grid, axes, shapes, words, lend=not keep, leaf=False)
+        )
         if blocks is not None:
             return Read(operand, blocks)
     return Received(operand, keep)
@@ -162,10 +171,8 @@ class Read(InPlace):
         self._blocks = blocks
 
     def pieces(self, j: int) -> list[Piece]:
-        """Return the pieces of panel j, this rank's own first."""
-        p, me = len(self._blocks), self._operand.me
-        order = [(me + step) % p for step in range(p)]
-        return [piece for rank in order for piece in self._operand.part(rank, self._blocks[rank], j)]
+        """Return the pieces of panel j, in the same order on all ranks: equal products are equal to the bit."""
+        return [piece for rank, block in enumerate(self._blocks) for piece in self._operand.part(rank, block, j)]
 
 
 class Received(InPlace):
@@ -174,10 +181,9 @@ class Received(InPlace):
     def __init__(self, operand: Operand, keep: bool) -> None:
         super().__init__(operand)
         grid, array = operand.array.grid, operand.array
-        key = ("pieces", operand.letters, array.shape, array.layout, operand.wanted, operand.panels)
+        key = ("pieces", operand.side, operand.letters, array.shape, array.layout, operand.wanted, operand.panels)
         self._plans = grid.plans.setdefault(key, {})
-        place = grid.plans if keep else {}
-        self._spaces = place.setdefault((*key, type(array.local), str(array.dtype)), {})
+        self._spaces = kept(grid, (*key, type(array.local), str(array.dtype))) if keep else {}
         self._pending: dict[int, tuple[exchange.Pending, list[Piece]]] = {}
         self._whole: list[Piece] | None = None
 
@@ -201,13 +207,16 @@ class Received(InPlace):
         self._pending[self._panel(j)] = pending, [(box, block) for _, box, block in landing]
 
     def pieces(self, j: int) -> list[Piece]:
-        """Return the pieces of panel j, this rank's own first."""
+        """Return the pieces of panel j, in the same order on all ranks: equal products are equal to the bit."""
         if self._whole is not None:
             return self._whole
         self.post(j)
         pending, received = self._pending.pop(self._panel(j))
         pending.wait()
-        pieces = self._operand.own(j) + received
+        own = self._operand.own(j)
+        if self._operand.redundant:  # strides as those of what the others receive: BLAS may round otherwise
+            own = [(box, backend.namespace(block).asarray(block, copy=True)) for box, block in own]
+        pieces = sorted(own + received, key=lambda piece: piece[0])
         if not self._operand.streams:
             self._whole = pieces
         return pieces
@@ -231,12 +240,31 @@ class Received(InPlace):
         return space
 
 
+KEPT = 1 << 28
+"""Bytes of memory for pieces that a grid keeps; what was used longest ago goes first."""
+
+
+def kept(grid: Grid, key: Hashable) -> dict[int, Space]:
+    """Return the memory that products of one kind have used on a grid, to be used again."""
+    spaces: OrderedDict[Hashable, dict[int, Space]] = grid.plans.setdefault("spaces", OrderedDict())
+    mine = spaces.setdefault(key, {})
+    spaces.move_to_end(key)
+    while len(spaces) > 1 and sum(space.nbytes for kind in spaces.values() for space in kind.values()) > KEPT:
+        spaces.popitem(last=False)
+    return mine
+
+
 class Space:
     """Memory that is given out block by block, and the same again the next time."""
 
     def __init__(self) -> None:
         self._blocks: list[Block] = []
         self._next = 0
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that it holds."""
+        return sum(block.size * backend.numpy_dtype(block.dtype).itemsize for block in self._blocks)
 
     def reset(self) -> None:
         """Start to give out the same memory again."""

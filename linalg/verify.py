@@ -65,8 +65,7 @@ class Check:
         """
         difference, size = (_thin(self._spec, c, self._x) - self._y).norm(), self._y.norm()
         error = difference / size if size else difference
-        dtype = backend.numpy_dtype(c.dtype)
-        allowed = FACTOR * float(np.finfo(dtype).eps) if dtype.kind in "fc" else 0.0
+        allowed = FACTOR * _rounding(backend.numpy_dtype(c.dtype))
         if not error <= allowed:
             raise VerificationError(
                 f"the product {c} is wrong: C X differs from A (B X) by {error:.2e} of its norm, and {allowed:.2e} is "
@@ -75,16 +74,28 @@ class Check:
         return error
 
 
+def _rounding(dtype: np.dtype) -> float:
+    """Return the unit of rounding of a dtype; 0 for integers, whose products are exact or wrap around alike."""
+    if backend.is_half(dtype):
+        return 2.0**-10 if dtype.name == "float16" else 2.0**-7
+    return float(np.finfo(dtype).eps) if dtype.kind in "fc" else 0.0
+
+
+def _wide(a: DistArray) -> DistArray:
+    """Return an array of 16-bit floats as float32, in which its thin products neither overflow nor round."""
+    return a.astype("float32") if backend.is_half(backend.numpy_dtype(a.dtype)) else a
+
+
 def _signs(shape: list[int], beside: DistArray) -> DistArray:
     grid = beside.grid
     half = random.uniform(shape, grid, Layout(*[None] * len(shape)), seed=1, stream="linalg.verify")
     xp = backend.namespace(half.local)
-    return half.like(xp.where(half.local < 0.5, -1.0, 1.0)).astype(beside.dtype)
+    return half.like(xp.where(half.local < 0.5, -1.0, 1.0)).astype(_wide(beside).dtype)
 
 
 def _thin(subscripts: str, a: DistArray, x: DistArray, conj: str = "") -> DistArray:
     """Return a thin product, made where `a` lies and replicated."""
     sub = parse(subscripts)
-    whole = a.redistribute(a.layout.with_partial())
+    whole = _wide(a.redistribute(a.layout.with_partial()))
     axes = {axis: letter for letter, dim in zip(sub.a, whole.layout.dims, strict=True) for axis in dim}
     return contract(subscripts, whole, x, axes, Layout(*[None] * len(sub.c)), conj=conj)
