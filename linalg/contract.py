@@ -145,9 +145,10 @@ def _writable(target: DistArray, arrays: Sequence[DistArray]) -> bool:
 
     Each rank decides for itself: nothing that is communicated depends on it, and empty blocks overlap no others.
     """
-    overlap = getattr(backend.namespace(target.local), "may_share_memory", lambda a, b: a is b)
-    fits = target.dtype == result_dtype(arrays[0].local)
-    return fits and not any(overlap(target.local, array.local) for array in arrays)
+    overlap = getattr(backend.namespace(target.local), "may_share_memory", None)  # beyond the array API
+    if overlap is None or target.dtype != result_dtype(arrays[0].local):
+        return False
+    return not any(overlap(target.local, array.local) for array in arrays)
 
 
 def _operand(letters: str, array: DistArray, axes: Mapping[str, str], panels: Panels, side: str) -> Operand:

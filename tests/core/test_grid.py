@@ -122,3 +122,11 @@ def test_a_grid_of_some_of_the_ranks():
     half = MPI.COMM_WORLD.Split(MPI.COMM_WORLD.rank % 2)
     grid = Grid(half, col=2)
     assert comm.collect(MPI.COMM_WORLD.rank, grid) == [MPI.COMM_WORLD.rank % 2, MPI.COMM_WORLD.rank % 2 + 2]
+
+
+@pytest.mark.grids({"pipe": 2, "col": 2})
+def test_a_sub_grid_is_freed_without_its_parent(grid):
+    with grid.at(pipe=grid.coords["pipe"]) as part:
+        assert comm.collect(part.rank, part) == [0, 1]
+    assert comm.collect(grid.rank, grid) == [0, 1, 2, 3]
+    assert comm.collect(grid.rank, grid.at(pipe=grid.coords["pipe"])) == [2 * grid.coords["pipe"] + r for r in (0, 1)]

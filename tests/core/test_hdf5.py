@@ -137,6 +137,7 @@ def test_what_cannot_be_written_is_the_same_error_on_all_ranks(grid, shared_path
     for call, kind, message in [
         (lambda: save(file, "x/y", a), CheckpointError, "has 'x/y' already: choose another name, or overwrite=True"),
         (lambda: save(file, "x/y/z", a), CheckpointError, "one.h5: "),
+        (lambda: save(file, "x", a, overwrite=True), CheckpointError, "has 'x' already"),  # a group of datasets
         (lambda: save(file, "x//y", a), CheckpointError, "cannot name an array in HDF5"),
         (lambda: save(bad, "x", a), CheckpointError, "bad.h5 cannot be written as HDF5"),
         (lambda: save(bad / "below", "x", a), CheckpointError, "bad.h5"),
