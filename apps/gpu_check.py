@@ -1,7 +1,7 @@
 """Run the tests of core, linalg and layers on GPU blocks and print a table: ``make gpu-check``.
 
 Ranks share one GPU. Each group of tests runs on 1, 2 and 4 ranks, once with blocks staged through host memory and once
-with MPI reading them, where it does. Nothing is installed; without CuPy or a GPU it says so and is content.
+with MPI reading them, where it does. Nothing is installed; without CuPy or a GPU it says so and exits with 0.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ HEAD = f"{'tests':<8}{'ranks':>6}  {'blocks':<11}{'passed':>7}{'failed':>7}{'ski
 
 
 def run(group: str, tests: Sequence[str | Path], ranks: int, aware: bool, device: str = "cuda") -> Row:
-    """Run some tests in a pytest of their own and return how they went; what failed is printed as it comes."""
+    """Run some tests in a pytest of their own and return how they went; a failed run's output is printed."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         command = [sys.executable, "-m", "pytest", f"--device={device}", f"--ranks={ranks}", "-p", "no:warnings"]

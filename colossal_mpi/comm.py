@@ -1,4 +1,4 @@
-"""The one file that gives buffers to MPI.
+"""Collectives on blocks; with `colossal_mpi.exchange` the only file that gives buffers to MPI.
 
 Every function takes this rank's block and the grid axes that span the group. It checks that the block is of the size
 that the caller's plan, which all ranks make from the same global metadata, gives this rank: a mismatch is silently

@@ -110,6 +110,13 @@ class DistArray:
         block = redistribute(self.local, self.shape, self.layout, target, self.grid)
         return DistArray(block, self.shape, target, self.grid)
 
+    def reduced(self) -> DistArray:
+        """Return the array with its partial sums reduced and its cut unchanged; the array itself if it holds none.
+
+        **Communication:** an allreduce of the block over the partial axes.
+        """
+        return self.redistribute(self.layout.with_partial())
+
     def replicated(self) -> DistArray:
         """Return the array with the whole of it on every rank."""
         return self.redistribute(Layout(*[None] * self.ndim))
@@ -123,7 +130,7 @@ class DistArray:
             return np.array(backend.to_host(self.replicated().local))
         if not 0 <= root < self.grid.size:
             raise GridError(f"gather(root={root}) on {self.grid}: the root must be from 0 to {self.grid.size - 1}")
-        return _gather_to(self.redistribute(self.layout.with_partial()), root)
+        return _gather_to(self.reduced(), root)
 
     @property
     def T(self) -> DistArray:  # noqa: N802
@@ -210,7 +217,7 @@ class DistArray:
 
         **Communication:** one allreduce of a single word, after the reduction of partial sums.
         """
-        whole = self.redistribute(self.layout.with_partial())
+        whole = self.reduced()
         return math.sqrt(_total(whole, squares(whole), whole.layout.cut))
 
     def __matmul__(self, other: DistArray) -> DistArray:

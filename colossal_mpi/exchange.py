@@ -86,8 +86,8 @@ def reading(
 ) -> Iterator[list[Block] | None]:
     """Let the ranks of a group on one node read each other's blocks where they lie, until the context ends.
 
-    A block outside the shareable memory is copied into it first. If one cannot be, or `lend` is false, all ranks get
-    None. No rank leaves before all have read.
+    All ranks get None if one block does not lie in shareable memory and cannot be lent. No rank leaves before all have
+    read.
 
     Parameters
     ----------
@@ -101,6 +101,7 @@ def reading(
     words : int
         How many elements of other ranks this one reads, for the ledger.
     lend : bool
+        Copy a block outside the shareable memory into it; if false, such a block makes all ranks get None.
     leaf : bool
         Nothing is communicated inside the context: an exception in it leaves no rank waiting.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections import OrderedDict
 from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any
@@ -88,7 +89,9 @@ class Grid:
         self._subs: dict[tuple[str, ...], MPI.Intracomm] = {tuple(axes): self._cart}
         self._slices: dict[tuple[tuple[str, int], ...], Grid] = {}
         self.plans: dict[Any, Any] = {}
-        """Plans of redistributions on this grid, by everything that they depend on."""
+        """Plans of redistributions and products on this grid, and maps that were chosen, by all that they depend on."""
+        self.spaces: OrderedDict[Any, Any] = OrderedDict()
+        """Memory that streamed products use again, the last used last."""
         self.xp = backend.device_namespace(self.device)
         """The array namespace in which blocks of this grid are made."""
         self._peers: dict[tuple[str, ...], list[shared.Memory] | None] = {}

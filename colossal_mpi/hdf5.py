@@ -36,7 +36,9 @@ def require_name(name: Any) -> None:
     """
     parts = name.split("/") if isinstance(name, str) else [""]
     if not all(part.strip(".") for part in parts) or "\0" in name:
-        raise CheckpointError(f"{name!r} cannot name an array in HDF5: use names with / between")
+        raise CheckpointError(
+            f"{name!r} cannot name an array in HDF5: use parts other than '', '.' and '..', with / between"
+        )
 
 
 def save(file: str | Path, name: str, array: DistArray, overwrite: bool = False) -> None:
@@ -74,7 +76,7 @@ def save(file: str | Path, name: str, array: DistArray, overwrite: bool = False)
 
     require_name(name)
     _require_type(h5py, array.dtype)
-    whole = array.redistribute(array.layout.with_partial())
+    whole = array.reduced()
     with comm.agreed(array.grid, CheckpointError):
         opened = _create(h5py, Path(file), name, whole, overwrite) if whole.grid.rank == 0 else None
     with comm.agreed(array.grid, CheckpointError):

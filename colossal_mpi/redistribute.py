@@ -1,4 +1,4 @@
-"""The only way data moves between layouts.
+"""The only way from one layout to another.
 
 Partial sums come first: one reduce_scatter over the axes that cut the result, then one allreduce over the rest, of what
 this rank will need of a dim that the target cuts over an axis on which the source is replicated.

@@ -2,8 +2,8 @@
 
 Each process has one arena: an anonymous file in memory (``memfd_create``) as large as the machine's memory, of which
 only the pages that are written exist. Large blocks are cut from it, and a neighbour maps it through ``/proc``. Who may
-read whose block, and when, is the business of `colossal_mpi.comm`. Where the system has no such files, blocks lie in
-ordinary memory and nothing is shared.
+read whose block, and when, is the business of `colossal_mpi.exchange`. Where the system has no such files, blocks lie
+in ordinary memory and nothing is shared.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class Arena:
         self._kept = 0
         self._returned: deque[tuple[int, int]] = deque()
         self._lock = threading.Lock()
+        self._process = os.getpid()
 
     def take(self, nbytes: int) -> Span | None:
         """Return the first free span that is long enough, None if there is none."""
@@ -63,6 +64,8 @@ class Arena:
 
     def give_back(self, offset: int, length: int) -> None:
         """Make a span free again, now or, if the garbage collector calls in the middle of `take`, with the next one."""
+        if os.getpid() != self._process:
+            return  # a forked child shares the pages with its parent, which still uses them
         self._returned.append((offset, length))
         if self._lock.acquire(blocking=False):
             try:

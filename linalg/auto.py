@@ -22,7 +22,7 @@ from colossal_mpi.linalg.subscripts import Subscripts, extents_of, map_layout, p
 
 @dataclass(frozen=True)
 class Machine:
-    """Seconds that a machine takes for a message, a word, a floating-point operation and a sum (alpha, beta, gamma)."""
+    """Seconds that a machine takes for a message, a word, a floating-point operation and an addition of a reduction."""
 
     message: float = 5e-6
     word: float = 2e-9
@@ -151,7 +151,8 @@ def options(
     if not fitting:
         least = min(option.cost.workspace for option in found)
         raise ShapeError(
-            f"{subscripts} on {grid} needs {least:,} elements of workspace on a rank, and memory is {memory:,}"
+            f"{subscripts} on {grid} needs {least:,} elements of workspace on a rank, and memory is {memory:,}: "
+            "use more ranks or more memory"
         )
     return sorted(fitting, key=lambda option: (option.seconds, _cut_parts(option, sub, grid), len(option.axes)))
 

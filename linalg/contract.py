@@ -125,7 +125,7 @@ def _product(
     ]
     whole = not panels.letter and _thin(sub, operands, shape, made)
     left, right = (x.moved() if whole or not (panels.letter or x.large) else x for x in operands)
-    if layout is not None and panels.letter in sub.c and panels.letter:
+    if layout is not None and panels.cuts(sub.c):
         wanted = layout.on(grid.axes, len(sub.c))
         if stages(made, wanted)[0]:
             return execute_scattered(work, (left, right), shape, made, wanted)
@@ -191,7 +191,10 @@ def _check(sub: Subscripts, a: DistArray, b: DistArray, axes: Mapping[str, str])
         raise GridError(f"contract({sub}): a lies on {a.grid} and b on {b.grid}: make both on the same Grid object")
     for letters, array, name in ((sub.a, a, "a"), (sub.b, b, "b")):
         if len(letters) != array.ndim:
-            raise ShapeError(f"contract({sub}): {name} has {array.ndim} dims {array.shape} for letters {letters!r}")
+            raise ShapeError(
+                f"contract({sub}): {name} has {array.ndim} dims {array.shape} for letters {letters!r}; "
+                "write one letter per dim"
+            )
     for x in sub.batch + sub.k:
         left, right = a.shape[sub.a.index(x)], b.shape[sub.b.index(x)]
         if left != right:
@@ -200,9 +203,12 @@ def _check(sub: Subscripts, a: DistArray, b: DistArray, axes: Mapping[str, str])
         raise DTypeError(f"contract({sub}): a is {a.dtype} and b is {b.dtype}: cast one with .astype")
     for axis, letter in axes.items():
         if axis not in a.grid.axes:
-            raise GridError(f"contract({sub}): no axis {axis!r} on {a.grid}")
+            raise GridError(f"contract({sub}): no axis {axis!r} on {a.grid}; map axes of it")
         if letter not in {*sub.a, *sub.b}:
-            raise LayoutError(f"contract({sub}): axis {axis!r} is mapped to {letter!r}, which is no letter of it")
+            raise LayoutError(
+                f"contract({sub}): axis {axis!r} is mapped to {letter!r}; "
+                f"use one of {', '.join(dict.fromkeys(sub.a + sub.b))}"
+            )
 
 
 def _check_factors(
@@ -225,7 +231,9 @@ def _check_factors(
     if target.grid is not a.grid:
         raise GridError(f"contract({sub}): out lies on {target.grid} and a on {a.grid}: make both on one Grid object")
     if target.shape != shape or target.dtype != a.dtype:
-        raise ShapeError(f"contract({sub}): out is {target.dtype}{target.shape} and the result {a.dtype}{shape}")
+        raise ShapeError(
+            f"contract({sub}): out must be {a.dtype}{shape}, as the result, and is {target.dtype}{target.shape}"
+        )
 
 
 def _require_factor(sub: Subscripts, name: str, value: complex, dtype: np.dtype) -> None:

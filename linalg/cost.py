@@ -97,14 +97,12 @@ def price(
     axes = {axis: letter for axis, letter in axes.items() if sizes[axis] > 1}
     made = map_layout(sub.c, axes, sub.k)
 
-    def move(letters: str, have: Layout, want: Layout) -> _Move:
-        return _Move(letters, tuple(extents[x] for x in letters), have, want, letters is not sub.c)
-
-    moves = [
-        move(sub.a, a.on(sizes, len(sub.a)), map_layout(sub.a, axes)),
-        move(sub.b, b.on(sizes, len(sub.b)), map_layout(sub.b, axes)),
-        _Move(sub.c, tuple(extents[x] for x in sub.c), made, made if out is None else out.on(sizes, len(sub.c)), False),
-    ]
+    arrays = (
+        (sub.a, a.on(sizes, len(sub.a)), map_layout(sub.a, axes), True),
+        (sub.b, b.on(sizes, len(sub.b)), map_layout(sub.b, axes), True),
+        (sub.c, made, made if out is None else out.on(sizes, len(sub.c)), False),
+    )
+    moves = [_Move(x, tuple(extents[y] for y in x), have, want, operand) for x, have, want, operand in arrays]
     panels = _panels(extents, sizes, axes, stream, panel)
     words = [received(m.shape, m.have, m.want, sizes) for m in moves]
     return Cost(

@@ -19,7 +19,11 @@ from colossal_mpi.redistribute import reduce, scatter, stages
 
 @dataclass
 class Work:
-    """``alpha op(a) op(b)`` of pieces, added into blocks of the result; beta counts where a place is met first."""
+    """``alpha op(a) op(b)`` of pieces, added into blocks of the result.
+
+    Dims are cut independently of one another, so the boxes of the result in which two pairs of pieces meet are equal or
+    disjoint: beta counts where a box is met first.
+    """
 
     sub: Subscripts
     alpha: complex

@@ -124,7 +124,8 @@ def matmul(
         Do the product in panels of at most so many indices of the letter that the algorithm streams: k, but n in
         ``summa-a`` and m in ``summa-b`` and ``1d-row``. By default whole.
     verify : bool
-        Check the result against thin products with random vectors, see `verify`; it costs 3/n of the flop.
+        Check the result against thin products with random vectors, see `verify`; it costs
+        ``10 (1/m + 1/n + 1/k)`` of the product's flop, and one more thin product if beta is not 0.
 
     **Communication:** summed over ranks ``mk(P_n - 1) + kn(P_m - 1) + mn(P_k - 1)`` words if `a` and `b` are stored as
     the preset has them, and the moves to it if not. **Adjoint:** `contract` with the same map.

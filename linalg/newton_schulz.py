@@ -11,6 +11,7 @@ from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import DTypeError, LayoutError, ShapeError, SingularError
 from colossal_mpi.linalg.contract import contract
 from colossal_mpi.linalg.norms import norm
+from colossal_mpi.linalg.subscripts import layout_map
 from colossal_mpi.linalg.symmetric import herk
 
 Coefficients = tuple[float, float, float]
@@ -80,14 +81,14 @@ def newton_schulz(
     """
     schedule = _schedule(steps, coefficients)
     _check(g, in_place)
-    whole = g.redistribute(g.layout.with_partial())
+    whole = g.reduced()
     flip = _long(whole)
     x = whole.T if flip else whole
     size = x.norm()
     if math.isinf(size):  # the squares overflow
         x = x * (1 / norm(x, "max"))
         size = x.norm()
-    x = x * (1 / (size + epsilon or 1.0))
+    x = x / (size + epsilon or 1.0)
     if schedule is None:
         x = _converged(x, _constants(coefficients))
     else:
@@ -151,14 +152,13 @@ def _long(x: DistArray) -> bool:
 def _step(x: DistArray, gramian: DistArray, constants: Coefficients) -> DistArray:
     """Return ``a x + (b G + c G^2) x`` for the Gram matrix ``G = x x^H``, whose rows are cut as those of `x`."""
     a, b, c = constants
-    rows, columns = x.layout.dims
     factor = gramian.local * b
     if c:
-        axes = {**dict.fromkeys(rows, "n"), **dict.fromkeys(columns, "k")}
-        factor = factor + herk(gramian, axes).local * c  # G G^H: half of the work of G G
-    axes = {**dict.fromkeys(rows, "m"), **dict.fromkeys(columns, "n")}
-    panel = max(1, -(-x.shape[0] // x.grid.extent(rows)))
-    return contract("mk,kn->mn", gramian.like(factor), x, axes, x.copy(), beta=a, stream="k", panel=panel)
+        factor = factor + herk(gramian, layout_map("nk", x.layout)).local * c  # G G^H: half of the work of G G
+    panel = max(1, -(-x.shape[0] // x.grid.extent(x.layout.dims[0])))
+    return contract(
+        "mk,kn->mn", gramian.like(factor), x, layout_map("mn", x.layout), x.copy(), beta=a, stream="k", panel=panel
+    )
 
 
 def _converged(x: DistArray, constants: Coefficients) -> DistArray:

@@ -12,7 +12,7 @@ from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import ShapeError
 from colossal_mpi.layout import Layout
 from colossal_mpi.linalg.contract import contract
-from colossal_mpi.linalg.subscripts import map_layout
+from colossal_mpi.linalg.subscripts import layout_map, map_layout
 
 
 def norm(a: DistArray, order: str | float = "fro") -> float:
@@ -36,14 +36,14 @@ def norm(a: DistArray, order: str | float = "fro") -> float:
     """
     if order == "fro":
         return a.norm()
-    whole = a.redistribute(a.layout.with_partial())
+    whole = a.reduced()
     size = whole.like(backend.namespace(whole.local).abs(whole.local))
     if order == "max":
         return _greatest(size)
     if order not in (1, math.inf) or a.ndim != 2:
         raise ShapeError(f"norm of order {order!r} of shape {a.shape}: use 'fro' or 'max', or 1 or inf of a matrix")
     sums = size.sum_over([0 if order == 1 else 1])
-    return _greatest(sums.redistribute(sums.layout.with_partial()))
+    return _greatest(sums.reduced())
 
 
 def _greatest(a: DistArray) -> float:
@@ -63,7 +63,7 @@ def dot(a: DistArray, b: DistArray) -> Any:
     **Communication:** one allreduce of a single word, after the move of `b` to the layout of `a` if they differ.
     """
     xp = backend.namespace(a.local)
-    whole = a.redistribute(a.layout.with_partial())
+    whole = a.reduced()
     left = whole.like(xp.conj(whole.local)) if backend.numpy_dtype(a.dtype).kind == "c" else whole
     return (left * b.redistribute(whole.layout)).sum()
 
@@ -79,8 +79,8 @@ def matvec(a: DistArray, x: DistArray) -> DistArray:
     **Communication:** `x` is moved to the cut of the columns of `a`; the result is allreduced over the axes that cut
     them.
     """
-    whole = a.redistribute(a.layout.with_partial())
-    axes = {axis: letter for letter, dim in zip("mk", whole.layout.dims, strict=True) for axis in dim}
+    whole = a.reduced()
+    axes = layout_map("mk", whole.layout)
     return contract("mk,k->m", whole, x, axes, map_layout("m", axes))
 
 

@@ -8,7 +8,6 @@ result. So an operand in place is never copied, and neither is what a neighbour 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -40,9 +39,13 @@ class Panels:
         low, high = bounds(extent, axes, grid.axes, dict.fromkeys(axes, 0))
         return cls(letter, extent, axes, max(1, -(-(high - low) // width)))
 
+    def cuts(self, letters: str) -> bool:
+        """Say whether an array of these letters is done in panels."""
+        return bool(self.letter) and self.letter in letters
+
     def cut(self, letters: str, box: Box, j: int, grid: Grid, coords: Mapping[str, int]) -> Box:
         """Return the part of `box`, of dims `letters`, that belongs to panel j of the rank at `coords`."""
-        if self.letter not in letters or not self.letter:
+        if not self.cuts(letters):
             return box
         low, high = bounds(self.extent, self.axes, grid.axes, coords)
         start, stop = part(high - low, self.count, j)
@@ -106,7 +109,7 @@ class Operand:
     @property
     def streams(self) -> bool:
         """Whether the operand has the letter of the panels."""
-        return self.panels.letter in self.letters and bool(self.panels.letter)
+        return self.panels.cuts(self.letters)
 
     def wants(self, rank: int, j: int) -> Box:
         """Return the box that a rank of the group needs for panel j."""
@@ -242,16 +245,22 @@ class Received(InPlace):
 
 KEPT = 1 << 28
 """Bytes of memory for pieces that a grid keeps; what was used longest ago goes first."""
+KINDS = 64
+"""Kinds of products that it is kept for."""
 
 
 def kept(grid: Grid, key: Hashable) -> dict[int, Space]:
     """Return the memory that products of one kind have used on a grid, to be used again."""
-    spaces: OrderedDict[Hashable, dict[int, Space]] = grid.plans.setdefault("spaces", OrderedDict())
-    mine = spaces.setdefault(key, {})
+    spaces = grid.spaces
+    mine: dict[int, Space] = spaces.setdefault(key, {})
     spaces.move_to_end(key)
-    while len(spaces) > 1 and sum(space.nbytes for kind in spaces.values() for space in kind.values()) > KEPT:
+    while len(spaces) > KINDS or (len(spaces) > 1 and sum(map(_bytes, spaces.values())) > KEPT):
         spaces.popitem(last=False)
     return mine
+
+
+def _bytes(kind: Mapping[int, Space]) -> int:
+    return sum(space.nbytes for space in kind.values())
 
 
 class Space:
@@ -260,11 +269,8 @@ class Space:
     def __init__(self) -> None:
         self._blocks: list[Block] = []
         self._next = 0
-
-    @property
-    def nbytes(self) -> int:
+        self.nbytes = 0
         """The bytes that it holds."""
-        return sum(block.size * backend.numpy_dtype(block.dtype).itemsize for block in self._blocks)
 
     def reset(self) -> None:
         """Start to give out the same memory again."""
@@ -275,9 +281,11 @@ class Space:
         count, i = math.prod(shape), self._next
         self._next += 1
         if i == len(self._blocks):
-            self._blocks.append(backend.empty_like(beside, (count,)))
-        elif self._blocks[i].shape[0] < count:
+            self._blocks.append(backend.empty_like(beside, (0,)))
+        more = count - self._blocks[i].shape[0]
+        if more > 0:
             self._blocks[i] = backend.empty_like(beside, (count,))
+            self.nbytes += more * backend.numpy_dtype(beside.dtype).itemsize
         return backend.namespace(beside).reshape(self._blocks[i][:count], tuple(shape))
 
     def pack(self, piece: Block) -> Block:

@@ -93,3 +93,8 @@ def map_layout(letters: str, axes: Mapping[str, str], partial: str = "") -> Layo
     """
     dims = [[axis for axis, letter in axes.items() if letter == x] for x in letters]
     return Layout(*dims, partial=[axis for axis, letter in axes.items() if letter in partial])
+
+
+def layout_map(letters: str, layout: Layout) -> dict[str, str]:
+    """Return the map under which an array of `letters` in `layout` is in place: the inverse of `map_layout`."""
+    return {axis: letter for letter, dim in zip(letters, layout.dims, strict=True) for axis in dim}

@@ -14,7 +14,7 @@ from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import VerificationError
 from colossal_mpi.layout import Layout
 from colossal_mpi.linalg.contract import contract
-from colossal_mpi.linalg.subscripts import parse
+from colossal_mpi.linalg.subscripts import layout_map, parse
 
 COLUMNS, FACTOR = 10, 20
 """Vectors, and units of rounding that the difference may have: correct products of zero-mean matrices have 4 to 11."""
@@ -96,6 +96,5 @@ def _signs(shape: list[int], beside: DistArray) -> DistArray:
 def _thin(subscripts: str, a: DistArray, x: DistArray, conj: str = "") -> DistArray:
     """Return a thin product, made where `a` lies and replicated."""
     sub = parse(subscripts)
-    whole = _wide(a.redistribute(a.layout.with_partial()))
-    axes = {axis: letter for letter, dim in zip(sub.a, whole.layout.dims, strict=True) for axis in dim}
-    return contract(subscripts, whole, x, axes, Layout(*[None] * len(sub.c)), conj=conj)
+    whole = _wide(a.reduced())
+    return contract(subscripts, whole, x, layout_map(sub.a, whole.layout), Layout(*[None] * len(sub.c)), conj=conj)

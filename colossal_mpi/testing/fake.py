@@ -2,9 +2,9 @@
 
 Its arrays behave as CuPy's do: NumPy's values and promotion, 0-d arrays instead of scalars, no mixing with NumPy
 arrays, and no functions beyond the array API. Copies between host and device, once put into the stream, are done when a
-kernel is launched or the stream is synchronised and not before: who does not wait finds other bytes. A block is given
-to MPI only where the grid says that MPI reads device memory, through the interface by which CuPy arrays are
-(``__cuda_array_interface__``), and only with an idle stream.
+kernel is launched or the stream is synchronised and not before: code that does not synchronise reads stale bytes. A
+block is given to MPI only where the grid says that MPI reads device memory, through the interface by which CuPy arrays
+are (``__cuda_array_interface__``), and only with an idle stream.
 """
 
 from __future__ import annotations

@@ -138,3 +138,15 @@ def test_where_one_block_cannot_be_lent_all_get_none_and_moves_go_by_message(gri
         np.vstack([block for block, c in comm.collect((a.local, grid.coords["x"]), grid) if not c]), whole
     )
     assert {event.op for event in moved.events} == {"all_to_all"}
+
+
+def test_a_forked_child_does_not_give_back_what_its_parent_uses(monkeypatch):
+    monkeypatch.setattr(shared, "_KEEP", MIB)
+    array = shared.empty((4 * MIB,), "uint8")
+    array[...] = 7
+    child = os.fork()
+    if child == 0:
+        del array
+        os._exit(0 if shared.arena()._free != [] else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert (array == 7).all()

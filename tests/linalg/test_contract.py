@@ -221,7 +221,7 @@ WRONG = {
     "extents": ("mk,nk->mn", {}, ShapeError, "k of a (5) and k of b (9) must be equal, on Grid(row=2, col=2)"),
     "two-extents": ("mk,mk->mk", {}, ShapeError, "m of a (7) and m of b (5) must be equal"),
     "unknown-axis": (GEMM, {"depth": "m"}, GridError, "no axis 'depth' on Grid(row=2, col=2)"),
-    "letter-of-map": (GEMM, {"row": "z"}, LayoutError, "axis 'row' is mapped to 'z', which is no letter of it"),
+    "letter-of-map": (GEMM, {"row": "z"}, LayoutError, "axis 'row' is mapped to 'z'; use one of m, k, n"),
 }
 
 

@@ -79,6 +79,7 @@ def test_memory_stays_within_the_prediction_and_is_kept(grid, name, size, monkey
     kept = tracemalloc.get_traced_memory()[1] / 8 - again.local.size
     tracemalloc.stop()
     on.plans.clear()
+    on.spaces.clear()
     tracemalloc.start()
     linalg.matmul(A, B, name, panel=32)
     first = tracemalloc.get_traced_memory()[1] / 8 - again.local.size
@@ -144,4 +145,4 @@ def test_an_out_that_does_not_fit_is_an_error_on_all_ranks(grid):
     axes = {"row": "m", "col": "n"}
     kind, text = refusal(lambda: linalg.contract("mk,kn->mn", A, B, axes, A.astype("float32")), grid)
     assert kind is ShapeError
-    assert "out is float32(5, 5) and the result float64(5, 5)" in text
+    assert "out must be float64(5, 5), as the result, and is float32(5, 5)" in text
