@@ -15,6 +15,7 @@ read               what is used of the memory of other ranks
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterator
@@ -23,7 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 _CORE = str(Path(__file__).parent)
-_BELOW = {f"{_CORE}/{name}.py" for name in ("ledger", "comm", "exchange", "redistribute", "slicing", "distarray")}
+_MOVERS = ("ledger", "comm", "exchange", "redistribute", "slicing", "distarray", "linalg/pieces", "linalg/execute")
+_BELOW = {contextlib.__file__, *(f"{_CORE}/{name}.py" for name in _MOVERS)}
 
 
 @dataclass(frozen=True, slots=True)
