@@ -22,6 +22,8 @@ class Context:
     step: int = 0
     microbatch: int = 0
     train: bool = True
+    mask: DistArray | None = None
+    """Bool ``[b, s]`` in the layout of `Parallelism.tokens`, true where a token is no padding; None: all are tokens."""
 
 
 class Parameter:

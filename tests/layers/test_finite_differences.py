@@ -6,7 +6,7 @@ import pytest
 from colossal_mpi import ShapeError, from_global, random
 from colossal_mpi.layers import Context, Parallelism
 from colossal_mpi.layers.activation import GELU
-from colossal_mpi.layers.attention import CausalAttention, SelfAttention
+from colossal_mpi.layers.attention import Attention, SelfAttention
 from colossal_mpi.layers.block import MLP, TransformerBlock
 from colossal_mpi.layers.embedding import Embedding, PositionEmbedding
 from colossal_mpi.layers.linear import Linear
@@ -21,7 +21,8 @@ LAYERS = {
     "heads": lambda p: Linear("bsh,htad->bstad", {"h": H, "t": 3, "a": A, "d": 2}, "a", p, "heads", **COMMON),
     "norm": lambda p: LayerNorm(H, p, "norm", dtype="float64"),
     "gelu": lambda p: GELU(),
-    "attention-core": CausalAttention,
+    "attention-core": Attention,
+    "attention-core-all": lambda p: Attention(p, causal=False),
     "attention": lambda p: SelfAttention(H, A, p, "attention", **COMMON),
     "mlp": lambda p: MLP(H, F, p, "mlp", **COMMON),
     "block": lambda p: TransformerBlock(H, A, F, p, "block", **COMMON),
@@ -53,6 +54,7 @@ def input_of(name, p, grid):
         "down": ((B, S, F), p.inside("bsf", "f")),
         "gelu": ((B, S, F), p.inside("bsf", "f")),
         "attention-core": ((B, S, 3, A, 2), p.inside("bstad", "a")),
+        "attention-core-all": ((B, S, 3, A, 2), p.inside("bstad", "a")),
     }.get(name, ((B, S, H), p.stream()))
     return random.normal(shape, grid, layout, 3, "x")
 

@@ -9,6 +9,8 @@ from colossal_mpi.layers.kernels import reference as kernels
 RNG = np.random.default_rng(0)
 X, DY = RNG.standard_normal((2, 5, 3)), RNG.standard_normal((2, 5, 3))
 HEADS = [RNG.standard_normal((2, 4, 3, 5)) for _ in range(5)]
+STATISTICS = np.abs(RNG.standard_normal((2, 2, 3, 4, 1)))
+SEEN = np.array([[True, True, False, False], [False, True, True, True]])
 IDS, LABELS = np.array([[1, 6, 3], [6, 0, 2]]), np.array([[0, -1, 2, 1, 0], [1, 1, -1, 0, 2]])
 CASES = {
     "gelu": (kernels.gelu, X),
@@ -16,7 +18,10 @@ CASES = {
     "normalise": (kernels.normalise, X, X[..., 0], X[..., 1]),
     "normalise_backward": (kernels.normalise_backward, DY, X, X[..., 0], RNG.standard_normal((2, 2, 5)), 3),
     "attention": (kernels.attention, *HEADS[:3]),
-    "attention_backward": (kernels.attention_backward, *HEADS, np.abs(RNG.standard_normal((2, 2, 3, 4, 1)))),
+    "attention_backward": (kernels.attention_backward, *HEADS, STATISTICS),
+    "attention of all keys": (kernels.attention, *HEADS[:3], False),
+    "attention of some keys": (kernels.attention, *HEADS[:3], True, SEEN),
+    "attention_backward of some keys": (kernels.attention_backward, *HEADS, STATISTICS, True, SEEN),
     "lookup": (kernels.lookup, X[0], IDS, 2),
     "lookup_backward": (kernels.lookup_backward, RNG.standard_normal((2, 3, 4)), IDS, 2, 5),
     "peak": (kernels.peak, X),

@@ -7,43 +7,67 @@ import math
 from colossal_mpi.backend import Block, namespace
 
 
-def _scores(q: Block, k: Block) -> Block:
-    """Return the causal scores ``[b, a, s, s]`` of queries and keys ``[b, s, a, d]``, -inf above the diagonal."""
+def _scores(q: Block, k: Block, causal: bool, mask: Block | None) -> Block:
+    """Return the scores ``[b, a, s, s]`` of queries and keys ``[b, s, a, d]``, -inf where a key is hidden."""
     xp = namespace(q)
     scores = xp.matmul(_heads(q), xp.matrix_transpose(_heads(k)))
     scores *= 1.0 / math.sqrt(q.shape[-1])
-    s = q.shape[1]
-    future = xp.triu(xp.ones((s, s), dtype=xp.bool), k=1)
-    return xp.where(future, xp.asarray(-math.inf, dtype=scores.dtype), scores)
+    hidden = None
+    if causal:
+        s = q.shape[1]
+        hidden = xp.triu(xp.ones((s, s), dtype=xp.bool), k=1)
+    if mask is not None:
+        padding = ~mask[:, None, None, :]
+        hidden = padding if hidden is None else hidden | padding
+    return scores if hidden is None else xp.where(hidden, xp.asarray(-math.inf, dtype=scores.dtype), scores)
 
 
 def _heads(x: Block) -> Block:
     return namespace(x).permute_dims(x, (0, 2, 1, 3))
 
 
-def attention(q: Block, k: Block, v: Block) -> tuple[Block, Block]:
-    """Return causal softmax attention ``[b, s, a, d]`` and, stacked ``[2, b, a, s, 1]``, the scores' peaks and sums.
+def attention(q: Block, k: Block, v: Block, causal: bool = True, mask: Block | None = None) -> tuple[Block, Block]:
+    """Return softmax attention ``[b, s, a, d]`` and, stacked ``[2, b, a, s, 1]``, the scores' peaks and sums.
 
     The sums are of ``exp(score - peak)``. Their logarithm added to the peak would lose it where the peak is large.
+
+    Parameters
+    ----------
+    q, k, v : array, ``[b, s, a, d]``
+    causal : bool
+        Whether query i sees the keys to i only.
+    mask : bool array, ``[b, s]``, optional
+        The keys that are seen. A query that sees none gives zeros: its peak is 0 and its sum 1.
     """
     xp = namespace(q)
-    p = _scores(q, k)
+    p = _scores(q, k, causal, mask)
     if p.size == 0:
         return xp.zeros_like(q), xp.ones((2, *p.shape[:-1], 1), dtype=q.dtype)
     peaks = xp.max(p, axis=-1, keepdims=True)
+    if mask is not None:
+        peaks = xp.where(peaks == -math.inf, xp.zeros_like(peaks), peaks)
     p -= peaks
     p = xp.exp(p)
     sums = xp.sum(p, axis=-1, keepdims=True)
+    if mask is not None:
+        sums = xp.where(sums == 0.0, xp.ones_like(sums), sums)
     p /= sums
     return _heads(xp.matmul(p, _heads(v))), xp.stack([peaks, sums])
 
 
 def attention_backward(
-    do: Block, q: Block, k: Block, v: Block, o: Block, statistics: Block
+    do: Block,
+    q: Block,
+    k: Block,
+    v: Block,
+    o: Block,
+    statistics: Block,
+    causal: bool = True,
+    mask: Block | None = None,
 ) -> tuple[Block, Block, Block]:
     """Return the cotangents of q, k, v; the probabilities are made again from the statistics (Dao et al. 2022)."""
     xp = namespace(q)
-    p = _scores(q, k)
+    p = _scores(q, k, causal, mask)
     p -= statistics[0, ...]
     p = xp.exp(p)
     p /= statistics[1, ...]
