@@ -5,7 +5,12 @@ Sums over a dim that may be cut are left to the layer: a function that needs one
 
 from colossal_mpi.layers.kernels.reference.activation import gelu, gelu_backward
 from colossal_mpi.layers.kernels.reference.attention import attention, attention_backward
-from colossal_mpi.layers.kernels.reference.loss import cross_entropy_backward, cross_entropy_sums, peak
+from colossal_mpi.layers.kernels.reference.loss import (
+    cross_entropy_backward,
+    cross_entropy_losses,
+    cross_entropy_sums,
+    peak,
+)
 from colossal_mpi.layers.kernels.reference.norm import normalise, normalise_backward
 from colossal_mpi.layers.kernels.reference.table import lookup, lookup_backward, require_ids
 
@@ -13,6 +18,7 @@ __all__ = [
     "attention",
     "attention_backward",
     "cross_entropy_backward",
+    "cross_entropy_losses",
     "cross_entropy_sums",
     "gelu",
     "gelu_backward",
