@@ -19,6 +19,8 @@ CASES = {
     "attention_backward": (kernels.attention_backward, *HEADS, np.abs(RNG.standard_normal((2, 2, 3, 4, 1)))),
     "lookup": (kernels.lookup, X[0], IDS, 2),
     "lookup_backward": (kernels.lookup_backward, RNG.standard_normal((2, 3, 4)), IDS, 2, 5),
+    "unfold": (kernels.unfold, HEADS[0], (3, 2), (1, 2), (1, 2)),
+    "fold": (kernels.fold, RNG.standard_normal((2, 4, 3, 2, 12)), (3, 5), (1, 2), (1, 2)),
     "peak": (kernels.peak, X),
     "cross_entropy_sums": (kernels.cross_entropy_sums, X, LABELS, X[..., 0], 1),
     "cross_entropy_smoothed": (kernels.cross_entropy_sums, X, LABELS, X[..., 0], 1, 0.9, 0.02),

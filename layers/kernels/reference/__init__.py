@@ -5,6 +5,7 @@ Sums over a dim that may be cut are left to the layer: a function that needs one
 
 from colossal_mpi.layers.kernels.reference.activation import gelu, gelu_backward
 from colossal_mpi.layers.kernels.reference.attention import attention, attention_backward
+from colossal_mpi.layers.kernels.reference.image import fold, unfold, windows
 from colossal_mpi.layers.kernels.reference.loss import (
     cross_entropy_backward,
     cross_entropy_losses,
@@ -20,6 +21,7 @@ __all__ = [
     "cross_entropy_backward",
     "cross_entropy_losses",
     "cross_entropy_sums",
+    "fold",
     "gelu",
     "gelu_backward",
     "lookup",
@@ -28,4 +30,6 @@ __all__ = [
     "normalise_backward",
     "peak",
     "require_ids",
+    "unfold",
+    "windows",
 ]
