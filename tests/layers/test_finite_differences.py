@@ -12,6 +12,7 @@ from colossal_mpi.layers.embedding import Embedding, PositionEmbedding
 from colossal_mpi.layers.linear import Linear
 from colossal_mpi.layers.loss import CrossEntropy
 from colossal_mpi.layers.norm import LayerNorm
+from colossal_mpi.layers.pooling import ClassifierHead
 
 B, S, H, F, A, V = 3, 5, 6, 7, 3, 11
 COMMON = {"dtype": "float64", "std": 0.5}
@@ -26,6 +27,8 @@ LAYERS = {
     "attention": lambda p: SelfAttention(H, A, p, "attention", **COMMON),
     "mlp": lambda p: MLP(H, F, p, "mlp", **COMMON),
     "block": lambda p: TransformerBlock(H, A, F, p, "block", **COMMON),
+    "classes-first": lambda p: ClassifierHead(H, V, p, "classes", pool="first", **COMMON),
+    "classes-mean": lambda p: ClassifierHead(H, V, p, "classes", pool="mean", **COMMON),
     "positions": lambda p: PositionEmbedding(S + 2, H, p, "positions", **COMMON),
 }
 MODES = {(): None, ("col",): "1d", ("row", "col"): "2d", ("depth", "col"): "2.5d", ("col", "depth"): "3d"}

@@ -24,9 +24,17 @@ CASES = {
     "attention_backward of some keys": (kernels.attention_backward, *HEADS, STATISTICS, True, SEEN),
     "lookup": (kernels.lookup, X[0], IDS, 2),
     "lookup_backward": (kernels.lookup_backward, RNG.standard_normal((2, 3, 4)), IDS, 2, 5),
+    "unfold": (kernels.unfold, HEADS[0], (3, 2), (1, 2), (1, 2)),
+    "fold": (kernels.fold, RNG.standard_normal((2, 4, 3, 2, 12)), (3, 5), (1, 2), (1, 2)),
     "peak": (kernels.peak, X),
     "cross_entropy_sums": (kernels.cross_entropy_sums, X, LABELS, X[..., 0], 1),
+    "cross_entropy_smoothed": (kernels.cross_entropy_sums, X, LABELS, X[..., 0], 1, 0.9, 0.02),
+    "cross_entropy_losses": (kernels.cross_entropy_losses, X[0], np.abs(X) + 1.0, X[0] > 0, 0.1),
     "cross_entropy_backward": (kernels.cross_entropy_backward, X, LABELS, X[..., 0], np.abs(X[..., 1]), 1, 0.5),
+    "cross_entropy_backward_all": (
+        *(kernels.cross_entropy_backward, X, LABELS, X[..., 0], np.abs(X[..., 1]), 1, 0.5),
+        *(0.9, 0.02, 0.1),
+    ),
 }
 
 

@@ -5,7 +5,13 @@ Sums over a dim that may be cut are left to the layer: a function that needs one
 
 from colossal_mpi.layers.kernels.reference.activation import gelu, gelu_backward
 from colossal_mpi.layers.kernels.reference.attention import attention, attention_backward
-from colossal_mpi.layers.kernels.reference.loss import cross_entropy_backward, cross_entropy_sums, peak
+from colossal_mpi.layers.kernels.reference.image import fold, unfold, windows
+from colossal_mpi.layers.kernels.reference.loss import (
+    cross_entropy_backward,
+    cross_entropy_losses,
+    cross_entropy_sums,
+    peak,
+)
 from colossal_mpi.layers.kernels.reference.norm import normalise, normalise_backward
 from colossal_mpi.layers.kernels.reference.table import lookup, lookup_backward, require_ids
 
@@ -13,7 +19,9 @@ __all__ = [
     "attention",
     "attention_backward",
     "cross_entropy_backward",
+    "cross_entropy_losses",
     "cross_entropy_sums",
+    "fold",
     "gelu",
     "gelu_backward",
     "lookup",
@@ -22,4 +30,6 @@ __all__ = [
     "normalise_backward",
     "peak",
     "require_ids",
+    "unfold",
+    "windows",
 ]

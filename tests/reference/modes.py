@@ -1,0 +1,35 @@
+"""Every mode on the grids of the layer tests; a grid's axes say its mode: depth first is 2.5d, depth last 3d."""
+
+import pytest
+
+from colossal_mpi.layers import Parallelism
+
+GRIDS = (
+    {},
+    {"col": 2},
+    {"col": 3},
+    {"row": 2, "col": 2},
+    {"row": 2, "col": 3},
+    {"depth": 2, "row": 1, "col": 2},
+    {"depth": 2, "row": 2, "col": 2},
+    {"row": 2, "col": 2, "depth": 2},
+    {"row": 1, "col": 2, "depth": 2},
+    {"row": 2, "col": 1, "depth": 2},
+    {"data": 2, "col": 2},
+    {"data": 2, "row": 2, "col": 2},
+    {"data": 2, "depth": 2, "row": 1, "col": 2},
+    {"data": 2, "row": 1, "col": 2, "depth": 2},
+)
+every_mode = pytest.mark.grids(*GRIDS)
+few = pytest.mark.grids({}, {"col": 2}, {"row": 2, "col": 2}, {"depth": 2, "row": 1, "col": 2}, {"col": 2, "depth": 2})
+
+
+def mode_of(grid):
+    axes = [axis for axis in grid.axes if axis != "data"]
+    if "depth" in axes:
+        return "2.5d" if axes[0] == "depth" else "3d"
+    return "2d" if "row" in axes else "1d" if axes else None
+
+
+def parallelism(grid):
+    return Parallelism(grid, mode_of(grid))
