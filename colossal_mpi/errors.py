@@ -22,6 +22,10 @@ class ShapeError(ColossalError, ValueError):
     """Shapes that do not fit one another."""
 
 
+class OptionError(ColossalError, ValueError):
+    """An option that has no such value, or none for these arguments."""
+
+
 class IndexingError(ColossalError, IndexError):
     """An index that does not fit its array, or that a distributed array cannot take."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from colossal_mpi.distarray import DistArray
-from colossal_mpi.layers.kernels import reference as kernels
+from colossal_mpi.layers import kernels
 from colossal_mpi.layers.layer import Context, Later, Layer
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from colossal_mpi import backend
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import DTypeError, ShapeError
-from colossal_mpi.layers.kernels import reference as kernels
+from colossal_mpi.layers import kernels
 from colossal_mpi.layers.layer import Chain, Context, Later, Layer
 from colossal_mpi.layers.linear import Linear
 from colossal_mpi.layers.parallelism import Parallelism

@@ -6,8 +6,8 @@ from typing import Any
 
 from colossal_mpi import backend, comm
 from colossal_mpi.distarray import DistArray
-from colossal_mpi.errors import ShapeError
-from colossal_mpi.layers.kernels import reference as kernels
+from colossal_mpi.errors import OptionError, ShapeError
+from colossal_mpi.layers import kernels
 from colossal_mpi.layers.parallelism import Parallelism
 from colossal_mpi.layout import Layout
 
@@ -30,7 +30,7 @@ class CrossEntropy:
 
     Raises
     ------
-    ShapeError
+    OptionError
         If smoothing or z_loss is out of its range.
 
     Notes
@@ -49,7 +49,7 @@ class CrossEntropy:
         self, parallelism: Parallelism, *, ignore: int | None = None, smoothing: float = 0.0, z_loss: float = 0.0
     ) -> None:
         if not (0 <= smoothing <= 1 and z_loss >= 0):
-            raise ShapeError(
+            raise OptionError(
                 f"cross-entropy with smoothing={smoothing} and z_loss={z_loss}: smoothing must be from 0 to 1 and "
                 "z_loss 0 or more"
             )

@@ -6,8 +6,8 @@ from typing import Any
 
 from colossal_mpi import backend
 from colossal_mpi.distarray import DistArray
-from colossal_mpi.errors import ShapeError
-from colossal_mpi.layers.kernels import reference as kernels
+from colossal_mpi.errors import OptionError, ShapeError
+from colossal_mpi.layers import kernels
 from colossal_mpi.layers.layer import Context, Later, Layer, Parameter
 from colossal_mpi.layers.parallelism import Parallelism
 from colossal_mpi.layout import Layout
@@ -46,7 +46,7 @@ class Convolution(Layer):
     ) -> None:
         self.kernel, self.stride, self.padding = _pair(kernel), _pair(stride), _pair(padding)
         if min(*self.kernel, *self.stride) < 1 or min(self.padding) < 0:
-            raise ShapeError(
+            raise OptionError(
                 f"{name}: kernel {self.kernel}, stride {self.stride}, padding {self.padding}: kernel and stride must "
                 "be 1 or more and padding 0 or more"
             )
@@ -124,8 +124,10 @@ class Conv2d(Convolution):
 
     Raises
     ------
+    OptionError
+        If a size is out of its range.
     ShapeError
-        If a size is out of its range; from `forward`, if the images do not fit.
+        From `forward`, if the images do not fit.
 
     Notes
     -----
@@ -149,7 +151,7 @@ class Conv2d(Convolution):
         **options: Any,
     ) -> None:
         if into not in ("inside", "stream"):
-            raise ShapeError(f"{name}: into={into!r}: use 'inside' or 'stream'")
+            raise OptionError(f"{name}: into={into!r}: use 'inside' or 'stream'")
         subscripts, inner = {
             "inside": ("bhijs,hijo->bos", "o"),
             "stream": ("bcijs,cijh->bhs", "c"),

@@ -6,7 +6,7 @@ from typing import Any
 
 from colossal_mpi import backend
 from colossal_mpi.distarray import DistArray
-from colossal_mpi.errors import ShapeError
+from colossal_mpi.errors import OptionError
 from colossal_mpi.layers.layer import Chain, Context, Later, Layer
 from colossal_mpi.layers.linear import Linear
 from colossal_mpi.layers.parallelism import Parallelism
@@ -70,7 +70,7 @@ class ClassifierHead(Chain):
 
     Raises
     ------
-    ShapeError
+    OptionError
         If there is no such pooling.
     """
 
@@ -79,7 +79,7 @@ class ClassifierHead(Chain):
     ) -> None:
         pooling = {"first": FirstPool, "mean": MeanPool}
         if pool not in pooling:
-            raise ShapeError(f"{name}: pool={pool!r}: use 'first' or 'mean'")
+            raise OptionError(f"{name}: pool={pool!r}: use 'first' or 'mean'")
         super().__init__(
             pooling[pool](parallelism),
             Linear("bh,hv->bv", {"h": hidden, "v": classes}, "v", parallelism, name, **common),

@@ -24,7 +24,7 @@ import numpy as np
 
 from colossal_mpi import backend, blas
 from colossal_mpi.distarray import DistArray
-from colossal_mpi.errors import DTypeError, GridError, LayoutError, ShapeError
+from colossal_mpi.errors import DTypeError, GridError, LayoutError, OptionError, ShapeError
 from colossal_mpi.layout import Layout, box_shape
 from colossal_mpi.linalg.execute import Work, execute, execute_scattered
 from colossal_mpi.linalg.local import empty_product, result_dtype
@@ -79,8 +79,8 @@ def contract(
 
     Raises
     ------
-    ShapeError, LayoutError, GridError, DTypeError
-        If letters and shapes, the map and the grid, the two grids, the dtypes or `out` do not fit.
+    ShapeError, LayoutError, GridError, DTypeError, OptionError
+        If letters and shapes, the map and the grid, the two grids, the dtypes, `out` or an option do not fit.
 
     Notes
     -----
@@ -175,9 +175,9 @@ def _panels(
         return Panels()
     extents = extents_of(sub, a.shape, b.shape)
     if stream not in extents or len(stream) != 1:
-        raise ShapeError(f"contract({sub}): stream={stream!r} is no letter of it; use one of {', '.join(extents)}")
+        raise OptionError(f"contract({sub}): stream={stream!r} is no letter of it; use one of {', '.join(extents)}")
     if width < 1:
-        raise ShapeError(f"contract({sub}): panel={width}: a panel has at least one index")
+        raise OptionError(f"contract({sub}): panel={width}: a panel has at least one index")
     mapped = tuple(axis for axis, letter in axes.items() if letter == stream and a.grid.axes[axis] > 1)
     return Panels.of(stream, extents[stream], mapped, a.grid, width)
 

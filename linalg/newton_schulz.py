@@ -8,7 +8,7 @@ from typing import Any
 
 from colossal_mpi import backend
 from colossal_mpi.distarray import DistArray
-from colossal_mpi.errors import DTypeError, LayoutError, ShapeError, SingularError
+from colossal_mpi.errors import DTypeError, LayoutError, OptionError, ShapeError, SingularError
 from colossal_mpi.linalg.contract import contract
 from colossal_mpi.linalg.norms import norm
 from colossal_mpi.linalg.subscripts import layout_map
@@ -61,7 +61,7 @@ def newton_schulz(
 
     Raises
     ------
-    ShapeError, DTypeError, LayoutError
+    ShapeError, DTypeError, LayoutError, OptionError
         If `g` is no matrix of floats, or a partial sum to be written in place, or steps and coefficients do not fit.
     SingularError
         If ``steps=None`` and `g` has not full rank.
@@ -107,7 +107,7 @@ def _constants(coefficients: Any) -> Coefficients:
         return COEFFICIENTS[coefficients]
     given = () if isinstance(coefficients, str) else tuple(coefficients)
     if len(given) != 3 or not all(isinstance(x, int | float) for x in given):
-        raise ShapeError(
+        raise OptionError(
             f"newton_schulz: coefficients={coefficients!r}; use {', '.join(map(repr, COEFFICIENTS))}, (a, b, c) "
             "or a list of one (a, b, c) for each step"
         )
@@ -120,12 +120,12 @@ def _schedule(steps: int | None, coefficients: Any) -> list[Coefficients] | None
     if steps is None:
         a, b, c = _constants(coefficients)
         if abs(a + b + c - 1) > 1e-12:  # 1 must be a fixed point
-            raise ShapeError(
+            raise OptionError(
                 f"newton_schulz: {coefficients!r} never converges; give a number of steps, or use 'quintic'"
             )
         return None
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0 or (each and len(coefficients) != steps):
-        raise ShapeError(
+        raise OptionError(
             f"newton_schulz: steps={steps!r} with coefficients={coefficients!r}; use a number of steps from 0 on, and "
             "one (a, b, c) or as many as steps"
         )

@@ -9,7 +9,7 @@ from typing import Any
 from colossal_mpi import backend, comm
 from colossal_mpi.backend import Block
 from colossal_mpi.distarray import DistArray
-from colossal_mpi.errors import ShapeError
+from colossal_mpi.errors import OptionError, ShapeError
 from colossal_mpi.layout import Layout
 from colossal_mpi.linalg.contract import contract
 from colossal_mpi.linalg.subscripts import layout_map, map_layout
@@ -31,8 +31,8 @@ def norm(a: DistArray, order: str | float = "fro") -> float:
 
     Raises
     ------
-    ShapeError
-        If `order` is none of these or `a` is no matrix.
+    OptionError
+        If `order` is none of these, or one of a matrix alone and `a` is none.
     """
     if order == "fro":
         return a.norm()
@@ -41,7 +41,7 @@ def norm(a: DistArray, order: str | float = "fro") -> float:
     if order == "max":
         return _greatest(size)
     if order not in (1, math.inf) or a.ndim != 2:
-        raise ShapeError(f"norm of order {order!r} of shape {a.shape}: use 'fro' or 'max', or 1 or inf of a matrix")
+        raise OptionError(f"norm of order {order!r} of shape {a.shape}: use 'fro' or 'max', or 1 or inf of a matrix")
     sums = size.sum_over([0 if order == 1 else 1])
     return _greatest(sums.reduced())
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from colossal_mpi import backend, comm
 from colossal_mpi.backend import Block
 from colossal_mpi.distarray import DistArray
-from colossal_mpi.errors import DTypeError, ShapeError, SingularError
+from colossal_mpi.errors import DTypeError, OptionError, ShapeError, SingularError
 from colossal_mpi.grid import Grid
 from colossal_mpi.layout import Layout
 from colossal_mpi.linalg.packed import adjoint, gemm, solve_upper
@@ -59,8 +59,8 @@ def qr(a: DistArray, method: str = "auto") -> QR:
 
     Raises
     ------
-    ShapeError, DTypeError
-        If `a` is no tall matrix of floats.
+    ShapeError, DTypeError, OptionError
+        If `a` is no tall matrix of floats, or there is no such method.
     SingularError
         If ``method="cholesky"`` and the columns are dependent to rounding.
 
@@ -96,7 +96,7 @@ def _check(a: DistArray, method: str) -> None:
     if backend.numpy_dtype(a.dtype).name not in ("float32", "float64", "complex64", "complex128"):
         raise DTypeError(f"qr of {a.dtype}: use float32, float64, complex64 or complex128; cast it with .astype")
     if method not in METHODS:
-        raise ShapeError(f"qr: no method {method!r}; there are {', '.join(METHODS)}")
+        raise OptionError(f"qr: no method {method!r}; there are {', '.join(METHODS)}")
 
 
 def _cholesky_qr(a: DistArray) -> tuple[DistArray, Block] | None:

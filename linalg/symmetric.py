@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from colossal_mpi import backend, comm
 from colossal_mpi.backend import Block
 from colossal_mpi.distarray import DistArray
-from colossal_mpi.errors import DTypeError, GridError, LayoutError, ShapeError
+from colossal_mpi.errors import DTypeError, GridError, LayoutError, OptionError, ShapeError
 from colossal_mpi.layout import Axes, Layout, bounds, part
 from colossal_mpi.linalg.norms import tril, triu
 from colossal_mpi.linalg.packed import gemm, lower_product, mirror, pack, unpack
@@ -63,7 +63,7 @@ def syrk(
 
     Raises
     ------
-    ShapeError, LayoutError, GridError, DTypeError
+    ShapeError, LayoutError, GridError, DTypeError, OptionError
         If `a` is no matrix, or map, layout or triangle do not fit.
 
     Notes
@@ -117,7 +117,7 @@ class _Task:
         if x.ndim != 2:
             raise ShapeError(f"{self.name} of shape {x.shape}: it must be a matrix, of 2 dims")
         if self.triangle not in (None, "lower", "upper"):
-            raise ShapeError(f"{self.name}: triangle={self.triangle!r}; use 'lower', 'upper' or None for both")
+            raise OptionError(f"{self.name}: triangle={self.triangle!r}; use 'lower', 'upper' or None for both")
         for axis, letter in (self.axes or {}).items():
             if axis not in x.grid.axes:
                 raise GridError(f"{self.name}: no axis {axis!r} on {x.grid}")

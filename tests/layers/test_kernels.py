@@ -4,6 +4,8 @@ import array_api_strict as strict
 import numpy as np
 import pytest
 
+from colossal_mpi import OptionError
+from colossal_mpi.layers import kernels as facade
 from colossal_mpi.layers.kernels import reference as kernels
 
 RNG = np.random.default_rng(0)
@@ -63,3 +65,10 @@ def test_large_scores_and_logits_lose_no_digits(shift):
     total = kernels.cross_entropy_sums(logits, LABELS, top, 0)[0]
     gradient = kernels.cross_entropy_backward(logits, np.full(LABELS.shape, 3), top, total, 0, 1.0)
     assert abs(gradient - exact).max() <= 8 * np.finfo("float32").eps
+
+
+def test_the_kernels_of_the_provider_in_use_are_found_by_name():
+    facade.use("reference")
+    assert facade.gelu is kernels.gelu
+    with pytest.raises(OptionError, match="kernels='cuda': use one of 'reference'"):
+        facade.use("cuda")

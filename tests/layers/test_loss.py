@@ -5,7 +5,7 @@ import pytest
 from reference import loss_case as case
 from reference.modes import every_mode, few, parallelism
 
-from colossal_mpi import Layout, ShapeError, comm, from_global, ledger, random
+from colossal_mpi import Layout, OptionError, ShapeError, comm, from_global, ledger, random
 from colossal_mpi.layers.loss import CrossEntropy, MeanSquaredError
 from tests.cases import assemble, block_of, host
 
@@ -59,7 +59,7 @@ def test_logits_of_partial_sums_are_summed_first(grid):
 @few
 @pytest.mark.parametrize("options", [{"smoothing": 1.5}, {"smoothing": -0.1}, {"z_loss": -1.0}])
 def test_options_out_of_range_are_refused(grid, options):
-    with pytest.raises(ShapeError, match="smoothing must be from 0 to 1 and z_loss 0 or more"):
+    with pytest.raises(OptionError, match="smoothing must be from 0 to 1 and z_loss 0 or more"):
         CrossEntropy(parallelism(grid), **options)
 
 

@@ -5,7 +5,7 @@ import pytest
 from reference import image_case as case
 from reference.modes import every_mode, few, parallelism
 
-from colossal_mpi import Layout, ShapeError, from_global, random
+from colossal_mpi import Layout, OptionError, ShapeError, from_global, random
 from colossal_mpi.layers import Context
 from colossal_mpi.layers.layer import Chain
 from colossal_mpi.layers.patch import Conv2d, PatchEmbedding
@@ -69,5 +69,5 @@ def test_images_that_do_not_fit_are_refused(grid):
         x = random.normal(shape, grid, Layout(*[None] * len(shape)), 0, "x")
         with pytest.raises(ShapeError, match=r"conv of images .* with c=3"):
             layer.forward(x, Context())
-    with pytest.raises(ShapeError, match="kernel and stride must be 1 or more"):
+    with pytest.raises(OptionError, match="kernel and stride must be 1 or more"):
         Conv2d(3, 2, 4, parallelism(grid), "conv", stride=0)

@@ -7,7 +7,18 @@ import array_api_strict
 import numpy as np
 import pytest
 
-from colossal_mpi import DistArray, DTypeError, GridError, Layout, LayoutError, ShapeError, from_global, ledger, linalg
+from colossal_mpi import (
+    DistArray,
+    DTypeError,
+    GridError,
+    Layout,
+    LayoutError,
+    OptionError,
+    ShapeError,
+    from_global,
+    ledger,
+    linalg,
+)
 from colossal_mpi.linalg import packed, price, symmetric
 from tests.cases import assemble, host, inner, integers, layouts, refusal, represents, some, spread, totals
 
@@ -225,7 +236,7 @@ def test_blocks_need_not_be_numpy(grid, kind):
 
 WRONG = {
     "vector": ((4,), {}, ShapeError, "syrk of shape (4,): it must be a matrix, of 2 dims"),
-    "triangle": ((4, 4), {"triangle": "left"}, ShapeError, "triangle='left'; use 'lower', 'upper' or None for both"),
+    "triangle": ((4, 4), {"triangle": "left"}, OptionError, "triangle='left'; use 'lower', 'upper' or None for both"),
     "axis": ((4, 4), {"axes": {"depth": "n"}}, GridError, "syrk: no axis 'depth' on Grid(row=2, col=2)"),
     "letter": ((4, 4), {"axes": {"row": "m"}}, LayoutError, "axis 'row' is mapped to 'm'; use 'n' or 'k'"),
     "out": ((4, 4), {"out": Layout("row")}, LayoutError, "Layout('row'): 1 dims for an array of 2"),
