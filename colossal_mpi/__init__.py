@@ -17,6 +17,7 @@ from colossal_mpi.errors import (  # noqa: E402
     LayoutError,
     OptionError,
     ShapeError,
+    SharingError,
     SingularError,
     VerificationError,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "LayoutError",
     "OptionError",
     "ShapeError",
+    "SharingError",
     "SingularError",
     "VerificationError",
     "comm",
