@@ -58,7 +58,7 @@ class Parameter:
         seed: int = 0,
         dtype: Any = "float32",
     ) -> None:
-        self.name, self.deferred = name, parallelism.deferred
+        self.name, self.parallelism, self.deferred = name, parallelism, parallelism.deferred
         layout, grid = parallelism.store(used, shape), parallelism.grid
         if std is None:
             self.value = distarray.full(shape, fill, grid, layout, dtype)
