@@ -16,6 +16,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -111,6 +112,7 @@ def redistribute(block: Block, shape: Shape, source: Layout, target: Layout, gri
     return block if plan.keep else backend.zeros_like(block, block.shape)
 
 
+@lru_cache(maxsize=4096)
 def stages(source: Layout, target: Layout) -> tuple[Axes, Layout, Axes]:
     """Return the axes of the reduce_scatter, the layout that it leaves, and the axes of the allreduce."""
     summed = [axis for axis in source.partial if axis not in target.partial]
