@@ -233,6 +233,16 @@ def is_half(dtype: Any) -> bool:
     return known.itemsize == 2 and known.name in ("float16", "bfloat16") and known.isnative
 
 
+def wide_dtype(block: Block) -> Any:
+    """Return the 32-bit dtype in which 16-bit floats and 8- and 16-bit integers are summed, None for other dtypes."""
+    xp, dtype = namespace(block), numpy_dtype(block.dtype)
+    if is_half(dtype):
+        return xp.float32
+    if dtype.kind not in "iu" or dtype.itemsize > 2:
+        return None
+    return xp.int32 if dtype.kind == "i" else xp.uint32
+
+
 def dtype_of(xp: Any, dtype: Any) -> Any:
     """Return the dtype of a name, or of NumPy, as the namespace `xp` has it; None stays None.
 

@@ -46,6 +46,10 @@ class ConfigError(ColossalError, ValueError):
     """A configuration that cannot be run."""
 
 
+class ScheduleError(ColossalError, ValueError):
+    """A pipeline schedule that would compute something wrong, or nothing for ever."""
+
+
 class CheckpointError(ColossalError, RuntimeError):
     """A checkpoint that is missing, damaged or of another kind."""
 
