@@ -17,6 +17,8 @@ from colossal_mpi.layers.linear import Linear
 from colossal_mpi.layers.norm import LayerNorm
 
 torch = pytest.importorskip("torch")
+from torch.utils.checkpoint import checkpoint  # noqa: E402
+
 from colossal_mpi.layers.torch_module import as_module, clip_grad_norm_  # noqa: E402
 
 torch.set_num_threads(1)
@@ -354,3 +356,22 @@ def test_layouts_and_names_that_do_not_fit_are_refused(grid):
     taken = LayerNorm(H, parallelism(grid), "half", **F64)
     with pytest.raises(OptionError, match="'half.gain' cannot name a parameter of a module"):
         as_module(taken)
+
+
+@FOUR
+def test_dropout_follows_the_generator_of_torch(grid):
+    layer = TransformerBlock(8, 2, 5, parallelism(grid), "block", dropout=0.4, std=0.5, **F64)
+    module, x = as_module(layer), random(B, S, 8).requires_grad_()
+    results = []
+    for run in (module, lambda x: checkpoint(module, x, use_reentrant=False)):
+        torch.manual_seed(grid.rank * (run is module))  # rank 0 counts
+        y = run(x)
+        y.square().sum().backward()
+        results.append((y.detach(), x.grad))
+        x.grad = None
+    assert all(map(torch.equal, *results))
+    assert not torch.equal(module(x), module(x))
+    module.eval()
+    state = torch.get_rng_state()
+    assert torch.equal(module(x), module(x))
+    assert torch.equal(torch.get_rng_state(), state)
