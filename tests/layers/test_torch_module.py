@@ -31,6 +31,20 @@ ONE = pytest.mark.grids({})
 FOUR = pytest.mark.grids({"row": 2, "col": 2})
 
 
+@pytest.fixture
+def device(grid):
+    """Return torch's name of the grid's device."""
+    if grid.device.startswith("cuda") and not torch.cuda.is_available():
+        pytest.skip("torch has no GPU")
+    return grid.device
+
+
+@pytest.fixture(autouse=True)
+def _host(grid, request):
+    if grid.device.startswith("fake") or (grid.device != "cpu" and "device" not in request.fixturenames):
+        pytest.skip("tensors of this test are in host memory")
+
+
 def random(*shape, seed=0):
     return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape))
 
@@ -71,8 +85,9 @@ OPTIMIZERS = {
 }
 
 
-def train(model, make, clip, norms):
-    optimizer, x, target = make(model.parameters()), random(B, S, 4), random(B, S, 2, seed=1)
+def train(model, make, clip, norms, device):
+    optimizer, x, target = make(model.to(device).parameters()), random(B, S, 4), random(B, S, 2, seed=1)
+    x, target = x.to(device), target.to(device)
     for _ in range(6):
         optimizer.zero_grad()
         for rows in (slice(0, 3), slice(3, B)):  # gradients of two microbatches add up
@@ -84,17 +99,19 @@ def train(model, make, clip, norms):
 
 @GRIDS
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_a_model_with_a_layer_of_ours_trains_as_the_serial_one(grid, make):
+def test_a_model_with_a_layer_of_ours_trains_as_the_serial_one(grid, device, make):
     module, norms, exact = as_module(linear(grid)), [], []
-    serial = train(
-        around(serial_of(module)), make, lambda m, n: torch.nn.utils.clip_grad_norm_(m.parameters(), n), exact
-    )
-    model = train(around(module), make, clip_grad_norm_, norms)
+
+    def clip(model, norm):
+        return torch.nn.utils.clip_grad_norm_(model.parameters(), norm)
+
+    serial = train(around(serial_of(module)), make, clip, exact, device)
+    model = train(around(module), make, clip_grad_norm_, norms, device)
     assert max(exact) > 0.5  # so that it is clipped
     assert np.allclose(norms, exact, rtol=1e-10, atol=0)
     state = module.gathered_state()
-    near(state["up.weight"].T, serial[2].weight, 1e-9)
-    near(state["up.bias"], serial[2].bias, 1e-9)
+    near(state["up.weight"].T, serial[2].weight.cpu(), 1e-9)
+    near(state["up.bias"], serial[2].bias.cpu(), 1e-9)
     near(model[0].weight, serial[0].weight, 1e-9)
     assert np.array_equal(module.wrapped.weight.value.gather(), state["up.weight"])
 

@@ -32,6 +32,12 @@ CAUSAL = nn.Transformer.generate_square_subsequent_mask(S, dtype=torch.float64)
 F64 = {"dtype": torch.float64}
 
 
+@pytest.fixture(autouse=True)
+def _host(grid):
+    if grid.device != "cpu":
+        pytest.skip("tensors of these tests are in host memory")
+
+
 def attend(module, x, **options):
     return module(x, x, x, **options)[0]
 
