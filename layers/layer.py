@@ -46,6 +46,8 @@ class Parameter:
         The initial value where `std` is None.
     seed : int
     dtype : optional
+    inputs : int
+        How many of the leading dims are those of the layer's input, for optimizers that take weights as matrices.
     """
 
     def __init__(
@@ -59,8 +61,9 @@ class Parameter:
         fill: float = 0.0,
         seed: int = 0,
         dtype: Any = "float32",
+        inputs: int = 1,
     ) -> None:
-        self.name, self.deferred = name, parallelism.deferred
+        self.name, self.deferred, self.inputs = name, parallelism.deferred, inputs
         layout, grid = parallelism.store(used, shape), parallelism.grid
         if std is None:
             self.value = distarray.full(shape, fill, grid, layout, dtype)
