@@ -14,7 +14,15 @@ from colossal_mpi.layers.kernels.reference.activation import (
     silu_backward,
 )
 from colossal_mpi.layers.kernels.reference.attention import attention, attention_backward
-from colossal_mpi.layers.kernels.reference.image import fold, unfold, windows
+from colossal_mpi.layers.kernels.reference.image import (
+    fold,
+    max_pool,
+    max_pool_backward,
+    mean_pool,
+    mean_pool_backward,
+    unfold,
+    windows,
+)
 from colossal_mpi.layers.kernels.reference.loss import (
     cross_entropy_backward,
     cross_entropy_losses,
@@ -37,6 +45,10 @@ __all__ = [
     "gelu_erf_backward",
     "lookup",
     "lookup_backward",
+    "max_pool",
+    "max_pool_backward",
+    "mean_pool",
+    "mean_pool_backward",
     "normalise",
     "normalise_backward",
     "peak",
