@@ -30,6 +30,15 @@ from colossal_mpi.layers.kernels.reference.loss import (
     peak,
 )
 from colossal_mpi.layers.kernels.reference.norm import normalise, normalise_backward
+from colossal_mpi.layers.kernels.reference.routing import (
+    fill_slots,
+    match_slots,
+    route,
+    route_backward,
+    routing_sums,
+    sort_by_expert,
+    take_slots,
+)
 from colossal_mpi.layers.kernels.reference.table import lookup, lookup_backward, require_ids
 
 __all__ = [
@@ -38,6 +47,7 @@ __all__ = [
     "cross_entropy_backward",
     "cross_entropy_losses",
     "cross_entropy_sums",
+    "fill_slots",
     "fold",
     "gelu",
     "gelu_backward",
@@ -45,6 +55,7 @@ __all__ = [
     "gelu_erf_backward",
     "lookup",
     "lookup_backward",
+    "match_slots",
     "max_pool",
     "max_pool_backward",
     "mean_pool",
@@ -55,8 +66,13 @@ __all__ = [
     "relu",
     "relu_backward",
     "require_ids",
+    "route",
+    "route_backward",
+    "routing_sums",
     "silu",
     "silu_backward",
+    "sort_by_expert",
+    "take_slots",
     "unfold",
     "windows",
 ]
