@@ -285,9 +285,10 @@ def _gather_to(array: DistArray, root: int) -> np.ndarray | None:
 
 def squares(array: DistArray) -> Block:
     """Return the sum of the squares of this rank's block, in float64 whatever its dtype."""
-    xp = backend.namespace(array.local)
-    size = xp.astype(xp.abs(array.local), xp.float64)
-    return xp.sum(size * size)
+    xp, block = backend.namespace(array.local), array.local
+    size = xp.abs(block) if backend.numpy_dtype(block.dtype).kind == "c" else block
+    flat = xp.reshape(xp.astype(size, xp.float64, copy=False), (-1,))
+    return xp.vecdot(flat, flat)
 
 
 def _total(array: DistArray, local: Block, axes: Sequence[str]) -> Any:

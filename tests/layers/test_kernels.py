@@ -7,6 +7,7 @@ import pytest
 from colossal_mpi import OptionError
 from colossal_mpi.layers import kernels as facade
 from colossal_mpi.layers.kernels import reference as kernels
+from colossal_mpi.layers.kernels.reference import table as table_kernels
 
 RNG = np.random.default_rng(0)
 X, DY = RNG.standard_normal((2, 5, 3)), RNG.standard_normal((2, 5, 3))
@@ -54,6 +55,18 @@ def test_lookup_backward_adds_equal_rows():
     table = np.zeros((9, 4))
     np.add.at(table, IDS, dy)
     assert np.allclose(kernels.lookup_backward(dy, IDS, 2, 5), table[2:7], rtol=1e-15, atol=0)
+
+
+def test_lookup_backward_adds_rows_of_one_id_that_are_far_apart(monkeypatch):
+    monkeypatch.setattr(table_kernels, "STRETCH", 4)
+    ids = np.array([[3, 9, 3, 3, 5, 3, 3], [3, 3, 3, 3, 4, 3, 8], [0, 5, 5, 5, 5, 5, 5]])  # 3 fills two stretches
+    dy = RNG.standard_normal((*ids.shape, 4))
+    table = np.zeros((10, 4))
+    np.add.at(table, ids, dy)
+    for start, count in ((0, 10), (2, 5), (3, 1), (6, 2), (5, 0)):
+        mine = kernels.lookup_backward(dy, ids, start, count)
+        assert mine.shape == (count, 4)
+        assert abs(mine - table[start : start + count]).max(initial=0) <= 21 * np.finfo(dy.dtype).eps * abs(dy).max()
 
 
 @pytest.mark.parametrize("shift", [0.0, 1e5])
