@@ -18,6 +18,7 @@ from colossal_mpi.errors import (  # noqa: E402
     OptionError,
     ScheduleError,
     ShapeError,
+    SharingError,
     SingularError,
     VerificationError,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "OptionError",
     "ScheduleError",
     "ShapeError",
+    "SharingError",
     "SingularError",
     "VerificationError",
     "comm",

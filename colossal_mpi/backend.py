@@ -159,6 +159,13 @@ def device_namespace(device: str) -> Any:
     return _NUMPY if name == "cpu" else _devices[name].namespace(int(index))
 
 
+def from_dlpack(exporter: Any) -> Block:
+    """Return device memory of another library, given by its ``__dlpack__``, as a CuPy array, after its stream."""
+    import cupy
+
+    return cupy.from_dlpack(exporter)
+
+
 def empty_like(block: Block, shape: Sequence[int], dtype: Any = None) -> Block:
     """Return an uninitialised block of `shape` beside `block`: same library, same device."""
     xp = namespace(block)

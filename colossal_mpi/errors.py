@@ -38,6 +38,10 @@ class DTypeError(ColossalError, TypeError):
     """Dtypes that do not fit one another or that MPI cannot carry."""
 
 
+class SharingError(ColossalError, BufferError):
+    """Memory that two array libraries cannot share."""
+
+
 class ConfigError(ColossalError, ValueError):
     """A configuration that cannot be run."""
 
