@@ -57,7 +57,7 @@ def _sum_equal(ids: Block, dy: Block, weights: Block) -> tuple[Block, Block]:
     product for all would cost the square of their number. An id that goes on in the next stretch is added there.
     """
     xp, order = namespace(dy), namespace(ids).argsort(ids)
-    ids, found, sums = xp.take(ids, order), [], []
+    ids, found, sums = xp.take(ids, order), list[Block](), list[Block]()
     for low in range(0, ids.shape[0], STRETCH):
         high = min(low + STRETCH, ids.shape[0])
         some = order[low:high]
