@@ -58,7 +58,7 @@ class Trainer:
             low, high = part(training.batch, training.microbatches, i)
             starts = data.sample_starts(first + low, first + high, len(self.corpus.train), context, training.seed)
             x, labels = self._sequences(self.corpus.train, starts)
-            ctx = Context(step=step, microbatch=i)
+            ctx = Context(step=step, microbatch=i, sample=low)
             logits, cache = self.model.forward(x, ctx)
             value, saved = self.loss.forward(logits, labels, training.batch * context)
             self.model.backward(self.loss.backward(saved), cache)

@@ -21,6 +21,8 @@ class Context:
 
     step: int = 0
     microbatch: int = 0
+    sample: int = 0
+    """Global index, in the step, of the microbatch's first sample: dropout masks are the same for any microbatches."""
     train: bool = True
     mask: DistArray | None = None
     """Bool ``[b, s]`` in the layout of `Parallelism.tokens`, true where a token is no padding; None: all are tokens."""

@@ -1,5 +1,7 @@
 """The reference kernels use nothing outside the array API standard."""
 
+import math
+
 import array_api_strict as strict
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from colossal_mpi import OptionError
 from colossal_mpi.layers import kernels as facade
 from colossal_mpi.layers.kernels import reference as kernels
 from colossal_mpi.layers.kernels.reference import table as table_kernels
+from colossal_mpi.layers.kernels.reference.normal import normal_cdf
 
 RNG = np.random.default_rng(0)
 X, DY = RNG.standard_normal((2, 5, 3)), RNG.standard_normal((2, 5, 3))
@@ -18,8 +21,16 @@ IDS, LABELS = np.array([[1, 6, 3], [6, 0, 2]]), np.array([[0, -1, 2, 1, 0], [1, 
 CASES = {
     "gelu": (kernels.gelu, X),
     "gelu_backward": (kernels.gelu_backward, DY, X),
+    "gelu_erf": (kernels.gelu_erf, X),
+    "gelu_erf_backward": (kernels.gelu_erf_backward, DY, X),
+    "silu": (kernels.silu, X),
+    "silu_backward": (kernels.silu_backward, DY, X),
+    "relu": (kernels.relu, X),
+    "relu_backward": (kernels.relu_backward, DY, X),
     "normalise": (kernels.normalise, X, X[..., 0], X[..., 1]),
     "normalise_backward": (kernels.normalise_backward, DY, X, X[..., 0], RNG.standard_normal((2, 2, 5)), 3),
+    "normalise by squares": (kernels.normalise, X, None, X[..., 1]),
+    "normalise_backward by squares": (kernels.normalise_backward, DY, X, X[..., 0], DY[None, ..., 0], 3),
     "attention": (kernels.attention, *HEADS[:3]),
     "attention_backward": (kernels.attention_backward, *HEADS, STATISTICS),
     "attention of all keys": (kernels.attention, *HEADS[:3], False),
@@ -67,6 +78,18 @@ def test_lookup_backward_adds_rows_of_one_id_that_are_far_apart(monkeypatch):
         mine = kernels.lookup_backward(dy, ids, start, count)
         assert mine.shape == (count, 4)
         assert abs(mine - table[start : start + count]).max(initial=0) <= 21 * np.finfo(dy.dtype).eps * abs(dy).max()
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_normal_distribution_is_that_of_the_error_function(dtype):
+    x = np.concatenate([np.linspace(-37, 37, 20001), [0.0, 1e9, -1e9, np.inf, -np.inf]]).astype(dtype)
+    eps, cdf = np.finfo(dtype).eps, normal_cdf(x)
+    exact = np.array([0.5 * math.erfc(-float(value) * math.sqrt(0.5)) for value in x])
+    assert cdf.dtype == dtype
+    assert np.all(abs(cdf - exact) <= 2 * eps)
+    tail = (x < 0) & (exact > np.finfo(dtype).tiny)
+    # 2 of the 4 are for the rounding of x sqrt(1/2) in the reference itself.
+    assert np.all(abs(cdf - exact)[tail] <= 4 * eps * (1 + x[tail] ** 2 / 2) * exact[tail])
 
 
 @pytest.mark.parametrize("shift", [0.0, 1e5])

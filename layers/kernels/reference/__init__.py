@@ -3,7 +3,16 @@
 Sums over a dim that may be cut are left to the layer: a function that needs one takes it or returns its local part.
 """
 
-from colossal_mpi.layers.kernels.reference.activation import gelu, gelu_backward
+from colossal_mpi.layers.kernels.reference.activation import (
+    gelu,
+    gelu_backward,
+    gelu_erf,
+    gelu_erf_backward,
+    relu,
+    relu_backward,
+    silu,
+    silu_backward,
+)
 from colossal_mpi.layers.kernels.reference.attention import attention, attention_backward
 from colossal_mpi.layers.kernels.reference.image import fold, unfold, windows
 from colossal_mpi.layers.kernels.reference.loss import (
@@ -24,12 +33,18 @@ __all__ = [
     "fold",
     "gelu",
     "gelu_backward",
+    "gelu_erf",
+    "gelu_erf_backward",
     "lookup",
     "lookup_backward",
     "normalise",
     "normalise_backward",
     "peak",
+    "relu",
+    "relu_backward",
     "require_ids",
+    "silu",
+    "silu_backward",
     "unfold",
     "windows",
 ]

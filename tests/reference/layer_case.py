@@ -1,0 +1,151 @@
+"""One table of layers: how each is made and what its input is. `torch_layers` has PyTorch's of the same names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from colossal_mpi import from_global, random
+from colossal_mpi.layers import Context, Layer, Parallelism
+from colossal_mpi.layers.activation import GELU, Gated, ReLU, SiLU
+from colossal_mpi.layers.block import MLP, TransformerBlock
+from colossal_mpi.layers.dropout import Dropout, DropPath
+from colossal_mpi.layers.embedding import Embedding, PositionEmbedding
+from colossal_mpi.layers.layer import Chain
+from colossal_mpi.layers.linear import Linear
+from colossal_mpi.layers.norm import LayerNorm, RMSNorm
+from colossal_mpi.layers.pooling import ClassifierHead
+
+SIZES = {"b": 5, "s": 7, "h": 9, "t": 3, "a": 3, "d": 3, "f": 10, "v": 11, "p": 2}
+"""Nothing divides; p are the pairs of a gated activation."""
+
+RATE, STEP, SAMPLE = 0.3, 2, 3
+CONTEXT = Context(step=STEP, sample=SAMPLE)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer, and the letters of its input: of the stream, of the inside if `inner` is given, or ids of tokens."""
+
+    make: Callable[[Parallelism, dict], Layer]
+    letters: str = "bsh"
+    inner: str = ""
+    ctx: Context = CONTEXT
+
+
+def product(subscripts, inner, letters="bsh", **options):
+    def make(p, n):
+        return Linear(subscripts, n, inner, p, "m", dtype="float64", **options)
+
+    return Case(make, letters, "" if "h" in letters else inner)
+
+
+def plain(layer, letters="bsf", inner="f"):
+    return Case(lambda p, n: layer(), letters, inner)
+
+
+def norm(kind, **options):
+    return Case(lambda p, n: kind(n["h"], p, "m", dtype="float64", **options))
+
+
+def mlp(activation, **options):
+    return Case(lambda p, n: MLP(n["h"], n["f"], p, "m", activation=activation, dtype="float64", **options))
+
+
+def block(**options):
+    return Case(lambda p, n: TransformerBlock(n["h"], n["a"], n["f"], p, "m", dtype="float64", **options))
+
+
+def drop(kind, letters="bsh", inner="", ctx=CONTEXT):
+    return Case(lambda p, n: kind(RATE, "m", seed=1), letters, inner, ctx)
+
+
+def tied(p, n):
+    table = Embedding(n["v"], n["h"], p, "m", dtype="float64")
+    return Chain(table, Linear("bsh,vh->bsv", n, "v", p, "m.head", bias=False, weight=table.table))
+
+
+CASES = {
+    "up": product("bsh,hf->bsf", "f"),
+    "up-without-bias": product("bsh,hf->bsf", "f", bias=False),
+    "down": product("bsf,fh->bsh", "f", "bsf"),
+    "heads": product("bsh,htad->bstad", "a"),
+    "heads-down": product("bsad,adh->bsh", "a", "bsad"),
+    "gates": product("bsh,hpf->bspf", "f"),
+    "vector": product("bh,hv->bv", "v", "bh"),
+    "layer-norm": norm(LayerNorm),
+    "layer-norm-eps": norm(LayerNorm, eps=0.5),
+    "rms-norm": norm(RMSNorm),
+    "rms-norm-eps": norm(RMSNorm, eps=0.5),
+    "gelu-tanh": plain(GELU),
+    "gelu": plain(lambda: GELU("none")),
+    "silu": plain(SiLU),
+    "relu": plain(ReLU),
+    "swiglu": plain(lambda: Gated(SiLU()), "bspf"),
+    "geglu": plain(lambda: Gated(GELU("none")), "bspf"),
+    "geglu-tanh": plain(lambda: Gated(GELU()), "bspf"),
+    "reglu": plain(lambda: Gated(ReLU()), "bspf"),
+    "dropout": drop(Dropout),
+    "dropout-inside": drop(Dropout, "bsf", "f"),
+    "dropout-evaluated": drop(Dropout, ctx=Context(train=False)),
+    "drop-path": drop(DropPath),
+    "embedding": Case(lambda p, n: Embedding(n["v"], n["h"], p, "m", dtype="float64"), "ids"),
+    "positions": Case(lambda p, n: PositionEmbedding(n["s"] + 2, n["h"], p, "m", dtype="float64")),
+    "tied": Case(tied, "ids"),
+    "first-classes": Case(lambda p, n: ClassifierHead(n["h"], n["v"], p, "m", pool="first", dtype="float64")),
+    "mean-classes": Case(lambda p, n: ClassifierHead(n["h"], n["v"], p, "m", pool="mean", dtype="float64")),
+    "mlp-gelu": mlp("gelu"),
+    "mlp-swiglu": mlp("swiglu", bias=False),
+    "block-gpt": block(dropout=RATE),
+    "block-bert": block(order="post", eps=1e-12, activation="gelu", attention={"causal": False}, dropout=RATE),
+    "block-vit": block(eps=1e-6, activation="gelu", attention={"causal": False}, drop_path=RATE),
+    "block-rms": block(norm="rms", activation="swiglu"),
+}
+
+
+def layer_of(name, p, n=SIZES):
+    """Return the layer of a case with weights that no layer has of itself, gains and biases of 1 and 0 least of all."""
+    layer = CASES[name].make(p, n)
+    for q in layer.parameters():
+        q.value = random.normal(q.value.shape, p.grid, q.value.layout, 7, q.name) * 0.5
+    return layer
+
+
+def input_of(name, p, n=SIZES):
+    case, grid = CASES[name], p.grid
+    if case.letters == "ids":
+        return from_global(np.random.default_rng(8).integers(0, n["v"], (n["b"], n["s"])), grid, p.tokens())
+    layout = p.inside(case.letters, case.inner) if case.inner else p.stream(case.letters)
+    return random.normal([n[x] for x in case.letters], grid, layout, 3, "x")
+
+
+def run(name, p, n=SIZES):
+    """Return the layer, its input, dy, and by name the output, the cotangent of the input and the gradients."""
+    layer, x = layer_of(name, p, n), input_of(name, p, n)
+    y, cache = layer.forward(x, CASES[name].ctx)
+    dy = random.normal(y.shape, p.grid, y.layout, 4, "dy")
+    dx = layer.backward(dy, cache)
+    results = {"y": y} | ({} if dx is None else {"dx": dx}) | {q.name: q.reduce() for q in layer.parameters()}
+    return layer, x, dy, results
+
+
+def prepare(path, names=tuple(CASES), n=SIZES):
+    """Write PyTorch's results of every case, of the inputs and weights of one rank."""
+    import torch
+    from mpi4py import MPI
+
+    from colossal_mpi import Grid
+    from reference.torch_layers import LAYERS
+    from tests.cases import host
+
+    for name in names:
+        layer, x, dy, results = run(name, Parallelism(Grid(MPI.COMM_SELF)), n)
+        w = {q.name.removeprefix("m."): torch.tensor(host(q.value), requires_grad=True) for q in layer.parameters()}
+        x = torch.tensor(host(x), requires_grad="dx" in results)
+        y = LAYERS[name](x, w)
+        y.backward(torch.tensor(host(dy)))
+        exact = {"y": y.detach()} | ({"dx": x.grad} if "dx" in results else {})
+        exact |= {f"m.{key}": leaf.grad for key, leaf in w.items()}
+        np.savez(path / f"{name}.npz", **{key: value.numpy() for key, value in exact.items()})
