@@ -205,11 +205,10 @@ class DistArray:
 
     def sum_over(self, dims: Sequence[int]) -> DistArray:
         """Return the sum over some dims, left partial over the axes that cut them. **Communication:** none."""
-        xp = backend.namespace(self.local)
         kept = [d for d in range(self.ndim) if d not in dims]
         summed = [axis for d in dims for axis in self.layout.dims[d]]
         layout = Layout(*[self.layout.dims[d] for d in kept], partial=(*self.layout.partial, *summed))
-        block = xp.sum(self.local, axis=tuple(dims), dtype=self.dtype)
+        block = backend.sum_over(self.local, dims)
         return DistArray(block, [self.shape[d] for d in kept], layout, self.grid)
 
     def norm(self) -> float:

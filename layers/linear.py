@@ -82,7 +82,7 @@ class Linear(Layer):
         y = contract(p.subscripts, *gathered, p.axes, out=p.y)
         if self.bias is not None:
             bias = self.bias.value.redistribute(self.bias_layout)
-            y = y.like(y.local + bias.local)
+            y.local += bias.local
         return y, (gathered if self.keep else (x, None), x.layout)
 
     def backward(self, dy: DistArray, cache: Any, later: Later = None) -> DistArray:

@@ -21,7 +21,7 @@ from colossal_mpi.layers.kernels.reference.loss import (
     cross_entropy_sums,
     peak,
 )
-from colossal_mpi.layers.kernels.reference.norm import normalise, normalise_backward
+from colossal_mpi.layers.kernels.reference.norm import norm, norm_backward
 from colossal_mpi.layers.kernels.reference.table import lookup, lookup_backward, require_ids
 
 __all__ = [
@@ -37,8 +37,8 @@ __all__ = [
     "gelu_erf_backward",
     "lookup",
     "lookup_backward",
-    "normalise",
-    "normalise_backward",
+    "norm",
+    "norm_backward",
     "peak",
     "relu",
     "relu_backward",
