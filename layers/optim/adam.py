@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -67,10 +68,12 @@ class AdamW(Optimizer):
         square *= 1 - b2
         v *= b2
         v += square
-        root = backend.namespace(g).sqrt(v / (1 - b2**self.steps))
-        root += eps
+        # m / c1 / (sqrt(v / c2) + eps), with the corrections where they cost no pass over the block
+        correction = math.sqrt(1 - b2**self.steps)
+        root = backend.namespace(g).sqrt(v)
+        root += eps * correction
         direction = m / root
-        direction /= 1 - b1**self.steps
+        direction *= correction / (1 - b1**self.steps)
         return direction
 
 
