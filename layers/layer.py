@@ -67,7 +67,8 @@ class Parameter:
         dtype: Any = "float32",
         inputs: int = 1,
     ) -> None:
-        self.name, self.deferred, self.inputs = name, parallelism.deferred, inputs
+        self.name, self.parallelism, self.inputs = name, parallelism, inputs
+        self.deferred = parallelism.deferred
         layout, grid = parallelism.store(used, shape), parallelism.grid
         if std is None:
             self.value = distarray.full(shape, fill, grid, layout, dtype)
