@@ -87,7 +87,7 @@ class ViT(Chain):
             raise OptionError(f"a ViT of images {c.image} and patches {c.patch}: at least one patch must fit in")
         self.config, inner = config, 4 * hidden if c.inner is None else c.inner
         common: dict[str, Any] = {"std": c.std, "seed": c.seed, "dtype": c.dtype}
-        options = {"eps": c.eps, "activation": c.activation, "dropout": c.dropout, "out_std": c.std}
+        options: dict[str, Any] = {"eps": c.eps, "activation": c.activation, "dropout": c.dropout, "out_std": c.std}
         blocks = [
             TransformerBlock(
                 hidden,
