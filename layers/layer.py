@@ -26,6 +26,10 @@ class Context:
     train: bool = True
     mask: DistArray | None = None
     """Bool ``[b, s]`` in the layout of `Parallelism.tokens`, true where a token is no padding; None: all are tokens."""
+    share: float = 1.0
+    """Factor of the losses that layers add of their own: the microbatch's share of the step."""
+    losses: dict[str, float] | None = None
+    """Where layers report those losses, times `share`, by name; None: they do not."""
 
 
 class Parameter:

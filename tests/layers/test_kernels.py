@@ -39,6 +39,13 @@ CASES = {
     "lookup_backward": (kernels.lookup_backward, RNG.standard_normal((2, 3, 4)), IDS, 2, 5),
     "unfold": (kernels.unfold, HEADS[0], (3, 2), (1, 2), (1, 2)),
     "fold": (kernels.fold, RNG.standard_normal((2, 4, 3, 2, 12)), (3, 5), (1, 2), (1, 2)),
+    "max_pool": (kernels.max_pool, HEADS[0], (3, 2), (1, 2), (1, 1)),
+    "max_pool_backward": (
+        *(kernels.max_pool_backward, HEADS[0], np.abs(2 * HEADS[1]).astype("int32")),
+        *((3, 8), (3, 2), (1, 2), (1, 1)),
+    ),
+    "mean_pool": (kernels.mean_pool, HEADS[0], (3, 2), (1, 2), (1, 1)),
+    "mean_pool_backward": (kernels.mean_pool_backward, HEADS[0], (3, 8), (3, 2), (1, 2), (1, 1)),
     "peak": (kernels.peak, X),
     "cross_entropy_sums": (kernels.cross_entropy_sums, X, LABELS, X[..., 0], 1),
     "cross_entropy_smoothed": (kernels.cross_entropy_sums, X, LABELS, X[..., 0], 1, 0.9, 0.02),
