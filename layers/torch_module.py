@@ -10,6 +10,7 @@ tensor (LAMB, Adafactor, clipping) would see that of a block: clip with `clip_gr
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -190,6 +191,11 @@ class LayerModule(torch.nn.Module):
             The same on all ranks, if what any of them gives is of another dtype or on another device than the weights
             or no block of one global array.
         """
+        # Once torch.compile is about, it looks into every call but these.
+        run = torch.compiler.disable(self._run) if "torch._dynamo" in sys.modules else self._run
+        return run(x, mask)
+
+    def _run(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         self._bind()
         values: Sequence[Any] = [x] if mask is None else [x, mask]
         # As masks of torch's own are drawn: by the generator's state, which torch's checkpointing winds back.

@@ -18,7 +18,7 @@ from colossal_mpi.layers.torch_module import as_module, from_module  # noqa: E40
 torch.set_num_threads(1)
 GRIDS = pytest.mark.grids(
     {},
-    {"col": 2},
+    {"col": 4},
     {"row": 2, "col": 2},
     {"depth": 2, "row": 1, "col": 2},
     {"row": 1, "col": 2, "depth": 2},
