@@ -26,6 +26,8 @@ CASES = {
     "silu_backward": (kernels.silu_backward, DY, X),
     "relu": (kernels.relu, X),
     "relu_backward": (kernels.relu_backward, DY, X),
+    "tanh": (kernels.tanh, X),
+    "tanh_backward": (kernels.tanh_backward, DY, X),
     "normalise": (kernels.normalise, X, X[..., 0], X[..., 1]),
     "normalise_backward": (kernels.normalise_backward, DY, X, X[..., 0], RNG.standard_normal((2, 2, 5)), 3),
     "normalise by squares": (kernels.normalise, X, None, X[..., 1]),
