@@ -24,6 +24,9 @@ class Context:
     train: bool = True
     mask: DistArray | None = None
     """Bool ``[b, s]`` in the layout of `Parallelism.tokens`, true where a token is no padding; None: all are tokens."""
+    positions: Any = None
+    """Integers ``[s]`` or ``[b, s]``, a DistArray or the whole array on every rank; None: the indices in s.
+    A causal order is one of positions."""
 
 
 class Parameter:
@@ -102,11 +105,11 @@ class Layer:
     instead of being done.
     """
 
-    def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
+    def forward(self, x: Any, ctx: Context) -> tuple[Any, Any]:
         """Return the output and what `backward` needs."""
         raise NotImplementedError
 
-    def backward(self, dy: DistArray, cache: Any, later: Later = None) -> Any:
+    def backward(self, dy: Any, cache: Any, later: Later = None) -> Any:
         """Return the cotangent of the input, in the input's layout."""
         raise NotImplementedError
 
@@ -146,6 +149,24 @@ class Chain(Layer):
         for layer, kept in zip(reversed(self.layers), reversed(cache), strict=True):
             dy = layer.backward(dy, kept, later)
         return dy
+
+
+class Each(Layer):
+    """Layers side by side: the i-th takes the i-th of several arrays."""
+
+    def __init__(self, *layers: Layer) -> None:
+        self.layers = list(layers)
+
+    def forward(self, x: Sequence[DistArray], ctx: Context) -> tuple[tuple[DistArray, ...], Any]:
+        """Return the outputs of all layers."""
+        ys, caches = zip(*[layer.forward(part, ctx) for layer, part in zip(self.layers, x, strict=True)], strict=True)
+        return ys, caches
+
+    def backward(self, dy: Sequence[DistArray], cache: Any, later: Later = None) -> Any:
+        """Return the cotangents of all inputs."""
+        return tuple(
+            layer.backward(part, kept, later) for layer, part, kept in zip(self.layers, dy, cache, strict=True)
+        )
 
 
 class Residual(Chain):
