@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from colossal_mpi import backend, comm
 from colossal_mpi.distarray import DistArray, squares
+from colossal_mpi.layers import kernels
 from colossal_mpi.layers.layer import Parameter
 
 
@@ -71,23 +72,17 @@ class AdamW:
 
     def _update(self, parameter: Parameter, lr: float, scale: float) -> None:
         assert parameter.grad is not None
-        (b1, b2), w, g = self.betas, parameter.value.local, parameter.grad.local
-        m, v = (moment.local for moment in self.moments[parameter.name])
-        m *= b1
-        m += ((1 - b1) * scale) * g
-        square = g * g
-        square *= (1 - b2) * scale**2
-        v *= b2
-        v += square
-        # m / c1 / (sqrt(v / c2) + eps), with the corrections of the bias where they cost no pass over the block
-        correction = math.sqrt(1 - b2**self.steps)
-        root = backend.namespace(w).sqrt(v)
-        root += self.eps * correction
-        step = m / root
-        step *= lr * correction / (1 - b1**self.steps)
-        if parameter.value.ndim > 1:
-            w *= 1 - lr * self.weight_decay
-        w -= step
+        kernels.adamw(
+            parameter.value.local,
+            parameter.grad.local,
+            *(moment.local for moment in self.moments[parameter.name]),
+            self.steps,
+            lr=lr,
+            betas=self.betas,
+            eps=self.eps,
+            weight_decay=self.weight_decay if parameter.value.ndim > 1 else 0.0,
+            scale=scale,
+        )
 
     def state(self) -> Mapping[str, DistArray]:
         """Return the moments by ``m/<parameter>`` and ``v/<parameter>``; `steps` is the rest of the state."""

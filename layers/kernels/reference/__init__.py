@@ -23,8 +23,10 @@ from colossal_mpi.layers.kernels.reference.loss import (
 )
 from colossal_mpi.layers.kernels.reference.norm import norm, norm_backward
 from colossal_mpi.layers.kernels.reference.table import lookup, lookup_backward, require_ids
+from colossal_mpi.layers.kernels.reference.update import adamw
 
 __all__ = [
+    "adamw",
     "attention",
     "attention_backward",
     "cross_entropy_backward",
