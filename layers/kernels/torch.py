@@ -201,11 +201,10 @@ def _bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, -torch.inf)[:, None, None, :]
 
 
-def adamw(w: Block, g: Block, m: Block, v: Block, step: int, *, scale: float = 1.0, **options: Any) -> None:
-    """Do `reference.adamw` in one pass."""
-    tensors = _dense(w, g if scale == 1.0 else scale * g, m, v)
+def adamw(w: Block, g: Block, m: Block, v: Block, step: int, **options: Any) -> None:
+    tensors = _dense(w, g, m, v)
     if tensors is None:
-        reference.adamw(w, g, m, v, step, scale=scale, **options)
+        reference.adamw(w, g, m, v, step, **options)
         return
     b1, b2 = options.pop("betas")
     count = torch.tensor(float(step), device=tensors[0].device)

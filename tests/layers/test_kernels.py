@@ -18,6 +18,9 @@ HEADS = [RNG.standard_normal((2, 4, 3, 5)) for _ in range(5)]
 STATISTICS = np.abs(RNG.standard_normal((2, 2, 3, 4, 1)))
 SEEN = np.array([[True, True, False, False], [False, True, True, True]])
 IDS, LABELS = np.array([[1, 6, 3], [6, 0, 2]]), np.array([[0, -1, 2, 1, 0], [1, 1, -1, 0, 2]])
+ROUTES = kernels.route(X[0], 2, True)
+ORDER = kernels.sort_by_expert(ROUTES[0], 3)
+SOURCE, PLACES = kernels.match_slots(ROUTES[0], *ORDER, 6)
 CASES = {
     "gelu": (kernels.gelu, X),
     "gelu_backward": (kernels.gelu_backward, DY, X),
@@ -38,8 +41,22 @@ CASES = {
     "attention_backward of some keys": (kernels.attention_backward, *HEADS, STATISTICS, True, SEEN),
     "lookup": (kernels.lookup, X[0], IDS, 2),
     "lookup_backward": (kernels.lookup_backward, RNG.standard_normal((2, 3, 4)), IDS, 2, 5),
+    "route": (kernels.route, X[0], 2, True),
+    "route_backward": (kernels.route_backward, DY[0, :, :2], *ROUTES[:3], True, DY[0], DY[0, :, 0]),
+    "routing_sums": (kernels.routing_sums, ROUTES[0], *ROUTES[2:], X[0, :, 0] > 0),
+    "sort_by_expert": (kernels.sort_by_expert, ROUTES[0], 3),
+    "match_slots": (kernels.match_slots, ROUTES[0], *ORDER, 6),
+    "fill_slots": (kernels.fill_slots, X[0], SOURCE, 2, ROUTES[1]),
+    "take_slots": (kernels.take_slots, RNG.standard_normal((18, 4)), PLACES, 2),
     "unfold": (kernels.unfold, HEADS[0], (3, 2), (1, 2), (1, 2)),
     "fold": (kernels.fold, RNG.standard_normal((2, 4, 3, 2, 12)), (3, 5), (1, 2), (1, 2)),
+    "max_pool": (kernels.max_pool, HEADS[0], (3, 2), (1, 2), (1, 1)),
+    "max_pool_backward": (
+        *(kernels.max_pool_backward, HEADS[0], np.abs(2 * HEADS[1]).astype("int32")),
+        *((3, 8), (3, 2), (1, 2), (1, 1)),
+    ),
+    "mean_pool": (kernels.mean_pool, HEADS[0], (3, 2), (1, 2), (1, 1)),
+    "mean_pool_backward": (kernels.mean_pool_backward, HEADS[0], (3, 8), (3, 2), (1, 2), (1, 1)),
     "peak": (kernels.peak, X),
     "cross_entropy_sums": (kernels.cross_entropy_sums, X, LABELS, X[..., 0], 1),
     "cross_entropy_smoothed": (kernels.cross_entropy_sums, X, LABELS, X[..., 0], 1, 0.9, 0.02),

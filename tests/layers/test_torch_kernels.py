@@ -160,11 +160,10 @@ def test_a_norm_over_a_cut_dim_is_the_reference_to_the_bit():
     assert all(np.array_equal(*pair) for pair in zip(*map(leaves, of), strict=True))
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.3])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("form", ["whole", "steps", "fortran", "backwards"])
-def test_adamw_is_that_of_the_reference_to_rounding(form, dtype, scale):
-    options = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "scale": scale}
+def test_adamw_is_that_of_the_reference_to_rounding(form, dtype):
+    options = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
     state = [X, DY, 0.1 * DY, DY**2]
     mine, exact = [FORMS[form](a.astype(dtype)) for a in state], [a.astype(dtype).astype("float64") for a in state]
     by_torch.adamw(*mine, 3, **options)

@@ -14,7 +14,15 @@ from colossal_mpi.layers.kernels.reference.activation import (
     silu_backward,
 )
 from colossal_mpi.layers.kernels.reference.attention import attention, attention_backward
-from colossal_mpi.layers.kernels.reference.image import fold, unfold, windows
+from colossal_mpi.layers.kernels.reference.image import (
+    fold,
+    max_pool,
+    max_pool_backward,
+    mean_pool,
+    mean_pool_backward,
+    unfold,
+    windows,
+)
 from colossal_mpi.layers.kernels.reference.loss import (
     cross_entropy_backward,
     cross_entropy_losses,
@@ -22,16 +30,27 @@ from colossal_mpi.layers.kernels.reference.loss import (
     peak,
 )
 from colossal_mpi.layers.kernels.reference.norm import norm, norm_backward
+from colossal_mpi.layers.kernels.reference.routing import (
+    fill_slots,
+    match_slots,
+    route,
+    route_backward,
+    routing_sums,
+    sort_by_expert,
+    take_slots,
+)
 from colossal_mpi.layers.kernels.reference.table import lookup, lookup_backward, require_ids
-from colossal_mpi.layers.kernels.reference.update import adamw
+from colossal_mpi.layers.kernels.reference.update import adam, adamw
 
 __all__ = [
+    "adam",
     "adamw",
     "attention",
     "attention_backward",
     "cross_entropy_backward",
     "cross_entropy_losses",
     "cross_entropy_sums",
+    "fill_slots",
     "fold",
     "gelu",
     "gelu_backward",
@@ -39,14 +58,24 @@ __all__ = [
     "gelu_erf_backward",
     "lookup",
     "lookup_backward",
+    "match_slots",
+    "max_pool",
+    "max_pool_backward",
+    "mean_pool",
+    "mean_pool_backward",
     "norm",
     "norm_backward",
     "peak",
     "relu",
     "relu_backward",
     "require_ids",
+    "route",
+    "route_backward",
+    "routing_sums",
     "silu",
     "silu_backward",
+    "sort_by_expert",
+    "take_slots",
     "unfold",
     "windows",
 ]
