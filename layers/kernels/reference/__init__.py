@@ -29,7 +29,7 @@ from colossal_mpi.layers.kernels.reference.loss import (
     cross_entropy_sums,
     peak,
 )
-from colossal_mpi.layers.kernels.reference.norm import normalise, normalise_backward
+from colossal_mpi.layers.kernels.reference.norm import norm, norm_backward
 from colossal_mpi.layers.kernels.reference.routing import (
     fill_slots,
     match_slots,
@@ -60,8 +60,8 @@ __all__ = [
     "max_pool_backward",
     "mean_pool",
     "mean_pool_backward",
-    "normalise",
-    "normalise_backward",
+    "norm",
+    "norm_backward",
     "peak",
     "relu",
     "relu_backward",
