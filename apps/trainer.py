@@ -12,7 +12,7 @@ from colossal_mpi.apps import data
 from colossal_mpi.apps.config import Config
 from colossal_mpi.distarray import DistArray, from_global
 from colossal_mpi.grid import Grid
-from colossal_mpi.layers import Context, Parallelism
+from colossal_mpi.layers import Context, Parallelism, models
 from colossal_mpi.layers.loss import CrossEntropy
 from colossal_mpi.layers.models import GPT, GPTConfig
 from colossal_mpi.layers.optim import AdamW, warmup_cosine
@@ -104,7 +104,8 @@ class Trainer:
 
     def save(self, directory: Path, step: int) -> None:
         """Write a checkpoint of the state after `step` steps."""
-        checkpoint.save(directory, self._state(), {"step": step, "config": self.config.model_dump()}, self.grid)
+        metadata = {"step": step, "config": self.config.model_dump(), "model": models.describe(self.model)}
+        checkpoint.save(directory, self._state(), metadata, self.grid)
         with comm.agreed(self.grid):
             if self.grid.rank == 0:
                 checkpoint.point_latest(directory)

@@ -84,7 +84,7 @@ class Linear(Layer):
         if self.bias is not None:
             bias = self.bias.value.redistribute(self.bias_layout)
             shape = [1 if d in self.batch_dims else n for d, n in enumerate(y.local.shape)]
-            y = y.like(y.local + backend.namespace(y.local).reshape(bias.local, tuple(shape)))
+            y.local += backend.namespace(y.local).reshape(bias.local, tuple(shape))
         return y, (gathered if self.keep else (x, None), x.layout)
 
     def backward(self, dy: DistArray, cache: Any, later: Later = None) -> DistArray:

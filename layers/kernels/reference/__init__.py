@@ -14,14 +14,22 @@ from colossal_mpi.layers.kernels.reference.activation import (
     silu_backward,
 )
 from colossal_mpi.layers.kernels.reference.attention import attention, attention_backward
-from colossal_mpi.layers.kernels.reference.image import fold, unfold, windows
+from colossal_mpi.layers.kernels.reference.image import (
+    fold,
+    max_pool,
+    max_pool_backward,
+    mean_pool,
+    mean_pool_backward,
+    unfold,
+    windows,
+)
 from colossal_mpi.layers.kernels.reference.loss import (
     cross_entropy_backward,
     cross_entropy_losses,
     cross_entropy_sums,
     peak,
 )
-from colossal_mpi.layers.kernels.reference.norm import normalise, normalise_backward
+from colossal_mpi.layers.kernels.reference.norm import norm, norm_backward
 from colossal_mpi.layers.kernels.reference.routing import (
     fill_slots,
     match_slots,
@@ -48,8 +56,12 @@ __all__ = [
     "lookup",
     "lookup_backward",
     "match_slots",
-    "normalise",
-    "normalise_backward",
+    "max_pool",
+    "max_pool_backward",
+    "mean_pool",
+    "mean_pool_backward",
+    "norm",
+    "norm_backward",
     "peak",
     "relu",
     "relu_backward",
