@@ -11,18 +11,24 @@ from colossal_mpi.layers.loss import CrossEntropy, MeanSquaredError
 from colossal_mpi.layers.mlp import MLP
 from colossal_mpi.layers.moe import MoE
 from colossal_mpi.layers.norm import LayerNorm, RMSNorm
-from colossal_mpi.layers.optim import AdamW
+from colossal_mpi.layers.optim import LAMB, LARS, SGD, Adafactor, AdamW, Muon
 from colossal_mpi.layers.parallelism import MODES, Parallelism
 from colossal_mpi.layers.patch import Conv2d, PatchEmbedding
-from colossal_mpi.layers.pooling import ClassifierHead, FirstPool, MeanPool
+from colossal_mpi.layers.pooling import AvgPool2d, ClassifierHead, FirstPool, MaxPool2d, MeanPool
+from colossal_mpi.layers.softmax import Softmax
 from colossal_mpi.layers.step import backpropagate
 
 __all__ = [
     "GELU",
+    "LAMB",
+    "LARS",
     "MLP",
     "MODES",
+    "SGD",
+    "Adafactor",
     "AdamW",
     "Attention",
+    "AvgPool2d",
     "Chain",
     "ClassifierHead",
     "Context",
@@ -36,9 +42,11 @@ __all__ = [
     "Layer",
     "LayerNorm",
     "Linear",
+    "MaxPool2d",
     "MeanPool",
     "MeanSquaredError",
     "MoE",
+    "Muon",
     "Parallelism",
     "Parameter",
     "PatchEmbedding",
@@ -48,6 +56,7 @@ __all__ = [
     "Residual",
     "SelfAttention",
     "SiLU",
+    "Softmax",
     "TransformerBlock",
     "backpropagate",
 ]
