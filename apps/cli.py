@@ -69,6 +69,19 @@ def train(
         training.start(configs.load(config, settings), overwrite)
 
 
+@app.command(epilog="Example: mpiexec -n 4 colossal-mpi convert gpt2 gpt2.cm --to cm")
+def convert(
+    source: Annotated[Path, typer.Argument(help="A directory of Hugging Face, a checkpoint or a run.")],
+    target: Annotated[Path, typer.Argument(help="The directory to write; it must not exist.")],
+    to: Annotated[str, typer.Option(help="hf: config.json and safetensors. cm: an HDF5 checkpoint.")],
+    most: Annotated[int, typer.Option(help="Bytes of weights in one safetensors file.")] = 5 * 10**9,
+) -> None:
+    """Convert weights between Hugging Face's directories and checkpoints, bit for bit, on any number of ranks."""
+    from colossal_mpi.apps import convert as conversion
+
+    conversion.convert(source, target, to, most)
+
+
 @bench.command(epilog="Example: colossal-mpi bench gemm --size 2048 --size 8192,512,512 --plot gemm.png")
 def gemm(
     size: Annotated[

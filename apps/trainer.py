@@ -10,7 +10,7 @@ from colossal_mpi import checkpoint, comm
 from colossal_mpi.apps import tasks
 from colossal_mpi.apps.config import Config
 from colossal_mpi.grid import Grid
-from colossal_mpi.layers import Context, Parallelism
+from colossal_mpi.layers import Context, Parallelism, models
 from colossal_mpi.layers.optim import AdamW, warmup_cosine
 from colossal_mpi.layout import part
 
@@ -70,7 +70,8 @@ class Trainer:
 
     def save(self, directory: Path, step: int) -> None:
         """Write a checkpoint of the state after `step` steps."""
-        checkpoint.save(directory, self._state(), {"step": step, "config": self.config.model_dump()}, self.grid)
+        metadata = {"step": step, "config": self.config.model_dump(), "model": models.describe(self.model)}
+        checkpoint.save(directory, self._state(), metadata, self.grid)
         with comm.agreed(self.grid):
             if self.grid.rank == 0:
                 checkpoint.point_latest(directory)

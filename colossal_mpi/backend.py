@@ -178,6 +178,16 @@ def zeros_like(block: Block, shape: Sequence[int], dtype: Any = None) -> Block:
     return xp.zeros(tuple(shape), dtype=block.dtype if dtype is None else dtype)
 
 
+def sum_over(block: Block, dims: Sequence[int]) -> Block:
+    """Return the sum over some dims, not negative, in the dtype of the block.
+
+    One dim after the other: NumPy adds the rows of a block one by one, and shorter sums lose fewer digits.
+    """
+    for d in sorted(dims, reverse=True):
+        block = namespace(block).sum(block, axis=d, dtype=block.dtype)
+    return block
+
+
 def contiguous(block: Block) -> Block:
     """Return a NumPy or device block in C order, copied only where it is not."""
     return block if block.flags.c_contiguous else block.copy(order="C")

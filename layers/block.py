@@ -1,4 +1,4 @@
-"""The transformer block and its parts between attention and stream."""
+"""The transformer block."""
 
 from __future__ import annotations
 
@@ -6,60 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from colossal_mpi.errors import OptionError
-from colossal_mpi.layers.activation import ACTIVATIONS, GATED, Gated
 from colossal_mpi.layers.attention import SelfAttention
 from colossal_mpi.layers.dropout import Dropout, DropPath
 from colossal_mpi.layers.layer import Chain, Layer, Residual
-from colossal_mpi.layers.linear import Linear
+from colossal_mpi.layers.mlp import MLP
+from colossal_mpi.layers.moe import MoE
 from colossal_mpi.layers.norm import normalisation
 from colossal_mpi.layers.parallelism import Parallelism
-
-
-class MLP(Chain):
-    """Two products with an activation between them, ``[b, s, h]`` to ``[b, s, f]`` and back.
-
-    Parameters
-    ----------
-    hidden, inner : int
-        h and f.
-    parallelism : Parallelism
-    name : str
-        Prefix of the names of the parameters of ``up`` and ``down``.
-    activation : str
-        One of `ACTIVATIONS`, or of `GATED`, whose weight up is ``[h, 2, f]``: of the gate and of what it lets through.
-    std, out_std : float
-        Standard deviations of the initial weights up and down.
-    **common
-        ``bias``, ``seed`` and ``dtype``, as `Linear` takes them.
-
-    Raises
-    ------
-    OptionError
-        If there is no such activation.
-    """
-
-    def __init__(
-        self,
-        hidden: int,
-        inner: int,
-        parallelism: Parallelism,
-        name: str,
-        *,
-        activation: str = "gelu-tanh",
-        std: float = 0.02,
-        out_std: float = 0.02,
-        **common: Any,
-    ) -> None:
-        if activation not in (*ACTIVATIONS, *GATED):
-            fitting = ", ".join(map(repr, (*ACTIVATIONS, *GATED)))
-            raise OptionError(f"{name}: activation={activation!r}: use one of {fitting}")
-        function, gated = ACTIVATIONS[GATED.get(activation, activation)](), activation in GATED
-        sizes, up = {"h": hidden, "f": inner, "t": 2}, "bsh,htf->bstf" if gated else "bsh,hf->bsf"
-        super().__init__(
-            Linear(up, sizes, "f", parallelism, f"{name}.up", std=std, **common),
-            Gated(function) if gated else function,
-            Linear("bsf,fh->bsh", sizes, "f", parallelism, f"{name}.down", std=out_std, **common),
-        )
 
 
 class TransformerBlock(Chain):
@@ -82,6 +35,8 @@ class TransformerBlock(Chain):
         As `MLP` takes it.
     attention : mapping, optional
         Further options of `SelfAttention`, ``{"causal": False}``.
+    experts : mapping, optional
+        Options of `MoE`, ``{"experts": 8}``, which then takes the place of the MLP.
     dropout : float
         Rate at which elements of what attention and MLP add are dropped.
     drop_path : float
@@ -116,6 +71,7 @@ class TransformerBlock(Chain):
         eps: float = 1e-5,
         activation: str = "gelu-tanh",
         attention: Mapping[str, Any] | None = None,
+        experts: Mapping[str, Any] | None = None,
         dropout: float = 0.0,
         drop_path: float = 0.0,
         seed: int = 0,
@@ -137,7 +93,9 @@ class TransformerBlock(Chain):
             return [Residual(layer, *drops), normal]
 
         options = {**common, **(attention or {})}
+        mlp = MLP if experts is None else MoE
+        inside = {**common, "activation": activation, **(experts or {})}
         super().__init__(
             *branch(1, "attention", SelfAttention(hidden, heads, parallelism, f"{name}.attention", **options)),
-            *branch(2, "mlp", MLP(hidden, inner, parallelism, f"{name}.mlp", activation=activation, **common)),
+            *branch(2, "mlp", mlp(hidden, inner, parallelism=parallelism, name=f"{name}.mlp", **inside)),
         )

@@ -26,6 +26,10 @@ class Context:
     train: bool = True
     mask: DistArray | None = None
     """Bool ``[b, s]`` in the layout of `Parallelism.tokens`, true where a token is no padding; None: all are tokens."""
+    share: float = 1.0
+    """Factor of the losses that layers add of their own: the microbatch's share of the step."""
+    losses: dict[str, float] | None = None
+    """Where layers report those losses, times `share`, by name; None: they do not."""
 
 
 class Parameter:
@@ -44,8 +48,11 @@ class Parameter:
         Standard deviation of the normal initial values.
     fill : float
         The initial value where `std` is None.
-    seed : int
+    seed : int, optional
+        None makes zeros of random values, for weights that are to be loaded.
     dtype : optional
+    inputs : int
+        How many of the leading dims are those of the layer's input, for optimizers that take weights as matrices.
     """
 
     def __init__(
@@ -57,12 +64,14 @@ class Parameter:
         *,
         std: float | None = None,
         fill: float = 0.0,
-        seed: int = 0,
+        seed: int | None = 0,
         dtype: Any = "float32",
+        inputs: int = 1,
     ) -> None:
-        self.name, self.deferred = name, parallelism.deferred
+        self.name, self.parallelism, self.inputs = name, parallelism, inputs
+        self.deferred = parallelism.deferred
         layout, grid = parallelism.store(used, shape), parallelism.grid
-        if std is None:
+        if std is None or seed is None:
             self.value = distarray.full(shape, fill, grid, layout, dtype)
         else:
             self.value = (random.normal(shape, grid, layout, seed, name) * std).astype(dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from colossal_mpi import backend
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.layers.layer import Context, Later, Layer, Parameter
 from colossal_mpi.layers.parallelism import Parallelism, Product
@@ -22,8 +23,8 @@ class Linear(Layer):
         ``"bsh,hf->bsf"`` or ``"bsf,fh->bsh"``; heads are letters too, ``"bsh,htad->bstad"``.
     sizes : mapping of str to int
         Size of each letter of the weight.
-    inner : str
-        The letter that the inside is cut on.
+    inner : str, optional
+        The letter that the inside is cut on; None where the result stays in the stream, ``"bsh,he->bse"``.
     parallelism : Parallelism
     name : str
         Prefix of the names of the parameters ``weight`` and ``bias``.
@@ -45,7 +46,7 @@ class Linear(Layer):
         self,
         subscripts: str,
         sizes: Mapping[str, int],
-        inner: str,
+        inner: str | None,
         parallelism: Parallelism,
         name: str,
         *,
@@ -82,7 +83,8 @@ class Linear(Layer):
         y = contract(p.subscripts, *gathered, p.axes, out=p.y)
         if self.bias is not None:
             bias = self.bias.value.redistribute(self.bias_layout)
-            y = y.like(y.local + bias.local)
+            shape = [1 if d in self.batch_dims else n for d, n in enumerate(y.local.shape)]
+            y.local += backend.namespace(y.local).reshape(bias.local, tuple(shape))
         return y, (gathered if self.keep else (x, None), x.layout)
 
     def backward(self, dy: DistArray, cache: Any, later: Later = None) -> DistArray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from colossal_mpi import backend, comm
+from colossal_mpi import comm
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import OptionError, ShapeError
 from colossal_mpi.layers import kernels
@@ -45,6 +45,7 @@ class RMSNorm(Layer):
     """
 
     bias: Parameter | None = None
+    centred = False
 
     def __init__(
         self, size: int, parallelism: Parallelism, name: str, *, eps: float = 1e-5, dtype: Any = "float32"
@@ -56,40 +57,30 @@ class RMSNorm(Layer):
         """Return ``x / sqrt(mean(x^2) + eps) * gain``."""
         if x.shape[-1:] != (self.size,):
             raise ShapeError(f"{self.name} normalises over {self.size}; its input is {x.shape}")
-        x = x.reduced()
-        mean = self._centre(x)
-        xp, centred = backend.namespace(x.local), x.local if mean is None else x.local - mean[..., None]
-        rstd = 1.0 / xp.sqrt(self._mean(x, xp.sum(centred * centred, axis=-1)) + self.eps)
-        y, gain = kernels.normalise(x.local, mean, rstd), self._vector(self.gain, x)
-        y *= gain
-        if self.bias is not None:
-            y += self._vector(self.bias, x)
-        return x.like(y), (x, mean, rstd, gain)
-
-    def _centre(self, x: DistArray) -> Any:
-        """Return the mean to subtract, None for none."""
-        return None
-
-    def _mean(self, x: DistArray, local: Any) -> Any:
-        return comm.allreduce(local, x.grid, x.layout.dims[-1]) / self.size
+        x, bias = x.reduced(), None if self.bias is None else self._vector(self.bias, x)
+        gain = self._vector(self.gain, x)
+        y, statistics = kernels.norm(x.local, gain, bias, self.centred, self.eps, self.size, self._total(x))
+        return x.like(y), (x, gain, statistics)
 
     def _vector(self, parameter: Parameter, x: DistArray) -> Any:
         return parameter.value.redistribute(Layout(x.layout.dims[-1])).local
 
+    def _total(self, x: DistArray) -> Any:
+        """Return what finishes a sum over h; None where h is not cut."""
+        axes = x.layout.dims[-1]
+        return (lambda local: comm.allreduce(local, x.grid, axes)) if axes else None
+
     def backward(self, dy: DistArray, cache: Any, later: Later = None) -> DistArray:
         """Return the cotangent of x; those of the vectors go to their gradients."""
-        x, mean, rstd, gain = cache
+        x, gain, statistics = cache
         dy = dy.redistribute(x.layout)
-        xp = backend.namespace(dy.local)
-        y = kernels.normalise(x.local, mean, rstd)
-        rows = list(range(dy.ndim - 1))
-        self.gain.accumulate(dy.like(dy.local * y).sum_over(rows))
-        if self.bias is not None:
-            self.bias.accumulate(dy.sum_over(rows))
-        d = dy.local * gain
-        sums = ([] if mean is None else [xp.sum(d, axis=-1)]) + [xp.sum(d * y, axis=-1)]
-        whole = comm.allreduce(xp.stack(sums), x.grid, x.layout.dims[-1])
-        return x.like(kernels.normalise_backward(d, y, rstd, whole, self.size))
+        dx, *sums = kernels.norm_backward(dy.local, x.local, gain, statistics, self.size, self._total(x))
+        *rows, last = x.layout.dims
+        layout = Layout(last, partial=[axis for axes in rows for axis in axes])
+        for parameter, local in zip((self.gain, self.bias), sums, strict=True):
+            if parameter is not None:
+                parameter.accumulate(DistArray(local, (self.size,), layout, x.grid))
+        return x.like(dx)
 
 
 class LayerNorm(RMSNorm):
@@ -109,6 +100,8 @@ class LayerNorm(RMSNorm):
     Ba, Kiros, Hinton: Layer normalization, 2016.
     """
 
+    centred = True
+
     def __init__(
         self, size: int, parallelism: Parallelism, name: str, *, eps: float = 1e-5, dtype: Any = "float32"
     ) -> None:
@@ -118,9 +111,6 @@ class LayerNorm(RMSNorm):
     def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
         """Return ``(x - mean) / sqrt(var + eps) * gain + bias``."""
         return super().forward(x, ctx)
-
-    def _centre(self, x: DistArray) -> Any:
-        return self._mean(x, backend.namespace(x.local).sum(x.local, axis=-1))
 
 
 NORMS = {"layer": LayerNorm, "rms": RMSNorm}

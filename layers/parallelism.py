@@ -15,6 +15,7 @@ Wang et al.: Tesseract, 2021. Bian et al.: Maximizing parallelism in distributed
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from colossal_mpi.errors import GridError
 from colossal_mpi.grid import Grid
 from colossal_mpi.layout import Axes, Layout, bounds
-from colossal_mpi.linalg.subscripts import map_layout, parse
+from colossal_mpi.linalg.subscripts import layout_map, map_layout, parse
 
 INNER = "inner"
 """Stands in a template's map for the letter that the inside of a block is cut on: f, the heads a, the vocabulary v."""
@@ -41,6 +42,8 @@ class Template:
     stored: Axes
     """Axes over which a weight is stored, each element once among them."""
 
+
+_DATA = ("data",)
 
 # `seq` has its place in both; `_check` refuses it until attention can be cut over the sequence.
 _ONE_MAP = {"data": "b", "row": "b", "seq": "s", "col": INNER, "depth": "h"}
@@ -61,6 +64,30 @@ B = Template(
     stored=("row", "col"),
 )
 
+
+def _of_experts(template: Template) -> Template:
+    """Return a template with the letters of a mixture of experts: e experts, p blocks of tokens, c slots of a block.
+
+    Blocks of tokens are cut over all axes that cut tokens in the stream, first over those of the map and over ``data``
+    last: then the slots of a rank's tokens leave it along ``data`` and the axes that its map gathers alone. To the
+    experts, ``data`` cuts e in place of p. An axis that cuts more tokens inside than in the map cuts the slots.
+    """
+    axes = {axis: {"b": "p", "s": "p"}.get(letter, letter) for axis, letter in template.up.items()}
+    mapped = tuple(axis for axis, letter in axes.items() if letter == "p" and axis not in _DATA)
+    rest = {
+        name: tuple(axis for x in "bs" for axis in place[x] if axis not in (*mapped, *_DATA))
+        for name, place in (("stream", template.stream), ("inside", template.inside))
+    }
+    over = dict.fromkeys(_DATA, "e")
+    return Template(
+        stream={"p": (*mapped, *rest["stream"], *_DATA), "h": template.stream["h"]},
+        inside={"e": _DATA, "p": mapped, "c": rest["inside"], INNER: template.inside[INNER]},
+        up={**axes, **over},
+        down={axis: "p" if letter in ("b", "s") else letter for axis, letter in template.down.items()} | over,
+        stored=template.stored,
+    )
+
+
 MODES: dict[str, tuple[Template, Axes]] = {
     "none": (A, ()),
     "1d": (A, ("col",)),
@@ -69,8 +96,6 @@ MODES: dict[str, tuple[Template, Axes]] = {
     "3d": (A, ("row", "col", "depth")),
 }
 """Tensor-parallel modes: their template and the axes that they use."""
-
-_DATA = ("data",)
 
 
 @dataclass(frozen=True)
@@ -138,17 +163,30 @@ class Parallelism:
         """Return the layout of token ids and labels ``[b, s]``: the same on all ranks of a data x seq slice."""
         return Layout(self._present(("data",)), self._present(("seq",)))
 
-    def product(self, subscripts: str, inner: str) -> Product:
+    def experts(self) -> Parallelism:
+        """Return the same mode inside a mixture of experts, whose letters are ``epch`` in the stream's place.
+
+        e counts experts, cut over ``data`` inside, p the blocks of tokens that ranks hold, c slots of a block.
+        """
+        view = copy.copy(self)
+        view._template = _of_experts(self._template)
+        return view
+
+    def product(self, subscripts: str, inner: str | None) -> Product:
         """Return how a product between the stream (letter h) and the inside (letter `inner`) runs.
 
         Parameters
         ----------
         subscripts : str
             ``"bsh,hf->bsf"`` goes in, ``"bsf,fh->bsh"`` comes back.
-        inner : str
-            The letter that the inside is cut on.
+        inner : str, optional
+            The letter that the inside is cut on. None: there is none, and the result, without h, is cut as the stream.
         """
         sub = parse(subscripts)
+        if inner is None:
+            axes = layout_map("bsh", self.stream("bsh"))
+            x, w, y = map_layout(sub.a, axes), map_layout(sub.b, axes), map_layout(sub.c, axes)
+            return Product(subscripts, axes, x, w, y, y)
         back = "h" in sub.c
         template = self._template.down if back else self._template.up
         axes = {

@@ -17,7 +17,8 @@ from colossal_mpi.linalg.subscripts import adjoints, parse
 Pair = tuple[int, int]
 
 
-def _pair(value: int | Pair) -> Pair:
+def pair(value: int | Pair) -> Pair:
+    """Return sizes along y and x of one for both or of a pair."""
     return (value, value) if isinstance(value, int) else value
 
 
@@ -44,7 +45,7 @@ class Convolution(Layer):
         seed: int = 0,
         dtype: Any = "float32",
     ) -> None:
-        self.kernel, self.stride, self.padding = _pair(kernel), _pair(stride), _pair(padding)
+        self.kernel, self.stride, self.padding = pair(kernel), pair(stride), pair(padding)
         if min(*self.kernel, *self.stride) < 1 or min(self.padding) < 0:
             raise OptionError(
                 f"{name}: kernel {self.kernel}, stride {self.stride}, padding {self.padding}: kernel and stride must "

@@ -25,12 +25,18 @@ class GPTConfig:
     positions: int = 128
     inner: int | None = None
     """Width of the MLP; 4 x hidden by default."""
-    seed: int = 0
+    activation: str = "gelu-tanh"
+    eps: float = 1e-5
+    """Of the norms."""
+    tied: bool = True
+    """Whether the head is the embedding."""
+    seed: int | None = 0
+    """None makes zeros of random weights, which are to be loaded."""
     dtype: str = "float32"
 
 
 class GPT(Chain):
-    """GPT-2 (Radford et al. 2019) with tied input and output embeddings: token ids ``[b, s]`` to logits ``[b, s, v]``.
+    """GPT-2 (Radford et al. 2019), its head tied to the embedding or not: token ids ``[b, s]`` to logits ``[b, s, v]``.
 
     Parameters
     ----------
@@ -49,14 +55,15 @@ class GPT(Chain):
         tokens = Embedding(config.vocabulary, hidden, parallelism, "tokens", **common)
         out_std = 0.02 / math.sqrt(2 * config.layers)
         inner = 4 * hidden if config.inner is None else config.inner
-        sizes = {"v": config.vocabulary, "h": hidden}
+        sizes, shared = {"v": config.vocabulary, "h": hidden}, tokens.table if config.tied else None
+        options = {"eps": config.eps, "activation": config.activation, "out_std": out_std, **common}
         super().__init__(
             tokens,
             PositionEmbedding(config.positions, hidden, parallelism, "positions", **common),
             *[
-                TransformerBlock(hidden, config.heads, inner, parallelism, f"blocks.{i}", out_std=out_std, **common)
+                TransformerBlock(hidden, config.heads, inner, parallelism, f"blocks.{i}", **options)
                 for i in range(config.layers)
             ],
-            LayerNorm(hidden, parallelism, "norm", dtype=config.dtype),
-            Linear("bsh,vh->bsv", sizes, "v", parallelism, "head", bias=False, weight=tokens.table),
+            LayerNorm(hidden, parallelism, "norm", eps=config.eps, dtype=config.dtype),
+            Linear("bsh,vh->bsv", sizes, "v", parallelism, "head", bias=False, weight=shared, **common),
         )

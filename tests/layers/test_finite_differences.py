@@ -11,6 +11,7 @@ from colossal_mpi.layers.block import MLP, TransformerBlock
 from colossal_mpi.layers.embedding import Embedding, PositionEmbedding
 from colossal_mpi.layers.linear import Linear
 from colossal_mpi.layers.loss import CrossEntropy
+from colossal_mpi.layers.moe import MoE
 from colossal_mpi.layers.norm import LayerNorm
 from colossal_mpi.layers.pooling import ClassifierHead
 
@@ -26,6 +27,7 @@ LAYERS = {
     "attention-core-all": lambda p: Attention(p, causal=False),
     "attention": lambda p: SelfAttention(H, A, p, "attention", **COMMON),
     "mlp": lambda p: MLP(H, F, p, "mlp", **COMMON),
+    "moe": lambda p: MoE(H, F, 3, p, "moe", bias=True, out_std=0.5, **COMMON),
     "block": lambda p: TransformerBlock(H, A, F, p, "block", **COMMON),
     "classes-first": lambda p: ClassifierHead(H, V, p, "classes", pool="first", **COMMON),
     "classes-mean": lambda p: ClassifierHead(H, V, p, "classes", pool="mean", **COMMON),

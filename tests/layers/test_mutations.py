@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 from reference import gpt_case as case
+from reference.saboteur import Saboteur
 
 from colossal_mpi import Grid, comm, from_global
 from colossal_mpi.layers import Context, Parallelism
@@ -14,35 +15,6 @@ CONFIG = GPTConfig(vocabulary=257, layers=1, hidden=10, heads=5, positions=7, dt
 TOKENS = np.random.default_rng(0).integers(
     0, 257, (5, 7)
 )  # 6 inputs: rows of the position table are not where they are used
-
-
-class Saboteur:
-    """Log the reductions while armed, and leave out the others' part in number `victim`."""
-
-    def __init__(self, monkeypatch):
-        self.armed, self.victim, self.inside, self.log = False, None, False, []
-        for name in ("allreduce", "reduce_scatter"):
-            monkeypatch.setattr(comm, name, self.wrap(getattr(comm, name)))
-
-    def arm(self, victim):
-        self.armed, self.victim, self.log = True, victim, []
-
-    def wrap(self, function):
-        def reduction(block, grid, axes, *rest):
-            if self.inside or not self.armed or grid.extent(axes) == 1:
-                return function(block, grid, axes, *rest)
-            number, self.inside = len(self.log), True
-            self.log.append((function.__name__, grid.ordered(axes)))
-            result = function(block, grid, axes, *rest)
-            self.inside = False
-            if number != self.victim:
-                return result
-            if function.__name__ == "allreduce":
-                return block
-            start = sum(rest[0][: grid.comm(axes).rank])
-            return block[start : start + result.size]
-
-        return reduction
 
 
 def gradients(grid, tensor, saboteur=None, victim=None):

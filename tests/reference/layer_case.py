@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from colossal_mpi import from_global, random
+from colossal_mpi import Layout, from_global, random
 from colossal_mpi.layers import Context, Layer, Parallelism
 from colossal_mpi.layers.activation import GELU, Gated, ReLU, SiLU
 from colossal_mpi.layers.block import MLP, TransformerBlock
@@ -16,10 +17,13 @@ from colossal_mpi.layers.embedding import Embedding, PositionEmbedding
 from colossal_mpi.layers.layer import Chain
 from colossal_mpi.layers.linear import Linear
 from colossal_mpi.layers.norm import LayerNorm, RMSNorm
-from colossal_mpi.layers.pooling import ClassifierHead
+from colossal_mpi.layers.patch import Conv2d, PatchEmbedding
+from colossal_mpi.layers.pooling import AvgPool2d, ClassifierHead, FirstPool, MaxPool2d, MeanPool
+from colossal_mpi.layers.softmax import Softmax
+from reference.gpt_case import block_and_index, difference
 
-SIZES = {"b": 5, "s": 7, "h": 9, "t": 3, "a": 3, "d": 3, "f": 10, "v": 11, "p": 2}
-"""Nothing divides; p are the pairs of a gated activation."""
+SIZES = {"b": 5, "s": 7, "h": 9, "t": 3, "a": 3, "d": 3, "f": 10, "v": 11, "p": 2, "c": 3, "y": 8, "x": 9, "k": 2}
+"""Nothing divides; p are the pairs of a gated activation, c the channels of an image and k the side of a patch."""
 
 RATE, STEP, SAMPLE = 0.3, 2, 3
 CONTEXT = Context(step=STEP, sample=SAMPLE)
@@ -27,7 +31,7 @@ CONTEXT = Context(step=STEP, sample=SAMPLE)
 
 @dataclass(frozen=True)
 class Case:
-    """A layer, and the letters of its input: of the stream, of the inside if `inner` is given, or ids of tokens."""
+    """A layer, and its input: letters of the stream, of the inside if `inner` is given, or data as they come."""
 
     make: Callable[[Parallelism, dict], Layer]
     letters: str = "bsh"
@@ -62,6 +66,28 @@ def drop(kind, letters="bsh", inner="", ctx=CONTEXT):
     return Case(lambda p, n: kind(RATE, "m", seed=1), letters, inner, ctx)
 
 
+def convolution(kernel, into, **options):
+    letters, inputs, outputs = {"inside": ("bhyx", "h", "f"), "stream": ("bfyx", "f", "h")}[into]
+
+    def make(p, n):
+        return Conv2d(n[inputs], n[outputs], kernel, p, "m", into=into, dtype="float64", **options)
+
+    return Case(make, letters, "" if into == "inside" else "f")
+
+
+def positions(p, n):
+    count = 1 + (n["y"] // n["k"]) * (n["x"] // n["k"])
+    return PositionEmbedding(count, n["h"], p, "m.positions", dtype="float64")
+
+
+def patches(*then, **options):
+    def make(p, n):
+        layer = PatchEmbedding(n["c"], n["k"], n["h"], p, "m", dtype="float64", **options)
+        return Chain(layer, *[following(p, n) for following in then])
+
+    return Case(make, "images")
+
+
 def tied(p, n):
     table = Embedding(n["v"], n["h"], p, "m", dtype="float64")
     return Chain(table, Linear("bsh,vh->bsv", n, "v", p, "m.head", bias=False, weight=table.table))
@@ -74,8 +100,10 @@ CASES = {
     "heads": product("bsh,htad->bstad", "a"),
     "heads-down": product("bsad,adh->bsh", "a", "bsad"),
     "gates": product("bsh,hpf->bspf", "f"),
+    "classifier": product("bsh,hv->bsv", "v"),
     "vector": product("bh,hv->bv", "v", "bh"),
     "layer-norm": norm(LayerNorm),
+    "layer-norm-bert": norm(LayerNorm, eps=1e-12),
     "layer-norm-eps": norm(LayerNorm, eps=0.5),
     "rms-norm": norm(RMSNorm),
     "rms-norm-eps": norm(RMSNorm, eps=0.5),
@@ -94,6 +122,21 @@ CASES = {
     "embedding": Case(lambda p, n: Embedding(n["v"], n["h"], p, "m", dtype="float64"), "ids"),
     "positions": Case(lambda p, n: PositionEmbedding(n["s"] + 2, n["h"], p, "m", dtype="float64")),
     "tied": Case(tied, "ids"),
+    "softmax": plain(Softmax, "bsv", "v"),
+    "max-pool": plain(lambda: MaxPool2d(2), "bhyx", ""),
+    "max-pool-overlapping": plain(lambda: MaxPool2d((3, 4), stride=(1, 2), padding=(1, 2)), "bhyx", ""),
+    "max-pool-gaps": plain(lambda: MaxPool2d(2, stride=3, padding=1), "bfyx"),
+    "mean-pool": plain(lambda: AvgPool2d(2), "bhyx", ""),
+    "mean-pool-overlapping": plain(lambda: AvgPool2d((3, 4), stride=(1, 2), padding=(1, 2)), "bfyx"),
+    "convolution": convolution((3, 2), "inside"),
+    "convolution-strides": convolution(3, "inside", stride=(2, 3), padding=(1, 2), bias=False),
+    "convolution-back": convolution(3, "stream", stride=(2, 3), padding=(1, 2)),
+    "convolution-points": convolution(1, "stream"),
+    "convolution-gaps": convolution(2, "inside", stride=3),
+    "patches": patches(),
+    "patches-positions": patches(positions, class_token=True),
+    "patches-first": patches(lambda p, n: FirstPool(p)),
+    "patches-mean": patches(lambda p, n: MeanPool(p), class_token=True),
     "first-classes": Case(lambda p, n: ClassifierHead(n["h"], n["v"], p, "m", pool="first", dtype="float64")),
     "mean-classes": Case(lambda p, n: ClassifierHead(n["h"], n["v"], p, "m", pool="mean", dtype="float64")),
     "mlp-gelu": mlp("gelu"),
@@ -117,6 +160,8 @@ def input_of(name, p, n=SIZES):
     case, grid = CASES[name], p.grid
     if case.letters == "ids":
         return from_global(np.random.default_rng(8).integers(0, n["v"], (n["b"], n["s"])), grid, p.tokens())
+    if case.letters == "images":
+        return random.normal([n[x] for x in "bcyx"], grid, Layout(*p.tokens().dims[:1], None, None, None), 3, "x")
     layout = p.inside(case.letters, case.inner) if case.inner else p.stream(case.letters)
     return random.normal([n[x] for x in case.letters], grid, layout, 3, "x")
 
@@ -131,8 +176,15 @@ def run(name, p, n=SIZES):
     return layer, x, dy, results
 
 
-def prepare(path, names=tuple(CASES), n=SIZES):
-    """Write PyTorch's results of every case, of the inputs and weights of one rank."""
+def distance(results, exact, zeros=False):
+    """Return the greatest relative difference of results to whole arrays; infinity where one of zeros would pass."""
+    if set(results) != set(exact) or not (zeros or min(abs(whole).max() for whole in exact.values()) > 1e-3):
+        return math.inf
+    return difference({key: block_and_index(array) for key, array in results.items()}, exact)
+
+
+def prepare(path, cases=None, n=SIZES):
+    """Write PyTorch's results of cases by file name, of the inputs and weights of one rank."""
     import torch
     from mpi4py import MPI
 
@@ -140,7 +192,7 @@ def prepare(path, names=tuple(CASES), n=SIZES):
     from reference.torch_layers import LAYERS
     from tests.cases import host
 
-    for name in names:
+    for file, name in (cases or {name: name for name in CASES}).items():
         layer, x, dy, results = run(name, Parallelism(Grid(MPI.COMM_SELF)), n)
         w = {q.name.removeprefix("m."): torch.tensor(host(q.value), requires_grad=True) for q in layer.parameters()}
         x = torch.tensor(host(x), requires_grad="dx" in results)
@@ -148,4 +200,4 @@ def prepare(path, names=tuple(CASES), n=SIZES):
         y.backward(torch.tensor(host(dy)))
         exact = {"y": y.detach()} | ({"dx": x.grad} if "dx" in results else {})
         exact |= {f"m.{key}": leaf.grad for key, leaf in w.items()}
-        np.savez(path / f"{name}.npz", **{key: value.numpy() for key, value in exact.items()})
+        np.savez(path / f"{file}.npz", **{key: value.numpy() for key, value in exact.items()})

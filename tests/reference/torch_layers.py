@@ -39,6 +39,15 @@ def dropped(x, shape, name="m", seed=1):
     return x * torch.tensor(kept).reshape(*shape, *[1] * (x.ndim - len(shape))) / (1 - RATE)
 
 
+def convolution(**options):
+    return lambda x, w: F.conv2d(x, w["weight"].permute(3, 0, 1, 2), w.get("bias"), **options)
+
+
+def patches(x, w):
+    y = convolution(stride=w["weight"].shape[1:3])(x, w).flatten(2).transpose(1, 2)
+    return torch.cat([w["token"].expand(len(y), 1, -1), y], 1) if "token" in w else y
+
+
 def classes(pool):
     return lambda x, w: pool(x) @ w["weight"] + w["bias"]
 
@@ -88,8 +97,10 @@ LAYERS = {
     "heads": linear("bsh,htad->bstad"),
     "heads-down": linear("bsad,adh->bsh"),
     "gates": linear("bsh,htf->bstf"),
+    "classifier": linear("bsh,hv->bsv"),
     "vector": linear("bh,hv->bv"),
     "layer-norm": layer_norm,
+    "layer-norm-bert": lambda x, w: layer_norm(x, w, 1e-12),
     "layer-norm-eps": lambda x, w: layer_norm(x, w, 0.5),
     "rms-norm": rms_norm,
     "rms-norm-eps": lambda x, w: rms_norm(x, w, 0.5),
@@ -108,6 +119,21 @@ LAYERS = {
     "embedding": lambda x, w: F.embedding(x, w["weight"]),
     "positions": lambda x, w: x + w["weight"][: x.shape[1]],
     "tied": lambda x, w: F.linear(F.embedding(x, w["weight"]), w["weight"]),
+    "softmax": lambda x, w: x.softmax(-1),
+    "max-pool": lambda x, w: F.max_pool2d(x, 2),
+    "max-pool-overlapping": lambda x, w: F.max_pool2d(x, (3, 4), stride=(1, 2), padding=(1, 2)),
+    "max-pool-gaps": lambda x, w: F.max_pool2d(x, 2, stride=3, padding=1),
+    "mean-pool": lambda x, w: F.avg_pool2d(x, 2),
+    "mean-pool-overlapping": lambda x, w: F.avg_pool2d(x, (3, 4), stride=(1, 2), padding=(1, 2)),
+    "convolution": convolution(),
+    "convolution-strides": convolution(stride=(2, 3), padding=(1, 2)),
+    "convolution-back": convolution(stride=(2, 3), padding=(1, 2)),
+    "convolution-points": convolution(),
+    "convolution-gaps": convolution(stride=3),
+    "patches": patches,
+    "patches-positions": lambda x, w: patches(x, w) + w["positions.weight"],
+    "patches-first": lambda x, w: patches(x, w)[:, 0],
+    "patches-mean": lambda x, w: patches(x, w).mean(1),
     "first-classes": classes(lambda x: x[:, 0]),
     "mean-classes": classes(lambda x: x.mean(1)),
     "mlp-gelu": lambda x, w: mlp(x, w, F.gelu),

@@ -14,14 +14,31 @@ from colossal_mpi.layers.kernels.reference.activation import (
     silu_backward,
 )
 from colossal_mpi.layers.kernels.reference.attention import attention, attention_backward
-from colossal_mpi.layers.kernels.reference.image import fold, unfold, windows
+from colossal_mpi.layers.kernels.reference.image import (
+    fold,
+    max_pool,
+    max_pool_backward,
+    mean_pool,
+    mean_pool_backward,
+    unfold,
+    windows,
+)
 from colossal_mpi.layers.kernels.reference.loss import (
     cross_entropy_backward,
     cross_entropy_losses,
     cross_entropy_sums,
     peak,
 )
-from colossal_mpi.layers.kernels.reference.norm import normalise, normalise_backward
+from colossal_mpi.layers.kernels.reference.norm import norm, norm_backward
+from colossal_mpi.layers.kernels.reference.routing import (
+    fill_slots,
+    match_slots,
+    route,
+    route_backward,
+    routing_sums,
+    sort_by_expert,
+    take_slots,
+)
 from colossal_mpi.layers.kernels.reference.table import lookup, lookup_backward, require_ids
 
 __all__ = [
@@ -30,6 +47,7 @@ __all__ = [
     "cross_entropy_backward",
     "cross_entropy_losses",
     "cross_entropy_sums",
+    "fill_slots",
     "fold",
     "gelu",
     "gelu_backward",
@@ -37,14 +55,24 @@ __all__ = [
     "gelu_erf_backward",
     "lookup",
     "lookup_backward",
-    "normalise",
-    "normalise_backward",
+    "match_slots",
+    "max_pool",
+    "max_pool_backward",
+    "mean_pool",
+    "mean_pool_backward",
+    "norm",
+    "norm_backward",
     "peak",
     "relu",
     "relu_backward",
     "require_ids",
+    "route",
+    "route_backward",
+    "routing_sums",
     "silu",
     "silu_backward",
+    "sort_by_expert",
+    "take_slots",
     "unfold",
     "windows",
 ]

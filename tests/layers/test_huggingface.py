@@ -1,0 +1,144 @@
+"""Models of transformers give the same logits and gradients here, in every mode, and come back bit for bit."""
+
+import numpy as np
+import pytest
+from reference import hf_case as case
+from reference.modes import every_mode, few, parallelism
+
+from colossal_mpi import Grid, comm, from_global
+from colossal_mpi.layers import Context, Parallelism, models
+from colossal_mpi.layers.huggingface import source
+from colossal_mpi.layers.loss import CrossEntropy
+from tests.cases import block_of, host
+
+prepared_by = pytest.mark.prepare(case.prepare)
+
+
+def run(model, p):
+    """Return the logits by name, and leave the gradients of the loss in the parameters."""
+    grid, loss = p.grid, CrossEntropy(p)
+    ids, labels, mask = (from_global(a, grid, p.tokens()) for a in (case.TOKENS, case.LABELS, case.MASK))
+    logits, cache = model.forward(ids, Context(mask=mask))
+    value, saved = loss.forward(logits, labels, int(case.MASK.sum()))
+    model.backward(loss.backward(saved), cache)
+    return {"logits": logits}, value
+
+
+def distance(array, whole, valid):
+    """Return the greatest difference of this rank's block to that of `whole`, relative to the latter's greatest."""
+    difference = np.abs(host(array) - block_of(whole, array.layout, array.grid))
+    counts = block_of(
+        np.broadcast_to(valid[(..., *[None] * (whole.ndim - valid.ndim))], whole.shape), array.layout, array.grid
+    )
+    return np.max(difference[counts], initial=0) / abs(whole).max()
+
+
+@prepared_by
+@every_mode
+@pytest.mark.parametrize("name", case.MODELS)
+def test_logits_and_every_gradient_are_those_of_transformers(grid, prepared, name):
+    check(parallelism(grid), prepared, name)
+
+
+@prepared_by
+@few
+@pytest.mark.parametrize("name", [name for name in case.CASES if name not in case.MODELS])
+def test_variants_are_those_of_transformers(grid, prepared, name):
+    check(parallelism(grid), prepared, name)
+
+
+def check(p, prepared, name):
+    exact = np.load(prepared / f"{name}.npz")
+    model = models.from_pretrained(prepared / name, p)
+    logits, loss = run(model, p)
+    for key, array in logits.items():
+        assert distance(array, exact[key], case.MASK) <= 1e-10
+    assert abs(loss - exact["loss"]) <= 1e-12 * abs(exact["loss"])
+    gradients = models.from_pretrained(prepared / f"{name}-gradients", p)
+    largest = {q.name: max(comm.collect(np.max(abs(host(q.value)), initial=0), p.grid)) for q in gradients.parameters()}
+    floor = 1e-3 * max(largest.values())
+    for mine, theirs in zip(model.parameters(), gradients.parameters(), strict=True):
+        scale = max(largest[mine.name], floor)
+        assert np.max(abs(host(mine.reduce()) - host(theirs.value)), initial=0) <= 1e-10 * scale, mine.name
+
+
+@prepared_by
+@few
+def test_float32_is_asked_for_and_near(grid, prepared):
+    p = parallelism(grid)
+    for name in case.MODELS:
+        exact = np.load(prepared / f"{name}.npz")
+        model = models.from_pretrained(prepared / name, p, "float32")
+        assert all(q.value.dtype == np.float32 for q in model.parameters())
+        for key, array in run(model, p)[0].items():
+            assert distance(array, exact[key], case.MASK) <= 1e-5
+
+
+class Counted:
+    """A safetensors file that counts the bytes of the slices that are taken of it, and has nothing else."""
+
+    read = 0
+
+    def __init__(self, file):
+        self.file, self.keys = file, file.keys
+
+    def get_slice(self, name):
+        return CountedSlice(self.file.get_slice(name))
+
+
+class CountedSlice:
+    def __init__(self, piece):
+        self.piece, self.get_shape, self.get_dtype = piece, piece.get_shape, piece.get_dtype
+
+    def __getitem__(self, index):
+        values = self.piece[index]
+        Counted.read += values.nbytes
+        return values
+
+
+@prepared_by
+@every_mode
+def test_a_rank_reads_the_bytes_of_its_own_blocks(grid, prepared, monkeypatch):
+    opened = source._open
+    monkeypatch.setattr(source, "_open", lambda path: Counted(opened(path)))
+    for name in case.CASES:
+        Counted.read = 0
+        model = models.from_pretrained(prepared / name, parallelism(grid))
+        assert Counted.read == sum(q.value.local.nbytes for q in model.parameters())
+
+
+@prepared_by
+@few
+def test_what_is_saved_is_the_same_bits_in_one_file_or_many(grid, prepared, shared_path):
+    p = parallelism(grid)
+    for name in case.CASES:
+        model = models.from_pretrained(prepared / name, p)
+        for most in (10**9, 9000):
+            saved = shared_path / f"{name}-{most}"
+            models.save_pretrained(model, saved, most=most)
+            assert (len(list(saved.glob("*.safetensors"))) == 1) == (most == 10**9)
+            assert case.same_tensors(prepared / name, saved)
+            again = models.from_pretrained(saved, p)
+            assert all(
+                np.array_equal(host(a.value), host(b.value))
+                for a, b in zip(model.parameters(), again.parameters(), strict=True)
+            )
+
+
+@prepared_by
+@pytest.mark.parametrize("name", case.CASES)
+def test_transformers_loads_what_is_saved(prepared, tmp_path, name):
+    import torch
+    import transformers
+
+    model = models.from_pretrained(prepared / name, Parallelism(Grid()))
+    models.save_pretrained(model, tmp_path, most=9000, extra=case.table(prepared / name))
+    kind = getattr(transformers, case.CASES[name][0])
+    before, (after, loading) = (
+        kind.from_pretrained(prepared / name),
+        kind.from_pretrained(tmp_path, output_loading_info=True),
+    )
+    assert not any(loading.values())
+    assert after.dtype == torch.float64
+    assert all(torch.equal(w, after.state_dict()[key]) for key, w in before.state_dict().items())
+    assert {k: v for k, v in before.config.to_diff_dict().items() if after.config.to_diff_dict().get(k) != v} == {}
