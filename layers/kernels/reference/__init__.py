@@ -12,6 +12,8 @@ from colossal_mpi.layers.kernels.reference.activation import (
     relu_backward,
     silu,
     silu_backward,
+    tanh,
+    tanh_backward,
 )
 from colossal_mpi.layers.kernels.reference.attention import attention, attention_backward
 from colossal_mpi.layers.kernels.reference.image import (
@@ -73,6 +75,8 @@ __all__ = [
     "silu_backward",
     "sort_by_expert",
     "take_slots",
+    "tanh",
+    "tanh_backward",
     "unfold",
     "windows",
 ]
