@@ -63,6 +63,7 @@ def as_module(
     All ranks of the grid run the same program: every forward and every backward pass is a collective. Where `y` is
     cut, each rank makes its own part of the loss, which is the sum over the blocks; where it is not, all make the same
     loss. Gradients of torch's own parameters before a cut `x` or behind a cut `y` are then partial sums, yours to add.
+    A loss that a layer adds of its own (the balance of experts) enters the gradients as its backward pass has it.
 
     **Communication:** that of the layer, a redistribution of x, y and their cotangents where their layouts differ
     from the layer's (none for a global x), the reduction of each gradient over all axes in every backward pass (the

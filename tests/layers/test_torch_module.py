@@ -264,17 +264,23 @@ def test_frozen_weights_have_no_gradient_and_no_products(grid, monkeypatch):
         assert not module(x).requires_grad
 
 
+class Kept(list):
+    """A cache that can be watched."""
+
+
 @ONE
 def test_the_cache_goes_when_torch_lets_go(grid, monkeypatch):
     module, x = as_module(linear(grid)), random(B, S, H).requires_grad_()
-    kept, plain = [], module.wrapped.forward
+    kept, (forward, backward) = [], (module.wrapped.forward, module.wrapped.backward)
 
-    def forward(x, ctx):
-        y, ((gathered, w), layout) = plain(x, ctx)
-        kept.append(weakref.ref(gathered.local))
-        return y, ((gathered, w), layout)
+    def watched(x, ctx):
+        y, cache = forward(x, ctx)
+        cache = Kept([cache])
+        kept.append(weakref.ref(cache))
+        return y, cache
 
-    monkeypatch.setattr(module.wrapped, "forward", forward)
+    monkeypatch.setattr(module.wrapped, "forward", watched)
+    monkeypatch.setattr(module.wrapped, "backward", lambda dy, cache, later=None: backward(dy, cache[0], later))
     loss = module(x * 1).sum()
     loss.backward(retain_graph=True)
     assert kept[0]() is not None
