@@ -69,7 +69,7 @@ class Linear(Layer):
             std=std,
             seed=seed,
             dtype=dtype,
-            inputs=max(1, len(list(takewhile(x.__contains__, w)))),
+            inputs=max(1, len(list(takewhile(lambda letter: letter in x and letter not in y, w)))),
         )
         self.batch_dims = [d for d, x in enumerate(y) if x not in w]
         self.bias_dims = [d for d, x in enumerate(y) if x in w]
