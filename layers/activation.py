@@ -76,6 +76,12 @@ class ReLU(Activation):
     kernel = "relu"
 
 
+class Tanh(Activation):
+    """The hyperbolic tangent, as BERT's pooler has it."""
+
+    kernel = "tanh"
+
+
 class Gated(Layer):
     """``activation(gate) up`` of pairs ``[..., 2, f]`` of gate and up, to ``[..., f]``.
 
@@ -125,6 +131,7 @@ ACTIVATIONS: dict[str, Callable[[], Activation]] = {
     "gelu": lambda: GELU("none"),
     "silu": SiLU,
     "relu": ReLU,
+    "tanh": Tanh,
 }
 """The activations by the names that models give them; "gelu" is the exact one, as in PyTorch."""
 

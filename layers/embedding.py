@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from colossal_mpi import backend
+from colossal_mpi import backend, distarray
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import ShapeError
 from colossal_mpi.layers import kernels
@@ -106,3 +106,73 @@ class PositionEmbedding(Layer):
         layout = Layout(*self.used.dims, partial=(*rows.layout.partial, *dy.layout.dims[1]))
         self.table.accumulate(DistArray(block, self.table.value.shape, layout, dy.grid))
         return dy
+
+
+class SegmentEmbedding(Layer):
+    """Add to each token of the stream the row of a learned table ``[n, h]`` that the context's `segments` name.
+
+    **Communication:** segments in another layout than `Parallelism.tokens` are redistributed; the table is gathered to
+    the cut of h, and its gradient is reduced over the axes that cut b and s.
+
+    Parameters
+    ----------
+    segments : int
+        The number n of kinds of segments.
+    hidden, parallelism, name, std, seed, dtype
+
+    Raises
+    ------
+    ShapeError
+        From `forward`, if the context's segments are not ``[b, s]``, or, on the ranks that hold it, one is none of n.
+
+    References
+    ----------
+    Devlin et al.: BERT, 2019.
+    """
+
+    def __init__(
+        self,
+        segments: int,
+        hidden: int,
+        parallelism: Parallelism,
+        name: str,
+        *,
+        std: float = 0.02,
+        seed: int | None = 0,
+        dtype: Any = "float32",
+    ) -> None:
+        self.used = Layout(None, *parallelism.stream("h").dims)
+        self.table = Parameter(
+            f"{name}.weight", [segments, hidden], self.used, parallelism, std=std, seed=seed, dtype=dtype
+        )
+
+    def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
+        """Return ``x + table[segments]``, in the layout of `x` with its partial sums reduced."""
+        layout, x = x.layout.with_partial(), x.redistribute(Layout(*x.layout.dims[:2], *self.used.dims[1:]))
+        table, ids = self.table.value.redistribute(self.used), self._ids(x, ctx)
+        return x.like(x.local + kernels.lookup(table.local, ids, 0)), (layout, x.layout, ids)
+
+    def _ids(self, x: DistArray, ctx: Context) -> Any:
+        given, layout = ctx.segments, Layout(*x.layout.dims[:2])
+        if given is None:
+            return distarray.zeros(x.shape[:2], x.grid, layout, "int64").local
+        if given.shape != x.shape[:2]:
+            raise ShapeError(
+                f"the segments must be of shape [b, s] = {list(x.shape[:2])}, as the stream; they are "
+                f"{list(given.shape)}"
+            )
+        kinds = self.table.value.shape[0]
+        try:
+            kernels.require_ids(given.local, kinds)
+        except ShapeError:
+            raise ShapeError(f"segments must be from 0 to {kinds - 1}, for a table of {kinds}") from None
+        return given.redistribute(layout).local
+
+    def backward(self, dy: DistArray, cache: Any, later: Later = None) -> DistArray:
+        """Return `dy`; its sums over the tokens of each segment go to the rows of the table."""
+        layout, used, ids = cache
+        dy = dy.redistribute(used)
+        block = kernels.lookup_backward(dy.local, ids, 0, self.table.value.shape[0])
+        summed = Layout(None, dy.layout.dims[2], partial=[axis for dim in dy.layout.dims[:2] for axis in dim])
+        self.table.accumulate(DistArray(block, self.table.value.shape, summed, dy.grid))
+        return dy.redistribute(layout)

@@ -8,6 +8,7 @@ from typing import Any
 
 from colossal_mpi import backend, distarray, random
 from colossal_mpi.distarray import DistArray
+from colossal_mpi.errors import ShapeError
 from colossal_mpi.layers.parallelism import Parallelism
 from colossal_mpi.layout import Layout
 
@@ -26,6 +27,11 @@ class Context:
     train: bool = True
     mask: DistArray | None = None
     """Bool ``[b, s]`` in the layout of `Parallelism.tokens`, true where a token is no padding; None: all are tokens."""
+    positions: Any = None
+    """Integers ``[s]`` or ``[b, s]``, a DistArray or the whole array on every rank; None: the indices in s.
+    A causal order is one of positions."""
+    segments: DistArray | None = None
+    """Integers ``[b, s]`` in that layout: the segment of each token, such as its sentence of two; None: all are 0."""
     share: float = 1.0
     """Factor of the losses that layers add of their own: the microbatch's share of the step."""
     losses: dict[str, float] | None = None
@@ -113,11 +119,11 @@ class Layer:
     instead of being done.
     """
 
-    def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
+    def forward(self, x: Any, ctx: Context) -> tuple[Any, Any]:
         """Return the output and what `backward` needs."""
         raise NotImplementedError
 
-    def backward(self, dy: DistArray, cache: Any, later: Later = None) -> Any:
+    def backward(self, dy: Any, cache: Any, later: Later = None) -> Any:
         """Return the cotangent of the input, in the input's layout."""
         raise NotImplementedError
 
@@ -159,6 +165,24 @@ class Chain(Layer):
         return dy
 
 
+class Each(Layer):
+    """Layers side by side: the i-th takes the i-th of several arrays."""
+
+    def __init__(self, *layers: Layer) -> None:
+        self.layers = list(layers)
+
+    def forward(self, x: Sequence[DistArray], ctx: Context) -> tuple[tuple[DistArray, ...], Any]:
+        """Return the outputs of all layers."""
+        ys, caches = zip(*[layer.forward(part, ctx) for layer, part in zip(self.layers, x, strict=True)], strict=True)
+        return ys, caches
+
+    def backward(self, dy: Sequence[DistArray], cache: Any, later: Later = None) -> Any:
+        """Return the cotangents of all inputs."""
+        return tuple(
+            layer.backward(part, kept, later) for layer, part, kept in zip(self.layers, dy, cache, strict=True)
+        )
+
+
 class Residual(Chain):
     """``x + chain(x)``, for a chain whose output is shaped as its input."""
 
@@ -172,3 +196,36 @@ class Residual(Chain):
         caches, layout = cache
         dy = dy.redistribute(layout)
         return dy + super().backward(dy, caches, later)
+
+
+class Heads(Layer):
+    """Several layers on one array: a tuple of their outputs, and a tuple of cotangents of them.
+
+    A cotangent may be None, where a loss does not take that output.
+    """
+
+    def __init__(self, *layers: Layer) -> None:
+        self.layers = list(layers)
+
+    def forward(self, x: DistArray, ctx: Context) -> tuple[Any, Any]:
+        """Return the outputs of all layers."""
+        ys, caches = zip(*[layer.forward(x, ctx) for layer in self.layers], strict=True)
+        return ys, caches
+
+    def backward(self, dy: Sequence[DistArray | None], cache: Any, later: Later = None) -> Any:
+        """Return the sum of the layers' cotangents.
+
+        Raises
+        ------
+        ShapeError
+            If there are not as many cotangents as layers, or all are None.
+        """
+        given = sum(part is not None for part in dy)
+        if len(dy) != len(self.layers) or not given:
+            raise ShapeError(
+                f"the cotangents of {len(self.layers)} outputs must be as many, and one of them not None; they are "
+                f"{len(dy)}, {given} of them not None"
+            )
+        taken = [part for part in zip(self.layers, dy, cache, strict=True) if part[1] is not None]
+        first, *others = [layer.backward(part, kept, later) for layer, part, kept in taken]
+        return sum(others, start=first)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -37,6 +37,8 @@ class Key:
     values : mapping, optional
         Our value for each of theirs that can be run; without it, any value of one of `kinds` is taken as it is.
     kinds : tuple of type
+    missing : callable, optional
+        Of our configuration: their value where ours is None.
     """
 
     theirs: str
@@ -44,6 +46,7 @@ class Key:
     default: Any = None
     values: Mapping[Any, Any] | None = None
     kinds: tuple[type, ...] = (int,)
+    missing: Callable[[Any], Any] | None = None
 
     def read(self, table: Table) -> Any:
         """Return our value.
@@ -64,16 +67,31 @@ class Key:
             raise ConfigError(f"{self.theirs}={value!r} cannot be run: it must be {known}")
         return self.values[value]
 
-    def write(self, ours: Any) -> Any:
-        """Return their value for one of ours, or the one that is meant where there is no field of ours."""
+    def write(self, config: Any) -> Any:
+        """Return their value for a configuration of ours, or the one that is meant where there is no field.
+
+        Raises
+        ------
+        ConfigError
+            If they have no such value.
+        """
+        ours = getattr(config, self.ours) if self.ours else None
         if self.values is None:
-            return ours
-        return next(theirs for theirs, mine in self.values.items() if self.ours is None or mine == ours)
+            return self.missing(config) if ours is None and self.missing else ours
+        theirs = [value for value, mine in self.values.items() if self.ours is None or mine == ours]
+        if not theirs:
+            raise ConfigError(f"{self.ours}={ours!r} has no name in Hugging Face's {self.theirs}")
+        return theirs[0]
 
 
-def whole(theirs: str, ours: str, default: int | None, optional: bool = False) -> Key:
+def whole(theirs: str, ours: str, default: int | None, missing: Callable[[Any], Any] | None = None) -> Key:
     """Return the key of an integer."""
-    return Key(theirs, ours, default, kinds=(int, type(None)) if optional else (int,))
+    return Key(theirs, ours, default, missing=missing)
+
+
+def optional(theirs: str, ours: str) -> Key:
+    """Return the key of an integer that may be null."""
+    return Key(theirs, ours, None, kinds=(int, type(None)))
 
 
 def real(theirs: str, ours: str, default: float) -> Key:
@@ -91,8 +109,12 @@ def fixed(theirs: str, default: Any, *values: Any) -> Key:
     return Key(theirs, None, default, dict.fromkeys(values))
 
 
-def _as_it_is(table: Table) -> Table:
+def _as_it_is(table: Table, extra: Table | None = None) -> Table:
     return table
+
+
+_OF_TRAINING = ("seed", "dtype", "std", "dropout", "drop_path")
+"""Fields that change nothing of what a trained model computes."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +134,12 @@ class Architecture:
     entries : tuple of Entry
         Every weight that a model may have.
     passed : tuple of str
-        Patterns of tensors that are no weights, or the same as another.
+        Patterns of tensors that have no part in the result.
+    twins : mapping of str to str
+        By the name of a tensor, that of the one that is the same where weights are tied, and which may stand there too.
     normal, spelled : callable
-        From the spellings of a table that are read to the one that `keys` know, and from that to what is written.
+        From the spellings of a table that are read to the one that `keys` know, and from that, and the table that a
+        directory had before, to what is written.
     """
 
     name: str
@@ -123,8 +148,9 @@ class Architecture:
     keys: tuple[Key, ...]
     entries: tuple[Entry, ...]
     passed: tuple[str, ...] = ()
+    twins: Mapping[str, str] = field(default_factory=dict)
     normal: Callable[[Table], Table] = _as_it_is
-    spelled: Callable[[Table], Table] = _as_it_is
+    spelled: Callable[[Table, Table], Table] = _as_it_is
 
     def fields(self, table: Table) -> Table:
         """Return the fields of our configuration that a ``config.json`` gives.
@@ -138,10 +164,21 @@ class Architecture:
         read = [(key.ours, key.read(table)) for key in self.keys]
         return {ours: value for ours, value in read if ours is not None}
 
-    def table(self, config: Any) -> Table:
-        """Return the ``config.json`` of a configuration of ours: the inverse of `fields`."""
-        keys = {key.theirs: key.write(getattr(config, key.ours) if key.ours else None) for key in self.keys}
-        return self.spelled({"architectures": [self.classes[0]], "model_type": self.name, **keys})
+    def table(self, config: Any, extra: Mapping[str, Any] | None = None) -> Table:
+        """Return the ``config.json`` of a configuration of ours, the inverse of `fields`, over further keys.
+
+        Raises
+        ------
+        ConfigError
+            If it says what transformers cannot run.
+        """
+        known, extra = {key.ours for key in self.keys}, dict(extra or {})
+        for ours in fields(config):
+            value = getattr(config, ours.name)
+            if ours.name not in (*known, *_OF_TRAINING) and value != ours.default:
+                raise ConfigError(f"{ours.name}={value!r} has no place in a {self.name} of Hugging Face")
+        table = {"architectures": [self.classes[0]], "model_type": self.name}
+        return extra | self.spelled(table | {key.theirs: key.write(config) for key in self.keys}, extra)
 
     def named(self, layers: int) -> Iterator[Entry]:
         """Yield the entries of a model of so many blocks."""
@@ -152,8 +189,8 @@ class Architecture:
                 yield entry
 
     def is_passed(self, name: str) -> bool:
-        """Say whether a tensor is no weight, or the same as another."""
-        return any(fnmatchcase(name, pattern) for pattern in self.passed)
+        """Say whether a tensor need have no place in the model."""
+        return name in self.twins.values() or any(fnmatchcase(name, pattern) for pattern in self.passed)
 
     def spellings(self, name: str) -> list[str]:
         """Return the names under which a tensor may stand: its own, and those of directories of the body alone."""

@@ -112,3 +112,13 @@ def _stretches(
         for i in range(*ranges[group[0]]):
             for (start, stop), rest in _stretches(group[1:], sizes, ranges):
                 yield (i * inner + start, i * inner + stop), {group[0]: (i, i + 1), **rest}
+
+
+def one(ours: str, letters: str, theirs: str, dims: str | None = None) -> Entry:
+    """Return the entry of a weight that stands in one tensor, by default with the same dims."""
+    return Entry(ours, letters, (theirs,), dims or letters)
+
+
+def norm(ours: str, theirs: str) -> tuple[Entry, Entry]:
+    """Return the entries of gain and bias of a norm."""
+    return one(f"{ours}.gain", "h", f"{theirs}.weight"), one(f"{ours}.bias", "h", f"{theirs}.bias")

@@ -9,7 +9,7 @@ import numpy as np
 from colossal_mpi import backend, stream
 from colossal_mpi.errors import CheckpointError
 from colossal_mpi.layers.huggingface.architecture import Architecture
-from colossal_mpi.layers.huggingface.axes import Entry
+from colossal_mpi.layers.huggingface.axes import Entry, Piece
 from colossal_mpi.layers.huggingface.sink import Sink, Tensors
 from colossal_mpi.layers.huggingface.source import Source
 from colossal_mpi.layers.layer import Parameter
@@ -39,7 +39,8 @@ def read(source: Source, pairs: Pairs, architecture: Architecture) -> None:
     Raises
     ------
     CheckpointError
-        Before any weight is touched, if a tensor is missing, of another shape, or one that the model has no place for.
+        Before any weight is touched, if a tensor is missing, of another shape, or one that the model has no place for;
+        later, if weights that are tied differ.
     """
     names = _match(source, pairs, architecture)
     for parameter, entry in pairs:
@@ -47,8 +48,20 @@ def read(source: Source, pairs: Pairs, architecture: Architecture) -> None:
         block = np.empty(box_shape(value.box), backend.numpy_dtype(value.dtype))
         for piece in entry.pieces(value.shape, value.box):
             values = source.read(names[piece.name], piece.theirs)
+            _compare(source, architecture.twins.get(piece.name), names, piece, values)
             block[slices(piece.ours, value.box)] = piece.from_theirs(values)
         value.local[...] = backend.to_block(block, value.local)
+
+
+def _compare(source: Source, twin: str | None, names: dict[str, str], piece: Piece, values: np.ndarray) -> None:
+    """Require of a tensor that stands there twice that it is twice the same."""
+    if twin is None or twin in names or twin not in source:
+        return
+    if not np.array_equal(source.read(twin, piece.theirs), values):
+        raise CheckpointError(
+            f"{source.directory}: {twin} is not {piece.name}, to which tie_word_embeddings ties it: if it is meant "
+            "to be another, make that false in config.json"
+        )
 
 
 def _match(source: Source, pairs: Pairs, architecture: Architecture) -> dict[str, str]:

@@ -8,10 +8,12 @@ from typing import Any
 
 from colossal_mpi.errors import OptionError
 from colossal_mpi.layers.layer import Layer
+from colossal_mpi.layers.models.bert import Bert, BertConfig
 from colossal_mpi.layers.models.gpt import GPT, GPTConfig
+from colossal_mpi.layers.models.vit import ViT, ViTConfig
 from colossal_mpi.layers.parallelism import Parallelism
 
-KINDS: dict[str, tuple[type, type]] = {"gpt": (GPT, GPTConfig)}
+KINDS: dict[str, tuple[type, type]] = {"gpt": (GPT, GPTConfig), "bert": (Bert, BertConfig), "vit": (ViT, ViTConfig)}
 """Every model and its configuration by the name that configurations and checkpoints give it."""
 
 

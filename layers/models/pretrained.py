@@ -10,14 +10,20 @@ from colossal_mpi import backend, comm
 from colossal_mpi.errors import CheckpointError, ConfigError
 from colossal_mpi.layers.huggingface import weights
 from colossal_mpi.layers.huggingface.architecture import Architecture
+from colossal_mpi.layers.huggingface.bert import BERT
 from colossal_mpi.layers.huggingface.gpt2 import GPT2
 from colossal_mpi.layers.huggingface.sink import Sink
 from colossal_mpi.layers.huggingface.source import Source
+from colossal_mpi.layers.huggingface.vit import VIT
 from colossal_mpi.layers.layer import Layer
 from colossal_mpi.layers.models.kinds import KINDS
 from colossal_mpi.layers.parallelism import Parallelism
 
-KNOWN: tuple[tuple[tuple[str, ...], Architecture, str], ...] = ((("gpt2",), GPT2, "gpt"),)
+KNOWN: tuple[tuple[tuple[str, ...], Architecture, str], ...] = (
+    (("gpt2",), GPT2, "gpt"),
+    (("bert",), BERT, "bert"),
+    (("vit",), VIT, "vit"),
+)
 """The ``model_type``s of each architecture, its data, and the kind of its model here."""
 
 MOST = 5 * 10**9
@@ -120,7 +126,7 @@ def save_pretrained(
     parameters = list(model.parameters())
     config, grid = model.config, parameters[0].value.grid  # type: ignore[attr-defined]
     pairs, sink = weights.pair(parameters, config.layers, architecture), None
-    table = {**(extra or {}), **architecture.table(config), **_dtypes(parameters[0].value.dtype)}
+    table = architecture.table(config, extra) | _dtypes(parameters[0].value.dtype)
     with comm.agreed(grid, CheckpointError):
         if grid.rank == 0:
             sink = Sink(directory, table, weights.tensors(pairs), most)

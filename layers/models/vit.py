@@ -41,7 +41,7 @@ class ViTConfig:
     """Rate at which what the last block adds to a sample is dropped; it grows from 0, linearly, over the blocks."""
     std: float = 0.02
     """Standard deviation of the initial weights."""
-    seed: int = 0
+    seed: int | None = 0
     dtype: str = "float32"
 
     @property
@@ -105,7 +105,7 @@ class ViT(Chain):
         super().__init__(
             PatchEmbedding(c.channels, c.patch, hidden, parallelism, "patches", class_token=token, **common),
             PositionEmbedding(c.positions, hidden, parallelism, "positions", **common),
-            Dropout(c.dropout, "dropout", c.seed),
+            Dropout(c.dropout, "dropout", c.seed or 0),
             *blocks,
             LayerNorm(hidden, parallelism, "norm", eps=c.eps, dtype=c.dtype),
             ClassifierHead(hidden, c.classes, parallelism, "head", pool=c.pool, **common),

@@ -30,6 +30,8 @@ CASES = {
     "silu_backward": (kernels.silu_backward, DY, X),
     "relu": (kernels.relu, X),
     "relu_backward": (kernels.relu_backward, DY, X),
+    "tanh": (kernels.tanh, X),
+    "tanh_backward": (kernels.tanh_backward, DY, X),
     "norm": (kernels.norm, X, X[0, 0], X[0, 1], True, 1e-5, 3),
     "norm by squares": (kernels.norm, X, X[0, 0], None, False, 1e-5, 7, lambda local: 2 * local),
     "norm_backward": (kernels.norm_backward, DY, X, X[0, 0], (X[..., 0], X[..., 1]), 3),

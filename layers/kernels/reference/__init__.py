@@ -12,8 +12,10 @@ from colossal_mpi.layers.kernels.reference.activation import (
     relu_backward,
     silu,
     silu_backward,
+    tanh,
+    tanh_backward,
 )
-from colossal_mpi.layers.kernels.reference.attention import attention, attention_backward
+from colossal_mpi.layers.kernels.reference.attention import attention, attention_backward, attention_merge
 from colossal_mpi.layers.kernels.reference.image import (
     fold,
     max_pool,
@@ -30,6 +32,7 @@ from colossal_mpi.layers.kernels.reference.loss import (
     peak,
 )
 from colossal_mpi.layers.kernels.reference.norm import norm, norm_backward
+from colossal_mpi.layers.kernels.reference.rotary import rotate
 from colossal_mpi.layers.kernels.reference.routing import (
     fill_slots,
     match_slots,
@@ -47,6 +50,7 @@ __all__ = [
     "adamw",
     "attention",
     "attention_backward",
+    "attention_merge",
     "cross_entropy_backward",
     "cross_entropy_losses",
     "cross_entropy_sums",
@@ -69,6 +73,7 @@ __all__ = [
     "relu",
     "relu_backward",
     "require_ids",
+    "rotate",
     "route",
     "route_backward",
     "routing_sums",
@@ -76,6 +81,8 @@ __all__ = [
     "silu_backward",
     "sort_by_expert",
     "take_slots",
+    "tanh",
+    "tanh_backward",
     "unfold",
     "windows",
 ]

@@ -96,3 +96,17 @@ def relu(x: Block) -> Block:
 def relu_backward(dy: Block, x: Block) -> Block:
     """Return the cotangent of the input of `relu`, of slope 0 at 0."""
     return dy * namespace(x).astype(x > 0, dy.dtype)
+
+
+def tanh(x: Block) -> Block:
+    """Return the hyperbolic tangent."""
+    return namespace(x).tanh(x)
+
+
+def tanh_backward(dy: Block, x: Block) -> Block:
+    """Return the cotangent of the input of `tanh`."""
+    slope = tanh(x)
+    slope *= -slope
+    slope += 1.0
+    slope *= dy
+    return slope
