@@ -1,24 +1,30 @@
-"""Multi-head attention: heads are a letter that the map cuts, so that attention itself is local in every mode."""
+"""Self-attention: heads are letters that the map cuts, so that attention itself is local in every mode."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from colossal_mpi import backend
+from colossal_mpi.backend import Block
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import DTypeError, ShapeError
 from colossal_mpi.layers import kernels
-from colossal_mpi.layers.layer import Chain, Context, Later, Layer
-from colossal_mpi.layers.linear import Linear
+from colossal_mpi.layers.layer import Chain, Context, Each, Later, Layer
+from colossal_mpi.layers.linear import Linear, Linears
 from colossal_mpi.layers.parallelism import Parallelism
+from colossal_mpi.layers.positions import given_positions
+from colossal_mpi.layers.rotary import Rotary, Rotation
+from colossal_mpi.layout import Layout
 
 
 class Attention(Layer):
     """Softmax attention of packed queries, keys and values ``[b, s, 3, a, d]`` to ``[b, s, a, d]``.
 
     Batch and heads may be cut, the sequence and the head dim may not. The keys that count are those where the
-    context's `mask` is true; a query that sees no key gives zeros. The backward pass makes the probabilities again
-    from the peaks and sums of their scores, so that no s x s array is kept.
+    context's `mask` is true; a query that sees no key gives zeros. The causal order is that of the context's
+    `positions`. The backward pass makes the probabilities again from the peaks and sums of their scores, tile by tile:
+    memory grows linearly in s.
 
     **Communication:** none; a mask in another layout than `Parallelism.tokens` is redistributed.
 
@@ -26,12 +32,11 @@ class Attention(Layer):
     ----------
     parallelism : Parallelism
     causal : bool
-        Whether position i sees the positions to i only.
+        Whether a query sees the keys of its own position and lower ones only.
     """
 
     def __init__(self, parallelism: Parallelism, *, causal: bool = True) -> None:
-        self.layout, self.keys = parallelism.inside("bsad", "a"), parallelism.inside("bs", "a")
-        self.causal = causal
+        self.layout, self.causal = parallelism.inside("bstad", "a"), causal
 
     def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
         """Return the attention of each head.
@@ -39,46 +44,114 @@ class Attention(Layer):
         Raises
         ------
         ShapeError
-            If the context's mask is not ``[b, s]``.
+            If the context's mask is not ``[b, s]``, or its positions are neither ``[s]`` nor ``[b, s]``.
         DTypeError
-            If it is not bool.
+            If the mask is not bool, or the positions are no integers.
         """
+        packed = x.redistribute(self.layout)
         b, s, _, a, d = x.shape
-        mask = None if ctx.mask is None else self._mask(ctx.mask, (b, s))
-        q, k, v = (x.local[:, :, t, ...] for t in range(3))
-        out, statistics = kernels.attention(q, k, v, self.causal, mask)
-        y = DistArray(out, (b, s, a, d), self.layout, x.grid)
-        return y, (x, y, statistics, mask)
+        out, saved = _attend(packed, [packed.local[:, :, t, ...] for t in range(3)], self.causal, ctx)
+        dims = self.layout.dims
+        return DistArray(out, (b, s, a, d), Layout(*dims[:2], *dims[3:]), x.grid), (saved, x.layout.with_partial())
 
-    def _mask(self, mask: DistArray, shape: tuple[int, int]) -> Any:
-        if mask.shape != shape:
-            raise ShapeError(
-                f"attention: the mask must be of shape [b, s] = {list(shape)}, as its input; it is {list(mask.shape)}"
-            )
-        if mask.local.dtype != backend.namespace(mask.local).bool:
-            raise DTypeError(f"attention: the mask must be bool, true where a key counts; it is {mask.local.dtype}")
-        return mask.redistribute(self.keys).local
-
-    def backward(self, dy: DistArray, cache: Any, later: Later = None) -> DistArray:
+    def backward(self, dy: DistArray, cache: Any, later: Later = None) -> Any:
         """Return the cotangent of the packed queries, keys and values."""
-        x, y, statistics, mask = cache
-        q, k, v = (x.local[:, :, t, ...] for t in range(3))
-        do = dy.redistribute(y.layout).local
-        grads = kernels.attention_backward(do, q, k, v, y.local, statistics, self.causal, mask)
-        return x.like(backend.namespace(q).stack(grads, axis=2))
+        saved, layout = cache
+        dims, (b, s, a, d) = self.layout.dims, dy.shape
+        do = dy.redistribute(Layout(*dims[:2], *dims[3:])).local
+        block = backend.namespace(do).stack(_adjoint(do, saved), axis=2)
+        return DistArray(block, (b, s, 3, a, d), self.layout, dy.grid).redistribute(layout)
+
+
+def _attend(x: DistArray, qkv: Sequence[Block], causal: bool, ctx: Context) -> tuple[Block, Any]:
+    """Return the attention of blocks ``[b, s, heads, d]``, cut over b and s as x is, and what `_adjoint` needs."""
+    positions = given_positions(ctx, x)
+    seen = causal, _given_mask(ctx, x), None if positions is None else (positions, positions)
+    out, statistics = kernels.attention(*qkv, *seen)
+    return out, ((*qkv, out, statistics), seen)
+
+
+def _adjoint(do: Block, saved: Any) -> tuple[Block, Block, Block]:
+    arrays, seen = saved
+    dq, dk, dv = kernels.attention_backward(do, *arrays, *seen)
+    return dq, dk, dv
+
+
+def _given_mask(ctx: Context, x: DistArray) -> Block | None:
+    """Return the context's mask of this rank's part of ``x [b, s, ...]``."""
+    if ctx.mask is None:
+        return None
+    if ctx.mask.shape != x.shape[:2]:
+        raise ShapeError(
+            f"attention: the mask must be of shape [b, s] = {list(x.shape[:2])}, as its input; "
+            f"it is {list(ctx.mask.shape)}"
+        )
+    if ctx.mask.local.dtype != backend.namespace(ctx.mask.local).bool:
+        raise DTypeError(f"attention: the mask must be bool, true where a key counts; it is {ctx.mask.local.dtype}")
+    return ctx.mask.redistribute(Layout(*x.layout.dims[:2])).local
+
+
+class GroupedAttention(Layer):
+    """Attention of queries ``[b, s, g, r, d]`` and keys and values ``[b, s, 2, g, d]`` to ``[b, s, g, r, d]``.
+
+    The r queries of a group share its keys and values. Where r is cut, each rank has keys and values of every group,
+    and their cotangents are partial sums over the axes that cut r; they are handed on as such.
+
+    Parameters
+    ----------
+    parallelism : Parallelism
+    inner : {"g", "r"}
+        Which of the two letters is cut.
+    causal : bool
+    """
+
+    def __init__(self, parallelism: Parallelism, inner: str, *, causal: bool = True) -> None:
+        self.q, self.kv, self.causal = parallelism.inside("bsgrd", inner), parallelism.inside("bstgd", inner), causal
+
+    def forward(self, x: tuple[DistArray, DistArray], ctx: Context) -> tuple[DistArray, Any]:
+        """Return the attention of each head, for queries, and keys and values."""
+        q, kv = (part.redistribute(layout) for part, layout in zip(x, (self.q, self.kv), strict=True))
+        b, s, g, r, d = q.local.shape
+        xp = backend.namespace(q.local)
+        qkv = [xp.reshape(q.local, (b, s, g * r, d)), *(kv.local[:, :, t, ...] for t in range(2))]
+        out, saved = _attend(q, qkv, self.causal, ctx)
+        return q.like(xp.reshape(out, (b, s, g, r, d))), (saved, kv.shape)
+
+    def backward(self, dy: DistArray, cache: Any, later: Later = None) -> Any:
+        """Return the cotangents of queries, and of keys and values."""
+        saved, shape = cache
+        dy = dy.redistribute(self.q)
+        b, s, g, r, d = dy.local.shape
+        xp = backend.namespace(dy.local)
+        dq, *dkv = _adjoint(xp.reshape(dy.local, (b, s, g * r, d)), saved)
+        shared = [axis for axis in dy.layout.cut if axis not in self.kv.cut]
+        summed = DistArray(xp.stack(dkv, axis=2), shape, self.kv.with_partial(*shared), dy.grid)
+        return dy.like(xp.reshape(dq, (b, s, g, r, d))), summed
 
 
 class SelfAttention(Chain):
-    """Multi-head self-attention of the residual stream, with its input and output products.
+    """Self-attention of the residual stream, multi-head or grouped-query, with its input and output products.
 
     Parameters
     ----------
     hidden, heads : int
-        `heads` must divide `hidden`.
     parallelism : Parallelism
     name : str
+        Prefix of the names of the parameters: ``qkv.weight [h, 3, a, d]`` and ``out.weight [a, d, h]``, with biases
+        ``qkv.bias [3, a, d]`` and ``out.bias [h]``. With groups g of r heads each ``q.weight [h, g, r, d]``,
+        ``kv.weight [h, 2, g, d]``, ``out.weight [g, r, d, h]``, and biases ``q.bias [g, r, d]``, ``kv.bias [2, g, d]``,
+        ``out.bias [h]``. Names and shapes are the same on every grid.
+    groups : int, optional
+        Groups of heads that share keys and values; as many as heads by default, which is multi-head attention. Head i
+        belongs to group ``i // (heads / groups)``.
+    rotary : Rotary, optional
+        Turns queries and keys by their positions.
     causal : bool
-        Whether position i sees the positions to i only.
+        Whether a query sees the keys of its own position and lower ones only.
+    bias, out_bias : bool
+        Whether the input products have biases, and the output product; `out_bias` is as `bias` by default.
+    width : int, optional
+        Width d of a head; hidden / heads by default.
     std, out_std : float
         Standard deviations of the initial weights of the input and the output product.
     seed, dtype
@@ -86,11 +159,22 @@ class SelfAttention(Chain):
     Raises
     ------
     ShapeError
-        If `heads` does not divide `hidden`.
+        If `heads` does not divide `hidden` and no width is given, `groups` does not divide `heads`, or the width is odd
+        and to be turned.
+
+    Notes
+    -----
+    Heads are cut. Of grouped ones it is the groups, or, if there are fewer than ranks that cut them, the queries of a
+    group: keys and values are then replicated over those ranks, and so is the work of their product.
+
+    **Communication:** that of the products (`Linear`); grouped, the stream is gathered once for both, and its
+    cotangent reduced once. With n = bs tokens and c ranks that cut the r queries of a group, the cotangents of keys and
+    values are summed for ``2 (c - 1) 2 n g d`` words.
 
     References
     ----------
-    Vaswani et al.: Attention is all you need, 2017.
+    Vaswani et al.: Attention is all you need, 2017. Shazeer: Fast transformer decoding, 2019. Ainslie et al.: GQA:
+    training generalized multi-query transformer models, 2023.
     """
 
     def __init__(
@@ -100,19 +184,56 @@ class SelfAttention(Chain):
         parallelism: Parallelism,
         name: str,
         *,
+        groups: int | None = None,
+        rotary: Rotary | None = None,
         causal: bool = True,
+        bias: bool = True,
+        out_bias: bool | None = None,
+        width: int | None = None,
         std: float = 0.02,
         out_std: float = 0.02,
         seed: int = 0,
         dtype: Any = "float32",
     ) -> None:
-        if hidden % heads:
-            fitting = [str(n) for n in range(1, min(hidden, 4 * heads) + 1) if hidden % n == 0]
-            raise ShapeError(f"{heads} heads do not divide hidden={hidden}: use heads in {{{', '.join(fitting)}}}")
-        sizes = {"h": hidden, "t": 3, "a": heads, "d": hidden // heads}
-        common = {"seed": seed, "dtype": dtype}
-        super().__init__(
-            Linear("bsh,htad->bstad", sizes, "a", parallelism, f"{name}.qkv", std=std, **common),
-            Attention(parallelism, causal=causal),
-            Linear("bsad,adh->bsh", sizes, "a", parallelism, f"{name}.out", std=out_std, **common),
-        )
+        groups = heads if groups is None else groups
+        width = _width(hidden, heads, groups, width)
+        if rotary is not None:
+            rotary.frequencies(width)  # refuses an odd width
+        sizes = {"h": hidden, "a": heads, "g": groups, "r": heads // groups, "d": width}
+        common = {"bias": bias, "std": std, "seed": seed, "dtype": dtype}
+        parts = _multi_head if groups == heads else _grouped
+        heads_of, subscripts, inner = parts(sizes, parallelism, name, rotary, causal, common)
+        common |= {"bias": bias if out_bias is None else out_bias, "std": out_std}
+        super().__init__(*heads_of, Linear(subscripts, sizes, inner, parallelism, f"{name}.out", **common))
+
+
+def _multi_head(
+    sizes: dict[str, int], p: Parallelism, name: str, rotary: Rotary | None, causal: bool, common: dict[str, Any]
+) -> tuple[list[Layer], str, str]:
+    """Return the layers to the heads' outputs, and the subscripts and the inner letter of the output product."""
+    turn = [] if rotary is None else [Rotation(rotary, 2)]
+    qkv = Linear("bsh,htad->bstad", {**sizes, "t": 3}, "a", p, f"{name}.qkv", **common)
+    return [qkv, *turn, Attention(p, causal=causal)], "bsad,adh->bsh", "a"
+
+
+def _grouped(
+    sizes: dict[str, int], p: Parallelism, name: str, rotary: Rotary | None, causal: bool, common: dict[str, Any]
+) -> tuple[list[Layer], str, str]:
+    """Return the layers to the heads' outputs, and the subscripts and the inner letter of the output product."""
+    inner = p.inner({letter: sizes[letter] for letter in "gr"})
+    turn = [] if rotary is None else [Each(Rotation(rotary), Rotation(rotary, 1))]
+    products = Linears(
+        Linear("bsh,hgrd->bsgrd", sizes, inner, p, f"{name}.q", **common),
+        Linear("bsh,htgd->bstgd", {**sizes, "t": 2}, inner, p, f"{name}.kv", **common),
+    )
+    return [products, *turn, GroupedAttention(p, inner, causal=causal)], "bsgrd,grdh->bsh", inner
+
+
+def _width(hidden: int, heads: int, groups: int, width: int | None) -> int:
+    if width is None and hidden % heads:
+        fitting = [str(n) for n in range(1, min(hidden, 4 * heads) + 1) if hidden % n == 0]
+        raise ShapeError(f"{heads} heads do not divide hidden={hidden}: use heads in {{{', '.join(fitting)}}}")
+    if groups < 1 or heads % groups:
+        fitting = [str(n) for n in range(1, heads + 1) if heads % n == 0]
+        raise ShapeError(f"{groups} groups do not divide {heads} heads: use groups in {{{', '.join(fitting)}}}")
+    return width or hidden // heads

@@ -27,6 +27,9 @@ class Context:
     train: bool = True
     mask: DistArray | None = None
     """Bool ``[b, s]`` in the layout of `Parallelism.tokens`, true where a token is no padding; None: all are tokens."""
+    positions: Any = None
+    """Integers ``[s]`` or ``[b, s]``, a DistArray or the whole array on every rank; None: the indices in s.
+    A causal order is one of positions."""
     segments: DistArray | None = None
     """Integers ``[b, s]`` in that layout: the segment of each token, such as its sentence of two; None: all are 0."""
     share: float = 1.0
@@ -160,6 +163,24 @@ class Chain(Layer):
         for layer, kept in zip(reversed(self.layers), reversed(cache), strict=True):
             dy = layer.backward(dy, kept, later)
         return dy
+
+
+class Each(Layer):
+    """Layers side by side: the i-th takes the i-th of several arrays."""
+
+    def __init__(self, *layers: Layer) -> None:
+        self.layers = list(layers)
+
+    def forward(self, x: Sequence[DistArray], ctx: Context) -> tuple[tuple[DistArray, ...], Any]:
+        """Return the outputs of all layers."""
+        ys, caches = zip(*[layer.forward(part, ctx) for layer, part in zip(self.layers, x, strict=True)], strict=True)
+        return ys, caches
+
+    def backward(self, dy: Sequence[DistArray], cache: Any, later: Later = None) -> Any:
+        """Return the cotangents of all inputs."""
+        return tuple(
+            layer.backward(part, kept, later) for layer, part, kept in zip(self.layers, dy, cache, strict=True)
+        )
 
 
 class Residual(Chain):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 from colossal_mpi import backend
@@ -24,7 +25,8 @@ class Linear(Layer):
     sizes : mapping of str to int
         Size of each letter of the weight.
     inner : str, optional
-        The letter that the inside is cut on; None where the result stays in the stream, ``"bsh,he->bse"``.
+        The letter that the inside is cut on; None where the result stays in the stream, ``"bsh,he->bse"``. If the
+        product has no such letter it is done redundantly.
     parallelism : Parallelism
     name : str
         Prefix of the names of the parameters ``weight`` and ``bias``.
@@ -58,15 +60,16 @@ class Linear(Layer):
     ) -> None:
         self.product: Product = parallelism.product(subscripts, inner)
         self.keep = parallelism.keep_gathered
-        w, y = parse(subscripts).b, parse(subscripts).c
+        x, w, y = parse(subscripts).a, parse(subscripts).b, parse(subscripts).c
         self.weight = weight or Parameter(
             f"{name}.weight",
-            [sizes[x] for x in w],
+            [sizes[letter] for letter in w],
             self.product.w,
             parallelism,
             std=std,
             seed=seed,
             dtype=dtype,
+            inputs=max(1, len(list(takewhile(x.__contains__, w)))),
         )
         self.batch_dims = [d for d, x in enumerate(y) if x not in w]
         self.bias_dims = [d for d, x in enumerate(y) if x in w]
@@ -78,27 +81,77 @@ class Linear(Layer):
 
     def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
         """Return ``x w + bias`` in the layout of the next layer."""
-        p = self.product
-        gathered = x.redistribute(p.x), self.weight.value.redistribute(p.w)
-        y = contract(p.subscripts, *gathered, p.axes, out=p.y)
+        gathered = x.redistribute(self.product.x)
+        y, w = self.apply(gathered)
+        return y, (gathered if self.keep else x, w, x.layout.with_partial())
+
+    def apply(self, x: DistArray) -> tuple[DistArray, DistArray | None]:
+        """Return ``x w + bias`` of an input as the map takes it, and the weight if it is kept as the map takes it."""
+        p, w = self.product, self.weight.value.redistribute(self.product.w)
+        y = contract(p.subscripts, x, w, p.axes, out=p.y)
         if self.bias is not None:
             bias = self.bias.value.redistribute(self.bias_layout)
             shape = [1 if d in self.batch_dims else n for d, n in enumerate(y.local.shape)]
             y.local += backend.namespace(y.local).reshape(bias.local, tuple(shape))
-        return y, (gathered if self.keep else (x, None), x.layout)
+        return y, w if self.keep else None
 
     def backward(self, dy: DistArray, cache: Any, later: Later = None) -> DistArray:
         """Return ``dy w^T``; ``x^T dy`` and the sum of dy go to the gradients."""
-        p, ((x, w), x_layout) = self.product, cache
+        x, w, layout = cache
+        dx, weight_product = self.adjoint(dy, w, layout)
+        _defer(later, lambda: weight_product(x))
+        return dx
+
+    def adjoint(
+        self, dy: DistArray, w: DistArray | None, out: Layout | None = None
+    ) -> tuple[DistArray, Callable[[DistArray], None]]:
+        """Return ``dy w^T``, by default as the map leaves it, and what adds ``x^T dy`` to the gradient, given x."""
+        p = self.product
         dx_subscripts, dw_subscripts = adjoints(p.subscripts)
         if self.bias is not None:
-            self.bias.accumulate(dy.redistribute(p.y).sum_over(self.batch_dims))
-        dy = dy.redistribute(p.dy)
+            dy = dy.redistribute(p.y)
+            self.bias.accumulate(dy.sum_over(self.batch_dims))
+        gathered = dy.redistribute(p.dy)
         w = self.weight.value.redistribute(p.w) if w is None else w
-        dx = contract(dx_subscripts, dy, w, p.axes, out=x_layout)
+        dx = contract(dx_subscripts, gathered, w, p.axes, out)
+        return dx, lambda x: self.weight.accumulate(contract(dw_subscripts, x, gathered, p.axes))
 
-        def weight_product() -> None:
-            self.weight.accumulate(contract(dw_subscripts, x, dy, p.axes))
 
-        weight_product() if later is None else later.append(weight_product)
-        return dx
+class Linears(Layer):
+    """Several products of one input, which is gathered once; their cotangents of it are added and reduced once.
+
+    Parameters
+    ----------
+    *linears : Linear
+        Whose maps take the input in the same way, as all do from the stream.
+    """
+
+    def __init__(self, *linears: Linear) -> None:
+        self.linears = list(linears)
+
+    def forward(self, x: DistArray, ctx: Context) -> tuple[tuple[DistArray, ...], Any]:
+        """Return the products, in the order of the layers."""
+        first = self.linears[0]
+        gathered = x.redistribute(first.product.x)
+        ys, ws = zip(*[linear.apply(gathered) for linear in self.linears], strict=True)
+        return ys, (gathered if first.keep else x, ws, x.layout.with_partial())
+
+    def backward(self, dy: Sequence[DistArray], cache: Any, later: Later = None) -> DistArray:
+        """Return the cotangent of the input for those of the products."""
+        x, ws, layout = cache
+        terms = [linear.adjoint(*pair) for linear, *pair in zip(self.linears, dy, ws, strict=True)]
+        # A term that holds partial sums takes the others in as such for free; the other way round it would be reduced.
+        parts = sorted((dx for dx, _ in terms), key=lambda dx: -len(dx.layout.partial))
+        total = sum(parts[1:], start=parts[0]).redistribute(layout)
+
+        def weight_products() -> None:
+            gathered = x.redistribute(self.linears[0].product.x)
+            for _, weight_product in terms:
+                weight_product(gathered)
+
+        _defer(later, weight_products)
+        return total
+
+
+def _defer(later: Later, work: Callable[[], None]) -> None:
+    work() if later is None else later.append(work)

@@ -181,6 +181,7 @@ class Parallelism:
             ``"bsh,hf->bsf"`` goes in, ``"bsf,fh->bsh"`` comes back.
         inner : str, optional
             The letter that the inside is cut on. None: there is none, and the result, without h, is cut as the stream.
+            A product that has no such letter, ``""`` say, is done redundantly on the axes that would cut it.
         """
         sub = parse(subscripts)
         if inner is None:
@@ -192,7 +193,7 @@ class Parallelism:
         axes = {
             axis: inner if letter == INNER else letter
             for axis, letter in template.items()
-            if self.grid.axes.get(axis, 1) > 1
+            if self.grid.axes.get(axis, 1) > 1 and (letter != INNER or inner in {*sub.a, *sub.b})
         }
         return Product(
             subscripts,
@@ -202,6 +203,18 @@ class Parallelism:
             self.stream(sub.c) if back else self.inside(sub.c, inner),
             map_layout(sub.c, axes),
         )
+
+    def inner(self, sizes: Mapping[str, int]) -> str:
+        """Return on which of several letters the inside is cut: the first with an index for each rank, or the longest.
+
+        Parameters
+        ----------
+        sizes : mapping of str to int
+            Size of each letter, the one that had best be cut first.
+        """
+        ranks = self.grid.extent(self._present(self._template.inside[INNER]))
+        enough = [letter for letter, size in sizes.items() if size >= ranks]
+        return enough[0] if enough else max(sizes, key=lambda letter: sizes[letter])
 
     def store(self, used: Layout, shape: Sequence[int]) -> Layout:
         """Return the layout in which a weight is stored that is `used` in another: cut further, innermost.

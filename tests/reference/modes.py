@@ -31,5 +31,5 @@ def mode_of(grid):
     return "2d" if "row" in axes else "1d" if axes else None
 
 
-def parallelism(grid):
-    return Parallelism(grid, mode_of(grid))
+def parallelism(grid, keep_gathered=True):
+    return Parallelism(grid, mode_of(grid), keep_gathered)

@@ -15,7 +15,7 @@ from colossal_mpi.layers.kernels.reference.activation import (
     tanh,
     tanh_backward,
 )
-from colossal_mpi.layers.kernels.reference.attention import attention, attention_backward
+from colossal_mpi.layers.kernels.reference.attention import attention, attention_backward, attention_merge
 from colossal_mpi.layers.kernels.reference.image import (
     fold,
     max_pool,
@@ -32,6 +32,7 @@ from colossal_mpi.layers.kernels.reference.loss import (
     peak,
 )
 from colossal_mpi.layers.kernels.reference.norm import norm, norm_backward
+from colossal_mpi.layers.kernels.reference.rotary import rotate
 from colossal_mpi.layers.kernels.reference.routing import (
     fill_slots,
     match_slots,
@@ -42,10 +43,14 @@ from colossal_mpi.layers.kernels.reference.routing import (
     take_slots,
 )
 from colossal_mpi.layers.kernels.reference.table import lookup, lookup_backward, require_ids
+from colossal_mpi.layers.kernels.reference.update import adam, adamw
 
 __all__ = [
+    "adam",
+    "adamw",
     "attention",
     "attention_backward",
+    "attention_merge",
     "cross_entropy_backward",
     "cross_entropy_losses",
     "cross_entropy_sums",
@@ -68,6 +73,7 @@ __all__ = [
     "relu",
     "relu_backward",
     "require_ids",
+    "rotate",
     "route",
     "route_backward",
     "routing_sums",

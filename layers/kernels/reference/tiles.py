@@ -1,0 +1,135 @@
+"""Tiles of the scores of attention: some samples, groups of heads, queries and keys, and which keys a query sees.
+
+The r query heads of a group share its keys, so that their queries are the columns of one matrix of scores,
+``k [b, g, t, d]`` times ``q [b, g, d, r s]``. Keys go down and queries across, because the peaks of columns are found
+faster than those of rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from colossal_mpi.backend import Block, is_half, namespace
+from colossal_mpi.layout import part
+
+Positions = tuple[Block, Block] | None
+"""Of the queries, ``[s]`` or ``[b, s]``, and of the keys, ``[t]`` or ``[b, t]``; 0, 1, 2, ... of both if None."""
+
+LENGTH = 256
+"""Most queries, and most keys, of a tile."""
+SCORES = 1 << 18
+"""Most scores of a tile of several queries."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Some samples, groups and queries."""
+
+    samples: slice
+    groups: slice
+    queries: slice
+
+    def of_queries(self, x: Block) -> Block:
+        """Return the part ``[b, g, r s, d]`` of ``[b, s, g, r, d]``."""
+        xp = namespace(x)
+        x = xp.permute_dims(x[self.samples, self.queries, self.groups, :, :], (0, 2, 3, 1, 4))
+        b, g, r, s, d = x.shape
+        return wide(xp.reshape(x, (b, g, r * s, d)))
+
+    def put_queries(self, x: Block, part: Block) -> None:
+        """Put a part ``[b, g, r s, d]`` into ``[b, s, g, r, d]``."""
+        xp, (b, g, n, d), r = namespace(x), part.shape, x.shape[3]
+        part = xp.permute_dims(xp.reshape(part, (b, g, r, n // r, d)), (0, 3, 1, 2, 4))
+        x[self.samples, self.queries, self.groups, :, :] = xp.astype(part, x.dtype, copy=False)
+
+    def of_statistics(self, x: Block) -> Block:
+        """Return the part ``[2, b, g, 1, r s]`` of ``[2, b, g, r, s]``."""
+        x = x[:, self.samples, self.groups, :, self.queries]
+        _, b, g, r, s = x.shape
+        return namespace(x).reshape(x, (2, b, g, 1, r * s))
+
+    def put_statistics(self, x: Block, part: Block) -> None:
+        """Put a part ``[2, b, g, 1, r s]`` into ``[2, b, g, r, s]``."""
+        (_, b, g, _, n), r = part.shape, x.shape[3]
+        x[:, self.samples, self.groups, :, self.queries] = namespace(x).reshape(part, (2, b, g, r, n // r))
+
+    def of_keys(self, x: Block, keys: slice) -> Block:
+        """Return the part ``[b, g, t, d]`` of ``[b, t, g, d]``."""
+        return wide(namespace(x).permute_dims(x[self.samples, keys, self.groups, :], (0, 2, 1, 3)))
+
+    def put_keys(self, x: Block, keys: slice, part: Block) -> None:
+        """Put a part ``[b, g, t, d]`` into ``[b, t, g, d]``."""
+        xp = namespace(x)
+        x[self.samples, keys, self.groups, :] = xp.astype(xp.permute_dims(part, (0, 2, 1, 3)), x.dtype, copy=False)
+
+
+def wide(x: Block) -> Block:
+    """Return 16-bit floats as float32, in which they are summed."""
+    xp = namespace(x)
+    return xp.astype(x, xp.float32) if is_half(x.dtype) else x
+
+
+def tiles(q: Block, k: Block) -> Iterator[list[Tile]]:
+    """Yield, for queries ``[b, s, g, r, d]`` and keys ``[b, t, g, d]``, the tiles of the same samples and groups."""
+    (b, s, g, r, _), t = q.shape, min(k.shape[1], LENGTH)
+    height = min(s, LENGTH, max(1, SCORES // (r * t)))
+    groups = max(1, SCORES // (r * height * t))
+    queries = parts(s, height)
+    for samples in parts(b, max(1, groups // g)):
+        for some in parts(g, groups):
+            yield [Tile(samples, some, rows) for rows in queries]
+
+
+def parts(n: int, most: int) -> list[slice]:
+    """Return balanced parts, of at most `most`, of n indices."""
+    count = -(-n // most)
+    return [slice(*part(n, count, i)) for i in range(count)]
+
+
+@dataclass(frozen=True)
+class Order:
+    """Which keys a query sees."""
+
+    causal: bool
+    mask: Block | None
+    positions: Positions
+
+    def seen(self, tile: Tile, keys: Sequence[slice]) -> list[slice]:
+        """Return those of several ranges of keys of which some query of a tile may see some key."""
+        return [x for x in keys if not self.causal or self._ends(1, tile, x)[0] <= self._ends(0, tile, tile.queries)[1]]
+
+    def hide(self, scores: Block, tile: Tile, keys: slice) -> Block:
+        """Return scores ``[b, g, t, r s]``, minus infinity where a key is hidden; they are overwritten."""
+        xp, (b, g, t, n) = namespace(scores), scores.shape
+        s = tile.queries.stop - tile.queries.start
+        for bias in self._biases(scores, tile, keys):
+            scores = xp.reshape(scores, (b, g, t, n // s, s))
+            scores += bias
+        return xp.reshape(scores, (b, g, t, n))
+
+    def _biases(self, scores: Block, tile: Tile, keys: slice) -> Iterator[Block]:
+        """Yield what to add to scores ``[b, g, t, r, s]``, arrays of fewer elements."""
+        xp = namespace(scores)
+        shown, hidden = (xp.asarray(value, dtype=scores.dtype) for value in (0.0, -math.inf))
+        if self.causal and self._ends(1, tile, keys)[1] > self._ends(0, tile, tile.queries)[0]:
+            q, k = (self._at(side, tile, which, scores) for side, which in enumerate((tile.queries, keys)))
+            yield xp.where(k[:, :, None] > q[:, None, :], hidden, shown)[:, None, :, None, :]
+        if self.mask is not None:
+            yield xp.where(self.mask[tile.samples, keys], shown, hidden)[:, None, :, None, None]
+
+    def _ends(self, side: int, tile: Tile, which: slice) -> tuple[int, int]:
+        """Return the least and the greatest position of some queries (side 0) or keys (1)."""
+        if self.positions is None:
+            return which.start, which.stop - 1
+        at = self._at(side, tile, which, self.positions[side])
+        xp = namespace(at)
+        return int(xp.min(at)), int(xp.max(at))
+
+    def _at(self, side: int, tile: Tile, which: slice, beside: Block) -> Block:
+        """Return positions ``[1 or b, n]``."""
+        if self.positions is None:
+            return namespace(beside).arange(which.start, which.stop)[None, :]
+        positions = self.positions[side]
+        return positions[tile.samples, which] if positions.ndim == 2 else positions[None, which]

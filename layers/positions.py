@@ -1,0 +1,37 @@
+"""The positions of tokens in their sequences."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from colossal_mpi import backend
+from colossal_mpi.backend import Block
+from colossal_mpi.distarray import DistArray, from_global
+from colossal_mpi.errors import DTypeError, ShapeError
+from colossal_mpi.layers.layer import Context
+from colossal_mpi.layout import Layout
+
+
+def given_positions(ctx: Context, x: DistArray) -> Block | None:
+    """Return the context's positions of this rank's part of ``x [b, s, ...]``, None if they are the indices.
+
+    **Communication:** none for a whole array; a DistArray is redistributed to the cut of x.
+
+    Raises
+    ------
+    ShapeError
+        If they are neither ``[s]`` nor ``[b, s]``.
+    DTypeError
+        If they are no integers.
+    """
+    given = ctx.positions
+    if given is None:
+        return None
+    b, s = x.shape[:2]
+    if not isinstance(given, DistArray):
+        given = from_global(given, x.grid, Layout(*[None] * np.ndim(given)))
+    if given.shape not in ((s,), (b, s)):
+        raise ShapeError(f"positions must be of shape [s] = {[s]} or [b, s] = {[b, s]}; they are {list(given.shape)}")
+    if backend.numpy_dtype(given.dtype).kind not in "iu":
+        raise DTypeError(f"positions must be integers; they are {given.dtype}")
+    return given.redistribute(Layout(*x.layout.dims[2 - given.ndim : 2])).local
