@@ -48,14 +48,14 @@ def run(
 
 @app.command(epilog="Example: mpiexec -n 8 colossal-mpi train demo --grid data=2,row=2,col=2 --set training.steps=50")
 def train(
-    config: Annotated[str | None, typer.Argument(help="A TOML file, or the name of a shipped one: demo.")] = None,
+    config: Annotated[str | None, typer.Argument(help=f"A TOML file, or a shipped one: {configs.shipped()}.")] = None,
     grid: Annotated[str | None, typer.Option(help="Axes of the grid, outermost first: data=2,row=2,col=2.")] = None,
     tensor: Annotated[str | None, typer.Option(help="Tensor mode: none, 1d, 2d, 2.5d, 3d.")] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")] = None,
     resume: Annotated[str | None, typer.Option(help="Go on with the run in this directory.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run in the run directory.")] = False,
 ) -> None:
-    """Train a GPT on text. Run it under mpiexec or srun, or alone on one rank."""
+    """Train a model on text or images. Run it under mpiexec or srun, or alone on one rank."""
     from colossal_mpi.apps import train as training
 
     settings = [*(setting or []), *([f'parallel.tensor="{tensor}"'] if tensor else [])]

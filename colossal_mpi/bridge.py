@@ -8,6 +8,7 @@ torch is imported by the first call.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -66,9 +67,8 @@ def to_torch(array: Block | DistArray, writable: bool = True) -> Any:
     block = array.local if isinstance(array, DistArray) else array
     if not (isinstance(block, np.ndarray) or is_cupy_array(block)):
         raise SharingError(f"to_torch: it takes a NumPy or CuPy array or a DistArray, not {type(block).__name__}")
-    dtype = _torch_dtype(torch, block.dtype)
+    dtype, bits = _torch_dtype(block.dtype)
     _check_memory(block, writable)
-    bits = _BITS.get(block.dtype.name)
     return torch.from_dlpack(block) if bits is None else torch.from_dlpack(block.view(bits)).view(dtype)
 
 
@@ -112,14 +112,13 @@ def from_torch(tensor: Any) -> Block:
     if tensor.is_conj() or tensor.is_neg():
         word = "conj" if tensor.is_conj() else "neg"
         raise SharingError(f"from_torch: a lazy {word} of another tensor: share .resolve_{word}(), a copy")
-    dtype = _numpy_dtype(tensor)
-    bits = _BITS.get(dtype.name)
+    dtype, bits = _numpy_dtype(tensor.dtype)
     return _exported(tensor) if bits is None else _exported(tensor.view(getattr(torch, bits))).view(dtype)
 
 
 def _check_memory(block: Block, writable: bool) -> None:
     """Refuse memory that torch cannot take: by a negative stride it would end the process."""
-    if any(stride < 0 for stride in block.strides):
+    if min(block.strides, default=0) < 0:
         raise SharingError(f"to_torch: strides {block.strides} of {block.shape}: torch has none below 0: .copy() it")
     if not isinstance(block, np.ndarray):
         return
@@ -129,26 +128,32 @@ def _check_memory(block: Block, writable: bool) -> None:
         raise SharingError("to_torch: a read-only array: .copy() it, or say writable=False and only read the tensor")
 
 
-def _torch_dtype(torch: Any, dtype: np.dtype) -> Any:
+@cache
+def _torch_dtype(dtype: np.dtype) -> tuple[Any, str | None]:
+    """Return the dtype of torch, and that of the bits by which it travels."""
+    import torch
+
     if dtype.name not in _SHARED or not dtype.isnative:
         raise DTypeError(
             f"to_torch: torch has no {dtype.name} of byte order {dtype.byteorder!r}: use bool, an integer, "
             "a float up to float64, complex64 or complex128, in the machine's byte order"
         )
-    return getattr(torch, dtype.name)
+    return getattr(torch, dtype.name), _BITS.get(dtype.name)
 
 
-def _numpy_dtype(tensor: Any) -> np.dtype:
-    name = str(tensor.dtype).removeprefix("torch.")
+@cache
+def _numpy_dtype(dtype: Any) -> tuple[np.dtype, str | None]:
+    """Return the dtype of NumPy, and that of the bits by which it travels."""
+    name = str(dtype).removeprefix("torch.")
     if name not in _SHARED:
-        raise DTypeError(f"from_torch: NumPy has no {tensor.dtype}: use bool, an integer, a float or complex dtype")
+        raise DTypeError(f"from_torch: NumPy has no {dtype}: use bool, an integer, a float or complex dtype")
     if name not in _BITS:
-        return np.dtype(name)
+        return np.dtype(name), None
     try:
         import ml_dtypes
     except ImportError:
         raise DTypeError(f"from_torch: {name} needs the package ml_dtypes, or .to(torch.float32)") from None
-    return np.dtype(getattr(ml_dtypes, name))
+    return np.dtype(getattr(ml_dtypes, name)), _BITS[name]
 
 
 def _exported(tensor: Any) -> Block:

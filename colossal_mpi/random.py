@@ -42,20 +42,18 @@ def philox(counter: Sequence[Block], key: tuple[int, int], rounds: int = 10) -> 
         The words of the counter, each below 2**32, of shapes that broadcast.
     key : two int below 2**32
     """
-    x0, x1, x2, x3 = backend.namespace(*counter).broadcast_arrays(*counter)
+    x0, x1, x2, x3 = counter
     k0, k1 = key
     for _ in range(rounds):
         first, second = x0 * _MULTIPLIERS[0], x2 * _MULTIPLIERS[1]
-        x0, x2 = second >> _SHIFT, first >> _SHIFT
-        x0 ^= x1
+        x0, x2 = (second >> _SHIFT) ^ x1, (first >> _SHIFT) ^ x3
         x0 ^= k0
-        x2 ^= x3
         x2 ^= k1
         second &= _LOW
         first &= _LOW
         x1, x3 = second, first
         k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
-    return [x0, x1, x2, x3]
+    return list(backend.namespace(*counter).broadcast_arrays(x0, x1, x2, x3))
 
 
 def _key(seed: int, stream: str) -> tuple[int, int]:

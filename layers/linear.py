@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 from colossal_mpi import backend
@@ -59,15 +60,16 @@ class Linear(Layer):
     ) -> None:
         self.product: Product = parallelism.product(subscripts, inner)
         self.keep = parallelism.keep_gathered
-        w, y = parse(subscripts).b, parse(subscripts).c
+        x, w, y = parse(subscripts).a, parse(subscripts).b, parse(subscripts).c
         self.weight = weight or Parameter(
             f"{name}.weight",
-            [sizes[x] for x in w],
+            [sizes[letter] for letter in w],
             self.product.w,
             parallelism,
             std=std,
             seed=seed,
             dtype=dtype,
+            inputs=max(1, len(list(takewhile(x.__contains__, w)))),
         )
         self.batch_dims = [d for d, x in enumerate(y) if x not in w]
         self.bias_dims = [d for d, x in enumerate(y) if x in w]

@@ -20,13 +20,17 @@ from colossal_mpi import bridge
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import LayoutError, OptionError, ShapeError, SharingError
 from colossal_mpi.grid import Grid
+from colossal_mpi.layers.dropout import Dropout
 from colossal_mpi.layers.embedding import Embedding
 from colossal_mpi.layers.layer import Chain, Context, Layer, Parameter, Residual
 from colossal_mpi.layers.linear import Linear
 from colossal_mpi.layers.optim import gradient_norm
 from colossal_mpi.layers.parallelism import Parallelism
 from colossal_mpi.layers.torch_call import Call, agree
+from colossal_mpi.layers.torch_weights import SequenceFirst, from_module
 from colossal_mpi.layout import Layout, index_of
+
+__all__ = ["LayerModule", "as_module", "clip_grad_norm_", "from_module"]
 
 # One tensor for each parameter, whichever modules it is in: tied weights are one to an optimizer.
 _tensors: WeakKeyDictionary[Parameter, torch.nn.Parameter] = WeakKeyDictionary()
@@ -103,9 +107,10 @@ class _Slot(NamedTuple):
 class LayerModule(torch.nn.Module):
     """A layer whose tensors are torch's; made by `as_module`.
 
-    ``train()`` and ``eval()`` are the layer's `Context.train`. ``state_dict`` and ``load_state_dict`` are those of this
-    rank's blocks; `gathered_state` and `load_gathered` have the whole weights. A module may be used several times in a
-    graph, change its floating-point dtype, and be deep-copied (on the same grid). It is differentiated once, not twice.
+    ``train()`` and ``eval()`` are the layer's `Context.train`; masks of dropout follow from torch's generator on the
+    first rank. ``state_dict`` and ``load_state_dict`` are those of this rank's blocks; `gathered_state` and
+    `load_gathered` have the whole weights. A module may be used several times in a graph, change its floating-point
+    dtype, and be deep-copied (on the same grid). It is differentiated once, not twice.
     """
 
     def __init__(self, layer: Layer, parallelism: Parallelism, x: Layout | None, y: Layout | None) -> None:
@@ -114,6 +119,7 @@ class LayerModule(torch.nn.Module):
         for layout in (x, y):
             if layout is not None and layout.on(self.grid.axes, len(layout.dims)).partial:
                 raise LayoutError(f"as_module: {layout}: torch cannot hold partial sums; leave `partial` out")
+        self._drops = any(isinstance(part, Dropout) and part.rate for part in _parts(layer))
         self._slots = [self._slot(parameter) for parameter in layer.parameters()]
         self._bound: list[tuple[Any, ...] | None] = [None] * len(self._slots)
         self._bind()
@@ -186,8 +192,11 @@ class LayerModule(torch.nn.Module):
         """
         self._bind()
         values: Sequence[Any] = [x] if mask is None else [x, mask]
+        # As masks of torch's own are drawn: by the generator's state, which torch's checkpointing winds back.
+        step = int(torch.randint(1 << 62, ())) if self._drops and self.training else 0
         layouts = [self.x_layout, self.x_layout and Layout(*self.x_layout.dims[:2])][: len(values)]
-        step, (given, *rest) = agree(self.grid, values, layouts, [self._dtypes(), ("torch.bool",)][: len(values)], 0)
+        dtypes = [self._dtypes(), ("torch.bool",)][: len(values)]
+        step, (given, *rest) = agree(self.grid, values, layouts, dtypes, step)
         context = Context(step=step, train=self.training, mask=rest[0].array(values[1]) if rest else None)
         call = Call(self.wrapped, context, given, self._entry(x, given.layout), self.y_layout)
         return call(x, [slot.tensor for slot in self._slots])
@@ -203,8 +212,9 @@ class LayerModule(torch.nn.Module):
 
     def _entry(self, x: torch.Tensor, layout: Layout) -> Layout:
         """Return the layout to hand the layer its input in: as it comes to products and tables, else as a stream."""
-        letters = {2: "bh", 3: "bsh"}.get(x.ndim)
-        if letters is None or not x.is_floating_point() or isinstance(_first(self.wrapped), Linear | Embedding):
+        first = _first(self.wrapped)
+        letters = {2: "bh", 3: "sbh" if isinstance(first, SequenceFirst) else "bsh"}.get(x.ndim)
+        if letters is None or not x.is_floating_point() or isinstance(first, Linear | Embedding):
             return layout
         return self.parallelism.stream(letters)
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
-from colossal_mpi import backend
 from colossal_mpi.distarray import DistArray
+from colossal_mpi.layers import kernels
 from colossal_mpi.layers.layer import Parameter
 from colossal_mpi.layers.optim.base import Group, Optimizer
 
@@ -52,29 +51,11 @@ class AdamW(Optimizer):
         self, parameter: Parameter, g: DistArray, slots: dict[str, DistArray], lr: float, **options: Any
     ) -> None:
         """Step by the first moment over the root of the second."""
-        direction, w = self._direction(g, slots, options["betas"], options["eps"]), parameter.value
-        w.local[...] *= 1 - lr * options["weight_decay"]
-        direction *= lr
-        w.local[...] -= direction
+        kernels.adamw(parameter.value.local, g.local, *_moments(slots), self.steps, lr=lr, **options)
 
-    def _direction(
-        self, gradient: DistArray, slots: dict[str, DistArray], betas: tuple[float, float], eps: float
-    ) -> Any:
-        """Return the corrected first moment over the root of the corrected second, in memory of its own."""
-        (b1, b2), g, m, v = betas, gradient.local, slots["m"].local, slots["v"].local
-        m *= b1
-        m += (1 - b1) * g
-        square = g * g
-        square *= 1 - b2
-        v *= b2
-        v += square
-        # m / c1 / (sqrt(v / c2) + eps), with the corrections where they cost no pass over the block
-        correction = math.sqrt(1 - b2**self.steps)
-        root = backend.namespace(g).sqrt(v)
-        root += eps * correction
-        direction = m / root
-        direction *= correction / (1 - b1**self.steps)
-        return direction
+
+def _moments(slots: dict[str, DistArray]) -> tuple[Any, Any]:
+    return slots["m"].local, slots["v"].local
 
 
 class LAMB(AdamW):
@@ -94,7 +75,8 @@ class LAMB(AdamW):
         self, parameter: Parameter, g: DistArray, slots: dict[str, DistArray], lr: float, **options: Any
     ) -> None:
         """Step by Adam's direction and the decay together, scaled to the norm of the weight."""
-        direction, w = self._direction(g, slots, options["betas"], options["eps"]), parameter.value
+        direction = kernels.adam(g.local, *_moments(slots), self.steps, options["betas"], options["eps"])
+        w = parameter.value
         direction += options["weight_decay"] * w.local
         length, weight = w.like(direction).norm(), w.norm()
         direction *= lr * (weight / length if weight > 0 and length > 0 else 1.0)

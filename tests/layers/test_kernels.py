@@ -141,5 +141,5 @@ def test_large_scores_and_logits_lose_no_digits(shift):
 def test_the_kernels_of_the_provider_in_use_are_found_by_name():
     facade.use("reference")
     assert facade.gelu is kernels.gelu
-    with pytest.raises(OptionError, match="kernels='cuda': use one of 'reference'"):
+    with pytest.raises(OptionError, match="kernels='cuda': use one of 'auto', 'reference', 'torch'"):
         facade.use("cuda")

@@ -1,15 +1,18 @@
-"""With any one reduction of the backward pass removed, the comparison with one rank fails."""
+"""With any one reduction removed, of a model's backward pass or in a layer, the comparison with one rank fails."""
 
 import numpy as np
 import pytest
 from mpi4py import MPI
 from reference import gpt_case as case
+from reference import layer_case
+from reference.modes import parallelism
 from reference.saboteur import Saboteur
 
 from colossal_mpi import Grid, comm, from_global
 from colossal_mpi.layers import Context, Parallelism
 from colossal_mpi.layers.loss import CrossEntropy
 from colossal_mpi.layers.models import GPT, GPTConfig
+from tests.cases import host
 
 CONFIG = GPTConfig(vocabulary=257, layers=1, hidden=10, heads=5, positions=7, dtype="float64")
 TOKENS = np.random.default_rng(0).integers(
@@ -68,3 +71,29 @@ def test_25d(grid, monkeypatch):
 @pytest.mark.grids({"row": 2, "depth": 2}, {"row": 2, "col": 2, "depth": 2})
 def test_3d(grid, monkeypatch):
     check(grid, "3d", monkeypatch)
+
+
+SUMMED = (
+    *("up", "down", "layer-norm", "rms-norm", "softmax", "embedding", "positions", "tied", "first-classes"),
+    *("mean-classes", "convolution", "convolution-back", "patches-positions", "patches-mean"),
+)
+
+
+@pytest.mark.grids(
+    {"col": 2}, {"row": 2, "col": 2}, {"depth": 2, "col": 2}, {"row": 2, "depth": 2}, {"data": 2, "col": 2}
+)
+def test_layers(grid, monkeypatch):
+    p, alone, saboteur, missed = parallelism(grid), Parallelism(Grid(MPI.COMM_SELF)), Saboteur(monkeypatch), []
+
+    def off(name, exact, victim=None):
+        saboteur.arm(victim)
+        results = layer_case.run(name, p)[-1]
+        saboteur.armed = False
+        return max(comm.collect(layer_case.distance(results, exact), grid))
+
+    for name in SUMMED:
+        exact = {key: host(array) for key, array in layer_case.run(name, alone)[-1].items()}
+        assert off(name, exact) <= 1e-10
+        sums = saboteur.log
+        missed += [(name, which) for victim, which in enumerate(sums) if not off(name, exact, victim) > 1e-10]
+    assert not missed

@@ -17,6 +17,8 @@ from colossal_mpi.layers.linear import Linear
 from colossal_mpi.layers.norm import LayerNorm
 
 torch = pytest.importorskip("torch")
+from torch.utils.checkpoint import checkpoint  # noqa: E402
+
 from colossal_mpi.layers.torch_module import as_module, clip_grad_norm_  # noqa: E402
 
 torch.set_num_threads(1)
@@ -27,6 +29,20 @@ GRIDS = pytest.mark.grids(
 )
 ONE = pytest.mark.grids({})
 FOUR = pytest.mark.grids({"row": 2, "col": 2})
+
+
+@pytest.fixture
+def device(grid):
+    """Return torch's name of the grid's device."""
+    if grid.device.startswith("cuda") and not torch.cuda.is_available():
+        pytest.skip("torch has no GPU")
+    return grid.device
+
+
+@pytest.fixture(autouse=True)
+def _host(grid, request):
+    if grid.device.startswith("fake") or (grid.device != "cpu" and "device" not in request.fixturenames):
+        pytest.skip("tensors of this test are in host memory")
 
 
 def random(*shape, seed=0):
@@ -69,8 +85,9 @@ OPTIMIZERS = {
 }
 
 
-def train(model, make, clip, norms):
-    optimizer, x, target = make(model.parameters()), random(B, S, 4), random(B, S, 2, seed=1)
+def train(model, make, clip, norms, device):
+    optimizer, x, target = make(model.to(device).parameters()), random(B, S, 4), random(B, S, 2, seed=1)
+    x, target = x.to(device), target.to(device)
     for _ in range(6):
         optimizer.zero_grad()
         for rows in (slice(0, 3), slice(3, B)):  # gradients of two microbatches add up
@@ -82,17 +99,19 @@ def train(model, make, clip, norms):
 
 @GRIDS
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_a_model_with_a_layer_of_ours_trains_as_the_serial_one(grid, make):
+def test_a_model_with_a_layer_of_ours_trains_as_the_serial_one(grid, device, make):
     module, norms, exact = as_module(linear(grid)), [], []
-    serial = train(
-        around(serial_of(module)), make, lambda m, n: torch.nn.utils.clip_grad_norm_(m.parameters(), n), exact
-    )
-    model = train(around(module), make, clip_grad_norm_, norms)
+
+    def clip(model, norm):
+        return torch.nn.utils.clip_grad_norm_(model.parameters(), norm)
+
+    serial = train(around(serial_of(module)), make, clip, exact, device)
+    model = train(around(module), make, clip_grad_norm_, norms, device)
     assert max(exact) > 0.5  # so that it is clipped
     assert np.allclose(norms, exact, rtol=1e-10, atol=0)
     state = module.gathered_state()
-    near(state["up.weight"].T, serial[2].weight, 1e-9)
-    near(state["up.bias"], serial[2].bias, 1e-9)
+    near(state["up.weight"].T, serial[2].weight.cpu(), 1e-9)
+    near(state["up.bias"], serial[2].bias.cpu(), 1e-9)
     near(model[0].weight, serial[0].weight, 1e-9)
     assert np.array_equal(module.wrapped.weight.value.gather(), state["up.weight"])
 
@@ -354,3 +373,22 @@ def test_layouts_and_names_that_do_not_fit_are_refused(grid):
     taken = LayerNorm(H, parallelism(grid), "half", **F64)
     with pytest.raises(OptionError, match="'half.gain' cannot name a parameter of a module"):
         as_module(taken)
+
+
+@FOUR
+def test_dropout_follows_the_generator_of_torch(grid):
+    layer = TransformerBlock(8, 2, 5, parallelism(grid), "block", dropout=0.4, std=0.5, **F64)
+    module, x = as_module(layer), random(B, S, 8).requires_grad_()
+    results = []
+    for run in (module, lambda x: checkpoint(module, x, use_reentrant=False)):
+        torch.manual_seed(grid.rank * (run is module))  # rank 0 counts
+        y = run(x)
+        y.square().sum().backward()
+        results.append((y.detach(), x.grad))
+        x.grad = None
+    assert all(map(torch.equal, *results))
+    assert not torch.equal(module(x), module(x))
+    module.eval()
+    state = torch.get_rng_state()
+    assert torch.equal(module(x), module(x))
+    assert torch.equal(torch.get_rng_state(), state)

@@ -77,7 +77,7 @@ def convolution(kernel, into, **options):
 
 def positions(p, n):
     count = 1 + (n["y"] // n["k"]) * (n["x"] // n["k"])
-    return PositionEmbedding(count, n["h"], p, "m.positions", dtype="float64")
+    return PositionEmbedding(count + 2, n["h"], p, "m.positions", dtype="float64")
 
 
 def patches(*then, **options):

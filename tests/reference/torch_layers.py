@@ -131,7 +131,7 @@ LAYERS = {
     "convolution-points": convolution(),
     "convolution-gaps": convolution(stride=3),
     "patches": patches,
-    "patches-positions": lambda x, w: patches(x, w) + w["positions.weight"],
+    "patches-positions": lambda x, w: patches(x, w) + w["positions.weight"][:-2],
     "patches-first": lambda x, w: patches(x, w)[:, 0],
     "patches-mean": lambda x, w: patches(x, w).mean(1),
     "first-classes": classes(lambda x: x[:, 0]),

@@ -43,8 +43,11 @@ from colossal_mpi.layers.kernels.reference.routing import (
     take_slots,
 )
 from colossal_mpi.layers.kernels.reference.table import lookup, lookup_backward, require_ids
+from colossal_mpi.layers.kernels.reference.update import adam, adamw
 
 __all__ = [
+    "adam",
+    "adamw",
     "attention",
     "attention_backward",
     "attention_merge",

@@ -42,7 +42,7 @@ They are of interpolation at 60 points in 40 digits; this form of erfc is of She
 """
 _POWERS = {
     8: [float(c) for c in np.polynomial.chebyshev.cheb2poly(_TAIL)],
-    4: [float(c) for c in np.polynomial.chebyshev.cheb2poly(_TAIL[:12])],
+    4: [float(c) for c in np.polynomial.chebyshev.cheb2poly(_TAIL[:11])],
 }
 """The same by powers of t, as many as the bytes of a float can tell apart."""
 
