@@ -10,7 +10,7 @@ import numpy as np
 from colossal_mpi import random
 from colossal_mpi.apps import data, sections
 from colossal_mpi.apps.config import Config
-from colossal_mpi.apps.tasks.task import Batch, Task
+from colossal_mpi.apps.tasks.task import Batch, Task, whole
 from colossal_mpi.distarray import DistArray, from_global
 from colossal_mpi.layers import Context, Layer, Parallelism
 from colossal_mpi.layers.loss import CrossEntropy
@@ -77,10 +77,8 @@ class CausalLanguage(Task):
             window = np.array([tokens[-self.context :]])
             x = from_global(window, self.grid, self.parallelism.tokens())
             logits, _ = self.model.forward(x, Context(train=False))
-            whole = logits.gather()
-            assert whole is not None
             draw = random.uniform_block(((i, i + 1),), (count,), self.config.training.seed, "sample")[0]
-            tokens.append(_choose(whole[0, -1, :256] / temperature, draw))
+            tokens.append(_choose(whole(logits)[0, -1, :256] / temperature, draw))
         return bytes(tokens)
 
 
