@@ -205,7 +205,7 @@ class Residual(Chain):
     def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
         """Return ``x + chain(x)``."""
         y, cache = super().forward(x, ctx)
-        return x + y, (cache, x.layout)
+        return x + y, (cache, x.layout.with_partial())
 
     def backward(self, dy: DistArray, cache: Any, later: Later = None) -> Any:
         """Return ``dy`` and the chain's cotangent together."""
