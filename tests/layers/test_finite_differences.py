@@ -9,7 +9,7 @@ from reference import layer_case as case
 from colossal_mpi import ShapeError, from_global, random
 from colossal_mpi.layers import Context, Parallelism
 from colossal_mpi.layers.attention import Attention, SelfAttention
-from colossal_mpi.layers.embedding import Embedding
+from colossal_mpi.layers.embedding import Embedding, SegmentEmbedding
 from colossal_mpi.layers.loss import CrossEntropy
 from colossal_mpi.layers.moe import MoE
 
@@ -20,6 +20,7 @@ LAYERS = {
     "attention-core": Attention,
     "attention-core-all": lambda p: Attention(p, causal=False),
     "attention": lambda p: SelfAttention(H, A, p, "attention", **COMMON),
+    "segments": lambda p: SegmentEmbedding(1, H, p, "segments", **COMMON),
     "moe": lambda p: MoE(H, F, 3, p, "moe", bias=True, out_std=0.5, **COMMON),
 }
 TABLE = (
@@ -34,6 +35,7 @@ TABLE = (
         "gelu",
         "silu",
         "relu",
+        "tanh",
         "geglu",
         "softmax",
     ),

@@ -11,7 +11,7 @@ import numpy as np
 
 from colossal_mpi import Layout, from_global, random
 from colossal_mpi.layers import Context, Layer, Parallelism
-from colossal_mpi.layers.activation import GELU, Gated, ReLU, SiLU
+from colossal_mpi.layers.activation import GELU, Gated, ReLU, SiLU, Tanh
 from colossal_mpi.layers.block import MLP, TransformerBlock
 from colossal_mpi.layers.dropout import Dropout, DropPath
 from colossal_mpi.layers.embedding import Embedding, PositionEmbedding
@@ -122,6 +122,7 @@ CASES = {
     "gelu": plain(lambda: GELU("none")),
     "silu": plain(SiLU),
     "relu": plain(ReLU),
+    "tanh": plain(Tanh),
     "swiglu": plain(lambda: Gated(SiLU()), "bspf"),
     "geglu": plain(lambda: Gated(GELU("none")), "bspf"),
     "geglu-tanh": plain(lambda: Gated(GELU()), "bspf"),

@@ -117,6 +117,7 @@ LAYERS = {
     "gelu": lambda x, w: F.gelu(x),
     "silu": lambda x, w: F.silu(x),
     "relu": lambda x, w: F.relu(x),
+    "tanh": lambda x, w: torch.tanh(x),
     "swiglu": gated(F.silu),
     "geglu": gated(F.gelu),
     "geglu-tanh": gated(gelu_tanh),
