@@ -9,7 +9,12 @@ from colossal_mpi.layers import Parallelism
 
 __all__ = ["Batch", "Task", "make"]
 
-KINDS: dict[str, type[Task]] = {"gpt": CausalLanguage, "bert": MaskedLanguage, "vit": ImageClassification}
+KINDS: dict[str, type[Task]] = {
+    "gpt": CausalLanguage,
+    "llama": CausalLanguage,
+    "bert": MaskedLanguage,
+    "vit": ImageClassification,
+}
 """The task of each ``model.kind``."""
 
 

@@ -17,6 +17,7 @@ TRAINING = {"steps": 6, "batch": 5, "microbatches": 2, "warmup": 2, "evaluate_ba
 SMALL = {"layers": 1, "hidden": 15, "heads": 3}
 TASKS = {
     "gpt": {"model": {**SMALL, "context": 11, "dropout": 0.2}},
+    "llama": {"model": {"kind": "llama", "layers": 1, "hidden": 16, "heads": 4, "inner": 7, "context": 11}},
     "bert": {"model": {"kind": "bert", **SMALL, "context": 13, "dropout": 0.2}},
     "bert-pairs": {"model": {"kind": "bert", **SMALL, "context": 13, "next_sentence": True}},
     "vit": {"model": {"kind": "vit", **SMALL, "patch": 3, "dropout": 0.2, "drop_path": 0.2}, "data": {"shift": 1}},
