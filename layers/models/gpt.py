@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from colossal_mpi.layers.block import TransformerBlock
+from colossal_mpi.layers.dropout import Dropout
 from colossal_mpi.layers.embedding import Embedding, PositionEmbedding
 from colossal_mpi.layers.layer import Chain
 from colossal_mpi.layers.linear import Linear
@@ -30,6 +31,8 @@ class GPTConfig:
     """Of the norms."""
     tied: bool = True
     """Whether the head is the embedding."""
+    dropout: float = 0.0
+    """Rate at which elements of the embedded tokens and of what attention and MLP add are dropped."""
     seed: int | None = 0
     """None makes zeros of random weights, which are to be loaded."""
     dtype: str = "float32"
@@ -56,10 +59,12 @@ class GPT(Chain):
         out_std = 0.02 / math.sqrt(2 * config.layers)
         inner = 4 * hidden if config.inner is None else config.inner
         sizes, shared = {"v": config.vocabulary, "h": hidden}, tokens.table if config.tied else None
-        options = {"eps": config.eps, "activation": config.activation, "out_std": out_std, **common}
+        drop, rate = Dropout(config.dropout, "dropout", config.seed or 0), config.dropout
+        options = {"eps": config.eps, "activation": config.activation, "dropout": rate, "out_std": out_std, **common}
         super().__init__(
             tokens,
             PositionEmbedding(config.positions, hidden, parallelism, "positions", **common),
+            drop,
             *[
                 TransformerBlock(hidden, config.heads, inner, parallelism, f"blocks.{i}", **options)
                 for i in range(config.layers)

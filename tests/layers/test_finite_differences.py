@@ -39,7 +39,7 @@ TABLE = (
         "geglu",
         "softmax",
     ),
-    *("dropout", "drop-path", "positions", "first-classes", "mean-classes", "mlp-swiglu", "block-gpt"),
+    *("dropout", "drop-path", "positions-given", "first-classes", "mean-classes", "mlp-swiglu", "block-gpt"),
     *(
         "block-bert",
         "convolution-strides",
@@ -81,7 +81,7 @@ def input_of(name, p, grid):
 
 
 def context(name):
-    return case.CASES[name].ctx if name in TABLE else Context()
+    return case.CASES[name].ctx(SIZES) if name in TABLE else Context()
 
 
 grids = pytest.mark.grids(
