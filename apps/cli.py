@@ -104,6 +104,30 @@ def gemm(
     raise typer.Exit(benchmark.main(chosen))
 
 
+@bench.command("train", epilog="Example: colossal-mpi bench train --hidden 512 --grid row=2,col=2 --tensor 2d")
+def bench_train(
+    layers: Annotated[int, typer.Option(help="Transformer blocks.")] = 4,
+    hidden: Annotated[int, typer.Option(help="Width of the stream.")] = 256,
+    heads: Annotated[int, typer.Option(help="Attention heads.")] = 4,
+    sequence: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 128,
+    batch: Annotated[int, typer.Option(help="Sequences of a step.")] = 8,
+    vocabulary: Annotated[int, typer.Option(help="Kinds of tokens.")] = 256,
+    kernels: Annotated[
+        list[str] | None, typer.Option(help="pytorch, reference, torch: may be repeated; all by default.")
+    ] = None,
+    grid: Annotated[str | None, typer.Option(help="Axes of the grid of our ranks: row=2,col=2.")] = None,
+    tensor: Annotated[str, typer.Option(help="Tensor mode: none, 1d, 2d, 2.5d, 3d.")] = "none",
+    repeat: Annotated[int, typer.Option(help="Rounds of all of them.")] = 15,
+    json: Annotated[Path | None, typer.Option(help="Write the rows here.")] = None,
+) -> None:
+    """Time a GPT's training step beside PyTorch eager, all taking turns."""
+    from colossal_mpi.apps.bench import train as benchmark
+    from colossal_mpi.apps.bench.steps import Sizes
+
+    sizes = Sizes(layers, hidden, heads, sequence, batch, vocabulary)
+    raise typer.Exit(benchmark.main(benchmark.checked(sizes, grid, tensor, kernels or [], repeat, json)))
+
+
 def main() -> None:
     """Run the command line; an error of the user's is one message and a non-zero exit of the whole job."""
     try:

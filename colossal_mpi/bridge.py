@@ -69,7 +69,11 @@ def to_torch(array: Block | DistArray, writable: bool = True) -> Any:
         raise SharingError(f"to_torch: it takes a NumPy or CuPy array or a DistArray, not {type(block).__name__}")
     dtype, bits = _torch_dtype(block.dtype)
     _check_memory(block, writable)
-    return torch.from_dlpack(block) if bits is None else torch.from_dlpack(block.view(bits)).view(dtype)
+    if bits is not None:
+        return torch.from_dlpack(block.view(bits)).view(dtype)
+    if type(block) is np.ndarray and block.flags.writeable:
+        return torch.from_numpy(block)  # the same in a quarter of the time
+    return torch.from_dlpack(block)
 
 
 def from_torch(tensor: Any) -> Block:
@@ -120,7 +124,7 @@ def _check_memory(block: Block, writable: bool) -> None:
     """Refuse memory that torch cannot take: by a negative stride it would end the process."""
     if min(block.strides, default=0) < 0:
         raise SharingError(f"to_torch: strides {block.strides} of {block.shape}: torch has none below 0: .copy() it")
-    if not isinstance(block, np.ndarray):
+    if not isinstance(block, np.ndarray) or block.flags.carray:
         return
     if not block.flags.aligned or any(stride % block.itemsize for stride in block.strides):
         raise SharingError("to_torch: elements that are not whole steps of their size apart: .copy() it")

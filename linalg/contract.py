@@ -246,8 +246,9 @@ def _check_factors(
     alpha, beta = factors
     if conj not in ("", "a", "b", "ab", "ba"):
         raise DTypeError(f"contract({sub}): conj={conj!r}: name the operands to conjugate, 'a', 'b' or 'ab'")
-    for name, value in (("alpha", alpha), ("beta", beta)):
-        _require_factor(sub, name, value, backend.numpy_dtype(a.dtype))
+    if (alpha, beta) != (1, 0):
+        for name, value in (("alpha", alpha), ("beta", beta)):
+            _require_factor(sub, name, value, backend.numpy_dtype(a.dtype))
     if target is None:
         if beta != 0:
             raise ShapeError(f"contract({sub}): beta={beta} needs an array out= to be added to")

@@ -146,7 +146,7 @@ def attention(
         return NotImplemented
     bias = _bias(mask, q.dtype)
     out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(*_heads(q, k, v), 0.0, causal, attn_mask=bias)
-    return out.transpose(1, 2), (lse,)  # the tuple tells these statistics from the reference's
+    return out.transpose(1, 2), _statistics(lse, causal, mask)
 
 
 @_kernel
@@ -156,16 +156,18 @@ def attention_backward(
     k: Tensor,
     v: Tensor,
     o: Tensor,
-    statistics: Any,
+    statistics: Tensor,
     causal: bool = True,
     mask: Tensor | None = None,
     positions: Any = None,
 ) -> Any:
-    if not isinstance(statistics, tuple) or len(statistics) != 1:
+    if not _flash(q, k, causal, positions):
         return NotImplemented
-    heads, (left, right) = _heads(q, k, v), (_rows(x).transpose(1, 2) for x in (do, o))
+    (peaks, sums), heads = statistics[..., 0], _heads(q, k, v)
+    lse = torch.where(sums > 0, peaks + sums.log(), torch.inf)  # with which all probabilities are 0
+    do, o = (_rows(x).transpose(1, 2) for x in (do, o))
     dq, *rest = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        left, *heads, right, *statistics, 0.0, causal, attn_mask=_bias(mask, q.dtype)
+        do, *heads, o, lse, 0.0, causal, attn_mask=_bias(mask, q.dtype)
     )
     return dq.transpose(1, 2), *(_grouped(d, k).transpose(1, 2) for d in rest)
 
@@ -192,6 +194,16 @@ def _grouped(d: Tensor, k: Tensor) -> Tensor:
     """Return the sum over the query heads of each group of ``[b, a, s, d]``."""
     groups = k.shape[2]
     return d if d.shape[1] == groups else d.unflatten(1, (groups, -1)).sum(2)
+
+
+def _statistics(lse: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
+    """Return the reference's statistics of these logarithms of sums: as peaks, of sums 1, or 0 where no key is seen."""
+    sums = torch.ones_like(lse)
+    if mask is not None:
+        seen = mask.cumsum(1) > 0 if causal else mask.any(1, keepdim=True)
+        sums *= seen[:, None, :]
+        lse = torch.where(sums > 0, lse, -torch.inf)
+    return torch.stack([lse, sums])[..., None]
 
 
 def _bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
