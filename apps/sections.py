@@ -18,6 +18,7 @@ class _Transformer(Section):
     layers: int = Field(4, ge=1, description="transformer blocks")
     hidden: int = Field(128, ge=1, description="width of the residual stream")
     heads: int = Field(4, ge=1, description="attention heads; must divide hidden")
+    std: float = Field(0.02, gt=0, allow_inf_nan=False, description="standard deviation of the initial weights")
 
 
 class Text(_Transformer):
@@ -63,7 +64,6 @@ class ViT(_Transformer):
     pool: Literal["first", "mean"] = Field("first", description="classify a class token, or the mean of the patches")
     dropout: float = Field(0.0, ge=0, lt=1, description="rate at which elements are dropped")
     drop_path: float = Field(0.0, ge=0, lt=1, description="rate at which whole branches are dropped, in the last block")
-    std: float = Field(0.02, gt=0, allow_inf_nan=False, description="standard deviation of the initial weights")
 
 
 KINDS: dict[str, type[Section]] = {"gpt": GPT, "llama": Llama, "bert": Bert, "vit": ViT}

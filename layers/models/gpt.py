@@ -33,6 +33,8 @@ class GPTConfig:
     """Whether the head is the embedding."""
     dropout: float = 0.0
     """Rate at which elements of the embedded tokens and of what attention and MLP add are dropped."""
+    std: float = 0.02
+    """Standard deviation of the initial weights."""
     seed: int | None = 0
     """None makes zeros of random weights, which are to be loaded."""
     dtype: str = "float32"
@@ -48,15 +50,15 @@ class GPT(Chain):
 
     Notes
     -----
-    Initial weights are normal with standard deviation 0.02, products into the residual stream scaled by
+    Initial weights are normal with standard deviation `std`, products into the residual stream scaled by
     ``1 / sqrt(2 layers)``; they are a function of seed and name, bitwise the same on every grid.
     """
 
     def __init__(self, config: GPTConfig, parallelism: Parallelism) -> None:
         self.config, hidden = config, config.hidden
-        common: dict[str, Any] = {"seed": config.seed, "dtype": config.dtype}
+        common: dict[str, Any] = {"std": config.std, "seed": config.seed, "dtype": config.dtype}
         tokens = Embedding(config.vocabulary, hidden, parallelism, "tokens", **common)
-        out_std = 0.02 / math.sqrt(2 * config.layers)
+        out_std = config.std / math.sqrt(2 * config.layers)
         inner = 4 * hidden if config.inner is None else config.inner
         sizes, shared = {"v": config.vocabulary, "h": hidden}, tokens.table if config.tied else None
         drop, rate = Dropout(config.dropout, "dropout", config.seed or 0), config.dropout
