@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-_TRAINING, _VALIDATION, _SHARE = "#7fa7d0", "#c0392b", "#2e8b57"
+_TRAINING, _VALIDATION, _SHARES = "#7fa7d0", "#c0392b", ("#2e8b57", "#8e5ea2")
 
 
 def shares(row: dict[str, Any]) -> dict[str, float]:
     """Return the measures of a validation that are shares of the samples, by name."""
-    return {name.removeprefix("val_"): row[name] for name in row if name.startswith("val_") and name != "val_loss"}
+    names = [name for name in row if name.startswith("val_") and name != "val_loss"]
+    return {name.removeprefix("val_").replace("_", " "): row[name] for name in names}
 
 
 def plot_run(rows: list[dict[str, Any]], per: str, path: Path) -> None:
@@ -31,8 +32,9 @@ def plot_run(rows: list[dict[str, Any]], per: str, path: Path) -> None:
     steps = [row["step"] for row in held]
     _held_out(loss, steps, [row["val_loss"] for row in held], "validation", _VALIDATION, "{:.3f}")
     loss.set(ylabel=f"loss (nats per {per})")
-    for name in names:
-        _held_out(panels[1, 0], steps, [100 * shares(row)[name] for row in held], name, _SHARE, "{:.1f} %")
+    for i, name in enumerate(names):
+        percent, color = [100 * shares(row)[name] for row in held], _SHARES[i % len(_SHARES)]
+        _held_out(panels[1, 0], steps, percent, name, color, "{:.1f} %")
     if names:
         panels[1, 0].set(ylabel="of the held out (%)")
     panels[-1, 0].set(xlabel="step")

@@ -18,6 +18,7 @@ class _Transformer(Section):
     layers: int = Field(4, ge=1, description="transformer blocks")
     hidden: int = Field(128, ge=1, description="width of the residual stream")
     heads: int = Field(4, ge=1, description="attention heads; must divide hidden")
+    std: float = Field(0.02, gt=0, allow_inf_nan=False, description="standard deviation of the initial weights")
 
 
 class Text(_Transformer):
@@ -30,7 +31,29 @@ class GPT(Text):
     """GPT-2, which predicts the next byte of a text."""
 
     kind: Literal["gpt"] = "gpt"
+    dropout: float = Field(0.0, ge=0, lt=1, description="rate at which elements are dropped")
     vocabulary: int = Field(256, ge=256, description="tokens; bytes need 256")
+
+
+class Llama(Text):
+    """Llama, which predicts the next byte of a text: rotary positions, grouped queries and a gated MLP."""
+
+    kind: Literal["llama"] = "llama"
+    vocabulary: int = Field(256, ge=256, description="tokens; bytes need 256")
+    groups: int = Field(2, ge=1, description="groups of heads that share keys and values; must divide heads")
+    inner: int = Field(352, ge=1, description="width of the gated MLP; Llama has 8/3 x hidden")
+    theta: float = Field(10000.0, gt=0, allow_inf_nan=False, description="base of the rotary frequencies")
+
+
+class Bert(Text):
+    """BERT, which fills in hidden bytes of a text."""
+
+    kind: Literal["bert"] = "bert"
+    context: int = Field(64, ge=5, description="tokens per sequence, with two or three marks among them")
+    vocabulary: int = Field(259, ge=259, description="tokens: 256 bytes and three marks")
+    masked: float = Field(0.15, gt=0, lt=1, description="share of the tokens that are hidden")
+    next_sentence: bool = Field(False, description="also tell whether the second half of a sequence follows the first")
+    dropout: float = Field(0.0, ge=0, lt=1, description="rate at which elements are dropped")
 
 
 class ViT(_Transformer):
@@ -41,17 +64,16 @@ class ViT(_Transformer):
     pool: Literal["first", "mean"] = Field("first", description="classify a class token, or the mean of the patches")
     dropout: float = Field(0.0, ge=0, lt=1, description="rate at which elements are dropped")
     drop_path: float = Field(0.0, ge=0, lt=1, description="rate at which whole branches are dropped, in the last block")
-    std: float = Field(0.02, gt=0, allow_inf_nan=False, description="standard deviation of the initial weights")
 
 
-KINDS: dict[str, type[Section]] = {"gpt": GPT, "vit": ViT}
+KINDS: dict[str, type[Section]] = {"gpt": GPT, "llama": Llama, "bert": Bert, "vit": ViT}
 
 
 def _gpt_by_default(table: Any) -> Any:
     return {"kind": "gpt", **table} if isinstance(table, dict) else table
 
 
-Model = Annotated[GPT | ViT, Field(discriminator="kind"), BeforeValidator(_gpt_by_default)]
+Model = Annotated[GPT | Llama | Bert | ViT, Field(discriminator="kind"), BeforeValidator(_gpt_by_default)]
 """What is trained, by ``kind``; without one it is a GPT."""
 
 

@@ -44,7 +44,9 @@ class Trainer:
         for i in range(training.microbatches):
             low, high = part(training.batch, training.microbatches, i)
             batch = task.batch(first + low, first + high)
-            outputs, cache = self.model.forward(batch.inputs, Context(step=step, microbatch=i, sample=low))
+            share = (high - low) / training.batch
+            ctx = Context(step=step, microbatch=i, sample=low, share=share, **batch.context)
+            outputs, cache = self.model.forward(batch.inputs, ctx)
             value, saved = task.loss(outputs, batch.labels, training.batch)
             self.model.backward(task.backward(saved), cache)
             loss += value
@@ -62,12 +64,12 @@ class Trainer:
 
     def validate(self) -> dict[str, float]:
         """Return the loss over the held-out samples, and the share of them that meets each measure of the task."""
-        loss, hits = 0.0, Counter[str]()
+        loss, shares, held = 0.0, Counter[str](), self.task.held
         for batch in self.task.held_out():
-            outputs, _ = self.model.forward(batch.inputs, Context(train=False))
-            loss += self.task.loss(outputs, batch.labels, self.task.held)[0]
-            hits.update(self.task.hits(outputs, batch.labels))
-        return {"val_loss": loss, **{f"val_{name}": count / self.task.held for name, count in hits.items()}}
+            outputs, _ = self.model.forward(batch.inputs, Context(train=False, **batch.context))
+            loss += self.task.loss(outputs, batch.labels, held)[0]
+            shares.update(self.task.measures(outputs, batch.labels, held))
+        return {"val_loss": loss, **{f"val_{name.replace(' ', '_')}": share for name, share in shares.items()}}
 
     def save(self, directory: Path, step: int) -> None:
         """Write a checkpoint of the state after `step` steps."""

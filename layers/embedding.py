@@ -10,6 +10,7 @@ from colossal_mpi.errors import ShapeError
 from colossal_mpi.layers import kernels
 from colossal_mpi.layers.layer import Context, Later, Layer, Parameter
 from colossal_mpi.layers.parallelism import Parallelism
+from colossal_mpi.layers.positions import given_positions
 from colossal_mpi.layout import Layout
 from colossal_mpi.linalg.subscripts import map_layout
 
@@ -65,9 +66,14 @@ class Embedding(Layer):
 
 
 class PositionEmbedding(Layer):
-    """Add row i of a learned table ``[p, h]`` to position i of the stream.
+    """Add row i of a learned table ``[p, h]`` to position i of the stream, or the rows of the context's `positions`.
 
     **Communication:** the table is gathered to the cut of h; its gradient is reduced over the axes that cut b and s.
+
+    Raises
+    ------
+    ShapeError
+        From `forward`, if the sequence is longer than the table, or, on the ranks that hold it, a position is outside.
     """
 
     def __init__(
@@ -81,30 +87,35 @@ class PositionEmbedding(Layer):
         seed: int = 0,
         dtype: Any = "float32",
     ) -> None:
-        self.used = Layout(None, *parallelism.stream("h").dims)
+        used = Layout(None, *parallelism.stream("h").dims)
         self.table = Parameter(
-            f"{name}.weight", [positions, hidden], self.used, parallelism, std=std, seed=seed, dtype=dtype
+            f"{name}.weight", [positions, hidden], used, parallelism, std=std, seed=seed, dtype=dtype
         )
 
     def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
-        """Return ``x + table[positions]``."""
-        if x.shape[1] > self.table.value.shape[0]:
-            raise ShapeError(
-                f"a sequence of {x.shape[1]} needs as many positions; the table has {self.table.value.shape[0]}"
-            )
-        start, stop = x.box[1]
-        table = self.table.value.redistribute(self.used)
-        return x.like(x.local + table.local[start:stop, :]), x.layout
+        """Return ``x + table[positions]``, in the layout of `x` with its partial sums reduced."""
+        x, given = x.reduced(), given_positions(ctx, x)
+        count = self.table.value.shape[0]
+        if given is None and x.shape[1] > count:
+            raise ShapeError(f"a sequence of {x.shape[1]} needs as many positions; the table has {count}")
+        table = self.table.value.redistribute(Layout(None, x.layout.dims[2])).local
+        if given is None:
+            return x.like(x.local + table[slice(*x.box[1]), :]), (x.layout, None)
+        kernels.require_ids(given, count)
+        return x.like(x.local + kernels.lookup(table, given, 0)), (x.layout, given)
 
     def backward(self, dy: DistArray, cache: Any, later: Later = None) -> DistArray:
-        """Return `dy`; its sum over the batch goes to the rows of the table."""
-        dy = dy.redistribute(cache)
-        start, stop = dy.box[1]
-        rows = dy.sum_over([0])
-        block = backend.zeros_like(dy.local, (self.table.value.shape[0], dy.local.shape[2]))
-        block[start:stop, :] = rows.local
-        layout = Layout(*self.used.dims, partial=(*rows.layout.partial, *dy.layout.dims[1]))
-        self.table.accumulate(DistArray(block, self.table.value.shape, layout, dy.grid))
+        """Return `dy`; its sums over equal positions go to the rows of the table."""
+        layout, given = cache
+        dy, count = dy.redistribute(layout), self.table.value.shape[0]
+        rows = dy.local if given is not None and given.ndim == 2 else dy.sum_over([0]).local
+        if given is None:
+            block = backend.zeros_like(rows, (count, rows.shape[-1]))
+            block[slice(*dy.box[1]), :] = rows
+        else:
+            block = kernels.lookup_backward(rows, given, 0, count)
+        of_table = Layout(None, layout.dims[2], partial=(*layout.dims[0], *layout.dims[1]))
+        self.table.accumulate(DistArray(block, self.table.value.shape, of_table, dy.grid))
         return dy
 
 

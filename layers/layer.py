@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from colossal_mpi import backend, distarray, random
+from colossal_mpi import distarray, random
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import ShapeError
 from colossal_mpi.layers.parallelism import Parallelism
@@ -77,6 +77,8 @@ class Parameter:
         self.name, self.parallelism, self.inputs = name, parallelism, inputs
         self.deferred = parallelism.deferred
         layout, grid = parallelism.store(used, shape), parallelism.grid
+        self.owned = parallelism.own(layout, shape).on(grid.axes, len(shape))
+        """The layout of the reduced gradient and of the optimizer's state."""
         if std is None or seed is None:
             self.value = distarray.full(shape, fill, grid, layout, dtype)
         else:
@@ -86,25 +88,39 @@ class Parameter:
     def accumulate(self, grad: DistArray) -> None:
         """Add a contribution, in any layout, to the gradient, which stays partial over the deferred axes.
 
-        **Communication:** one redistribution to the stored layout: reduce_scatters over the axes that cut it.
+        **Communication:** one redistribution to the stored layout, or to that of the optimizer's state where nothing is
+        deferred: reduce_scatters over the axes that cut it.
         """
         partial = [axis for axis in self.deferred if axis in grad.layout.partial]
-        grad = grad.redistribute(self.value.layout.with_partial(*partial))
+        layout = self.value.layout if self.deferred else self.owned
+        grad = grad.redistribute(layout.with_partial(*partial))
         self.grad = grad if self.grad is None else self.grad + grad
 
     def reduce(self) -> DistArray:
-        """Finish the gradient after the last microbatch and return it, in the layout of the weight.
+        """Finish the gradient after the last microbatch and return it, in the layout of the optimizer's state.
 
-        **Communication:** an allreduce over the deferred axes.
+        **Communication:** over the deferred axes an allreduce, with ZeRO a reduce_scatter.
         """
         if self.grad is None:
             self.grad = self.zeros()
-        self.grad = self.grad.redistribute(self.value.layout)
+        self.grad = self.grad.redistribute(self.owned)
         return self.grad
 
     def zeros(self) -> DistArray:
-        """Return zeros in the layout of the weight."""
-        return self.value.like(backend.zeros_like(self.value.local, self.value.local.shape))
+        """Return zeros in the layout of the optimizer's state."""
+        return distarray.zeros(self.value.shape, self.value.grid, self.owned, self.value.dtype)
+
+    def share(self) -> DistArray:
+        """Return the part of the weight that this rank's optimizer steps, in the weight's own memory."""
+        return self.value.redistribute(self.owned)
+
+    def refresh(self, share: DistArray) -> None:
+        """Let all ranks that hold the weight have the parts that were stepped.
+
+        **Communication:** with ZeRO an allgather over ``data``, unless the weight is stored so.
+        """
+        if self.owned != self.value.layout:
+            self.value.local[...] = share.redistribute(self.value.layout).local
 
     def __repr__(self) -> str:
         return f"Parameter({self.name}, {self.value})"
@@ -189,7 +205,7 @@ class Residual(Chain):
     def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
         """Return ``x + chain(x)``."""
         y, cache = super().forward(x, ctx)
-        return x + y, (cache, x.layout)
+        return x + y, (cache, x.layout.with_partial())
 
     def backward(self, dy: DistArray, cache: Any, later: Later = None) -> Any:
         """Return ``dy`` and the chain's cotangent together."""

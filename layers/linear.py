@@ -59,7 +59,7 @@ class Linear(Layer):
         dtype: Any = "float32",
     ) -> None:
         self.product: Product = parallelism.product(subscripts, inner)
-        self.keep = parallelism.keep_gathered
+        self.keep, self.keep_weight = parallelism.keep_gathered, parallelism.keep_weights
         x, w, y = parse(subscripts).a, parse(subscripts).b, parse(subscripts).c
         self.weight = weight or Parameter(
             f"{name}.weight",
@@ -69,7 +69,7 @@ class Linear(Layer):
             std=std,
             seed=seed,
             dtype=dtype,
-            inputs=max(1, len(list(takewhile(x.__contains__, w)))),
+            inputs=max(1, len(list(takewhile(lambda letter: letter in x and letter not in y, w)))),
         )
         self.batch_dims = [d for d, x in enumerate(y) if x not in w]
         self.bias_dims = [d for d, x in enumerate(y) if x in w]
@@ -93,7 +93,7 @@ class Linear(Layer):
             bias = self.bias.value.redistribute(self.bias_layout)
             shape = [1 if d in self.batch_dims else n for d, n in enumerate(y.local.shape)]
             y.local += backend.namespace(y.local).reshape(bias.local, tuple(shape))
-        return y, w if self.keep else None
+        return y, w if self.keep_weight else None
 
     def backward(self, dy: DistArray, cache: Any, later: Later = None) -> DistArray:
         """Return ``dy w^T``; ``x^T dy`` and the sum of dy go to the gradients."""

@@ -13,12 +13,13 @@ from typing import Any
 from colossal_mpi import backend, comm
 from colossal_mpi.backend import Block
 from colossal_mpi.distarray import DistArray
-from colossal_mpi.errors import DTypeError, OptionError, ShapeError
+from colossal_mpi.errors import OptionError
 from colossal_mpi.layers import kernels
 from colossal_mpi.layers.layer import Context, Later, Layer
 from colossal_mpi.layers.linear import Linear
 from colossal_mpi.layers.mlp import MLP
 from colossal_mpi.layers.parallelism import Parallelism
+from colossal_mpi.layers.positions import given_mask
 from colossal_mpi.layout import Layout
 
 
@@ -128,8 +129,7 @@ class MoE(Layer):
         self.router = Linear("bsh,he->bse", sizes, None, parallelism, f"{name}.router", bias=False, **common)
         common |= {"activation": activation, "bias": bias, "out_std": out_std}
         self.experts = MLP(hidden, inner, inside, name, experts=experts, **common)
-        self.stream, self.tokens = parallelism.stream(), parallelism.stream("bs")
-        self.slots = inside.stream("epch")
+        self.stream, self.slots = parallelism.stream(), inside.stream("epch")
 
     def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
         """Return the weighted sum of what its experts make of each token, in the layout of the stream.
@@ -191,7 +191,8 @@ class MoE(Layer):
     ) -> tuple[Block, Block]:
         """Report the two losses; return the cotangents of the probabilities and of the logarithms of the sums."""
         xp, e = backend.namespace(log), logits.shape[-1]
-        valid = None if ctx.mask is None else self._valid(ctx.mask, logits.shape[:2])
+        mask = given_mask(ctx, logits)
+        valid = None if mask is None else xp.reshape(mask, (-1,))
         sums = kernels.routing_sums(chosen, probabilities, log, valid)
         sums = comm.allreduce(sums, logits.grid, logits.layout.cut)
         assigned, mass, (count, squares) = sums[:e], sums[e : 2 * e], backend.to_host(sums[2 * e :])
@@ -206,14 +207,6 @@ class MoE(Layer):
             factor = xp.astype(valid, log.dtype)
             pull, push = pull * factor[:, None], push * factor
         return pull, push
-
-    def _valid(self, mask: DistArray, shape: tuple[int, ...]) -> Block:
-        if mask.shape != shape:
-            raise ShapeError(f"{self.name}: the mask must be of shape [b, s] = {list(shape)}; it is {list(mask.shape)}")
-        xp = backend.namespace(mask.local)
-        if mask.local.dtype != xp.bool:
-            raise DTypeError(f"{self.name}: the mask must be bool, true where a token counts; it is {mask.local.dtype}")
-        return xp.reshape(mask.redistribute(self.tokens).local, (-1,))
 
     def _dlogits(self, dy: DistArray, routing: Routing, rows: Block) -> DistArray:
         """Return the cotangent of the logits. **Communication:** ``[b, s, k]`` is summed over the axes that cut h."""

@@ -20,7 +20,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from colossal_mpi.errors import GridError
+from colossal_mpi.errors import GridError, OptionError
 from colossal_mpi.grid import Grid
 from colossal_mpi.layout import Axes, Layout, bounds
 from colossal_mpi.linalg.subscripts import layout_map, map_layout, parse
@@ -125,25 +125,41 @@ class Parallelism:
     keep_gathered : bool
         Whether a product keeps its gathered operands for the backward pass (fewer words), or its stored ones (less
         memory; they are gathered again: ``mk(P_n - 1) + kn(P_m - 1)`` words more per product).
+    zero : {0, 1, 2, 3}
+        What is stored cut over ``data``, too, so that each rank there has its share: 1, the state of the optimizer;
+        2, also the gradients, reduced after each microbatch; 3, also the weights, which are gathered for each use.
 
     Raises
     ------
     GridError
         If there is no such mode, or the grid has an axis larger than 1 that it does not use.
+    OptionError
+        If there is no such stage of ZeRO.
+
+    References
+    ----------
+    Rajbhandari et al.: ZeRO: memory optimizations toward training trillion parameter models, 2020.
     """
 
-    def __init__(self, grid: Grid, tensor: str | None = None, keep_gathered: bool = True) -> None:
+    def __init__(self, grid: Grid, tensor: str | None = None, keep_gathered: bool = True, zero: int = 0) -> None:
         mode = tensor or "none"
         if mode not in MODES:
             raise GridError(f"tensor={tensor!r}: use one of {', '.join(map(repr, MODES))}")
-        self.grid, self.tensor, self.keep_gathered = grid, mode, keep_gathered
+        if zero not in range(4):
+            raise OptionError(f"zero={zero!r}: use 0, 1, 2 or 3")
+        self.grid, self.tensor, self.keep_gathered, self.zero = grid, mode, keep_gathered, zero
         self._template, axes = MODES[mode]
         _check(grid, mode, axes)
 
     @property
     def deferred(self) -> Axes:
         """Axes over which gradients stay partial until the last microbatch."""
-        return self._present(_DATA)
+        return self._present(_DATA) if self.zero < 2 else ()
+
+    @property
+    def keep_weights(self) -> bool:
+        """Whether a product keeps its gathered weight for the backward pass."""
+        return self.keep_gathered and self.zero < 3
 
     def _present(self, axes: Sequence[str]) -> Axes:
         return tuple(axis for axis in axes if self.grid.axes.get(axis, 1) > 1)
@@ -222,13 +238,20 @@ class Parallelism:
         A vector is stored as it is used: reducing its gradient on every rank that uses it moves as many words as
         scattering the gradient and gathering the vector, in half as many messages. In a matrix each axis that
         would replicate it goes to the first dim whose blocks it divides evenly, else to the dim with the
-        largest blocks, so that no rank stores more than its share.
+        largest blocks, so that no rank stores more than its share. With ``zero=3`` each weight and vector is cut
+        over ``data``, too.
         """
-        if len(shape) == 1:
-            return used
-        dims, zero = [list(axes) for axes in used.dims], dict.fromkeys(self.grid.axes, 0)
-        for axis in self._present(self._template.stored):
-            if axis in used.cut:
+        stored = used if len(shape) == 1 else self._further(used, shape, self._template.stored)
+        return self._further(stored, shape, _DATA) if self.zero == 3 else stored
+
+    def own(self, stored: Layout, shape: Sequence[int]) -> Layout:
+        """Return the layout of the reduced gradient and the optimizer's state of a weight: with ZeRO cut over data."""
+        return self._further(stored, shape, _DATA) if self.zero else stored
+
+    def _further(self, layout: Layout, shape: Sequence[int], axes: Axes) -> Layout:
+        dims, zero = [list(axes) for axes in layout.dims], dict.fromkeys(self.grid.axes, 0)
+        for axis in self._present(axes):
+            if axis in layout.cut:
                 continue
             size = self.grid.axes[axis]
             local = [bounds(n, tuple(axes), self.grid.axes, zero)[1] for n, axes in zip(shape, dims, strict=True)]

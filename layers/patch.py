@@ -52,6 +52,7 @@ class Convolution(Layer):
                 "be 1 or more and padding 0 or more"
             )
         self.name, self.product, self.keep = name, parallelism.product(subscripts, inner), parallelism.keep_gathered
+        self.keep_weight = parallelism.keep_weights
         self.images = Layout(*self.product.x.dims[:2], None, None)
         shape = (channels[0], *self.kernel, channels[1])
         self.weight = Parameter(f"{name}.weight", shape, self.product.w, parallelism, std=std, seed=seed, dtype=dtype)
@@ -84,7 +85,7 @@ class Convolution(Layer):
         p, image = self.product, x.redistribute(self.images)
         w = self.weight.value.redistribute(p.w)
         y = contract(p.subscripts, self._windows(image), w, p.axes)
-        return y, (*((image, w) if self.keep else (x, None)), x.layout.with_partial())
+        return y, (image if self.keep else x, w if self.keep_weight else None, x.layout.with_partial())
 
     def _adjoint(self, dy: DistArray, cache: Any, later: Later) -> DistArray:
         """Return the cotangent of the images for one of the product as the map takes it."""

@@ -12,7 +12,12 @@ from colossal_mpi.layers.layer import Chain, Context, Later, Layer
 from colossal_mpi.layers.linear import Linear
 from colossal_mpi.layers.parallelism import Parallelism
 from colossal_mpi.layers.patch import Pair, pair
-from colossal_mpi.layout import Layout
+from colossal_mpi.layout import Layout, box_shape
+
+
+def _zeros(dy: DistArray, shape: tuple[int, ...], layout: Layout) -> DistArray:
+    box = layout.box(shape, dy.grid.axes, dy.grid.coords)
+    return DistArray(backend.zeros_like(dy.local, box_shape(box)), shape, layout, dy.grid)
 
 
 class MeanPool(Layer):
@@ -26,13 +31,15 @@ class MeanPool(Layer):
 
     def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
         """Return the mean of the positions."""
-        return (x.sum_over([1]) / x.shape[1]).redistribute(self.y), x
+        return (x.sum_over([1]) / x.shape[1]).redistribute(self.y), (x.shape, x.layout.with_partial())
 
     def backward(self, dy: DistArray, cache: Any, later: Later = None) -> DistArray:
         """Return ``dy / s`` at every position."""
-        layout = cache.layout
-        dy = dy.redistribute(Layout(layout.dims[0], layout.dims[2])) / cache.shape[1]
-        return cache.like(backend.zeros_like(dy.local, cache.local.shape) + dy.local[:, None, :])
+        shape, layout = cache
+        dy = dy.redistribute(Layout(layout.dims[0], layout.dims[2])) / shape[1]
+        dx = _zeros(dy, shape, layout)
+        dx.local[...] = dy.local[:, None, :]
+        return dx
 
 
 class FirstPool(Layer):
@@ -46,16 +53,17 @@ class FirstPool(Layer):
 
     def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
         """Return position 0."""
-        return x[:, 0, :].redistribute(self.y), x
+        return x[:, 0, :].redistribute(self.y), (x.shape, x.layout.with_partial())
 
     def backward(self, dy: DistArray, cache: Any, later: Later = None) -> DistArray:
         """Return `dy` at position 0 and zeros elsewhere."""
-        layout, (start, stop) = cache.layout, cache.box[1]
+        shape, layout = cache
         dy = dy.redistribute(Layout(layout.dims[0], layout.dims[2]))
-        block = backend.zeros_like(dy.local, cache.local.shape)
+        dx = _zeros(dy, shape, layout)
+        start, stop = dx.box[1]
         if start == 0 < stop:
-            block[:, 0, :] = dy.local
-        return cache.like(block)
+            dx.local[:, 0, :] = dy.local
+        return dx
 
 
 class ClassifierHead(Chain):

@@ -10,6 +10,7 @@ tensor (LAMB, Adafactor, clipping) would see that of a block: clip with `clip_gr
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -62,6 +63,7 @@ def as_module(
     All ranks of the grid run the same program: every forward and every backward pass is a collective. Where `y` is
     cut, each rank makes its own part of the loss, which is the sum over the blocks; where it is not, all make the same
     loss. Gradients of torch's own parameters before a cut `x` or behind a cut `y` are then partial sums, yours to add.
+    A loss that a layer adds of its own (the balance of experts) enters the gradients as its backward pass has it.
 
     **Communication:** that of the layer, a redistribution of x, y and their cotangents where their layouts differ
     from the layer's (none for a global x), the reduction of each gradient over all axes in every backward pass (the
@@ -190,6 +192,11 @@ class LayerModule(torch.nn.Module):
             The same on all ranks, if what any of them gives is of another dtype or on another device than the weights
             or no block of one global array.
         """
+        # Once torch.compile is about, it looks into every call but these.
+        run = torch.compiler.disable(self._run) if "torch._dynamo" in sys.modules else self._run
+        return run(x, mask)
+
+    def _run(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         self._bind()
         values: Sequence[Any] = [x] if mask is None else [x, mask]
         # As masks of torch's own are drawn: by the generator's state, which torch's checkpointing winds back.

@@ -192,6 +192,7 @@ def _multihead(source: _Source) -> Made:
         source.parallelism,
         source.name,
         causal=source.causal,
+        bias=attention.in_proj_bias is not None,
         **source.common(attention.in_proj_weight),
     )
     return layer, _of_attention(attention)
@@ -201,7 +202,6 @@ def _refused_of_attention(attention: Any) -> list[tuple[bool, str]]:
     h = attention.embed_dim
     return [
         ((attention.kdim, attention.vdim) != (h, h), f"kdim={attention.kdim} and vdim={attention.vdim} beside {h}"),
-        (attention.in_proj_bias is None, "bias=False"),
         (attention.bias_k is not None, "add_bias_kv=True"),
         (attention.add_zero_attn, "add_zero_attn=True"),
         (attention.training and attention.dropout > 0, f"dropout={attention.dropout} in attention (eval() has none)"),

@@ -3,12 +3,18 @@
 from colossal_mpi.apps.config import Config
 from colossal_mpi.apps.tasks.images import ImageClassification
 from colossal_mpi.apps.tasks.language import CausalLanguage
+from colossal_mpi.apps.tasks.masked import MaskedLanguage
 from colossal_mpi.apps.tasks.task import Batch, Task
 from colossal_mpi.layers import Parallelism
 
 __all__ = ["Batch", "Task", "make"]
 
-KINDS: dict[str, type[Task]] = {"gpt": CausalLanguage, "vit": ImageClassification}
+KINDS: dict[str, type[Task]] = {
+    "gpt": CausalLanguage,
+    "llama": CausalLanguage,
+    "bert": MaskedLanguage,
+    "vit": ImageClassification,
+}
 """The task of each ``model.kind``."""
 
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from colossal_mpi import backend
 from colossal_mpi.apps import data, sections
 from colossal_mpi.apps.config import Config
 from colossal_mpi.apps.images import draw, read_images, shifted
-from colossal_mpi.apps.tasks.task import Batch, Task
+from colossal_mpi.apps.tasks.task import Batch, Task, whole
 from colossal_mpi.distarray import DistArray, from_global
 from colossal_mpi.layers import Context, Parallelism
+from colossal_mpi.layers.accuracy import hits
 from colossal_mpi.layers.loss import CrossEntropy
 from colossal_mpi.layers.models import ViT, ViTConfig
 from colossal_mpi.layout import Layout
@@ -77,24 +77,17 @@ class ImageClassification(Task):
         """Return the cotangent of the logits."""
         return self.cross_entropy.backward(saved)
 
-    def hits(self, outputs: DistArray, labels: DistArray) -> Mapping[str, int]:
-        """Return how many images are given their class. **Communication:** the logits are gathered along classes."""
-        named = outputs.redistribute(Layout(self.samples, None))
-        xp = backend.namespace(named.local)
-        right = xp.argmax(named.local, axis=-1) == labels.redistribute(Layout(self.samples)).local
-        return {"accuracy": int(labels.like(xp.astype(right, labels.dtype)).sum())}
+    def measures(self, outputs: DistArray, labels: DistArray, samples: int) -> Mapping[str, float]:
+        """Return this batch's part of the share of the images that are given their class."""
+        return {"accuracy": hits(outputs, labels) / samples}
 
     def sample(self, count: int) -> bytes:
         """Return a drawing of the first images held out, as many as fit on a line, and the classes they are given."""
         width = 2 * self.images.train.shape[3] + 2
         shown = max(1, min(self.held, _COLUMNS // width))
         logits, _ = self.model.forward(self._held(0, shown).inputs, Context(train=False))
-        whole = logits.gather()
-        assert whole is not None
-        words = [
-            f"{label}, named {named}"
-            for label, named in zip(self.images.validation_labels, whole.argmax(-1), strict=False)
-        ]
+        named = whole(logits).argmax(-1)
+        words = [f"{label}, named {n}" for label, n in zip(self.images.validation_labels, named, strict=False)]
         pictures = zip(*(draw(image) for image in self.images.validation[:shown]), strict=True)
         rows = [*pictures, words]
         return "\n".join(["", *("".join(f"{cell:{width}}" for cell in row).rstrip() for row in rows)]).encode()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,23 +10,17 @@ import numpy as np
 from colossal_mpi import random
 from colossal_mpi.apps import data, sections
 from colossal_mpi.apps.config import Config
-from colossal_mpi.apps.tasks.task import Batch, Task
+from colossal_mpi.apps.tasks.task import Batch, Task, whole
 from colossal_mpi.distarray import DistArray, from_global
-from colossal_mpi.layers import Context, Layer, Parallelism
+from colossal_mpi.layers import Context, Parallelism
 from colossal_mpi.layers.loss import CrossEntropy
-from colossal_mpi.layers.models import GPT, GPTConfig
+from colossal_mpi.layers.models import GPT, GPTConfig, Llama, LlamaConfig
 
 PROMPT = b"\nThe "
 
 
-def _gpt(config: Config, parallelism: Parallelism) -> Layer:
-    assert isinstance(config.model, sections.GPT)
-    sizes = config.model.model_dump(exclude={"kind", "context"})
-    seed, dtype = config.training.seed, config.parallel.dtype
-    return GPT(GPTConfig(**sizes, positions=config.model.context, seed=seed, dtype=dtype), parallelism)
-
-
-MODELS: dict[str, tuple[str, Callable[[Config, Parallelism], Layer]]] = {"gpt": ("GPT", _gpt)}
+MODELS: dict[str, tuple[str, type, type]] = {"gpt": ("GPT", GPT, GPTConfig), "llama": ("Llama", Llama, LlamaConfig)}
+"""Of each ``model.kind`` its name, the model and its sizes, which are those of its section and the common ones."""
 
 
 class CausalLanguage(Task):
@@ -39,8 +33,10 @@ class CausalLanguage(Task):
         assert isinstance(config.model, sections.Text)
         self.context, training = config.model.context, config.training
         self.corpus = data.read_corpus(config.data.files, config.data.validation, self.context, self.grid)
-        self.name, make = MODELS[config.model.kind]
-        self.model, self.cross_entropy = make(config, parallelism), CrossEntropy(parallelism)
+        self.name, model, sizes = MODELS[config.model.kind]
+        given = config.model.model_dump(exclude={"kind", "context"})
+        sizes = sizes(**given, positions=self.context, seed=training.seed, dtype=config.parallel.dtype)
+        self.model, self.cross_entropy = model(sizes, parallelism), CrossEntropy(parallelism)
         self.per_sample, self.held = self.context, training.evaluate_batches * training.batch
         self.about = self.corpus.about
 
@@ -77,10 +73,8 @@ class CausalLanguage(Task):
             window = np.array([tokens[-self.context :]])
             x = from_global(window, self.grid, self.parallelism.tokens())
             logits, _ = self.model.forward(x, Context(train=False))
-            whole = logits.gather()
-            assert whole is not None
             draw = random.uniform_block(((i, i + 1),), (count,), self.config.training.seed, "sample")[0]
-            tokens.append(_choose(whole[0, -1, :256] / temperature, draw))
+            tokens.append(_choose(whole(logits)[0, -1, :256] / temperature, draw))
         return bytes(tokens)
 
 

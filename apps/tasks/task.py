@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from colossal_mpi.apps.config import Config
+from colossal_mpi.distarray import DistArray
 from colossal_mpi.layers import Layer, Parallelism
 
 
@@ -16,6 +19,8 @@ class Batch:
 
     inputs: Any
     labels: Any
+    context: Mapping[str, Any] = field(default_factory=dict)
+    """What the layers' context has of the samples: ``mask`` and ``segments``."""
 
 
 class Task:
@@ -66,10 +71,17 @@ class Task:
         """Return the cotangent of the outputs."""
         raise NotImplementedError
 
-    def hits(self, outputs: Any, labels: Any) -> Mapping[str, int]:
-        """Return, for each measure that is a share of the samples, how many of the batch meet it."""
+    def measures(self, outputs: Any, labels: Any, samples: int) -> Mapping[str, float]:
+        """Return this batch's part of each measure over `samples` samples that is a share, by name."""
         return {}
 
     def sample(self, count: int) -> bytes:
         """Return about `count` bytes of text that show what the model can do."""
         raise NotImplementedError
+
+
+def whole(array: DistArray) -> np.ndarray:
+    """Return a global array, which must be small, on every rank."""
+    gathered = array.gather()
+    assert gathered is not None
+    return gathered

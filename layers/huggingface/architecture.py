@@ -89,9 +89,9 @@ def whole(theirs: str, ours: str, default: int | None, missing: Callable[[Any], 
     return Key(theirs, ours, default, missing=missing)
 
 
-def optional(theirs: str, ours: str) -> Key:
+def optional(theirs: str, ours: str, default: int | None) -> Key:
     """Return the key of an integer that may be null."""
-    return Key(theirs, ours, None, kinds=(int, type(None)))
+    return Key(theirs, ours, default, kinds=(int, type(None)))
 
 
 def real(theirs: str, ours: str, default: float) -> Key:

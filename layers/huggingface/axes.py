@@ -122,3 +122,10 @@ def one(ours: str, letters: str, theirs: str, dims: str | None = None) -> Entry:
 def norm(ours: str, theirs: str) -> tuple[Entry, Entry]:
     """Return the entries of gain and bias of a norm."""
     return one(f"{ours}.gain", "h", f"{theirs}.weight"), one(f"{ours}.bias", "h", f"{theirs}.bias")
+
+
+def linear(ours: str, letters: str, theirs: Sequence[str], dims: str, summed: str = "h") -> tuple[Entry, Entry]:
+    """Return the entries of weight and bias of a product that sums over the letters `summed`, which its bias lacks."""
+    weights, biases = (tuple(f"{name}.{kind}" for name in theirs) for kind in ("weight", "bias"))
+    kept, left = ("".join(x for x in text if x not in summed).replace("()", "") for text in (letters, dims))
+    return Entry(f"{ours}.weight", letters, weights, dims), Entry(f"{ours}.bias", kept, biases, left)

@@ -12,7 +12,7 @@ from colossal_mpi.layers.huggingface.architecture import (
     real,
     whole,
 )
-from colossal_mpi.layers.huggingface.axes import Entry, norm, one
+from colossal_mpi.layers.huggingface.axes import Entry, linear, norm, one
 
 _BODY, _BLOCK, _HEAD = "bert.embeddings", "bert.encoder.layer.{i}", "cls.predictions"
 
@@ -33,15 +33,11 @@ def blocks(prefix: str, attention: str, norms: tuple[str, str]) -> tuple[Entry, 
     """Return the entries of a BERT's blocks, whose matrices are those of `torch.nn.Linear`: transposed."""
     qkv = [f"{prefix}.attention.{attention}.{which}" for which in ("query", "key", "value")]
     return (
-        Entry("blocks.{i}.attention.qkv.weight", "htad", tuple(f"{name}.weight" for name in qkv), "(ad)h"),
-        Entry("blocks.{i}.attention.qkv.bias", "tad", tuple(f"{name}.bias" for name in qkv), "(ad)"),
-        one("blocks.{i}.attention.out.weight", "adh", f"{prefix}.attention.output.dense.weight", "h(ad)"),
-        one("blocks.{i}.attention.out.bias", "h", f"{prefix}.attention.output.dense.bias"),
+        *linear("blocks.{i}.attention.qkv", "htad", qkv, "(ad)h"),
+        *linear("blocks.{i}.attention.out", "adh", [f"{prefix}.attention.output.dense"], "h(ad)", "ad"),
         *norm("blocks.{i}.norm1", f"{prefix}.{norms[0]}"),
-        one("blocks.{i}.mlp.up.weight", "hf", f"{prefix}.intermediate.dense.weight", "fh"),
-        one("blocks.{i}.mlp.up.bias", "f", f"{prefix}.intermediate.dense.bias"),
-        one("blocks.{i}.mlp.down.weight", "fh", f"{prefix}.output.dense.weight", "hf"),
-        one("blocks.{i}.mlp.down.bias", "h", f"{prefix}.output.dense.bias"),
+        *linear("blocks.{i}.mlp.up", "hf", [f"{prefix}.intermediate.dense"], "fh"),
+        *linear("blocks.{i}.mlp.down", "fh", [f"{prefix}.output.dense"], "hf", "f"),
         *norm("blocks.{i}.norm2", f"{prefix}.{norms[1]}"),
     )
 
@@ -80,16 +76,12 @@ BERT = Architecture(
         one("positions.weight", "ph", f"{_BODY}.position_embeddings.weight"),
         *norm("norm", f"{_BODY}.LayerNorm"),
         *blocks(_BLOCK, "self", ("attention.output.LayerNorm", "output.LayerNorm")),
-        one("predictions.dense.weight", "fh", f"{_HEAD}.transform.dense.weight", "hf"),
-        one("predictions.dense.bias", "h", f"{_HEAD}.transform.dense.bias"),
+        *linear("predictions.dense", "fh", [f"{_HEAD}.transform.dense"], "hf", "f"),
         *norm("predictions.norm", f"{_HEAD}.transform.LayerNorm"),
         one("predictions.bias", "v", f"{_HEAD}.bias"),
-        one("decoder.weight", "vh", f"{_HEAD}.decoder.weight"),
-        one("decoder.bias", "v", f"{_HEAD}.decoder.bias"),
-        one("pooler.weight", "fh", "bert.pooler.dense.weight", "hf"),
-        one("pooler.bias", "h", "bert.pooler.dense.bias"),
-        one("next_sentence.weight", "hv", "cls.seq_relationship.weight", "vh"),
-        one("next_sentence.bias", "v", "cls.seq_relationship.bias"),
+        *linear("decoder", "vh", [f"{_HEAD}.decoder"], "vh"),
+        *linear("pooler", "fh", ["bert.pooler.dense"], "hf", "f"),
+        *linear("next_sentence", "hv", ["cls.seq_relationship"], "vh"),
     ),
     normal=_normal,
     spelled=_spelled,

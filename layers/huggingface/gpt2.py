@@ -12,7 +12,7 @@ from colossal_mpi.layers.huggingface.architecture import (
     real,
     whole,
 )
-from colossal_mpi.layers.huggingface.axes import norm, one
+from colossal_mpi.layers.huggingface.axes import linear, norm, one
 
 _BLOCK = "transformer.h.{i}"
 
@@ -27,7 +27,7 @@ GPT2 = Architecture(
         whole("n_embd", "hidden", 768),
         whole("n_layer", "layers", 12),
         whole("n_head", "heads", 12),
-        optional("n_inner", "inner"),
+        optional("n_inner", "inner", None),
         real("layer_norm_epsilon", "eps", 1e-5),
         flag("tie_word_embeddings", "tied", True),
         Key("activation_function", "activation", "gelu_new", ACTIVATIONS),
@@ -39,15 +39,11 @@ GPT2 = Architecture(
         one("tokens.weight", "vh", "transformer.wte.weight"),
         one("positions.weight", "ph", "transformer.wpe.weight"),
         *norm("blocks.{i}.norm1", f"{_BLOCK}.ln_1"),
-        one("blocks.{i}.attention.qkv.weight", "htad", f"{_BLOCK}.attn.c_attn.weight", "h(tad)"),
-        one("blocks.{i}.attention.qkv.bias", "tad", f"{_BLOCK}.attn.c_attn.bias", "(tad)"),
-        one("blocks.{i}.attention.out.weight", "adh", f"{_BLOCK}.attn.c_proj.weight", "(ad)h"),
-        one("blocks.{i}.attention.out.bias", "h", f"{_BLOCK}.attn.c_proj.bias"),
+        *linear("blocks.{i}.attention.qkv", "htad", [f"{_BLOCK}.attn.c_attn"], "h(tad)"),
+        *linear("blocks.{i}.attention.out", "adh", [f"{_BLOCK}.attn.c_proj"], "(ad)h", "ad"),
         *norm("blocks.{i}.norm2", f"{_BLOCK}.ln_2"),
-        one("blocks.{i}.mlp.up.weight", "hf", f"{_BLOCK}.mlp.c_fc.weight"),
-        one("blocks.{i}.mlp.up.bias", "f", f"{_BLOCK}.mlp.c_fc.bias"),
-        one("blocks.{i}.mlp.down.weight", "fh", f"{_BLOCK}.mlp.c_proj.weight"),
-        one("blocks.{i}.mlp.down.bias", "h", f"{_BLOCK}.mlp.c_proj.bias"),
+        *linear("blocks.{i}.mlp.up", "hf", [f"{_BLOCK}.mlp.c_fc"], "hf"),
+        *linear("blocks.{i}.mlp.down", "fh", [f"{_BLOCK}.mlp.c_proj"], "fh", "f"),
         *norm("norm", "transformer.ln_f"),
         one("head.weight", "vh", "lm_head.weight"),
     ),

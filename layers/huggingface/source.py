@@ -78,6 +78,10 @@ class Source:
         """Return the shape of a tensor."""
         return tuple(self._slice(name).get_shape())
 
+    def code(self, name: str) -> str:
+        """Return the name of the dtype of a tensor in safetensors."""
+        return self._slice(name).get_dtype()
+
     def dtype(self, name: str) -> str:
         """Return NumPy's name of the dtype of a tensor.
 
@@ -86,7 +90,7 @@ class Source:
         CheckpointError
             If it is none of weights: integers of a quantised model, for example.
         """
-        kind = self._slice(name).get_dtype()
+        kind = self.code(name)
         if kind not in DTYPES:
             raise CheckpointError(f"{self.directory}: {name} is of dtype {kind}; it must be {', '.join(DTYPES)}")
         return DTYPES[kind]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from colossal_mpi.layers.huggingface.architecture import Architecture, Key, Table, fixed, whole
-from colossal_mpi.layers.huggingface.axes import norm, one
+from colossal_mpi.layers.huggingface.axes import linear, norm, one
 from colossal_mpi.layers.huggingface.bert import blocks, sizes
 
 _BODY = "vit.embeddings"
@@ -37,14 +37,12 @@ VIT = Architecture(
         fixed("qkv_bias", True, True),
     ),
     entries=(
-        one("patches.weight", "cijh", f"{_BODY}.patch_embeddings.projection.weight", "hcij"),
-        one("patches.bias", "h", f"{_BODY}.patch_embeddings.projection.bias"),
+        *linear("patches", "cijh", [f"{_BODY}.patch_embeddings.projection"], "hcij", "cij"),
         one("patches.token", "h", f"{_BODY}.cls_token", "11h"),
         one("positions.weight", "ph", f"{_BODY}.position_embeddings", "1ph"),
         *blocks("vit.encoder.layer.{i}", "attention", ("layernorm_before", "layernorm_after")),
         *norm("norm", "vit.layernorm"),
-        one("head.weight", "hv", "classifier.weight", "vh"),
-        one("head.bias", "v", "classifier.bias"),
+        *linear("head", "hv", ["classifier"], "vh"),
     ),
     normal=_normal,
     spelled=_spelled,

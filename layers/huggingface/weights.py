@@ -19,18 +19,19 @@ Pairs = list[tuple[Parameter, Entry]]
 
 
 def pair(parameters: Sequence[Parameter], layers: int, architecture: Architecture) -> Pairs:
-    """Return each parameter with its entry.
+    """Return each parameter with its entry, that of its name and number of dims.
 
     Raises
     ------
     CheckpointError
         If the architecture has no place for one.
     """
-    entries = {entry.ours: entry for entry in architecture.named(layers)}
-    homeless = [parameter.name for parameter in parameters if parameter.name not in entries]
+    entries = {(entry.ours, len(entry.letters)): entry for entry in architecture.named(layers)}
+    keys = [(parameter.name, parameter.value.ndim) for parameter in parameters]
+    homeless = [name for name, ndim in keys if (name, ndim) not in entries]
     if homeless:
-        raise CheckpointError(f"{architecture.name} of Hugging Face has no place for {', '.join(homeless[:3])}")
-    return [(parameter, entries[parameter.name]) for parameter in parameters]
+        raise CheckpointError(f"a {architecture.name} of Hugging Face has no place for {', '.join(homeless[:3])}")
+    return [(parameter, entries[key]) for parameter, key in zip(parameters, keys, strict=True)]
 
 
 def read(source: Source, pairs: Pairs, architecture: Architecture) -> None:

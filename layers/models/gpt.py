@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from colossal_mpi.layers.block import TransformerBlock
+from colossal_mpi.layers.dropout import Dropout
 from colossal_mpi.layers.embedding import Embedding, PositionEmbedding
 from colossal_mpi.layers.layer import Chain
 from colossal_mpi.layers.linear import Linear
@@ -30,6 +31,10 @@ class GPTConfig:
     """Of the norms."""
     tied: bool = True
     """Whether the head is the embedding."""
+    dropout: float = 0.0
+    """Rate at which elements of the embedded tokens and of what attention and MLP add are dropped."""
+    std: float = 0.02
+    """Standard deviation of the initial weights."""
     seed: int | None = 0
     """None makes zeros of random weights, which are to be loaded."""
     dtype: str = "float32"
@@ -45,21 +50,23 @@ class GPT(Chain):
 
     Notes
     -----
-    Initial weights are normal with standard deviation 0.02, products into the residual stream scaled by
+    Initial weights are normal with standard deviation `std`, products into the residual stream scaled by
     ``1 / sqrt(2 layers)``; they are a function of seed and name, bitwise the same on every grid.
     """
 
     def __init__(self, config: GPTConfig, parallelism: Parallelism) -> None:
         self.config, hidden = config, config.hidden
-        common: dict[str, Any] = {"seed": config.seed, "dtype": config.dtype}
+        common: dict[str, Any] = {"std": config.std, "seed": config.seed, "dtype": config.dtype}
         tokens = Embedding(config.vocabulary, hidden, parallelism, "tokens", **common)
-        out_std = 0.02 / math.sqrt(2 * config.layers)
+        out_std = config.std / math.sqrt(2 * config.layers)
         inner = 4 * hidden if config.inner is None else config.inner
         sizes, shared = {"v": config.vocabulary, "h": hidden}, tokens.table if config.tied else None
-        options = {"eps": config.eps, "activation": config.activation, "out_std": out_std, **common}
+        drop, rate = Dropout(config.dropout, "dropout", config.seed or 0), config.dropout
+        options = {"eps": config.eps, "activation": config.activation, "dropout": rate, "out_std": out_std, **common}
         super().__init__(
             tokens,
             PositionEmbedding(config.positions, hidden, parallelism, "positions", **common),
+            drop,
             *[
                 TransformerBlock(hidden, config.heads, inner, parallelism, f"blocks.{i}", **options)
                 for i in range(config.layers)

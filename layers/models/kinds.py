@@ -10,10 +10,16 @@ from colossal_mpi.errors import OptionError
 from colossal_mpi.layers.layer import Layer
 from colossal_mpi.layers.models.bert import Bert, BertConfig
 from colossal_mpi.layers.models.gpt import GPT, GPTConfig
+from colossal_mpi.layers.models.llama import Llama, LlamaConfig
 from colossal_mpi.layers.models.vit import ViT, ViTConfig
 from colossal_mpi.layers.parallelism import Parallelism
 
-KINDS: dict[str, tuple[type, type]] = {"gpt": (GPT, GPTConfig), "bert": (Bert, BertConfig), "vit": (ViT, ViTConfig)}
+KINDS: dict[str, tuple[type, type]] = {
+    "gpt": (GPT, GPTConfig),
+    "llama": (Llama, LlamaConfig),
+    "bert": (Bert, BertConfig),
+    "vit": (ViT, ViTConfig),
+}
 """Every model and its configuration by the name that configurations and checkpoints give it."""
 
 

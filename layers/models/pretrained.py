@@ -7,24 +7,27 @@ from pathlib import Path
 from typing import Any
 
 from colossal_mpi import backend, comm
-from colossal_mpi.errors import CheckpointError, ConfigError
+from colossal_mpi.errors import CheckpointError, ConfigError, OptionError
 from colossal_mpi.layers.huggingface import weights
 from colossal_mpi.layers.huggingface.architecture import Architecture
 from colossal_mpi.layers.huggingface.bert import BERT
 from colossal_mpi.layers.huggingface.gpt2 import GPT2
+from colossal_mpi.layers.huggingface.llama import LLAMA, MISTRAL
 from colossal_mpi.layers.huggingface.sink import Sink
-from colossal_mpi.layers.huggingface.source import Source
+from colossal_mpi.layers.huggingface.source import DTYPES, Source
 from colossal_mpi.layers.huggingface.vit import VIT
 from colossal_mpi.layers.layer import Layer
 from colossal_mpi.layers.models.kinds import KINDS
 from colossal_mpi.layers.parallelism import Parallelism
 
-KNOWN: tuple[tuple[tuple[str, ...], Architecture, str], ...] = (
-    (("gpt2",), GPT2, "gpt"),
-    (("bert",), BERT, "bert"),
-    (("vit",), VIT, "vit"),
+KNOWN: tuple[tuple[Architecture, str], ...] = (
+    (GPT2, "gpt"),
+    (LLAMA, "llama"),
+    (MISTRAL, "llama"),
+    (BERT, "bert"),
+    (VIT, "vit"),
 )
-"""The ``model_type``s of each architecture, its data, and the kind of its model here."""
+"""Each architecture and the kind of its model here."""
 
 MOST = 5 * 10**9
 """Bytes of weights in one file, as transformers has had it."""
@@ -44,13 +47,16 @@ def from_pretrained(directory: str | Path, parallelism: Parallelism, dtype: str 
 
     Returns
     -------
-    GPT
-        By the ``model_type``, with the configuration that the file gives as ``config``.
+    GPT, Llama, Bert or ViT
+        By the ``model_type``, with the configuration that the file gives as ``config``. It has no dropout: rates are no
+        part of what was trained.
 
     Raises
     ------
     ConfigError
         On all ranks, if the configuration asks for what no model here computes, by key and value.
+    OptionError
+        If `dtype` is none of weights.
     CheckpointError
         If files or tensors are missing, damaged or of another shape, or the package safetensors is not installed.
 
@@ -63,6 +69,8 @@ def from_pretrained(directory: str | Path, parallelism: Parallelism, dtype: str 
     >>> model = models.from_pretrained("gpt2", Parallelism(Grid(row=2, col=2), "2d"))
     """
     grid = parallelism.grid
+    if dtype is not None and dtype not in DTYPES.values():
+        raise OptionError(f"from_pretrained with dtype={dtype!r}: use one of {', '.join(map(repr, DTYPES.values()))}")
     with comm.agreed(grid, CheckpointError):
         source = Source(directory)
         architecture, kind, config = _config(source, dtype)
@@ -76,21 +84,21 @@ def from_pretrained(directory: str | Path, parallelism: Parallelism, dtype: str 
 def _config(source: Source, dtype: str | None) -> tuple[Architecture, type, Any]:
     """Return the architecture of a directory, its model and its configuration."""
     path, name = source.directory / "config.json", source.config.get("model_type")
-    for names, architecture, kind in KNOWN:
-        if name in names:
+    for architecture, kind in KNOWN:
+        if name == architecture.name:
             model, config = KINDS[kind]
             try:
                 fields = architecture.fields(source.config)
             except ConfigError as problem:
                 raise ConfigError(f"{path}: {problem}") from None
             return architecture, model, config(**fields, seed=None, dtype=dtype or _dtype(source))
-    known = ", ".join(name for names, *_ in KNOWN for name in names)
+    known = ", ".join(architecture.name for architecture, _ in KNOWN)
     raise ConfigError(f"{path}: model_type={name!r} cannot be run: it must be one of {known}")
 
 
 def _dtype(source: Source) -> str:
     """Return the widest dtype of the weights, float32 at least: a CPU has no use for 16 bits."""
-    return "float64" if any(source.dtype(name) == "float64" for name in source) else "float32"
+    return "float64" if any(source.code(name) == "F64" for name in source) else "float32"
 
 
 def save_pretrained(
@@ -100,7 +108,7 @@ def save_pretrained(
 
     Parameters
     ----------
-    model : GPT
+    model : GPT, Llama, Bert or ViT
         On any grid, in any mode.
     directory : path
         Must not exist, or be empty. Only rank 0 of the grid must see it.
@@ -108,6 +116,7 @@ def save_pretrained(
         Bytes of weights in one file; more go into several, with an index.
     extra : mapping, optional
         Further keys of ``config.json``, such as ``eos_token_id``; those that say what is computed are the model's own.
+        Of several ``model_type``s for one architecture, such as llama and mistral, the one here is written.
 
     Raises
     ------
@@ -120,13 +129,14 @@ def save_pretrained(
     **Communication:** rank 0 receives every element that it does not hold, once, in pieces of at most 32 MiB of
     float64, and holds no more than one at a time. A weight that is tied is written once.
     """
-    architecture = next((known for _, known, kind in KNOWN if type(model) is KINDS[kind][0]), None)
-    if architecture is None:
+    fitting = {known.name: known for known, kind in KNOWN if type(model) is KINDS[kind][0]}
+    if not fitting:
         raise CheckpointError(f"a {type(model).__name__} is no model of transformers: colossal_mpi.checkpoint saves it")
+    architecture = fitting.get(str((extra or {}).get("model_type")), next(iter(fitting.values())))
     parameters = list(model.parameters())
     config, grid = model.config, parameters[0].value.grid  # type: ignore[attr-defined]
-    pairs, sink = weights.pair(parameters, config.layers, architecture), None
-    table = architecture.table(config, extra) | _dtypes(parameters[0].value.dtype)
+    table, sink = architecture.table(config, extra) | _dtypes(parameters[0].value.dtype), None
+    pairs = weights.pair(parameters, config.layers, architecture)
     with comm.agreed(grid, CheckpointError):
         if grid.rank == 0:
             sink = Sink(directory, table, weights.tensors(pairs), most)

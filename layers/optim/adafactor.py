@@ -70,11 +70,10 @@ class Adafactor(Optimizer):
         return {slot: distarray.zeros([n], w.grid, Layout(None), w.dtype) for slot, n in sizes.items()}
 
     def update(
-        self, parameter: Parameter, g: DistArray, slots: dict[str, DistArray], lr: float, **options: Any
+        self, parameter: Parameter, w: DistArray, g: DistArray, slots: dict[str, DistArray], lr: float, **options: Any
     ) -> None:
         """Step by the gradient over the root of the second moment, relative to the weight."""
         keep = 1 - self.steps ** options["decay"]
-        w = parameter.value
         update = self._vector(g, slots["v"], keep) if "v" in slots else self._matrix(g, slots, keep, parameter.inputs)
         rate = min(lr, 1 / math.sqrt(self.steps)) * max(options["eps"], _rms(w))
         update *= rate / max(1.0, _rms(w.like(update)) / options["threshold"])

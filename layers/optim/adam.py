@@ -48,10 +48,10 @@ class AdamW(Optimizer):
         super().__init__(parameters, lr, clip, weight_decay, betas=betas, eps=eps, **rest)
 
     def update(
-        self, parameter: Parameter, g: DistArray, slots: dict[str, DistArray], lr: float, **options: Any
+        self, parameter: Parameter, w: DistArray, g: DistArray, slots: dict[str, DistArray], lr: float, **options: Any
     ) -> None:
         """Step by the first moment over the root of the second."""
-        kernels.adamw(parameter.value.local, g.local, *_moments(slots), self.steps, lr=lr, **options)
+        kernels.adamw(w.local, g.local, *_moments(slots), self.steps, lr=lr, **options)
 
 
 def _moments(slots: dict[str, DistArray]) -> tuple[Any, Any]:
@@ -72,11 +72,10 @@ class LAMB(AdamW):
     """
 
     def update(
-        self, parameter: Parameter, g: DistArray, slots: dict[str, DistArray], lr: float, **options: Any
+        self, parameter: Parameter, w: DistArray, g: DistArray, slots: dict[str, DistArray], lr: float, **options: Any
     ) -> None:
         """Step by Adam's direction and the decay together, scaled to the norm of the weight."""
         direction = kernels.adam(g.local, *_moments(slots), self.steps, options["betas"], options["eps"])
-        w = parameter.value
         direction += options["weight_decay"] * w.local
         length, weight = w.like(direction).norm(), w.norm()
         direction *= lr * (weight / length if weight > 0 and length > 0 else 1.0)

@@ -122,19 +122,21 @@ class Optimizer:
         assert parameter.grad is not None
         own = options if self.decays(parameter) else options | {"weight_decay": 0.0}
         gradient = parameter.grad if scale == 1.0 else parameter.grad * scale
-        self.update(parameter, gradient, self.moments[parameter.name], lr, **own)
+        w = parameter.share()
+        self.update(parameter, w, gradient, self.moments[parameter.name], lr, **own)
+        parameter.refresh(w)
         parameter.grad = None
 
     def update(
-        self, parameter: Parameter, g: DistArray, slots: dict[str, DistArray], lr: float, **options: Any
+        self, parameter: Parameter, w: DistArray, g: DistArray, slots: dict[str, DistArray], lr: float, **options: Any
     ) -> None:
-        """Step a parameter's value in place.
+        """Step this rank's part of a weight in place.
 
         Parameters
         ----------
         parameter : Parameter
-        g : DistArray
-            Its reduced and clipped gradient, in the layout of the value.
+        w, g : DistArray
+            The part of its value and its reduced and clipped gradient, in one layout.
         slots : dict of DistArray
             This parameter's; updated in place.
         lr : float

@@ -86,13 +86,13 @@ class Muon(AdamW):
         return {"velocity": parameter.zeros()} if self.hidden(parameter) else super().begin(parameter)
 
     def update(
-        self, parameter: Parameter, g: DistArray, slots: dict[str, DistArray], lr: float, **options: Any
+        self, parameter: Parameter, w: DistArray, g: DistArray, slots: dict[str, DistArray], lr: float, **options: Any
     ) -> None:
         """Step by the orthogonalised velocity."""
         if "velocity" not in slots:
-            super().update(parameter, g, slots, lr, **options)
+            super().update(parameter, w, g, slots, lr, **options)
             return
-        w, velocity = parameter.value, slots["velocity"]
+        velocity = slots["velocity"]
         velocity.local[...] *= self.momentum
         velocity.local[...] += (1 - self.momentum) * g.local
         ahead = g * (1 - self.momentum) + velocity * self.momentum if self.nesterov else velocity

@@ -42,10 +42,10 @@ class SGD(Optimizer):
         super().__init__(parameters, lr, clip, weight_decay, momentum=momentum, nesterov=nesterov, **rest)
 
     def update(
-        self, parameter: Parameter, g: DistArray, slots: dict[str, DistArray], lr: float, **options: Any
+        self, parameter: Parameter, w: DistArray, g: DistArray, slots: dict[str, DistArray], lr: float, **options: Any
     ) -> None:
         """Step by the velocity."""
-        w, gradient = parameter.value, g.local
+        gradient = g.local
         velocity, momentum = slots["velocity"].local, options["momentum"]
         if options["weight_decay"]:
             gradient = gradient + options["weight_decay"] * w.local
@@ -82,12 +82,12 @@ class LARS(SGD):
         self.options["trust"] = trust
 
     def update(
-        self, parameter: Parameter, g: DistArray, slots: dict[str, DistArray], lr: float, **options: Any
+        self, parameter: Parameter, w: DistArray, g: DistArray, slots: dict[str, DistArray], lr: float, **options: Any
     ) -> None:
         """Step by the velocity of scaled gradients."""
-        w, trust, decay = parameter.value, options.pop("trust"), options["weight_decay"]
+        trust, decay = options.pop("trust"), options["weight_decay"]
         if decay:
             weight, gradient = w.norm(), g.norm()
             share = trust * weight / (gradient + decay * weight) if weight > 0 and gradient > 0 else 1.0
             g = (g + w * decay) * share
-        super().update(parameter, g, slots, lr, **{**options, "weight_decay": 0.0})
+        super().update(parameter, w, g, slots, lr, **{**options, "weight_decay": 0.0})

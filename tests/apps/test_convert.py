@@ -20,9 +20,9 @@ MOST = 10**9
 
 
 @prepared_by
-@pytest.mark.ranks([1, 3])
+@pytest.mark.ranks(3)
 def test_there_and_back_is_the_same_bits(prepared, shared_path):
-    for name in case.CASES:
+    for name in ("gpt2-untied", "mistral", "bert", "vit"):
         source, middle, target = prepared / name, shared_path / f"{name}.cm", shared_path / name
         convert(source, middle, "cm", MOST)
         convert(middle, target, "hf", 9000)

@@ -9,7 +9,7 @@ from reference import layer_case as case
 from colossal_mpi import ShapeError, from_global, random
 from colossal_mpi.layers import Context, Parallelism
 from colossal_mpi.layers.attention import Attention, SelfAttention
-from colossal_mpi.layers.embedding import Embedding
+from colossal_mpi.layers.embedding import Embedding, SegmentEmbedding
 from colossal_mpi.layers.loss import CrossEntropy
 from colossal_mpi.layers.moe import MoE
 
@@ -20,6 +20,7 @@ LAYERS = {
     "attention-core": Attention,
     "attention-core-all": lambda p: Attention(p, causal=False),
     "attention": lambda p: SelfAttention(H, A, p, "attention", **COMMON),
+    "segments": lambda p: SegmentEmbedding(1, H, p, "segments", **COMMON),
     "moe": lambda p: MoE(H, F, 3, p, "moe", bias=True, out_std=0.5, **COMMON),
 }
 TABLE = (
@@ -34,10 +35,11 @@ TABLE = (
         "gelu",
         "silu",
         "relu",
+        "tanh",
         "geglu",
         "softmax",
     ),
-    *("dropout", "drop-path", "positions", "first-classes", "mean-classes", "mlp-swiglu", "block-gpt"),
+    *("dropout", "drop-path", "positions-given", "first-classes", "mean-classes", "mlp-swiglu", "block-gpt"),
     *(
         "block-bert",
         "convolution-strides",
@@ -79,7 +81,7 @@ def input_of(name, p, grid):
 
 
 def context(name):
-    return case.CASES[name].ctx if name in TABLE else Context()
+    return case.CASES[name].ctx(SIZES) if name in TABLE else Context()
 
 
 grids = pytest.mark.grids(

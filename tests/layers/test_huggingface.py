@@ -17,7 +17,7 @@ prepared_by = pytest.mark.prepare(case.prepare)
 def run(model, name, p):
     """Return the logits by name and the loss, and leave its gradients in the parameters."""
     grid, total, names = p.grid, 0.0, case.outputs_of(case.CASES[name][0])
-    x, ctx = inputs_of(name, p)
+    x, ctx = inputs_of(name, p, next(model.parameters()).value.dtype)
     logits, cache = model.forward(x, ctx)
     logits, cotangents = logits if isinstance(logits, tuple) else (logits,), []
     for which, y in zip(names, logits, strict=True):
@@ -30,11 +30,11 @@ def run(model, name, p):
     return dict(zip(names, logits, strict=True)), total
 
 
-def inputs_of(name, p):
+def inputs_of(name, p, dtype):
     """Return the input of a case and the context of its mask and segments."""
     grid = p.grid
     if name.startswith("vit"):
-        return from_global(case.IMAGES, grid, Layout(p.tokens().dims[0], None, None, None)), Context()
+        return from_global(case.IMAGES, grid, Layout(p.tokens().dims[0], None, None, None), dtype=dtype), Context()
     ids, mask, segments = (from_global(a, grid, p.tokens()) for a in (case.TOKENS, case.MASK, case.SEGMENTS))
     return ids, Context(mask=mask, segments=segments if name.startswith("bert") else None)
 
@@ -122,20 +122,15 @@ def test_a_rank_reads_the_bytes_of_its_own_blocks(grid, prepared, monkeypatch):
 
 @prepared_by
 @few
-def test_what_is_saved_is_the_same_bits_in_one_file_or_many(grid, prepared, shared_path):
+def test_what_is_saved_in_several_files_is_the_same_bits(grid, prepared, shared_path):
     p = parallelism(grid)
     for name in case.CASES:
         model = models.from_pretrained(prepared / name, p)
-        for most in (10**9, 9000):
-            saved = shared_path / f"{name}-{most}"
-            models.save_pretrained(model, saved, most=most)
-            assert (len(list(saved.glob("*.safetensors"))) == 1) == (most == 10**9)
-            assert case.same_tensors(prepared / name, saved)
-            again = models.from_pretrained(saved, p)
-            assert all(
-                np.array_equal(host(a.value), host(b.value))
-                for a, b in zip(model.parameters(), again.parameters(), strict=True)
-            )
+        models.save_pretrained(model, shared_path / name, most=9000)
+        assert len(list((shared_path / name).glob("*.safetensors"))) > 1
+        assert case.same_tensors(prepared / name, shared_path / name)
+        again = models.from_pretrained(shared_path / name, p).parameters()
+        assert all(np.array_equal(host(a.value), host(b.value)) for a, b in zip(model.parameters(), again, strict=True))
 
 
 @prepared_by
@@ -145,10 +140,12 @@ def test_transformers_loads_what_is_saved(prepared, tmp_path, name):
     import transformers
 
     model = models.from_pretrained(prepared / name, Parallelism(Grid()))
-    models.save_pretrained(model, tmp_path, most=9000, extra=case.table(prepared / name))
+    models.save_pretrained(model, tmp_path, extra=case.table(prepared / name))
     load = getattr(transformers, case.CASES[name][0]).from_pretrained
     (before, _), (after, loading) = (load(d, output_loading_info=True) for d in (prepared / name, tmp_path))
     weights = after.state_dict()
     assert set().union(*loading.values()) <= case.UNUSED
     assert all(torch.equal(w, weights[key]) for key, w in before.state_dict().items() if key not in case.UNUSED)
-    assert {k: v for k, v in before.config.to_diff_dict().items() if after.config.to_diff_dict().get(k) != v} == {}
+    was, now = before.config.to_dict(), after.config.to_dict()
+    respelled = case.RESPELLED.get(name, set()) | {"_name_or_path"}
+    assert {key for key in was if was[key] != now[key]} <= respelled

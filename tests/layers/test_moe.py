@@ -9,7 +9,7 @@ from reference.modes import every_mode, few, mode_of, parallelism
 from reference.saboteur import Saboteur
 from reference.words import moe_words
 
-from colossal_mpi import DTypeError, Grid, OptionError, ShapeError, comm, from_global, ledger, random
+from colossal_mpi import DTypeError, Grid, Layout, OptionError, ShapeError, comm, from_global, ledger, random
 from colossal_mpi.layers import Context, Parallelism, backpropagate
 from colossal_mpi.layers.block import TransformerBlock
 from colossal_mpi.layers.loss import MeanSquaredError
@@ -70,7 +70,7 @@ def slots_of(grid, layer, whole, router):
     chosen = np.argsort(-(whole @ router), axis=-1, kind="stable")[..., : layer.top_k]
     most = 0
     for rank in range(grid.size):
-        rows, columns = indices(chosen.shape[:2], layer.tokens.on(grid.axes, 2), grid.axes, grid.coords_of(rank))
+        rows, columns = indices(chosen.shape[:2], Layout(*layer.stream.dims[:2]), grid.axes, grid.coords_of(rank))
         most = max(most, *np.bincount(chosen[np.ix_(rows, columns)].reshape(-1), minlength=router.shape[1]))
     return next(n for n in range(most, 2 * most + 1) if n < 16 or n % 2 == 0)
 
@@ -83,6 +83,7 @@ def test_words_equal_their_closed_form(grid):
     with ledger.record() as moved:
         y, cache = layer.forward(x, Context())
         layer.backward(y, cache)
+    assert not any(q.grad.layout.partial for q in layer.experts.parameters())  # nothing is left to reduce over data
     slots = slots_of(grid, layer, case.X, layer.router.weight.value.gather())
     template = "B" if mode_of(grid) in ("2d", "2.5d") else "A"
     assert sum(comm.collect(moved.words, grid)) == moe_words(template, grid.axes, **sizes, slots=slots, pairs=2)
@@ -141,7 +142,7 @@ def test_a_sequence_of_no_tokens_passes(grid):
 def test_a_block_of_experts_trains(grid):
     def losses(grid, p):
         experts = {"experts": 5, "balance": 0.01, "z_loss": 1e-3}
-        options = {"norm": "rms", "activation": "swiglu", "std": 0.3, "dtype": "float64"}
+        options = {"norm": "rms", "activation": "swiglu", "bias": False, "std": 0.3, "dtype": "float64"}
         model = TransformerBlock(case.H, 3, case.F, p, "block", experts=experts, **options)
         optimizer, loss = AdamW(model.parameters(), lr=0.1), MeanSquaredError()
         x, target = (from_global(a, grid, p.stream()) for a in (case.X, np.tanh(case.X[..., ::-1])))
@@ -168,7 +169,7 @@ def test_options_that_do_not_fit_are_refused():
 def test_masks_that_do_not_fit_are_refused(grid):
     p, tokens = parallelism(grid), parallelism(grid).tokens()
     layer, x = MoE(4, 4, 3, p, "moe", balance=1.0), random.normal((2, 3, 4), grid, p.stream(), 0, "x").astype("float32")
-    with pytest.raises(ShapeError, match=r"mask must be of shape \[b, s\] = \[2, 3\]; it is \[3, 2\]"):
+    with pytest.raises(ShapeError, match=r"mask must be of shape \[b, s\] = \[2, 3\], as its input; it is \[3, 2\]"):
         layer.forward(x, Context(mask=from_global(np.ones((3, 2), bool), grid, tokens)))
     with pytest.raises(DTypeError, match="mask must be bool"):
         layer.forward(x, Context(mask=from_global(np.ones((2, 3)), grid, tokens)))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from reference.modes import parallelism
 
-from colossal_mpi import DTypeError, Layout, LayoutError, OptionError, ShapeError, SharingError, comm
+from colossal_mpi import DTypeError, Layout, OptionError, ShapeError, SharingError
 from colossal_mpi.layers.activation import GELU
 from colossal_mpi.layers.attention import SelfAttention
 from colossal_mpi.layers.block import MLP, TransformerBlock
@@ -24,8 +24,13 @@ from colossal_mpi.layers.torch_module import as_module, clip_grad_norm_  # noqa:
 torch.set_num_threads(1)
 F64 = {"dtype": "float64"}
 B, S, H, F = 5, 3, 7, 9
-GRIDS = pytest.mark.grids(
-    {}, {"data": 2}, {"row": 2, "col": 2}, {"data": 2, "col": 2}, {"depth": 2, "row": 1, "col": 2}
+# One rank and four: importing torch takes two seconds on each rank.
+MODES = pytest.mark.grids(
+    {"data": 2, "col": 2},
+    {"row": 2, "col": 2},
+    {"depth": 2, "row": 1, "col": 2},
+    {"row": 1, "col": 2, "depth": 2},
+    {"data": 4},
 )
 ONE = pytest.mark.grids({})
 FOUR = pytest.mark.grids({"row": 2, "col": 2})
@@ -97,7 +102,7 @@ def train(model, make, clip, norms, device):
     return model
 
 
-@GRIDS
+@MODES
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_a_model_with_a_layer_of_ours_trains_as_the_serial_one(grid, device, make):
     module, norms, exact = as_module(linear(grid)), [], []
@@ -117,37 +122,23 @@ def test_a_model_with_a_layer_of_ours_trains_as_the_serial_one(grid, device, mak
 
 
 @ONE
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda p: Linear("bsh,hf->bsf", {"h": 4, "f": 3}, "f", p, "up", **F64),
-        lambda p: SelfAttention(4, 2, p, "attention", std=0.5, **F64),
-        lambda p: TransformerBlock(4, 2, 3, p, "block", std=0.5, **F64),
-    ],
-    ids=["linear", "attention", "block"],
-)
-def test_gradients_of_input_and_weights_pass_gradcheck(grid, make):
-    module = as_module(make(parallelism(grid)))
-    names = dict(module.named_parameters())
-
-    def run(x, *weights):
-        return torch.func.functional_call(module, dict(zip(names, weights, strict=True)), (x,))
-
-    assert list(names) == [p.name for p in module.wrapped.parameters()]
-    x = random(2, 3, 4).requires_grad_()
-    assert torch.autograd.gradcheck(module, (x,))
-    assert torch.autograd.gradcheck(lambda *w: module(x), tuple(names.values()))
+def test_gradients_of_input_and_weights_pass_gradcheck(grid):
+    module = as_module(TransformerBlock(4, 2, 3, parallelism(grid), "block", std=0.5, **F64))
+    weights = dict(module.named_parameters())
+    assert list(weights) == [p.name for p in module.wrapped.parameters()]
+    x = random(2, 2, 4).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, *_: module(x), (x, *weights.values()))
 
 
 @FOUR
 def test_gradients_of_the_input_pass_gradcheck_on_ranks(grid):
     p = parallelism(grid)
-    x = random(3, 2, 5).requires_grad_()
+    x = random(3, 1, 5).requires_grad_()
     for layer in (MLP(5, 3, p, "mlp", std=0.5, **F64), LayerNorm(5, p, "norm", **F64)):
         assert torch.autograd.gradcheck(as_module(layer), (x,))
 
 
-@GRIDS
+@MODES
 def test_uses_of_a_module_in_one_graph_add_up(grid):
     module = as_module(Linear("bsh,hf->bsf", {"h": H, "f": H}, "f", parallelism(grid), "up", std=0.5, **F64))
     serial, x, dy = serial_of(module), random(B, S, H), random(B, S, H, seed=1)
@@ -166,7 +157,7 @@ def test_uses_of_a_module_in_one_graph_add_up(grid):
     assert module.wrapped.weight.grad is None
 
 
-@pytest.mark.grids({"data": 2}, {"data": 2, "col": 2})
+@pytest.mark.grids({"data": 4}, {"data": 2, "col": 2})
 def test_each_rank_gives_and_gets_its_block_in_a_layout(grid):
     rows = Layout("data", None, None)
     module = as_module(linear(grid), x=rows, y=rows)
@@ -202,7 +193,7 @@ def test_ids_go_in_and_tied_weights_are_one_parameter(grid):
         model[0](ids.double())
 
 
-@GRIDS
+@MODES
 def test_a_mask_of_padding_reaches_attention(grid):
     module = as_module(SelfAttention(8, 2, parallelism(grid), "attention", causal=False, std=0.5, **F64))
     x, mask = random(B, S, 8), torch.arange(S) < torch.tensor([3, 1, 2, 3, 1])[:, None]
@@ -243,9 +234,7 @@ def test_states_are_of_blocks_or_of_whole_weights(grid):
 @FOUR
 def test_other_memory_on_one_side_is_taken_on_the_other(grid):
     module, x = as_module(linear(grid)), random(B, S, H)
-    assert (
-        torch.equal(module.float()(x.float()), serial_of(module)(x.float())) or module(x.float()).dtype == torch.float32
-    )
+    near(module.float()(x.float()), serial_of(module)(x.float()), 2 * H * torch.finfo(torch.float32).eps)
     assert module.wrapped.weight.value.dtype == np.float32
     module.double()
     module.get_parameter("up.weight").data = torch.zeros_like(module.get_parameter("up.weight"))
@@ -254,6 +243,11 @@ def test_other_memory_on_one_side_is_taken_on_the_other(grid):
     weight.value = weight.value + 1.0
     near(module(x)[..., 0], x.sum(-1) + float(module.gathered_state()["up.bias"][0]))
     assert module.get_parameter("up.weight").data_ptr() == weight.value.local.ctypes.data
+    doubled = {name: (2 * p.detach()).requires_grad_() for name, p in module.named_parameters()}
+    y = torch.func.functional_call(module, doubled, (x,))
+    y.sum().backward()
+    near(y, 2 * module(x))
+    assert [p.grad is None for p in doubled.values()] == [False, False]
     with pytest.raises(SharingError, match="cannot go to meta: make the grid there"):
         module.to("meta")
 
@@ -270,17 +264,23 @@ def test_frozen_weights_have_no_gradient_and_no_products(grid, monkeypatch):
         assert not module(x).requires_grad
 
 
+class Kept(list):
+    """A cache that can be watched."""
+
+
 @ONE
 def test_the_cache_goes_when_torch_lets_go(grid, monkeypatch):
     module, x = as_module(linear(grid)), random(B, S, H).requires_grad_()
-    kept, plain = [], module.wrapped.forward
+    kept, (forward, backward) = [], (module.wrapped.forward, module.wrapped.backward)
 
-    def forward(x, ctx):
-        y, ((gathered, w), layout) = plain(x, ctx)
-        kept.append(weakref.ref(gathered.local))
-        return y, ((gathered, w), layout)
+    def watched(x, ctx):
+        y, cache = forward(x, ctx)
+        cache = Kept([cache])
+        kept.append(weakref.ref(cache))
+        return y, cache
 
-    monkeypatch.setattr(module.wrapped, "forward", forward)
+    monkeypatch.setattr(module.wrapped, "forward", watched)
+    monkeypatch.setattr(module.wrapped, "backward", lambda dy, cache, later=None: backward(dy, cache[0], later))
     loss = module(x * 1).sum()
     loss.backward(retain_graph=True)
     assert kept[0]() is not None
@@ -328,53 +328,6 @@ def test_gradients_have_memory_of_their_own(grid):
     assert torch.all(x != 0)
 
 
-WRONG = {
-    "dtype": (
-        lambda r: random(B, S, H).float(),
-        DTypeError,
-        r"needs torch\.float64 on every rank; rank 0 gives torch\.float32",
-    ),
-    "dtype of one": (lambda r: random(B, S, H).to([torch.float64, torch.float32][r == 2]), DTypeError, "rank 2 gives"),
-    "array of one": (lambda r: random(B, S, H) if r else np.ones((B, S, H)), DTypeError, "rank 0 gives a ndarray"),
-    "device of one": (
-        lambda r: random(B, S, H).to(["cpu", "meta"][r == 3]),
-        SharingError,
-        "rank 3 gives a tensor on 'meta'",
-    ),
-    "shape of one": (
-        lambda r: random(B + (r == 1), S, H),
-        ShapeError,
-        r"\(5, 3, 7\), \(6, 3, 7\), .* are not those of one",
-    ),
-    "dims of one": (lambda r: random(B, S, *[H] * (r != 3)), ShapeError, "are not those of one array"),
-    "width": (lambda r: random(B, S, H + 1), ShapeError, r"h.*8.*7"),
-}
-
-
-@FOUR
-@pytest.mark.parametrize(("make", "error", "words"), WRONG.values(), ids=WRONG)
-def test_what_one_rank_gives_wrong_is_told_to_all(grid, make, error, words):
-    with pytest.raises(error, match=words) as caught:
-        as_module(linear(grid))(make(grid.rank))
-    assert len(set(comm.collect(str(caught.value), grid))) == 1
-
-
-@FOUR
-def test_layouts_and_names_that_do_not_fit_are_refused(grid):
-    layer = linear(grid)
-    with pytest.raises(LayoutError, match="torch cannot hold partial sums"):
-        as_module(layer, y=Layout(None, None, None, partial="row"))
-    with pytest.raises(LayoutError, match="no axis 'data'"):
-        as_module(layer, x=Layout("data", None, None))
-    with pytest.raises(ShapeError, match="not those of one array in"):
-        as_module(layer, x=Layout("row", None, None))(random(1 + grid.coords["row"], S, H))
-    with pytest.raises(ShapeError, match="give it on all ranks or on none"):
-        as_module(layer)(random(B, S, H), mask=torch.ones(B, S, dtype=torch.bool) if grid.rank else None)
-    taken = LayerNorm(H, parallelism(grid), "half", **F64)
-    with pytest.raises(OptionError, match="'half.gain' cannot name a parameter of a module"):
-        as_module(taken)
-
-
 @FOUR
 def test_dropout_follows_the_generator_of_torch(grid):
     layer = TransformerBlock(8, 2, 5, parallelism(grid), "block", dropout=0.4, std=0.5, **F64)
@@ -392,3 +345,11 @@ def test_dropout_follows_the_generator_of_torch(grid):
     state = torch.get_rng_state()
     assert torch.equal(module(x), module(x))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@ONE
+def test_a_compiled_model_calls_the_layer_as_it_is(grid):
+    model, x = around(as_module(linear(grid))), random(B, S, 4)
+    exact = model(x)
+    assert torch.equal(torch.compile(model, backend="eager")(x), exact)
+    exact.sum().backward()

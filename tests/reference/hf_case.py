@@ -20,13 +20,49 @@ _GPT = {**_TEXT, "n_positions": 11, "n_embd": 20, "n_head": 5, "n_layer": 3}
 _BLOCKS = {"hidden_size": 20, "num_attention_heads": 5, "num_hidden_layers": 3, "intermediate_size": 23}
 _BERT = {**_TEXT, **_BLOCKS, "max_position_embeddings": 11, "type_vocab_size": 3}
 _VIT = {**_BLOCKS, "image_size": [9, 7], "patch_size": 3, "id2label": {i: f"class {i}" for i in range(7)}}
-MODELS = ("gpt2", "bert", "vit")
+_LLAMA = {
+    **_TEXT,
+    "hidden_size": 18,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "num_hidden_layers": 3,
+    "intermediate_size": 23,
+    "max_position_embeddings": 11,
+}
+_SCALED = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+MODELS = ("gpt2", "llama", "bert", "vit")
 """The cases for every mode."""
 CASES = {
     "gpt2": ("GPT2LMHeadModel", _GPT),
     "gpt2-untied": (
         "GPT2LMHeadModel",
         {**_GPT, "n_inner": 23, "n_layer": 1, "layer_norm_epsilon": 1e-3, "tie_word_embeddings": False},
+    ),
+    "llama": ("LlamaForCausalLM", _LLAMA),
+    "llama-tied": (
+        "LlamaForCausalLM",
+        {
+            **_LLAMA,
+            "num_hidden_layers": 1,
+            "num_key_value_heads": 6,
+            "hidden_act": "gelu",
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "rope_parameters": _SCALED,
+        },
+    ),
+    "mistral": (
+        "MistralForCausalLM",
+        {**_LLAMA, "num_hidden_layers": 1, "num_key_value_heads": 3, "sliding_window": 11},
     ),
     "bert": ("BertForPreTraining", _BERT),
     "bert-masked": ("BertForMaskedLM", {**_BERT, "num_hidden_layers": 1, "hidden_act": "gelu_new"}),
@@ -98,7 +134,7 @@ def labels_of(output):
 
 UNUSED = {"cls.predictions.bias"}
 """What an untied BERT has and does not use; it does not come back."""
-RESPELLED = {}
+RESPELLED = {"mistral": {"sliding_window"}}
 """Keys of a case that come back in another spelling."""
 
 

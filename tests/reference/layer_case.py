@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import numpy as np
 
 from colossal_mpi import Layout, from_global, random
 from colossal_mpi.layers import Context, Layer, Parallelism
-from colossal_mpi.layers.activation import GELU, Gated, ReLU, SiLU
+from colossal_mpi.layers.activation import GELU, Gated, ReLU, SiLU, Tanh
 from colossal_mpi.layers.block import MLP, TransformerBlock
 from colossal_mpi.layers.dropout import Dropout, DropPath
 from colossal_mpi.layers.embedding import Embedding, PositionEmbedding
@@ -19,6 +20,7 @@ from colossal_mpi.layers.linear import Linear
 from colossal_mpi.layers.norm import LayerNorm, RMSNorm
 from colossal_mpi.layers.patch import Conv2d, PatchEmbedding
 from colossal_mpi.layers.pooling import AvgPool2d, ClassifierHead, FirstPool, MaxPool2d, MeanPool
+from colossal_mpi.layers.rotary import Rotary
 from colossal_mpi.layers.softmax import Softmax
 from reference.gpt_case import block_and_index, difference
 
@@ -26,6 +28,7 @@ SIZES = {"b": 5, "s": 7, "h": 9, "t": 3, "a": 3, "d": 3, "f": 10, "v": 11, "p": 
 """Nothing divides; p are the pairs of a gated activation, c the channels of an image and k the side of a patch."""
 
 RATE, STEP, SAMPLE = 0.3, 2, 3
+LLAMA = {"groups": 1, "width": 4, "rotary": Rotary()}
 CONTEXT = Context(step=STEP, sample=SAMPLE)
 
 
@@ -36,7 +39,7 @@ class Case:
     make: Callable[[Parallelism, dict], Layer]
     letters: str = "bsh"
     inner: str = ""
-    ctx: Context = CONTEXT
+    ctx: Callable[[dict], Context] = lambda n: CONTEXT
 
 
 def product(subscripts, inner, letters="bsh", **options):
@@ -62,8 +65,9 @@ def block(**options):
     return Case(lambda p, n: TransformerBlock(n["h"], n["a"], n["f"], p, "m", dtype="float64", **options))
 
 
-def drop(kind, letters="bsh", inner="", ctx=CONTEXT):
-    return Case(lambda p, n: kind(RATE, "m", seed=1), letters, inner, ctx)
+def drop(kind, letters="bsh", inner="", train=True):
+    ctx = dataclasses.replace(CONTEXT, train=train)
+    return Case(lambda p, n: kind(RATE, "m", seed=1), letters, inner, lambda n: ctx)
 
 
 def convolution(kernel, into, **options):
@@ -86,6 +90,13 @@ def patches(*then, **options):
         return Chain(layer, *[following(p, n) for following in then])
 
     return Case(make, "images")
+
+
+def positioned(places=lambda n: None):
+    def make(p, n):
+        return PositionEmbedding(n["s"] + 2, n["h"], p, "m", dtype="float64")
+
+    return Case(make, ctx=lambda n: Context(positions=places(n)))
 
 
 def tied(p, n):
@@ -111,16 +122,19 @@ CASES = {
     "gelu": plain(lambda: GELU("none")),
     "silu": plain(SiLU),
     "relu": plain(ReLU),
+    "tanh": plain(Tanh),
     "swiglu": plain(lambda: Gated(SiLU()), "bspf"),
     "geglu": plain(lambda: Gated(GELU("none")), "bspf"),
     "geglu-tanh": plain(lambda: Gated(GELU()), "bspf"),
     "reglu": plain(lambda: Gated(ReLU()), "bspf"),
     "dropout": drop(Dropout),
     "dropout-inside": drop(Dropout, "bsf", "f"),
-    "dropout-evaluated": drop(Dropout, ctx=Context(train=False)),
+    "dropout-evaluated": drop(Dropout, train=False),
     "drop-path": drop(DropPath),
     "embedding": Case(lambda p, n: Embedding(n["v"], n["h"], p, "m", dtype="float64"), "ids"),
-    "positions": Case(lambda p, n: PositionEmbedding(n["s"] + 2, n["h"], p, "m", dtype="float64")),
+    "positions": positioned(),
+    "positions-given": positioned(lambda n: np.arange(n["s"])[::-1] // 2),
+    "positions-of-each": positioned(lambda n: np.random.default_rng(9).integers(0, n["s"] + 2, (n["b"], n["s"]))),
     "tied": Case(tied, "ids"),
     "softmax": plain(Softmax, "bsv", "v"),
     "max-pool": plain(lambda: MaxPool2d(2), "bhyx", ""),
@@ -144,7 +158,7 @@ CASES = {
     "block-gpt": block(dropout=RATE),
     "block-bert": block(order="post", eps=1e-12, activation="gelu", attention={"causal": False}, dropout=RATE),
     "block-vit": block(eps=1e-6, activation="gelu", attention={"causal": False}, drop_path=RATE),
-    "block-rms": block(norm="rms", activation="swiglu"),
+    "block-llama": block(norm="rms", activation="swiglu", bias=False, attention=LLAMA),
 }
 
 
@@ -168,12 +182,18 @@ def input_of(name, p, n=SIZES):
 
 def run(name, p, n=SIZES):
     """Return the layer, its input, dy, and by name the output, the cotangent of the input and the gradients."""
-    layer, x = layer_of(name, p, n), input_of(name, p, n)
-    y, cache = layer.forward(x, CASES[name].ctx)
-    dy = random.normal(y.shape, p.grid, y.layout, 4, "dy")
+    layer, x, ctx = layer_of(name, p, n), input_of(name, p, n), CASES[name].ctx(n)
+    return layer, x, *passes(layer, x, ctx)
+
+
+def passes(layer, x, ctx):
+    """Return dy, and by name the output, the cotangent of the input and the gradients, of a pass there and back."""
+    for q in layer.parameters():
+        q.grad = None
+    y, cache = layer.forward(x, ctx)
+    dy = random.normal(y.shape, x.grid, y.layout.with_partial(), 4, "dy")
     dx = layer.backward(dy, cache)
-    results = {"y": y} | ({} if dx is None else {"dx": dx}) | {q.name: q.reduce() for q in layer.parameters()}
-    return layer, x, dy, results
+    return dy, {"y": y} | ({} if dx is None else {"dx": dx}) | {q.name: q.reduce() for q in layer.parameters()}
 
 
 def distance(results, exact, zeros=False):

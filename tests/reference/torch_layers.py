@@ -4,8 +4,8 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from colossal_mpi import random
-from reference.layer_case import RATE, SAMPLE, STEP
-from reference.torch_gpt import attention
+from reference.layer_case import CASES, RATE, SAMPLE, SIZES, STEP
+from reference.torch_attention import self_attention
 
 
 def linear(subscripts):
@@ -39,6 +39,11 @@ def dropped(x, shape, name="m", seed=1):
     return x * torch.tensor(kept).reshape(*shape, *[1] * (x.ndim - len(shape))) / (1 - RATE)
 
 
+def at_positions(name):
+    positions = CASES[name].ctx(SIZES).positions
+    return lambda x, w: x + w["weight"][torch.tensor(positions.copy())]
+
+
 def convolution(**options):
     return lambda x, w: F.conv2d(x, w["weight"].permute(3, 0, 1, 2), w.get("bias"), **options)
 
@@ -59,6 +64,10 @@ def mlp(x, w, activation, up="bsh,hf->bsf"):
 
 def part(w, name):
     return {key.removeprefix(f"{name}."): value for key, value in w.items() if key.startswith(f"{name}.")}
+
+
+def attention(x, w, **options):
+    return self_attention(x, part(w, "attention"), **options)
 
 
 def gpt(x, w):
@@ -85,8 +94,8 @@ def vit(x, w):
     return x + drop(mlp(layer_norm(x, part(w, "norm2"), 1e-6), part(w, "mlp"), F.gelu), "mlp")
 
 
-def rms(x, w):
-    x = x + attention(rms_norm(x, part(w, "norm1")), w)
+def llama(x, w):
+    x = x + attention(rms_norm(x, part(w, "norm1")), w, theta=10000.0)
     return x + mlp(rms_norm(x, part(w, "norm2")), part(w, "mlp"), gated(F.silu), "bsh,htf->bstf")
 
 
@@ -108,6 +117,7 @@ LAYERS = {
     "gelu": lambda x, w: F.gelu(x),
     "silu": lambda x, w: F.silu(x),
     "relu": lambda x, w: F.relu(x),
+    "tanh": lambda x, w: torch.tanh(x),
     "swiglu": gated(F.silu),
     "geglu": gated(F.gelu),
     "geglu-tanh": gated(gelu_tanh),
@@ -118,6 +128,8 @@ LAYERS = {
     "drop-path": lambda x, w: dropped(x, x.shape[:1]),
     "embedding": lambda x, w: F.embedding(x, w["weight"]),
     "positions": lambda x, w: x + w["weight"][: x.shape[1]],
+    "positions-given": at_positions("positions-given"),
+    "positions-of-each": at_positions("positions-of-each"),
     "tied": lambda x, w: F.linear(F.embedding(x, w["weight"]), w["weight"]),
     "softmax": lambda x, w: x.softmax(-1),
     "max-pool": lambda x, w: F.max_pool2d(x, 2),
@@ -141,5 +153,5 @@ LAYERS = {
     "block-gpt": gpt,
     "block-bert": bert,
     "block-vit": vit,
-    "block-rms": rms,
+    "block-llama": llama,
 }

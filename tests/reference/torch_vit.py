@@ -4,8 +4,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from colossal_mpi import random
-from reference.torch_gpt import attention
-from reference.torch_layers import layer_norm, mlp, part
+from reference.torch_layers import attention, layer_norm, mlp, part
 
 
 def logits(x, w, config, step):
