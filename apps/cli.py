@@ -51,6 +51,7 @@ def train(
     config: Annotated[str | None, typer.Argument(help=f"A TOML file, or a shipped one: {configs.shipped()}.")] = None,
     grid: Annotated[str | None, typer.Option(help="Axes of the grid, outermost first: data=2,row=2,col=2.")] = None,
     tensor: Annotated[str | None, typer.Option(help="Tensor mode: none, 1d, 2d, 2.5d, 3d.")] = None,
+    kernels: Annotated[str | None, typer.Option(help="Local maths: auto, reference, torch.")] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")] = None,
     resume: Annotated[str | None, typer.Option(help="Go on with the run in this directory.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run in the run directory.")] = False,
@@ -58,7 +59,8 @@ def train(
     """Train a model on text or images. Run it under mpiexec or srun, or alone on one rank."""
     from colossal_mpi.apps import train as training
 
-    settings = [*(setting or []), *([f'parallel.tensor="{tensor}"'] if tensor else [])]
+    given = {"tensor": tensor, "kernels": kernels}
+    settings = [*(setting or []), *(f'parallel.{key}="{value}"' for key, value in given.items() if value)]
     if grid:
         settings.append(configs.grid_setting(configs.parse_grid(grid)))
     if (config is None) == (resume is None):
