@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from colossal_mpi import backend
+from colossal_mpi.backend import Block
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import ShapeError
 from colossal_mpi.layers import kernels
 from colossal_mpi.layers.layer import Context, Later, Layer, Parameter
 from colossal_mpi.layers.parallelism import Parallelism
+from colossal_mpi.layers.positions import given_positions
 from colossal_mpi.layout import Layout
 from colossal_mpi.linalg.subscripts import map_layout
 
@@ -65,7 +67,7 @@ class Embedding(Layer):
 
 
 class PositionEmbedding(Layer):
-    """Add row i of a learned table ``[p, h]`` to position i of the stream.
+    """Add to the stream the rows of a learned table ``[p, h]`` at the context's positions, or at the indices in s.
 
     **Communication:** the table is gathered to the cut of h; its gradient is reduced over the axes that cut b and s.
     """
@@ -88,21 +90,33 @@ class PositionEmbedding(Layer):
 
     def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
         """Return ``x + table[positions]``."""
-        if x.shape[1] > self.table.value.shape[0]:
+        positions, table = given_positions(ctx, x), self.table.value.redistribute(self.used)
+        if positions is None:
+            rows = self._leading(x.shape[1], table.local)[slice(*x.box[1]), :]
+        else:
+            kernels.require_ids(positions, table.shape[0])
+            rows = kernels.lookup(table.local, positions, 0)
+        return x.like(x.local + rows), (x.layout, positions)
+
+    def _leading(self, length: int, table: Block) -> Block:
+        if length > self.table.value.shape[0]:
             raise ShapeError(
-                f"a sequence of {x.shape[1]} needs as many positions; the table has {self.table.value.shape[0]}"
+                f"a sequence of {length} needs as many positions; the table has {self.table.value.shape[0]}"
             )
-        start, stop = x.box[1]
-        table = self.table.value.redistribute(self.used)
-        return x.like(x.local + table.local[start:stop, :]), x.layout
+        return table
 
     def backward(self, dy: DistArray, cache: Any, later: Later = None) -> DistArray:
-        """Return `dy`; its sum over the batch goes to the rows of the table."""
-        dy = dy.redistribute(cache)
-        start, stop = dy.box[1]
-        rows = dy.sum_over([0])
-        block = backend.zeros_like(dy.local, (self.table.value.shape[0], dy.local.shape[2]))
-        block[start:stop, :] = rows.local
-        layout = Layout(*self.used.dims, partial=(*rows.layout.partial, *dy.layout.dims[1]))
-        self.table.accumulate(DistArray(block, self.table.value.shape, layout, dy.grid))
+        """Return `dy`; its sum over tokens of the same position goes to the rows of the table."""
+        layout, positions = cache
+        dy = dy.redistribute(layout)
+        each = positions is not None and positions.ndim == 2
+        rows, count = dy if each else dy.sum_over([0]), self.table.value.shape[0]
+        if positions is None:
+            block = backend.zeros_like(dy.local, (count, dy.local.shape[2]))
+            block[slice(*dy.box[1]), :] = rows.local
+        else:
+            block = kernels.lookup_backward(rows.local, positions, 0, count)
+        partial = [axis for dim in layout.dims[:2] for axis in dim]
+        summed = Layout(*self.used.dims, partial=partial)
+        self.table.accumulate(DistArray(block, self.table.value.shape, summed, dy.grid))
         return dy

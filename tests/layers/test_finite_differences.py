@@ -13,6 +13,7 @@ from colossal_mpi.layers.linear import Linear
 from colossal_mpi.layers.loss import CrossEntropy
 from colossal_mpi.layers.norm import LayerNorm
 from colossal_mpi.layers.pooling import ClassifierHead
+from colossal_mpi.layers.rotary import Rotary, Rotation
 
 B, S, H, F, A, V = 3, 5, 6, 7, 3, 11
 COMMON = {"dtype": "float64", "std": 0.5}
@@ -25,6 +26,9 @@ LAYERS = {
     "attention-core": Attention,
     "attention-core-all": lambda p: Attention(p, causal=False),
     "attention": lambda p: SelfAttention(H, A, p, "attention", **COMMON),
+    "groups": lambda p: SelfAttention(H, 6, p, "groups", groups=3, width=2, rotary=Rotary(9.0), **COMMON),
+    "one-group": lambda p: SelfAttention(H, 4, p, "group", groups=1, width=2, rotary=Rotary(9.0), **COMMON),
+    "rotation": lambda p: Rotation(Rotary(), 2),
     "mlp": lambda p: MLP(H, F, p, "mlp", **COMMON),
     "block": lambda p: TransformerBlock(H, A, F, p, "block", **COMMON),
     "classes-first": lambda p: ClassifierHead(H, V, p, "classes", pool="first", **COMMON),
@@ -56,6 +60,7 @@ def input_of(name, p, grid):
     shape, layout = {
         "down": ((B, S, F), p.inside("bsf", "f")),
         "gelu": ((B, S, F), p.inside("bsf", "f")),
+        "rotation": ((B, S, 3, A, 2), p.inside("bstad", "a")),
         "attention-core": ((B, S, 3, A, 2), p.inside("bstad", "a")),
         "attention-core-all": ((B, S, 3, A, 2), p.inside("bstad", "a")),
     }.get(name, ((B, S, H), p.stream()))
