@@ -48,14 +48,14 @@ def run(
 
 @app.command(epilog="Example: mpiexec -n 8 colossal-mpi train demo --grid data=2,row=2,col=2 --set training.steps=50")
 def train(
-    config: Annotated[str | None, typer.Argument(help="A TOML file, or the name of a shipped one: demo.")] = None,
+    config: Annotated[str | None, typer.Argument(help=f"A TOML file, or a shipped one: {configs.shipped()}.")] = None,
     grid: Annotated[str | None, typer.Option(help="Axes of the grid, outermost first: data=2,row=2,col=2.")] = None,
     tensor: Annotated[str | None, typer.Option(help="Tensor mode: none, 1d, 2d, 2.5d, 3d.")] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")] = None,
     resume: Annotated[str | None, typer.Option(help="Go on with the run in this directory.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run in the run directory.")] = False,
 ) -> None:
-    """Train a GPT on text. Run it under mpiexec or srun, or alone on one rank."""
+    """Train a model on text or images. Run it under mpiexec or srun, or alone on one rank."""
     from colossal_mpi.apps import train as training
 
     settings = [*(setting or []), *([f'parallel.tensor="{tensor}"'] if tensor else [])]
@@ -67,6 +67,19 @@ def train(
         training.resume(resume, settings)
     elif config is not None:
         training.start(configs.load(config, settings), overwrite)
+
+
+@app.command(epilog="Example: mpiexec -n 4 colossal-mpi convert gpt2 gpt2.cm --to cm")
+def convert(
+    source: Annotated[Path, typer.Argument(help="A directory of Hugging Face, a checkpoint or a run.")],
+    target: Annotated[Path, typer.Argument(help="The directory to write; it must not exist.")],
+    to: Annotated[str, typer.Option(help="hf: config.json and safetensors. cm: an HDF5 checkpoint.")],
+    most: Annotated[int, typer.Option(help="Bytes of weights in one safetensors file.")] = 5 * 10**9,
+) -> None:
+    """Convert weights between Hugging Face's directories and checkpoints, bit for bit, on any number of ranks."""
+    from colossal_mpi.apps import convert as conversion
+
+    conversion.convert(source, target, to, most)
 
 
 @bench.command(epilog="Example: colossal-mpi bench gemm --size 2048 --size 8192,512,512 --plot gemm.png")
@@ -89,6 +102,49 @@ def gemm(
 
     chosen = options.checked(size or ["2048"], ranks, dtype, algorithm or [], repeat, json, plot, world=world_size())
     raise typer.Exit(benchmark.main(chosen))
+
+
+@bench.command("attention", epilog="Example: colossal-mpi bench attention --sequence 4096 --heads 32 --groups 8")
+def bench_attention(
+    sequence: Annotated[
+        list[int] | None, typer.Option(help="Tokens; may be repeated. 1024 to 16384 by default.")
+    ] = None,
+    heads: Annotated[int, typer.Option(help="Heads of queries.")] = 4,
+    groups: Annotated[int | None, typer.Option(help="Heads of keys and values, as many by default.")] = None,
+    width: Annotated[int, typer.Option(help="Width of a head.")] = 64,
+    dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
+    causal: Annotated[bool, typer.Option(help="Whether a query sees its own and earlier keys only.")] = True,
+    json: Annotated[Path | None, typer.Option(help="Write the rows here.")] = None,
+) -> None:
+    """Measure the memory and time of attention, forward and backward, as the sequence grows."""
+    from colossal_mpi.apps.bench import attention as benchmark
+
+    sizes = benchmark.Sizes(heads, heads if groups is None else groups, width, dtype, causal)
+    raise typer.Exit(benchmark.main(sequence or [2**i for i in range(10, 15)], sizes, json))
+
+
+@bench.command("train", epilog="Example: colossal-mpi bench train --hidden 512 --grid row=2,col=2 --tensor 2d")
+def bench_train(
+    layers: Annotated[int, typer.Option(help="Transformer blocks.")] = 4,
+    hidden: Annotated[int, typer.Option(help="Width of the stream.")] = 256,
+    heads: Annotated[int, typer.Option(help="Attention heads.")] = 4,
+    sequence: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 128,
+    batch: Annotated[int, typer.Option(help="Sequences of a step.")] = 8,
+    vocabulary: Annotated[int, typer.Option(help="Kinds of tokens.")] = 256,
+    kernels: Annotated[
+        list[str] | None, typer.Option(help="pytorch, reference, torch: may be repeated; all by default.")
+    ] = None,
+    grid: Annotated[str | None, typer.Option(help="Axes of the grid of our ranks: row=2,col=2.")] = None,
+    tensor: Annotated[str, typer.Option(help="Tensor mode: none, 1d, 2d, 2.5d, 3d.")] = "none",
+    repeat: Annotated[int, typer.Option(help="Rounds of all of them.")] = 15,
+    json: Annotated[Path | None, typer.Option(help="Write the rows here.")] = None,
+) -> None:
+    """Time a GPT's training step beside PyTorch eager, all taking turns."""
+    from colossal_mpi.apps.bench import train as benchmark
+    from colossal_mpi.apps.bench.steps import Sizes
+
+    sizes = Sizes(layers, hidden, heads, sequence, batch, vocabulary)
+    raise typer.Exit(benchmark.main(benchmark.checked(sizes, grid, tensor, kernels or [], repeat, json)))
 
 
 def main() -> None:

@@ -5,87 +5,30 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ValidationError
 
+from colossal_mpi.apps.sections import GPT, KINDS, Data, Model, Parallel, Run, Section, Training
 from colossal_mpi.errors import ConfigError
 
 SHIPPED = Path(__file__).parent / "configs"
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Model(_Section):
-    """The GPT."""
-
-    layers: int = Field(4, ge=1, description="transformer blocks")
-    hidden: int = Field(128, ge=1, description="width of the residual stream")
-    heads: int = Field(4, ge=1, description="attention heads; must divide hidden")
-    context: int = Field(64, ge=1, description="tokens per sequence")
-    vocabulary: int = Field(256, ge=256, description="tokens; bytes need 256")
-
-
-class Data(_Section):
-    """The corpus, as bytes."""
-
-    files: list[str] = Field([], description="text files; none: CPython's own documentation (pydoc_data.topics)")
-    validation: float = Field(0.1, gt=0, le=0.5, description="share of the corpus that is held out, in stretches")
-
-
-class Training(_Section):
-    """The optimisation."""
-
-    steps: int = Field(400, ge=1)
-    batch: int = Field(16, ge=1, description="sequences per step, over all ranks and microbatches")
-    microbatches: int = Field(1, ge=1, description="parts of the batch whose gradients are accumulated")
-    lr: float = Field(1e-3, gt=0, allow_inf_nan=False, description="greatest learning rate")
-    warmup: int = Field(20, ge=0, description="steps of linear warm-up; a cosine follows")
-    weight_decay: float = Field(0.1, ge=0, allow_inf_nan=False)
-    clip: float = Field(1.0, gt=0, description="greatest norm of the gradient")
-    seed: int = 0
-    evaluate_every: int = Field(100, ge=1, description="steps between validations")
-    evaluate_batches: int = Field(8, ge=1, description="batches per validation")
-    checkpoint_every: int = Field(200, ge=1, description="steps between checkpoints")
-    log_every: int = Field(20, ge=1, description="steps between lines of progress without a terminal")
-    sample: int = Field(160, ge=0, description="bytes of text generated at the end")
-
-    @model_validator(mode="after")
-    def _microbatches_fit(self) -> Training:
-        if self.microbatches > self.batch:
-            raise ValueError(f"microbatches={self.microbatches} must be at most batch={self.batch}")
-        return self
-
-
-class Parallel(_Section):
-    """The grid and the mode."""
-
-    grid: dict[Literal["data", "depth", "row", "col"], Annotated[int, Field(ge=1)]] = Field(
-        {}, description="size of each axis, outermost first; empty: data over all ranks"
-    )
-    tensor: Literal["none", "1d", "2d", "2.5d", "3d"] = "none"
-    keep_gathered: bool = Field(True, description="keep gathered operands for the backward pass: faster, more memory")
-    dtype: Literal["float32", "float64"] = "float32"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-
-
-class Run(_Section):
-    """Where the results go."""
-
-    directory: str = Field("runs/run", description="config, metrics, plot and checkpoints")
-
-
-class Config(_Section):
+class Config(Section):
     """A run."""
 
-    model: Model = Model()
+    model: Model = GPT()
     data: Data = Data()
     training: Training = Training()
     parallel: Parallel = Parallel()
     run: Run = Run()
+
+
+def shipped() -> str:
+    """Return the names of the configurations that come with the package."""
+    return ", ".join(sorted(path.stem for path in SHIPPED.glob("*.toml")))
 
 
 def load(source: str, settings: Sequence[str] = ()) -> Config:
@@ -107,9 +50,8 @@ def load(source: str, settings: Sequence[str] = ()) -> Config:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as problem:
-        shipped = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.toml")))
         raise ConfigError(
-            f"cannot read config {source}: {problem.strerror}; give a file or one of: {shipped}"
+            f"cannot read config {source}: {problem.strerror}; give a file or one of: {shipped()}"
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
         raise ConfigError(f"{path} is not valid TOML: {problem}") from None
@@ -144,18 +86,24 @@ def validate(table: Mapping[str, Any], source: str) -> Config:
 
 
 def _explain(error: Any) -> str:
-    key = ".".join(str(part) for part in error["loc"])
+    place, kind = [str(part) for part in error["loc"]], None
+    if place[0] == "model" and len(place) > 1:
+        kind = place.pop(1)  # a union says which of its members it means
+    key = ".".join(place)
+    if error["type"] == "union_tag_invalid":
+        return f"{key}.kind={error['ctx']['tag']!r}: input should be {error['ctx']['expected_tags']}"
     if error["type"] == "extra_forbidden":
-        return f"unknown key {key}={error['input']!r}; known here are {', '.join(_known(error['loc'][:-1]))}"
+        where = f"here (kind={kind!r})" if kind else "here"
+        return f"unknown key {key}={error['input']!r}; known {where} are {', '.join(_known(place[:-1], kind))}"
     if error["type"] == "value_error":
         return f"{key}: {error['ctx']['error']}"
     return f"{key}={error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
-def _known(sections: Sequence[int | str]) -> list[str]:
+def _known(sections: Sequence[str], kind: str | None) -> list[str]:
     section: Any = Config
     for name in sections:
-        section = section.model_fields[name].annotation
+        section = KINDS[kind] if kind else section.model_fields[name].annotation
     return list(section.model_fields)
 
 

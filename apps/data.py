@@ -1,9 +1,10 @@
-"""The corpus: bytes of text, split into training and validation, drawn by global sample index."""
+"""Bytes of text, split into training and validation, and the order of samples by their global number."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,14 @@ class Corpus:
 
     train: np.ndarray
     validation: np.ndarray
+
+    @property
+    def about(self) -> str:
+        """Its size, and the loss of a guess from the frequencies of bytes alone, for a reader."""
+        share = np.bincount(self.train) / len(self.train)
+        entropy = -sum(p * np.log(p) for p in share if p)
+        size = f"{len(self.train):,} bytes of text, {len(self.validation):,} held out"
+        return f"{size}; entropy of a byte {entropy:.2f} nats"
 
 
 def read_corpus(files: Sequence[str], validation: float, context: int, grid: Grid) -> Corpus:
@@ -99,6 +108,23 @@ def sample_starts(first: int, stop: int, corpus: int, context: int, seed: int) -
 def spread_starts(count: int, corpus: int, context: int) -> np.ndarray:
     """Return `count` beginnings spread evenly over a corpus."""
     return np.linspace(0, corpus - context - 1, count).astype(np.int64)
+
+
+def shuffled(first: int, stop: int, count: int, seed: int) -> np.ndarray:
+    """Return which of `count` items the training samples number `first` to `stop` are: each once in an epoch."""
+    epochs, places = np.divmod(np.arange(first, stop), count)
+    return np.array([_order(int(e), count, seed)[at] for e, at in zip(epochs, places, strict=True)], np.int64)
+
+
+@lru_cache(maxsize=2)
+def _order(epoch: int, count: int, seed: int) -> np.ndarray:
+    return np.argsort(random.uniform_block(((0, count),), (count,), seed, f"data/{epoch}"), kind="stable")
+
+
+def shifts(first: int, stop: int, most: int, seed: int) -> np.ndarray:
+    """Return by how many rows and columns, ``[n, 2]``, the images of some training samples are moved."""
+    unit = random.uniform_block(((first, stop), (0, 2)), (stop, 2), seed, "data/shift")
+    return (unit * (2 * most + 1)).astype(np.int64) - most
 
 
 def sequences(

@@ -5,24 +5,47 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+_TRAINING, _VALIDATION, _SHARES = "#7fa7d0", "#c0392b", ("#2e8b57", "#8e5ea2")
 
-def plot_loss(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw training and validation loss, in nats per token, over the steps into a PNG."""
+
+def shares(row: dict[str, Any]) -> dict[str, float]:
+    """Return the measures of a validation that are shares of the samples, by name."""
+    names = [name for name in row if name.startswith("val_") and name != "val_loss"]
+    return {name.removeprefix("val_").replace("_", " "): row[name] for name in names}
+
+
+def plot_run(rows: list[dict[str, Any]], per: str, path: Path) -> None:
+    """Draw the losses, in nats per `per`, over the steps into a PNG, and below them what is a share of the samples."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=130, layout="constrained")
-    axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], lw=0.9, color="#7fa7d0", label="training")
     held = [row for row in rows if "val_loss" in row]
-    points = [row["step"] for row in held], [row["val_loss"] for row in held]
-    axes.plot(*points, "o-", color="#c0392b", label="validation")
-    if held:
-        label, end = f"{held[-1]['val_loss']:.3f}", (points[0][-1], points[1][-1])
-        axes.annotate(label, end, (0, 12), textcoords="offset points", ha="right")
-    axes.set(xlabel="step", ylabel="loss (nats per token)")
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
+    names = list(shares(held[-1])) if held else []
+    size, heights = (7, 4.2 + 1.8 * bool(names)), [2.4, 1] if names else [1]
+    figure, panels = pyplot.subplots(
+        len(heights), sharex=True, squeeze=False, height_ratios=heights, figsize=size, dpi=130, layout="constrained"
+    )
+    loss = panels[0, 0]
+    loss.plot([row["step"] for row in rows], [row["loss"] for row in rows], lw=0.9, color=_TRAINING, label="training")
+    steps = [row["step"] for row in held]
+    _held_out(loss, steps, [row["val_loss"] for row in held], "validation", _VALIDATION, "{:.3f}")
+    loss.set(ylabel=f"loss (nats per {per})")
+    for i, name in enumerate(names):
+        percent, color = [100 * shares(row)[name] for row in held], _SHARES[i % len(_SHARES)]
+        _held_out(panels[1, 0], steps, percent, name, color, "{:.1f} %")
+    if names:
+        panels[1, 0].set(ylabel="of the held out (%)")
+    panels[-1, 0].set(xlabel="step")
+    for axes in panels[:, 0]:
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False)
     figure.savefig(path)
     pyplot.close(figure)
+
+
+def _held_out(axes: Any, steps: list[int], values: list[float], label: str, color: str, form: str) -> None:
+    axes.plot(steps, values, "o-", color=color, label=label)
+    if values:
+        axes.annotate(form.format(values[-1]), (steps[-1], values[-1]), (0, 12), textcoords="offset points", ha="right")

@@ -12,13 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from colossal_mpi import comm, ledger
 from colossal_mpi.apps.config import Config, load
-from colossal_mpi.apps.plot import plot_loss
+from colossal_mpi.apps.plot import plot_run, shares
 from colossal_mpi.apps.rundir import RunDirectory
 from colossal_mpi.apps.trainer import Trainer
 from colossal_mpi.errors import ColossalError, ConfigError
 from colossal_mpi.grid import Grid, world_size
-
-PROMPT = b"\nThe "
 
 
 def make_grid(config: Config) -> Grid:
@@ -60,7 +58,7 @@ def _train(trainer: Trainer, directory: RunDirectory, done: int) -> None:
     report = _Report(trainer, directory, done) if first else None
     try:
         _steps(trainer, directory, done, report)
-        text = trainer.generate(PROMPT, training.sample) if training.sample else b""
+        text = trainer.task.sample(training.sample) if training.sample else b""
         if report:
             report.finish(text)
     finally:
@@ -79,7 +77,7 @@ def _steps(trainer: Trainer, directory: RunDirectory, done: int, report: _Report
             )
         last = step + 1 == training.steps
         if last or (step + 1) % training.evaluate_every == 0:
-            row["val_loss"] = trainer.validate()
+            row |= trainer.validate()
         if report:
             report.step(row)
         if last or (step + 1) % training.checkpoint_every == 0:
@@ -91,8 +89,9 @@ def _timed_step(trainer: Trainer, step: int) -> dict[str, Any]:
     with ledger.record() as moved:
         row: dict[str, Any] = {"step": step + 1, **trainer.step(step)}
     row["seconds"] = time.perf_counter() - begun
-    tokens = trainer.config.training.batch * trainer.config.model.context
-    return row | {"tokens_per_second": tokens / row["seconds"], "words_received": moved.words}
+    task = trainer.task
+    speed = trainer.config.training.batch * task.per_sample / row["seconds"]
+    return row | {f"{task.unit}_per_second": speed, "words_received": moved.words}
 
 
 class _Report:
@@ -102,14 +101,15 @@ class _Report:
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="replace")  # the sample may hold what an ASCII terminal cannot show
         self.training, self.directory, self.done = trainer.config.training, directory, done
+        self.unit, self.per = trainer.task.unit, trainer.task.per
         self.console, self.begun = Console(soft_wrap=True), time.perf_counter()
         self.bar: Any
         self.task: Any
         self.bar, self.task = _bar(self.console, self.training.steps, done) if sys.stdout.isatty() else (None, None)
-        parallel = trainer.config.parallel
+        parallel, task = trainer.config.parallel, trainer.task
         self._say(
-            f"GPT of {trainer.parameters:,} parameters, {parallel.dtype}, tensor {parallel.tensor} on {trainer.grid}; "
-            f"{len(trainer.corpus.train):,} bytes of text, {len(trainer.corpus.validation):,} held out"
+            f"{task.name} of {trainer.parameters:,} parameters, {parallel.dtype}, tensor {parallel.tensor} on "
+            f"{trainer.grid}; {task.about}"
         )
 
     def _say(self, text: str) -> None:
@@ -120,21 +120,21 @@ class _Report:
         self.directory.append(row)
         made = row["step"] - self.done
         left = (time.perf_counter() - self.begun) / made * (self.training.steps - row["step"])
-        text = f"loss {row['loss']:.3f}  {row['tokens_per_second']:,.0f} tokens/s"
+        text = f"loss {row['loss']:.3f}  {row[f'{self.unit}_per_second']:,.0f} {self.unit}/s"
         if self.bar:
             self.bar.update(self.task, completed=row["step"], text=text)
         if "val_loss" in row:
-            self._say(f"step {row['step']:5d}/{self.training.steps}  {text}  validation {row['val_loss']:.3f}")
+            self._say(f"step {row['step']:5d}/{self.training.steps}  {text}  {_validation(row)}")
         elif not self.bar and (row["step"] % self.training.log_every == 0 or made == 1):
             self._say(f"step {row['step']:5d}/{self.training.steps}  {text}  {_clock(left)} left")
 
     def finish(self, text: bytes) -> None:
         """Write the plot and the sample, and say where everything is."""
         self.close()
-        plot_loss(self.directory.rows(), self.directory.plot)
+        plot_run(self.directory.rows(), self.per, self.directory.plot)
         self.directory.sample.write_bytes(text)
         if text:
-            self._say("sample: " + text.decode(errors="replace").strip())
+            self._say("sample: " + text.decode(errors="replace").strip("\n"))
         checkpoint = self.directory.checkpoints / self.directory.latest().name
         self._say(f"plot {self.directory.plot}, metrics {self.directory.metrics}, checkpoint {checkpoint}")
 
@@ -155,6 +155,11 @@ def _bar(console: Console, total: int, done: int) -> tuple[Any, Any]:
     bar = Progress(*columns, console=console)
     bar.start()
     return bar, bar.add_task("training", total=total, completed=done, text="")
+
+
+def _validation(row: dict[str, Any]) -> str:
+    measures = [f", {name} {100 * share:.1f} %" for name, share in shares(row).items()]
+    return f"validation {row['val_loss']:.3f}" + "".join(measures)
 
 
 def _clock(seconds: float) -> str:

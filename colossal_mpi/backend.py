@@ -159,6 +159,13 @@ def device_namespace(device: str) -> Any:
     return _NUMPY if name == "cpu" else _devices[name].namespace(int(index))
 
 
+def from_dlpack(exporter: Any) -> Block:
+    """Return device memory of another library, given by its ``__dlpack__``, as a CuPy array, after its stream."""
+    import cupy
+
+    return cupy.from_dlpack(exporter)
+
+
 def empty_like(block: Block, shape: Sequence[int], dtype: Any = None) -> Block:
     """Return an uninitialised block of `shape` beside `block`: same library, same device."""
     xp = namespace(block)
@@ -169,6 +176,16 @@ def zeros_like(block: Block, shape: Sequence[int], dtype: Any = None) -> Block:
     """Return a block of zeros of `shape` beside `block`."""
     xp = namespace(block)
     return xp.zeros(tuple(shape), dtype=block.dtype if dtype is None else dtype)
+
+
+def sum_over(block: Block, dims: Sequence[int]) -> Block:
+    """Return the sum over some dims, not negative, in the dtype of the block.
+
+    One dim after the other: NumPy adds the rows of a block one by one, and shorter sums lose fewer digits.
+    """
+    for d in sorted(dims, reverse=True):
+        block = namespace(block).sum(block, axis=d, dtype=block.dtype)
+    return block
 
 
 def contiguous(block: Block) -> Block:
@@ -224,6 +241,16 @@ def is_half(dtype: Any) -> bool:
     """Say whether `dtype` is float16 or bfloat16, which MPI cannot add and has no portable type for."""
     known = numpy_dtype(dtype)
     return known.itemsize == 2 and known.name in ("float16", "bfloat16") and known.isnative
+
+
+def wide_dtype(block: Block) -> Any:
+    """Return the 32-bit dtype in which 16-bit floats and 8- and 16-bit integers are summed, None for other dtypes."""
+    xp, dtype = namespace(block), numpy_dtype(block.dtype)
+    if is_half(dtype):
+        return xp.float32
+    if dtype.kind not in "iu" or dtype.itemsize > 2:
+        return None
+    return xp.int32 if dtype.kind == "i" else xp.uint32
 
 
 def dtype_of(xp: Any, dtype: Any) -> Any:

@@ -79,7 +79,7 @@ def blend(c: Block, product: Block, alpha: complex = 1, beta: complex = 0) -> No
 
 def _cblas(a: np.ndarray, b: np.ndarray, c: np.ndarray, alpha: complex, beta: complex, conj: tuple[bool, bool]) -> bool:
     """Do the product by BLAS and say so; False where BLAS does not take it."""
-    routine = _routine(c.dtype.name)
+    routine = _routine(c.dtype)
     order = _order(c)
     if order is None or not c.dtype.isnative or (routine is None and c.dtype.kind in "fc"):
         return False
@@ -169,9 +169,9 @@ class _Routine:
 
 
 @functools.cache
-def _routine(dtype: str) -> _Routine | None:
+def _routine(dtype: np.dtype) -> _Routine | None:
     """Return the gemm of a dtype, None if NumPy's BLAS is not to be found."""
-    letter = _LETTERS.get(dtype)
+    letter = _LETTERS.get(dtype.name)
     for library, kind in _libraries() if letter else ():
         for pattern, index in (
             ("scipy_cblas_{}gemm64_", ctypes.c_int64),  # OpenBLAS of NumPy's wheels
@@ -180,7 +180,7 @@ def _routine(dtype: str) -> _Routine | None:
         ):
             function = getattr(library, pattern.format(letter), None)
             if function is not None:
-                return _Routine(function, index, np.dtype(dtype), kind == "openblas")
+                return _Routine(function, index, dtype, kind == "openblas")
     return None
 
 

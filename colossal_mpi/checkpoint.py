@@ -73,9 +73,9 @@ def save(directory: str | Path, arrays: Mapping[str, DistArray], metadata: Mappi
             _write_index(partial, arrays, grid)
             files[INDEX] = _digest(partial / INDEX)
             _write_manifest(partial, head, files)
-            _flush(partial)
+            flush(partial)
             partial.rename(directory)
-            _flush(directory.parent)
+            flush(directory.parent)
 
 
 def _savable(arrays: Mapping[str, DistArray], grid: Grid) -> None:
@@ -99,7 +99,7 @@ def _make(directory: Path, partial: Path) -> None:
     partial.mkdir(parents=True)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Bring a file, or the names in a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -131,7 +131,7 @@ def _write_rank(partial: Path, arrays: Mapping[str, DistArray], grid: Grid) -> t
     with h5py.File(path, "w", libver="v110") as file:
         for name, array in mine.items():
             file.create_dataset(name, data=backend.to_host(array.local))
-    _flush(path)
+    flush(path)
     return path.name, _digest(path)
 
 
@@ -149,7 +149,7 @@ def _write_index(partial: Path, arrays: Mapping[str, DistArray], grid: Grid) -> 
             dataset = file.create_virtual_dataset(name, whole)
             dataset.attrs["layout"] = repr(array.layout)
             dataset.attrs["grid"] = repr(grid)
-    _flush(partial / INDEX)
+    flush(partial / INDEX)
 
 
 def _entries(arrays: Mapping[str, DistArray]) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def _head(arrays: Mapping[str, DistArray], metadata: Mapping[str, Any]) -> str:
 def _write_manifest(partial: Path, head: str, files: Mapping[str, Any]) -> None:
     path = partial / MANIFEST
     path.write_text(json.dumps(json.loads(head) | {"files": files}, indent=1))
-    _flush(path)
+    flush(path)
 
 
 def point_latest(directory: str | Path) -> None:
@@ -204,7 +204,9 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def load(directory: str | Path, arrays: Mapping[str, DistArray], grid: Grid) -> dict[str, Any]:
+def load(
+    directory: str | Path, arrays: Mapping[str, DistArray], grid: Grid, *, besides: bool = False
+) -> dict[str, Any]:
     """Fill arrays from a checkpoint, in place, whatever grid and layouts it was written with; return its metadata.
 
     Parameters
@@ -213,6 +215,8 @@ def load(directory: str | Path, arrays: Mapping[str, DistArray], grid: Grid) -> 
     arrays : mapping of str to DistArray
         Arrays of the names, global shapes and dtypes in the checkpoint, in any layout on `grid`.
     grid : Grid
+    besides : bool
+        Whether the checkpoint may hold other arrays besides: those of an optimizer, where weights are wanted.
 
     Raises
     ------
@@ -226,7 +230,7 @@ def load(directory: str | Path, arrays: Mapping[str, DistArray], grid: Grid) -> 
     directory = Path(directory)
     with comm.agreed(grid, CheckpointError):
         manifest = read_manifest(directory)
-        _match(directory, manifest["arrays"], arrays)
+        _match(directory, manifest["arrays"], arrays, besides)
         for name in sorted(manifest["files"])[grid.rank :: grid.size]:
             _verify(directory, name, manifest["files"][name])
     with comm.agreed(grid, CheckpointError):
@@ -234,9 +238,9 @@ def load(directory: str | Path, arrays: Mapping[str, DistArray], grid: Grid) -> 
     return manifest["metadata"]
 
 
-def _match(directory: Path, entries: Mapping[str, Any], arrays: Mapping[str, DistArray]) -> None:
+def _match(directory: Path, entries: Mapping[str, Any], arrays: Mapping[str, DistArray], besides: bool) -> None:
     missing, surplus = sorted(set(arrays) - set(entries)), sorted(set(entries) - set(arrays))
-    if missing or surplus:
+    if missing or (surplus and not besides):
         raise CheckpointError(
             f"{directory} holds other arrays: it lacks {missing[:3] or 'none'} and has {surplus[:3] or 'none'} besides"
         )

@@ -3,7 +3,7 @@
 Every function takes this rank's block and the grid axes that span the group. It checks that the block is of the size
 that the caller's plan, which all ranks make from the same global metadata, gives this rank: a mismatch is silently
 wrong in some MPIs and overwrites the heap in Open MPI. `colossal_mpi.staging` says how a block reaches MPI; what
-arrived is entered into the ledger, and 16-bit floats are summed in float32.
+arrived is entered into the ledger, and 16-bit floats and small integers are summed in 32 bits.
 """
 
 from __future__ import annotations
@@ -169,8 +169,13 @@ def reduce_scatter(block: Block, grid: Grid, axes: Sequence[str], counts: Sequen
 
 
 def _widened(block: Block) -> Block:
-    """Return `block` in a dtype in which MPI can add without losing half of its digits."""
-    return cast(block, backend.namespace(block).float32) if backend.is_half(block.dtype) else block
+    """Return `block` in a dtype in which MPI adds as it should.
+
+    16-bit floats would lose digits, and Open MPI's vectorised sums of 8- and 16-bit integers stop at the greatest one
+    instead of wrapping round.
+    """
+    wide = backend.wide_dtype(block)
+    return block if wide is None else cast(block, wide)
 
 
 def cast(block: Block, dtype: Any) -> Block:

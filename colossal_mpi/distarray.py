@@ -205,11 +205,10 @@ class DistArray:
 
     def sum_over(self, dims: Sequence[int]) -> DistArray:
         """Return the sum over some dims, left partial over the axes that cut them. **Communication:** none."""
-        xp = backend.namespace(self.local)
         kept = [d for d in range(self.ndim) if d not in dims]
         summed = [axis for d in dims for axis in self.layout.dims[d]]
         layout = Layout(*[self.layout.dims[d] for d in kept], partial=(*self.layout.partial, *summed))
-        block = xp.sum(self.local, axis=tuple(dims), dtype=self.dtype)
+        block = backend.sum_over(self.local, dims)
         return DistArray(block, [self.shape[d] for d in kept], layout, self.grid)
 
     def norm(self) -> float:
@@ -285,9 +284,10 @@ def _gather_to(array: DistArray, root: int) -> np.ndarray | None:
 
 def squares(array: DistArray) -> Block:
     """Return the sum of the squares of this rank's block, in float64 whatever its dtype."""
-    xp = backend.namespace(array.local)
-    size = xp.astype(xp.abs(array.local), xp.float64)
-    return xp.sum(size * size)
+    xp, block = backend.namespace(array.local), array.local
+    size = xp.abs(block) if backend.numpy_dtype(block.dtype).kind == "c" else block
+    flat = xp.reshape(xp.astype(size, xp.float64, copy=False), (-1,))
+    return xp.vecdot(flat, flat)
 
 
 def _total(array: DistArray, local: Block, axes: Sequence[str]) -> Any:

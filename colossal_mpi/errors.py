@@ -38,8 +38,16 @@ class DTypeError(ColossalError, TypeError):
     """Dtypes that do not fit one another or that MPI cannot carry."""
 
 
+class SharingError(ColossalError, BufferError):
+    """Memory that two array libraries cannot share."""
+
+
 class ConfigError(ColossalError, ValueError):
     """A configuration that cannot be run."""
+
+
+class ScheduleError(ColossalError, ValueError):
+    """A pipeline schedule that would compute something wrong, or nothing for ever."""
 
 
 class CheckpointError(ColossalError, RuntimeError):

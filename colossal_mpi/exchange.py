@@ -20,6 +20,7 @@ from colossal_mpi.grid import Grid
 from colossal_mpi.staging import arrived, landing, outgoing
 
 _TAG = 8
+"""Of the first stream of messages; stream i has this and i."""
 
 
 class Pending:
@@ -27,6 +28,10 @@ class Pending:
 
     def __init__(self, requests: list[MPI.Request], landings: list[tuple[Any, Block]], entry: tuple[Any, ...]) -> None:
         self._requests, self._landings, self._entry = requests, landings, entry
+
+    def done(self) -> bool:
+        """Say, without waiting, whether everything is sent and received."""
+        return bool(MPI.Request.Testall(self._requests))
 
     def wait(self) -> None:
         """Wait until everything is sent and received, and enter what was received into the ledger."""
@@ -40,7 +45,11 @@ class Pending:
 
 
 def start(
-    grid: Grid, axes: Sequence[str], send: Sequence[tuple[int, Block]], recv: Sequence[tuple[int, Block]]
+    grid: Grid,
+    axes: Sequence[str],
+    send: Sequence[tuple[int, Block]],
+    recv: Sequence[tuple[int, Block]],
+    stream: int = 0,
 ) -> Pending:
     """Send blocks to ranks of the group and receive from them into blocks that are there, while the caller goes on.
 
@@ -51,6 +60,8 @@ def start(
         That span the group.
     send, recv : sequence of (int, array)
         Rank of the group and a contiguous block. What one rank sends to another it receives in the same order.
+    stream : int
+        Messages of different streams may overtake one another.
 
     **Communication:** all_to_all, the words of `recv`. **Adjoint:** itself, send and recv swapped.
     """
@@ -58,10 +69,10 @@ def start(
     landings = [(_into(block, grid), block) for _, block in recv]
     requests = []
     for (source, _), (buffer, _) in zip(recv, landings, strict=True):
-        requests += [comm.Irecv([m, mpi_type(m.dtype)], source, _TAG) for m in messages(buffer.reshape(-1))]
+        requests += [comm.Irecv([m, mpi_type(m.dtype)], source, _TAG + stream) for m in messages(buffer.reshape(-1))]
     for to, block in send:
         buffer = outgoing(block, grid)
-        requests += [comm.Isend([m, mpi_type(m.dtype)], to, _TAG) for m in messages(buffer)]
+        requests += [comm.Isend([m, mpi_type(m.dtype)], to, _TAG + stream) for m in messages(buffer)]
     words = sum(block.size for _, block in recv)
     itemsize = backend.numpy_dtype(recv[0][1].dtype).itemsize if recv else 0
     return Pending(requests, landings, (grid.ordered(axes), words, itemsize, time.perf_counter() - begun))

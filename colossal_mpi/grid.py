@@ -207,6 +207,9 @@ class Grid:
     def __exit__(self, *_: Any) -> None:
         self.free()
 
+    def __deepcopy__(self, memo: Any) -> Grid:
+        return self  # communicators have no copy that one rank could make: copied arrays stay on their grid
+
     def __repr__(self) -> str:
         return f"Grid({_text(self.axes)})" if self.axes else "Grid()"
 

@@ -7,24 +7,19 @@ Checkpoints, with their checksums and a file for each rank, are in `colossal_mpi
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from colossal_mpi import backend, comm
+from colossal_mpi import backend, comm, stream
 from colossal_mpi.distarray import DistArray, from_global
 from colossal_mpi.errors import CheckpointError, DTypeError
 from colossal_mpi.grid import Grid
-from colossal_mpi.layout import Box, Layout, box_shape, index_of, slices
+from colossal_mpi.layout import Box, Layout, index_of
 
 NUMBERS = "biufc"
 """Kinds of dtypes that are stored. bfloat16 is none: h5py would write it as opaque bytes."""
-
-PIECE = 1 << 22
-"""Elements that are sent to rank 0 at once, at most, unless one index of the first dim has more."""
 
 
 def require_name(name: Any) -> None:
@@ -112,29 +107,13 @@ def _create(h5py: Any, file: Path, name: str, array: DistArray, overwrite: bool)
     return opened
 
 
-def _pieces(box: Box) -> Iterator[Box]:
-    """Yield boxes of whole rows that tile a box, of some `PIECE` elements each."""
-    if not box:
-        yield box
-        return
-    (start, stop), *rest = box
-    rows = max(1, PIECE // max(1, math.prod(box_shape(tuple(rest)))))
-    for low in range(start, stop, rows):
-        yield ((low, min(low + rows, stop)), *rest)
-
-
 def _write(opened: Any, name: str, array: DistArray) -> None:
-    """Bring the pieces to rank 0 one at a time; if it cannot write it goes on receiving: no rank is left waiting."""
-    failure: Exception | None = None
-    for rank in range(array.grid.size):
-        box = array.layout.owned(array.shape, array.grid.axes, array.grid.coords_of(rank))
-        for piece in _pieces(box) if box is not None else ():
-            came = _to_root(array, rank, piece)
-            if opened is not None and failure is None:
-                try:
-                    opened[name][index_of(piece)] = came
-                except Exception as problem:
-                    failure = problem
+    """Bring the pieces to rank 0 and write them."""
+
+    def put(box: Box, values: np.ndarray) -> None:
+        opened[name][index_of(box)] = values
+
+    failure = stream.to_root(array, put)
     if opened is not None:
         _close(opened, name, failure)
 
@@ -148,19 +127,6 @@ def _close(opened: Any, name: str, failure: Exception | None) -> None:
         opened.close()
     if failure is not None:
         raise CheckpointError(f"{file}: {name} cannot be written: {failure}") from failure
-
-
-def _to_root(array: DistArray, rank: int, piece: Box) -> np.ndarray | None:
-    """Return on rank 0 the piece that `rank` holds."""
-    grid, count = array.grid, math.prod(box_shape(piece))
-    mine = grid.rank == rank
-    block = array.local[slices(piece, array.box)] if mine else array.local
-    flat = backend.namespace(block).reshape(block, (-1,))[: count if mine else 0]
-    if rank:
-        send, recv = [0] * grid.size, [0] * grid.size
-        send[0], recv[rank] = count * mine, count * (grid.rank == 0)
-        flat = comm.all_to_all(flat, grid, tuple(grid.axes), send, recv)
-    return backend.to_host(flat).reshape(box_shape(piece)) if grid.rank == 0 else None
 
 
 def load(file: str | Path, name: str, grid: Grid, layout: Layout, dtype: Any = None) -> DistArray:

@@ -56,16 +56,16 @@ class Layout:
     partial: Axes
 
     def __init__(self, *dims: str | Sequence[str] | None, partial: str | Sequence[str] = ()) -> None:
-        cut = tuple(_axes(dim) for dim in dims)
-        named = [axis for axes in cut for axis in axes] + list(_axes(partial))
-        twice = sorted({axis for axis in named if named.count(axis) > 1})
-        if twice:
+        cut, summed = tuple([_axes(dim) for dim in dims]), _axes(partial)
+        named = [axis for axes in cut for axis in axes] + list(summed)
+        if len(set(named)) < len(named):
+            twice = sorted({axis for axis in named if named.count(axis) > 1})
             raise LayoutError(
-                f"{self._text(cut, _axes(partial))}: axis {', '.join(twice)} is named twice; "
+                f"{self._text(cut, summed)}: axis {', '.join(twice)} is named twice; "
                 "a grid axis cuts one dim, or holds partial sums, once"
             )
         object.__setattr__(self, "dims", cut)
-        object.__setattr__(self, "partial", tuple(sorted(_axes(partial))))
+        object.__setattr__(self, "partial", tuple(sorted(summed)))
 
     def __hash__(self) -> int:
         return self._hash
@@ -78,6 +78,10 @@ class Layout:
     def cut(self) -> Axes:
         """The axes that cut some dim."""
         return tuple(axis for axes in self.dims for axis in axes)
+
+    @cached_property
+    def _named(self) -> Axes:
+        return (*self.cut, *self.partial)
 
     @staticmethod
     def _text(dims: tuple[Axes, ...], partial: Axes) -> str:
@@ -103,19 +107,21 @@ class Layout:
             raise LayoutError(
                 f"{self}: {len(self.dims)} dims for an array of {ndim}; give one entry per dim, None for an uncut one"
             )
-        unknown = [axis for axis in (*self.cut, *self.partial) if axis not in sizes]
+        if not self._named:
+            return self
+        unknown = [axis for axis in self._named if axis not in sizes]
         if unknown:
             raise LayoutError(
                 f"{self}: no axis {', '.join(map(repr, unknown))} on this grid; it has {', '.join(sizes) or 'none'}"
             )
-        if all(sizes[axis] > 1 for axis in (*self.cut, *self.partial)):
+        if all(sizes[axis] > 1 for axis in self._named):
             return self
         dims = [tuple(a for a in axes if sizes[a] > 1) for axes in self.dims]
         return Layout(*dims, partial=[a for a in self.partial if sizes[a] > 1])
 
     def box(self, shape: Sequence[int], sizes: Mapping[str, int], coords: Mapping[str, int]) -> Box:
         """Return the box of global indices that the rank at `coords` holds."""
-        return tuple(bounds(n, axes, sizes, coords) for n, axes in zip(shape, self.dims, strict=True))
+        return tuple([bounds(n, axes, sizes, coords) for n, axes in zip(shape, self.dims, strict=True)])
 
     def owner(self, sizes: Mapping[str, int], coords: Mapping[str, int]) -> bool:
         """Say whether the rank at `coords` is the first of those that hold its block (coordinate 0)."""
@@ -154,7 +160,7 @@ def rank_of(coords: Mapping[str, int], sizes: Mapping[str, int]) -> int:
 
 def box_shape(box: Box) -> tuple[int, ...]:
     """Return the shape of a box."""
-    return tuple(stop - start for start, stop in box)
+    return tuple([stop - start for start, stop in box])
 
 
 def index_of(box: Box) -> tuple[slice, ...]:
@@ -169,4 +175,4 @@ def intersect(a: Box, b: Box) -> Box:
 
 def slices(box: Box, origin: Box) -> tuple[slice, ...]:
     """Return the slices of `box` inside the block whose global box is `origin`; empty extents give ``0:0``."""
-    return tuple(slice(a - o, b - o) if a < b else slice(0, 0) for (a, b), (o, _) in zip(box, origin, strict=True))
+    return tuple([slice(a - o, b - o) if a < b else slice(0, 0) for (a, b), (o, _) in zip(box, origin, strict=True)])

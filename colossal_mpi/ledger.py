@@ -24,7 +24,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 _CORE = str(Path(__file__).parent)
-_MOVERS = ("ledger", "comm", "exchange", "redistribute", "slicing", "distarray", "linalg/pieces", "linalg/execute")
+_MOVERS = (
+    "ledger",
+    "comm",
+    "exchange",
+    "boxes",
+    "redistribute",
+    "slicing",
+    "distarray",
+    "linalg/pieces",
+    "linalg/execute",
+)
 _BELOW = {contextlib.__file__, *(f"{_CORE}/{name}.py" for name in _MOVERS)}
 
 

@@ -18,19 +18,23 @@ from typing import Any
 
 import numpy as np
 
+from colossal_mpi import backend
+from colossal_mpi.backend import Block
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import LayoutError, ShapeError
 from colossal_mpi.grid import Grid
 from colossal_mpi.layout import Box, Layout, box_shape
 
-_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
-_LOW, _SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
+_LOW, _SHIFT = 0xFFFFFFFF, 32
 _LANES = 2
+_AT_ONCE = 1 << 14
+"""Counters of a mask that are made at a time, for their words to stay in a core's cache."""
 
 
-def philox(counter: Sequence[np.ndarray], key: tuple[int, int], rounds: int = 10) -> list[np.ndarray]:
-    """Return the four 32-bit words (as uint64) of Philox4x32 for arrays of counters.
+def philox(counter: Sequence[Block], key: tuple[int, int], rounds: int = 10) -> list[Block]:
+    """Return the four 32-bit words (as uint64) of Philox4x32 for arrays of counters, of any library.
 
     Parameters
     ----------
@@ -38,15 +42,18 @@ def philox(counter: Sequence[np.ndarray], key: tuple[int, int], rounds: int = 10
         The words of the counter, each below 2**32, of shapes that broadcast.
     key : two int below 2**32
     """
-    x0, x1, x2, x3 = np.broadcast_arrays(*counter)
+    x0, x1, x2, x3 = counter
     k0, k1 = key
     for _ in range(rounds):
         first, second = x0 * _MULTIPLIERS[0], x2 * _MULTIPLIERS[1]
-        x0 = (second >> _SHIFT) ^ x1 ^ np.uint64(k0)
-        x2 = (first >> _SHIFT) ^ x3 ^ np.uint64(k1)
-        x1, x3 = second & _LOW, first & _LOW
-        k0, k1 = (k0 + _WEYL[0]) & 0xFFFFFFFF, (k1 + _WEYL[1]) & 0xFFFFFFFF
-    return [x0, x1, x2, x3]
+        x0, x2 = (second >> _SHIFT) ^ x1, (first >> _SHIFT) ^ x3
+        x0 ^= k0
+        x2 ^= k1
+        second &= _LOW
+        first &= _LOW
+        x1, x3 = second, first
+        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
+    return list(backend.namespace(*counter).broadcast_arrays(x0, x1, x2, x3))
 
 
 def _key(seed: int, stream: str) -> tuple[int, int]:
@@ -54,18 +61,28 @@ def _key(seed: int, stream: str) -> tuple[int, int]:
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
-def _words(box: Box, shape: Sequence[int], seed: int, stream: str) -> tuple[list[np.ndarray], slice]:
-    """Return the two 64-bit lanes of all counters that touch `box`, ``[rows, counters]``, and the columns to keep."""
+def _counters(box: Box, shape: Sequence[int], lanes: int) -> tuple[np.ndarray, np.ndarray, slice]:
+    """Return rows ``[rows, 1]`` and columns ``[1, counters]`` of all counters that touch `box`, and what to keep.
+
+    A counter has numbers for `lanes` columns; those to keep are of the first to the last of the box.
+    """
     rows: np.ndarray = np.zeros((1,), np.uint64)
     for (start, stop), n in zip(box[:-1], shape[:-1], strict=True):
         rows = (rows[:, None] * np.uint64(n) + np.arange(start, stop, dtype=np.uint64)).reshape(-1)
     start, stop = box[-1]
-    first = start // _LANES
-    columns = np.arange(first, -(-stop // _LANES), dtype=np.uint64)[None, :]
-    rows = rows[:, None]
-    counter = (columns & _LOW, columns >> _SHIFT, rows & _LOW, rows >> _SHIFT)
-    a, b, c, d = philox(counter, _key(seed, stream))
-    keep = slice(start - first * _LANES, stop - first * _LANES)
+    first = start // lanes
+    columns = np.arange(first, -(-stop // lanes), dtype=np.uint64)
+    return rows[:, None], columns[None, :], slice(start - first * lanes, stop - first * lanes)
+
+
+def _counter(rows: Block, columns: Block) -> tuple[Block, Block, Block, Block]:
+    return columns & _LOW, columns >> _SHIFT, rows & _LOW, rows >> _SHIFT
+
+
+def _words(box: Box, shape: Sequence[int], seed: int, stream: str) -> tuple[list[np.ndarray], slice]:
+    """Return the two 64-bit lanes of all counters that touch `box`, ``[rows, counters]``, and the columns to keep."""
+    rows, columns, keep = _counters(box, shape, _LANES)
+    a, b, c, d = philox(_counter(rows, columns), _key(seed, stream))
     return [(a << _SHIFT) | b, (c << _SHIFT) | d], keep
 
 
@@ -83,6 +100,38 @@ def uniform_block(box: Box, shape: Sequence[int], seed: int, stream: str) -> np.
     """Return the float64 block at `box` of the global array of uniform numbers in [0, 1)."""
     lanes, keep = _words(box, shape, seed, stream)
     return _interleave([_unit(word) for word in lanes], keep, box)
+
+
+def kept_block(box: Box, shape: Sequence[int], seed: int, stream: str, rate: float, xp: Any = np) -> Block:
+    """Return the bool block at `box` of the global array that is false with probability `rate`, as a dropout mask is.
+
+    The rate is rounded to a multiple of 2**-32: an element is a 32-bit word, four to a counter, against a threshold.
+    Seven rounds are enough for a mask (Salmon et al., Table 2). The first entry of `shape` bounds nothing, so that a
+    box may be of any later samples.
+
+    Parameters
+    ----------
+    box : box of int
+        Of one dim or more.
+    shape : tuple of int
+        The global shape.
+    seed : int
+    stream : str
+    rate : float
+        From 0 to 1.
+    xp : array namespace
+        Of the library that makes the block.
+    """
+    rows, columns, keep = _counters(box, shape, 4)
+    rows, columns, key = xp.asarray(rows), xp.asarray(columns), _key(seed, stream)
+    count, threshold = columns.shape[1], round(rate * 2**32)
+    kept = xp.empty((rows.shape[0], count, 4), dtype=xp.bool)
+    step = max(1, _AT_ONCE // max(1, count))
+    for first in range(0, rows.shape[0], step):
+        some = slice(first, min(first + step, rows.shape[0]))
+        for lane, word in enumerate(philox(_counter(rows[some, :], columns), key, rounds=7)):
+            kept[some, :, lane] = word >= threshold
+    return xp.reshape(xp.reshape(kept, (rows.shape[0], 4 * count))[:, keep], box_shape(box))
 
 
 def normal_block(box: Box, shape: Sequence[int], seed: int, stream: str) -> np.ndarray:

@@ -16,17 +16,18 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
-from colossal_mpi import backend, comm, exchange
+from colossal_mpi import backend, boxes, comm
+from colossal_mpi import exchange as messages
 from colossal_mpi.backend import Block
+from colossal_mpi.boxes import Exchange, group_coords, readable
 from colossal_mpi.grid import Grid
 from colossal_mpi.layout import Axes, Box, Layout, box_shape, coords_of, intersect, part, rank_of, slices
 
 Shape = tuple[int, ...]
-READ_FROM = 1 << 18
-"""Bytes of the largest block of a group on one node from which on its ranks read each other's memory."""
 
 
 @dataclass(frozen=True)
@@ -37,28 +38,6 @@ class Reduction:
     pieces: list[tuple[slice, ...]]
     counts: list[int]
     shape: Shape
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """Bring each rank of the group spanned by `axes` the box that it lacks."""
-
-    axes: Axes
-    send: list[tuple[slice, ...]]
-    send_counts: list[int]
-    recv: list[tuple[slice, ...]]
-    recv_counts: list[int]
-    starts: list[int] | None
-    """Where each received piece starts in the flat result, if all of them are contiguous there."""
-    most: int
-    """A bound on what any rank of the group sends or receives."""
-    same: bool
-    """Whether the whole group wants the same box, so that an allgather does."""
-    shape: Shape
-    shapes: list[Shape]
-    """Of the blocks of the group before the exchange."""
-    theirs: list[tuple[slice, ...]]
-    """Where each received piece stands in the block of the rank that has it."""
 
 
 @dataclass(frozen=True)
@@ -107,10 +86,11 @@ def redistribute(block: Block, shape: Shape, source: Layout, target: Layout, gri
     for reduction in plan.reductions:
         block = reduce(block, reduction, grid)
     if plan.exchange is not None:
-        block = _exchange(block, plan.exchange, grid)
+        block = boxes.exchange(block, plan.exchange, grid)
     return block if plan.keep else backend.zeros_like(block, block.shape)
 
 
+@lru_cache(maxsize=4096)
 def stages(source: Layout, target: Layout) -> tuple[Axes, Layout, Axes]:
     """Return the axes of the reduce_scatter, the layout that it leaves, and the axes of the allreduce."""
     summed = [axis for axis in source.partial if axis not in target.partial]
@@ -179,11 +159,6 @@ def scatter(
     )
 
 
-def group_coords(axes: Sequence[str], grid: Grid) -> list[dict[str, int]]:
-    """Return the full coordinates of the ranks of the group spanned by `axes`, in their order."""
-    return [{**grid.coords, **grid.coords_of(r, axes)} for r in range(grid.extent(axes))]
-
-
 def moved_axes(source: Layout, target: Layout, grid: Grid) -> Axes:
     """Return the axes that cut the source and whose place changes: they span the ranks that exchange."""
     axes: list[str] = []
@@ -200,47 +175,8 @@ def _exchange_plan(shape: Shape, source: Layout, target: Layout, grid: Grid) -> 
     if source.dims == target.dims:
         return None
     axes = moved_axes(source, target, grid)
-    group = group_coords(axes, grid)
-    have, want = ([lay.box(shape, grid.axes, at) for at in group] for lay in (source, target))
-    me = grid.comm(axes).rank if axes else 0
-    send = [intersect(have[me], box) for box in want]
-    recv = [intersect(box, want[me]) for box in have]
-    return Exchange(
-        axes,
-        [slices(box, have[me]) for box in send],
-        [math.prod(box_shape(box)) for box in send],
-        [slices(box, want[me]) for box in recv],
-        [math.prod(box_shape(box)) for box in recv],
-        _flat_starts(recv, want[me]),
-        len(group) * max(math.prod(box_shape(box)) for box in (*have, *want)),
-        not set(axes) & set(target.cut),
-        box_shape(want[me]),
-        [box_shape(box) for box in have],
-        [slices(box, origin) for box, origin in zip(recv, have, strict=True)],
-    )
-
-
-def _flat_starts(pieces: list[Box], whole: Box) -> list[int] | None:
-    """Return the offsets at which `pieces` lie in the flat block `whole`, or None unless all are contiguous there."""
-    shape, starts = box_shape(whole), []
-    for piece in pieces:
-        extents = box_shape(piece)
-        cut = next((d for d, (n, full) in enumerate(zip(extents, shape, strict=True)) if n != full), 0)
-        if 0 in extents:
-            starts.append(0)
-        elif math.prod(extents[:cut]) == 1 and extents[cut + 1 :] == shape[cut + 1 :]:
-            low = [start - origin for (start, _), (origin, _) in zip(piece, whole, strict=True)]
-            starts.append(sum(lo * math.prod(shape[d + 1 :]) for d, lo in enumerate(low)))
-        else:
-            return None
-    return starts
-
-
-def _pack(block: Block, pieces: list[tuple[slice, ...]]) -> Block:
-    """Return the pieces of `block` one after the other, flat."""
-    xp = backend.namespace(block)
-    flat = [xp.reshape(block[piece], (-1,)) for piece in pieces]
-    return flat[0] if len(flat) == 1 else xp.concat(flat)
+    have, want = ([lay.box(shape, grid.axes, at) for at in group_coords(axes, grid)] for lay in (source, target))
+    return boxes.plan(have, want, axes, grid)
 
 
 def reduce(block: Block, reduction: Reduction, grid: Grid) -> Block:
@@ -252,26 +188,8 @@ def reduce(block: Block, reduction: Reduction, grid: Grid) -> Block:
         if total is not None:
             return total
     xp = backend.namespace(block)
-    flat = comm.reduce_scatter(_pack(block, reduction.pieces), grid, reduction.axes, reduction.counts)
+    flat = comm.reduce_scatter(boxes.pack(block, reduction.pieces), grid, reduction.axes, reduction.counts)
     return xp.reshape(flat, reduction.shape)
-
-
-def readable(block: Block, shapes: Sequence[Shape], grid: Grid, axes: Axes) -> bool:
-    """Say whether a group had better read each other's blocks where they lie; all of its ranks say the same.
-
-    Parameters
-    ----------
-    block : array
-        This rank's.
-    shapes : sequence of tuple of int
-        Of the blocks of all ranks of the group.
-    grid : Grid
-    axes : tuple of str
-        That span the group.
-    """
-    if not grid.shares or type(block) is not np.ndarray or block.dtype.kind not in "fciu":
-        return False
-    return max(map(math.prod, shapes)) * block.dtype.itemsize >= READ_FROM and grid.peers(axes) is not None
 
 
 def _reduce_reading(block: Block, reduction: Reduction, grid: Grid) -> Block | None:
@@ -280,49 +198,10 @@ def _reduce_reading(block: Block, reduction: Reduction, grid: Grid) -> Block | N
     me = grid.comm(reduction.axes).rank
     total = grid.empty(reduction.shape, block.dtype)
     words = (p - 1) * math.prod(reduction.shape)
-    with exchange.reading(block, grid, reduction.axes, [block.shape] * p, words) as blocks:
+    with messages.reading(block, grid, reduction.axes, [block.shape] * p, words) as blocks:
         if blocks is None:
             return None
         total[...] = block[reduction.pieces[me]]
         for step in range(1, p):
             np.add(total, blocks[(me - step) % p][reduction.pieces[me]], out=total)
     return total
-
-
-def _exchange(block: Block, plan: Exchange, grid: Grid) -> Block:
-    xp = backend.namespace(block)
-    if not plan.axes:
-        return block[plan.send[0]]
-    if readable(block, plan.shapes, grid, plan.axes):
-        out = _exchange_reading(block, plan, grid)
-        if out is not None:
-            return out
-    if plan.same:
-        own = xp.reshape(block[plan.send[0]], (-1,))
-        flat = comm.allgather(own, grid, plan.axes, plan.recv_counts, plan.starts)
-    else:
-        packed = _pack(block, plan.send)
-        flat = comm.all_to_all(packed, grid, plan.axes, plan.send_counts, plan.recv_counts, plan.most)
-    return xp.reshape(flat, plan.shape) if plan.same and plan.starts else _unpack(flat, plan)
-
-
-def _exchange_reading(block: Block, plan: Exchange, grid: Grid) -> Block | None:
-    out, me = grid.empty(plan.shape, block.dtype), grid.comm(plan.axes).rank
-    words = sum(plan.recv_counts) - plan.recv_counts[me]
-    with exchange.reading(block, grid, plan.axes, plan.shapes, words) as blocks:
-        if blocks is None:
-            return None
-        for theirs, piece, target in zip(blocks, plan.theirs, plan.recv, strict=True):
-            out[target] = theirs[piece]
-    return out
-
-
-def _unpack(flat: Block, plan: Exchange) -> Block:
-    xp = backend.namespace(flat)
-    out, start = backend.empty_like(flat, plan.shape), 0
-    for piece, count in zip(plan.recv, plan.recv_counts, strict=True):
-        if count:
-            target = out[piece]
-            out[piece] = xp.reshape(flat[start : start + count], target.shape)
-        start += count
-    return out

@@ -8,16 +8,15 @@ sums stay partial.
 
 from __future__ import annotations
 
-import math
 import operator
 from dataclasses import dataclass
 from typing import Any
 
-from colossal_mpi import backend, comm
+from colossal_mpi import boxes
 from colossal_mpi.backend import Block
 from colossal_mpi.errors import IndexingError
 from colossal_mpi.grid import Grid
-from colossal_mpi.layout import Box, Layout, bounds, box_shape, intersect, slices
+from colossal_mpi.layout import Box, Layout, bounds
 
 Shape = tuple[int, ...]
 
@@ -136,27 +135,10 @@ def select(block: Block, shape: Shape, layout: Layout, index: Any, grid: Grid) -
 def _balanced(block: Block, shape: Shape, layout: Layout, picks: list[Pick], grid: Grid) -> Block:
     whole = [pick == Pick(0, 1, n, True) for pick, n in zip(picks, shape, strict=True)]
     axes = grid.ordered([axis for cut, same in zip(layout.dims, whole, strict=True) if not same for axis in cut])
-    group = [{**grid.coords, **grid.coords_of(rank, axes)} for rank in range(grid.extent(axes))]
+    group = boxes.group_coords(axes, grid)
     have = [_have(shape, layout, picks, grid, at) for at in group]
     want = [_want(layout, picks, grid, at) for at in group]
-    if have == want:
-        return block
-    me = grid.comm(axes).rank
-    send = [intersect(have[me], box) for box in want]
-    recv = [intersect(box, want[me]) for box in have]
-    xp = backend.namespace(block)
-    packed = xp.concat([xp.reshape(block[slices(piece, have[me])], (-1,)) for piece in send])
-    flat = comm.all_to_all(packed, grid, axes, _sizes(send), _sizes(recv))
-    out, start = backend.empty_like(block, box_shape(want[me])), 0
-    for piece, count in zip(recv, _sizes(recv), strict=True):
-        if count:
-            out[slices(piece, want[me])] = xp.reshape(flat[start : start + count], box_shape(piece))
-        start += count
-    return out
-
-
-def _sizes(boxes: list[Box]) -> list[int]:
-    return [math.prod(box_shape(box)) for box in boxes]
+    return block if have == want else boxes.exchange(block, boxes.plan(have, want, axes, grid), grid)
 
 
 def _have(shape: Shape, layout: Layout, picks: list[Pick], grid: Grid, at: dict[str, int]) -> Box:

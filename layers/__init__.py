@@ -1,6 +1,70 @@
 """Neural-network layers with manual backward passes. A layer exists once; a parallel mode is a choice of layouts."""
 
-from colossal_mpi.layers.layer import Context, Layer, Parameter
+from colossal_mpi.layers.activation import GELU, Gated, ReLU, SiLU
+from colossal_mpi.layers.attention import Attention, GroupedAttention, SelfAttention
+from colossal_mpi.layers.block import TransformerBlock
+from colossal_mpi.layers.dropout import Dropout, DropPath
+from colossal_mpi.layers.embedding import Embedding, PositionEmbedding, SegmentEmbedding
+from colossal_mpi.layers.layer import Chain, Context, Each, Heads, Layer, Parameter, Residual
+from colossal_mpi.layers.linear import Linear, Linears
+from colossal_mpi.layers.loss import CrossEntropy, MeanSquaredError
+from colossal_mpi.layers.mlp import MLP
+from colossal_mpi.layers.moe import MoE
+from colossal_mpi.layers.norm import LayerNorm, RMSNorm
+from colossal_mpi.layers.optim import LAMB, LARS, SGD, Adafactor, AdamW, Muon
 from colossal_mpi.layers.parallelism import MODES, Parallelism
+from colossal_mpi.layers.patch import Conv2d, PatchEmbedding
+from colossal_mpi.layers.pooling import AvgPool2d, ClassifierHead, FirstPool, MaxPool2d, MeanPool
+from colossal_mpi.layers.rotary import Rotary, Rotation
+from colossal_mpi.layers.softmax import Softmax
+from colossal_mpi.layers.step import backpropagate
 
-__all__ = ["MODES", "Context", "Layer", "Parallelism", "Parameter"]
+__all__ = [
+    "GELU",
+    "LAMB",
+    "LARS",
+    "MLP",
+    "MODES",
+    "SGD",
+    "Adafactor",
+    "AdamW",
+    "Attention",
+    "AvgPool2d",
+    "Chain",
+    "ClassifierHead",
+    "Context",
+    "Conv2d",
+    "CrossEntropy",
+    "DropPath",
+    "Dropout",
+    "Each",
+    "Embedding",
+    "FirstPool",
+    "Gated",
+    "GroupedAttention",
+    "Heads",
+    "Layer",
+    "LayerNorm",
+    "Linear",
+    "Linears",
+    "MaxPool2d",
+    "MeanPool",
+    "MeanSquaredError",
+    "MoE",
+    "Muon",
+    "Parallelism",
+    "Parameter",
+    "PatchEmbedding",
+    "PositionEmbedding",
+    "RMSNorm",
+    "ReLU",
+    "Residual",
+    "Rotary",
+    "Rotation",
+    "SegmentEmbedding",
+    "SelfAttention",
+    "SiLU",
+    "Softmax",
+    "TransformerBlock",
+    "backpropagate",
+]

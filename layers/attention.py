@@ -8,12 +8,12 @@ from typing import Any
 from colossal_mpi import backend
 from colossal_mpi.backend import Block
 from colossal_mpi.distarray import DistArray
-from colossal_mpi.errors import DTypeError, ShapeError
+from colossal_mpi.errors import ShapeError
 from colossal_mpi.layers import kernels
 from colossal_mpi.layers.layer import Chain, Context, Each, Later, Layer
 from colossal_mpi.layers.linear import Linear, Linears
 from colossal_mpi.layers.parallelism import Parallelism
-from colossal_mpi.layers.positions import given_positions
+from colossal_mpi.layers.positions import given_mask, given_positions
 from colossal_mpi.layers.rotary import Rotary, Rotation
 from colossal_mpi.layout import Layout
 
@@ -66,7 +66,7 @@ class Attention(Layer):
 def _attend(x: DistArray, qkv: Sequence[Block], causal: bool, ctx: Context) -> tuple[Block, Any]:
     """Return the attention of blocks ``[b, s, heads, d]``, cut over b and s as x is, and what `_adjoint` needs."""
     positions = given_positions(ctx, x)
-    seen = causal, _given_mask(ctx, x), None if positions is None else (positions, positions)
+    seen = causal, given_mask(ctx, x), None if positions is None else (positions, positions)
     out, statistics = kernels.attention(*qkv, *seen)
     return out, ((*qkv, out, statistics), seen)
 
@@ -75,20 +75,6 @@ def _adjoint(do: Block, saved: Any) -> tuple[Block, Block, Block]:
     arrays, seen = saved
     dq, dk, dv = kernels.attention_backward(do, *arrays, *seen)
     return dq, dk, dv
-
-
-def _given_mask(ctx: Context, x: DistArray) -> Block | None:
-    """Return the context's mask of this rank's part of ``x [b, s, ...]``."""
-    if ctx.mask is None:
-        return None
-    if ctx.mask.shape != x.shape[:2]:
-        raise ShapeError(
-            f"attention: the mask must be of shape [b, s] = {list(x.shape[:2])}, as its input; "
-            f"it is {list(ctx.mask.shape)}"
-        )
-    if ctx.mask.local.dtype != backend.namespace(ctx.mask.local).bool:
-        raise DTypeError(f"attention: the mask must be bool, true where a key counts; it is {ctx.mask.local.dtype}")
-    return ctx.mask.redistribute(Layout(*x.layout.dims[:2])).local
 
 
 class GroupedAttention(Layer):

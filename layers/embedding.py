@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from colossal_mpi import backend
-from colossal_mpi.backend import Block
+from colossal_mpi import backend, distarray
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import ShapeError
 from colossal_mpi.layers import kernels
@@ -67,9 +66,14 @@ class Embedding(Layer):
 
 
 class PositionEmbedding(Layer):
-    """Add to the stream the rows of a learned table ``[p, h]`` at the context's positions, or at the indices in s.
+    """Add row i of a learned table ``[p, h]`` to position i of the stream, or the rows of the context's `positions`.
 
     **Communication:** the table is gathered to the cut of h; its gradient is reduced over the axes that cut b and s.
+
+    Raises
+    ------
+    ShapeError
+        From `forward`, if the sequence is longer than the table, or, on the ranks that hold it, a position is outside.
     """
 
     def __init__(
@@ -83,40 +87,103 @@ class PositionEmbedding(Layer):
         seed: int = 0,
         dtype: Any = "float32",
     ) -> None:
-        self.used = Layout(None, *parallelism.stream("h").dims)
+        used = Layout(None, *parallelism.stream("h").dims)
         self.table = Parameter(
-            f"{name}.weight", [positions, hidden], self.used, parallelism, std=std, seed=seed, dtype=dtype
+            f"{name}.weight", [positions, hidden], used, parallelism, std=std, seed=seed, dtype=dtype
         )
 
     def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
-        """Return ``x + table[positions]``."""
-        positions, table = given_positions(ctx, x), self.table.value.redistribute(self.used)
-        if positions is None:
-            rows = self._leading(x.shape[1], table.local)[slice(*x.box[1]), :]
-        else:
-            kernels.require_ids(positions, table.shape[0])
-            rows = kernels.lookup(table.local, positions, 0)
-        return x.like(x.local + rows), (x.layout, positions)
-
-    def _leading(self, length: int, table: Block) -> Block:
-        if length > self.table.value.shape[0]:
-            raise ShapeError(
-                f"a sequence of {length} needs as many positions; the table has {self.table.value.shape[0]}"
-            )
-        return table
+        """Return ``x + table[positions]``, in the layout of `x` with its partial sums reduced."""
+        x, given = x.reduced(), given_positions(ctx, x)
+        count = self.table.value.shape[0]
+        if given is None and x.shape[1] > count:
+            raise ShapeError(f"a sequence of {x.shape[1]} needs as many positions; the table has {count}")
+        table = self.table.value.redistribute(Layout(None, x.layout.dims[2])).local
+        if given is None:
+            return x.like(x.local + table[slice(*x.box[1]), :]), (x.layout, None)
+        kernels.require_ids(given, count)
+        return x.like(x.local + kernels.lookup(table, given, 0)), (x.layout, given)
 
     def backward(self, dy: DistArray, cache: Any, later: Later = None) -> DistArray:
-        """Return `dy`; its sum over tokens of the same position goes to the rows of the table."""
-        layout, positions = cache
-        dy = dy.redistribute(layout)
-        each = positions is not None and positions.ndim == 2
-        rows, count = dy if each else dy.sum_over([0]), self.table.value.shape[0]
-        if positions is None:
-            block = backend.zeros_like(dy.local, (count, dy.local.shape[2]))
-            block[slice(*dy.box[1]), :] = rows.local
+        """Return `dy`; its sums over equal positions go to the rows of the table."""
+        layout, given = cache
+        dy, count = dy.redistribute(layout), self.table.value.shape[0]
+        rows = dy.local if given is not None and given.ndim == 2 else dy.sum_over([0]).local
+        if given is None:
+            block = backend.zeros_like(rows, (count, rows.shape[-1]))
+            block[slice(*dy.box[1]), :] = rows
         else:
-            block = kernels.lookup_backward(rows.local, positions, 0, count)
-        partial = [axis for dim in layout.dims[:2] for axis in dim]
-        summed = Layout(*self.used.dims, partial=partial)
-        self.table.accumulate(DistArray(block, self.table.value.shape, summed, dy.grid))
+            block = kernels.lookup_backward(rows, given, 0, count)
+        of_table = Layout(None, layout.dims[2], partial=(*layout.dims[0], *layout.dims[1]))
+        self.table.accumulate(DistArray(block, self.table.value.shape, of_table, dy.grid))
         return dy
+
+
+class SegmentEmbedding(Layer):
+    """Add to each token of the stream the row of a learned table ``[n, h]`` that the context's `segments` name.
+
+    **Communication:** segments in another layout than `Parallelism.tokens` are redistributed; the table is gathered to
+    the cut of h, and its gradient is reduced over the axes that cut b and s.
+
+    Parameters
+    ----------
+    segments : int
+        The number n of kinds of segments.
+    hidden, parallelism, name, std, seed, dtype
+
+    Raises
+    ------
+    ShapeError
+        From `forward`, if the context's segments are not ``[b, s]``, or, on the ranks that hold it, one is none of n.
+
+    References
+    ----------
+    Devlin et al.: BERT, 2019.
+    """
+
+    def __init__(
+        self,
+        segments: int,
+        hidden: int,
+        parallelism: Parallelism,
+        name: str,
+        *,
+        std: float = 0.02,
+        seed: int | None = 0,
+        dtype: Any = "float32",
+    ) -> None:
+        self.used = Layout(None, *parallelism.stream("h").dims)
+        self.table = Parameter(
+            f"{name}.weight", [segments, hidden], self.used, parallelism, std=std, seed=seed, dtype=dtype
+        )
+
+    def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
+        """Return ``x + table[segments]``, in the layout of `x` with its partial sums reduced."""
+        layout, x = x.layout.with_partial(), x.redistribute(Layout(*x.layout.dims[:2], *self.used.dims[1:]))
+        table, ids = self.table.value.redistribute(self.used), self._ids(x, ctx)
+        return x.like(x.local + kernels.lookup(table.local, ids, 0)), (layout, x.layout, ids)
+
+    def _ids(self, x: DistArray, ctx: Context) -> Any:
+        given, layout = ctx.segments, Layout(*x.layout.dims[:2])
+        if given is None:
+            return distarray.zeros(x.shape[:2], x.grid, layout, "int64").local
+        if given.shape != x.shape[:2]:
+            raise ShapeError(
+                f"the segments must be of shape [b, s] = {list(x.shape[:2])}, as the stream; they are "
+                f"{list(given.shape)}"
+            )
+        kinds = self.table.value.shape[0]
+        try:
+            kernels.require_ids(given.local, kinds)
+        except ShapeError:
+            raise ShapeError(f"segments must be from 0 to {kinds - 1}, for a table of {kinds}") from None
+        return given.redistribute(layout).local
+
+    def backward(self, dy: DistArray, cache: Any, later: Later = None) -> DistArray:
+        """Return `dy`; its sums over the tokens of each segment go to the rows of the table."""
+        layout, used, ids = cache
+        dy = dy.redistribute(used)
+        block = kernels.lookup_backward(dy.local, ids, 0, self.table.value.shape[0])
+        summed = Layout(None, dy.layout.dims[2], partial=[axis for dim in dy.layout.dims[:2] for axis in dim])
+        self.table.accumulate(DistArray(block, self.table.value.shape, summed, dy.grid))
+        return dy.redistribute(layout)

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from colossal_mpi import backend, distarray, random
+from colossal_mpi import distarray, random
 from colossal_mpi.distarray import DistArray
+from colossal_mpi.errors import ShapeError
 from colossal_mpi.layers.parallelism import Parallelism
 from colossal_mpi.layout import Layout
 
@@ -21,12 +22,20 @@ class Context:
 
     step: int = 0
     microbatch: int = 0
+    sample: int = 0
+    """Global index, in the step, of the microbatch's first sample: dropout masks are the same for any microbatches."""
     train: bool = True
     mask: DistArray | None = None
     """Bool ``[b, s]`` in the layout of `Parallelism.tokens`, true where a token is no padding; None: all are tokens."""
     positions: Any = None
     """Integers ``[s]`` or ``[b, s]``, a DistArray or the whole array on every rank; None: the indices in s.
     A causal order is one of positions."""
+    segments: DistArray | None = None
+    """Integers ``[b, s]`` in that layout: the segment of each token, such as its sentence of two; None: all are 0."""
+    share: float = 1.0
+    """Factor of the losses that layers add of their own: the microbatch's share of the step."""
+    losses: dict[str, float] | None = None
+    """Where layers report those losses, times `share`, by name; None: they do not."""
 
 
 class Parameter:
@@ -45,8 +54,11 @@ class Parameter:
         Standard deviation of the normal initial values.
     fill : float
         The initial value where `std` is None.
-    seed : int
+    seed : int, optional
+        None makes zeros of random values, for weights that are to be loaded.
     dtype : optional
+    inputs : int
+        How many of the leading dims are those of the layer's input, for optimizers that take weights as matrices.
     """
 
     def __init__(
@@ -58,12 +70,16 @@ class Parameter:
         *,
         std: float | None = None,
         fill: float = 0.0,
-        seed: int = 0,
+        seed: int | None = 0,
         dtype: Any = "float32",
+        inputs: int = 1,
     ) -> None:
-        self.name, self.deferred = name, parallelism.deferred
+        self.name, self.parallelism, self.inputs = name, parallelism, inputs
+        self.deferred = parallelism.deferred
         layout, grid = parallelism.store(used, shape), parallelism.grid
-        if std is None:
+        self.owned = parallelism.own(layout, shape).on(grid.axes, len(shape))
+        """The layout of the reduced gradient and of the optimizer's state."""
+        if std is None or seed is None:
             self.value = distarray.full(shape, fill, grid, layout, dtype)
         else:
             self.value = (random.normal(shape, grid, layout, seed, name) * std).astype(dtype)
@@ -72,25 +88,39 @@ class Parameter:
     def accumulate(self, grad: DistArray) -> None:
         """Add a contribution, in any layout, to the gradient, which stays partial over the deferred axes.
 
-        **Communication:** one redistribution to the stored layout: reduce_scatters over the axes that cut it.
+        **Communication:** one redistribution to the stored layout, or to that of the optimizer's state where nothing is
+        deferred: reduce_scatters over the axes that cut it.
         """
         partial = [axis for axis in self.deferred if axis in grad.layout.partial]
-        grad = grad.redistribute(self.value.layout.with_partial(*partial))
+        layout = self.value.layout if self.deferred else self.owned
+        grad = grad.redistribute(layout.with_partial(*partial))
         self.grad = grad if self.grad is None else self.grad + grad
 
     def reduce(self) -> DistArray:
-        """Finish the gradient after the last microbatch and return it, in the layout of the weight.
+        """Finish the gradient after the last microbatch and return it, in the layout of the optimizer's state.
 
-        **Communication:** an allreduce over the deferred axes.
+        **Communication:** over the deferred axes an allreduce, with ZeRO a reduce_scatter.
         """
         if self.grad is None:
             self.grad = self.zeros()
-        self.grad = self.grad.redistribute(self.value.layout)
+        self.grad = self.grad.redistribute(self.owned)
         return self.grad
 
     def zeros(self) -> DistArray:
-        """Return zeros in the layout of the weight."""
-        return self.value.like(backend.zeros_like(self.value.local, self.value.local.shape))
+        """Return zeros in the layout of the optimizer's state."""
+        return distarray.zeros(self.value.shape, self.value.grid, self.owned, self.value.dtype)
+
+    def share(self) -> DistArray:
+        """Return the part of the weight that this rank's optimizer steps, in the weight's own memory."""
+        return self.value.redistribute(self.owned)
+
+    def refresh(self, share: DistArray) -> None:
+        """Let all ranks that hold the weight have the parts that were stepped.
+
+        **Communication:** with ZeRO an allgather over ``data``, unless the weight is stored so.
+        """
+        if self.owned != self.value.layout:
+            self.value.local[...] = share.redistribute(self.value.layout).local
 
     def __repr__(self) -> str:
         return f"Parameter({self.name}, {self.value})"
@@ -175,10 +205,43 @@ class Residual(Chain):
     def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
         """Return ``x + chain(x)``."""
         y, cache = super().forward(x, ctx)
-        return x + y, (cache, x.layout)
+        return x + y, (cache, x.layout.with_partial())
 
     def backward(self, dy: DistArray, cache: Any, later: Later = None) -> Any:
         """Return ``dy`` and the chain's cotangent together."""
         caches, layout = cache
         dy = dy.redistribute(layout)
         return dy + super().backward(dy, caches, later)
+
+
+class Heads(Layer):
+    """Several layers on one array: a tuple of their outputs, and a tuple of cotangents of them.
+
+    A cotangent may be None, where a loss does not take that output.
+    """
+
+    def __init__(self, *layers: Layer) -> None:
+        self.layers = list(layers)
+
+    def forward(self, x: DistArray, ctx: Context) -> tuple[Any, Any]:
+        """Return the outputs of all layers."""
+        ys, caches = zip(*[layer.forward(x, ctx) for layer in self.layers], strict=True)
+        return ys, caches
+
+    def backward(self, dy: Sequence[DistArray | None], cache: Any, later: Later = None) -> Any:
+        """Return the sum of the layers' cotangents.
+
+        Raises
+        ------
+        ShapeError
+            If there are not as many cotangents as layers, or all are None.
+        """
+        given = sum(part is not None for part in dy)
+        if len(dy) != len(self.layers) or not given:
+            raise ShapeError(
+                f"the cotangents of {len(self.layers)} outputs must be as many, and one of them not None; they are "
+                f"{len(dy)}, {given} of them not None"
+            )
+        taken = [part for part in zip(self.layers, dy, cache, strict=True) if part[1] is not None]
+        first, *others = [layer.backward(part, kept, later) for layer, part, kept in taken]
+        return sum(others, start=first)

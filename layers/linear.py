@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
+from colossal_mpi import backend
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.layers.layer import Context, Later, Layer, Parameter
 from colossal_mpi.layers.parallelism import Parallelism, Product
@@ -22,8 +24,9 @@ class Linear(Layer):
         ``"bsh,hf->bsf"`` or ``"bsf,fh->bsh"``; heads are letters too, ``"bsh,htad->bstad"``.
     sizes : mapping of str to int
         Size of each letter of the weight.
-    inner : str
-        The letter that the inside is cut on; if the product has none such, it is done redundantly.
+    inner : str, optional
+        The letter that the inside is cut on; None where the result stays in the stream, ``"bsh,he->bse"``. If the
+        product has no such letter it is done redundantly.
     parallelism : Parallelism
     name : str
         Prefix of the names of the parameters ``weight`` and ``bias``.
@@ -45,7 +48,7 @@ class Linear(Layer):
         self,
         subscripts: str,
         sizes: Mapping[str, int],
-        inner: str,
+        inner: str | None,
         parallelism: Parallelism,
         name: str,
         *,
@@ -56,16 +59,17 @@ class Linear(Layer):
         dtype: Any = "float32",
     ) -> None:
         self.product: Product = parallelism.product(subscripts, inner)
-        self.keep = parallelism.keep_gathered
-        w, y = parse(subscripts).b, parse(subscripts).c
+        self.keep, self.keep_weight = parallelism.keep_gathered, parallelism.keep_weights
+        x, w, y = parse(subscripts).a, parse(subscripts).b, parse(subscripts).c
         self.weight = weight or Parameter(
             f"{name}.weight",
-            [sizes[x] for x in w],
+            [sizes[letter] for letter in w],
             self.product.w,
             parallelism,
             std=std,
             seed=seed,
             dtype=dtype,
+            inputs=max(1, len(list(takewhile(lambda letter: letter in x and letter not in y, w)))),
         )
         self.batch_dims = [d for d, x in enumerate(y) if x not in w]
         self.bias_dims = [d for d, x in enumerate(y) if x in w]
@@ -87,8 +91,9 @@ class Linear(Layer):
         y = contract(p.subscripts, x, w, p.axes, out=p.y)
         if self.bias is not None:
             bias = self.bias.value.redistribute(self.bias_layout)
-            y = y.like(y.local + bias.local)
-        return y, w if self.keep else None
+            shape = [1 if d in self.batch_dims else n for d, n in enumerate(y.local.shape)]
+            y.local += backend.namespace(y.local).reshape(bias.local, tuple(shape))
+        return y, w if self.keep_weight else None
 
     def backward(self, dy: DistArray, cache: Any, later: Later = None) -> DistArray:
         """Return ``dy w^T``; ``x^T dy`` and the sum of dy go to the gradients."""

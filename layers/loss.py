@@ -56,7 +56,7 @@ class CrossEntropy:
         self.layouts = {len(letters): parallelism.inside(letters, "v") for letters in ("bsv", "bv")}
         self.ignore, self.smoothing, self.z_loss = ignore, smoothing, z_loss
 
-    def forward(self, logits: DistArray, labels: DistArray, count: int) -> tuple[float, Any]:
+    def forward(self, logits: DistArray, labels: DistArray, count: int | None = None) -> tuple[float, Any]:
         """Return the sum of the losses over `count`, the same bits on every rank, and the cache.
 
         Parameters
@@ -64,14 +64,16 @@ class CrossEntropy:
         logits : DistArray, ``[b, s, v]`` or ``[b, v]``
             In any layout; free in that of the head's result.
         labels : DistArray of integers, ``[b, s]`` or ``[b]``
-        count : int
-            Number of labels that count in all microbatches of the step, 1 or more.
+        count : int, optional
+            Number of labels that count in all microbatches of the step, 1 or more; by default those of `labels`, for
+            which one word is summed over the axes that cut them.
 
         Raises
         ------
         ShapeError
             If the shapes do not fit, nothing counts, or, on the ranks that hold it, a label is not of the vocabulary.
         """
+        count = self._count(labels) if count is None else count
         if logits.ndim not in self.layouts or labels.shape != logits.shape[:-1] or count < 1:
             raise ShapeError(
                 f"cross-entropy of logits {logits.shape} and labels {labels.shape}, {count} of them valid: logits must "
@@ -87,6 +89,11 @@ class CrossEntropy:
         losses = labels.like(kernels.cross_entropy_losses(top, sums, labels.local >= 0, self.z_loss))
         options = {**target, "scale": 1.0 / count, "z_loss": self.z_loss}
         return losses.sum() / count, (logits, labels, top, sums[0, ...], start, options)
+
+    def _count(self, labels: DistArray) -> int:
+        labels = self._labels(labels.reduced())
+        xp = backend.namespace(labels.local)
+        return int(labels.like(xp.astype(labels.local >= 0, xp.int64)).sum())
 
     def _labels(self, labels: DistArray) -> DistArray:
         if self.ignore is None:

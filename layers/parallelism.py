@@ -15,14 +15,15 @@ Wang et al.: Tesseract, 2021. Bian et al.: Maximizing parallelism in distributed
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from colossal_mpi.errors import GridError
+from colossal_mpi.errors import GridError, OptionError
 from colossal_mpi.grid import Grid
 from colossal_mpi.layout import Axes, Layout, bounds
-from colossal_mpi.linalg.subscripts import map_layout, parse
+from colossal_mpi.linalg.subscripts import layout_map, map_layout, parse
 
 INNER = "inner"
 """Stands in a template's map for the letter that the inside of a block is cut on: f, the heads a, the vocabulary v."""
@@ -41,6 +42,8 @@ class Template:
     stored: Axes
     """Axes over which a weight is stored, each element once among them."""
 
+
+_DATA = ("data",)
 
 # `seq` has its place in both; `_check` refuses it until attention can be cut over the sequence.
 _ONE_MAP = {"data": "b", "row": "b", "seq": "s", "col": INNER, "depth": "h"}
@@ -61,6 +64,30 @@ B = Template(
     stored=("row", "col"),
 )
 
+
+def _of_experts(template: Template) -> Template:
+    """Return a template with the letters of a mixture of experts: e experts, p blocks of tokens, c slots of a block.
+
+    Blocks of tokens are cut over all axes that cut tokens in the stream, first over those of the map and over ``data``
+    last: then the slots of a rank's tokens leave it along ``data`` and the axes that its map gathers alone. To the
+    experts, ``data`` cuts e in place of p. An axis that cuts more tokens inside than in the map cuts the slots.
+    """
+    axes = {axis: {"b": "p", "s": "p"}.get(letter, letter) for axis, letter in template.up.items()}
+    mapped = tuple(axis for axis, letter in axes.items() if letter == "p" and axis not in _DATA)
+    rest = {
+        name: tuple(axis for x in "bs" for axis in place[x] if axis not in (*mapped, *_DATA))
+        for name, place in (("stream", template.stream), ("inside", template.inside))
+    }
+    over = dict.fromkeys(_DATA, "e")
+    return Template(
+        stream={"p": (*mapped, *rest["stream"], *_DATA), "h": template.stream["h"]},
+        inside={"e": _DATA, "p": mapped, "c": rest["inside"], INNER: template.inside[INNER]},
+        up={**axes, **over},
+        down={axis: "p" if letter in ("b", "s") else letter for axis, letter in template.down.items()} | over,
+        stored=template.stored,
+    )
+
+
 MODES: dict[str, tuple[Template, Axes]] = {
     "none": (A, ()),
     "1d": (A, ("col",)),
@@ -69,8 +96,6 @@ MODES: dict[str, tuple[Template, Axes]] = {
     "3d": (A, ("row", "col", "depth")),
 }
 """Tensor-parallel modes: their template and the axes that they use."""
-
-_DATA = ("data",)
 
 
 @dataclass(frozen=True)
@@ -100,25 +125,41 @@ class Parallelism:
     keep_gathered : bool
         Whether a product keeps its gathered operands for the backward pass (fewer words), or its stored ones (less
         memory; they are gathered again: ``mk(P_n - 1) + kn(P_m - 1)`` words more per product).
+    zero : {0, 1, 2, 3}
+        What is stored cut over ``data``, too, so that each rank there has its share: 1, the state of the optimizer;
+        2, also the gradients, reduced after each microbatch; 3, also the weights, which are gathered for each use.
 
     Raises
     ------
     GridError
         If there is no such mode, or the grid has an axis larger than 1 that it does not use.
+    OptionError
+        If there is no such stage of ZeRO.
+
+    References
+    ----------
+    Rajbhandari et al.: ZeRO: memory optimizations toward training trillion parameter models, 2020.
     """
 
-    def __init__(self, grid: Grid, tensor: str | None = None, keep_gathered: bool = True) -> None:
+    def __init__(self, grid: Grid, tensor: str | None = None, keep_gathered: bool = True, zero: int = 0) -> None:
         mode = tensor or "none"
         if mode not in MODES:
             raise GridError(f"tensor={tensor!r}: use one of {', '.join(map(repr, MODES))}")
-        self.grid, self.tensor, self.keep_gathered = grid, mode, keep_gathered
+        if zero not in range(4):
+            raise OptionError(f"zero={zero!r}: use 0, 1, 2 or 3")
+        self.grid, self.tensor, self.keep_gathered, self.zero = grid, mode, keep_gathered, zero
         self._template, axes = MODES[mode]
         _check(grid, mode, axes)
 
     @property
     def deferred(self) -> Axes:
         """Axes over which gradients stay partial until the last microbatch."""
-        return self._present(_DATA)
+        return self._present(_DATA) if self.zero < 2 else ()
+
+    @property
+    def keep_weights(self) -> bool:
+        """Whether a product keeps its gathered weight for the backward pass."""
+        return self.keep_gathered and self.zero < 3
 
     def _present(self, axes: Sequence[str]) -> Axes:
         return tuple(axis for axis in axes if self.grid.axes.get(axis, 1) > 1)
@@ -138,18 +179,31 @@ class Parallelism:
         """Return the layout of token ids and labels ``[b, s]``: the same on all ranks of a data x seq slice."""
         return Layout(self._present(("data",)), self._present(("seq",)))
 
-    def product(self, subscripts: str, inner: str) -> Product:
+    def experts(self) -> Parallelism:
+        """Return the same mode inside a mixture of experts, whose letters are ``epch`` in the stream's place.
+
+        e counts experts, cut over ``data`` inside, p the blocks of tokens that ranks hold, c slots of a block.
+        """
+        view = copy.copy(self)
+        view._template = _of_experts(self._template)
+        return view
+
+    def product(self, subscripts: str, inner: str | None) -> Product:
         """Return how a product between the stream (letter h) and the inside (letter `inner`) runs.
 
         Parameters
         ----------
         subscripts : str
             ``"bsh,hf->bsf"`` goes in, ``"bsf,fh->bsh"`` comes back.
-        inner : str
-            The letter that the inside is cut on. A product that has no such letter, ``""`` say, is done redundantly on
-            the axes that would cut it.
+        inner : str, optional
+            The letter that the inside is cut on. None: there is none, and the result, without h, is cut as the stream.
+            A product that has no such letter, ``""`` say, is done redundantly on the axes that would cut it.
         """
         sub = parse(subscripts)
+        if inner is None:
+            axes = layout_map("bsh", self.stream("bsh"))
+            x, w, y = map_layout(sub.a, axes), map_layout(sub.b, axes), map_layout(sub.c, axes)
+            return Product(subscripts, axes, x, w, y, y)
         back = "h" in sub.c
         template = self._template.down if back else self._template.up
         axes = {
@@ -184,13 +238,20 @@ class Parallelism:
         A vector is stored as it is used: reducing its gradient on every rank that uses it moves as many words as
         scattering the gradient and gathering the vector, in half as many messages. In a matrix each axis that
         would replicate it goes to the first dim whose blocks it divides evenly, else to the dim with the
-        largest blocks, so that no rank stores more than its share.
+        largest blocks, so that no rank stores more than its share. With ``zero=3`` each weight and vector is cut
+        over ``data``, too.
         """
-        if len(shape) == 1:
-            return used
-        dims, zero = [list(axes) for axes in used.dims], dict.fromkeys(self.grid.axes, 0)
-        for axis in self._present(self._template.stored):
-            if axis in used.cut:
+        stored = used if len(shape) == 1 else self._further(used, shape, self._template.stored)
+        return self._further(stored, shape, _DATA) if self.zero == 3 else stored
+
+    def own(self, stored: Layout, shape: Sequence[int]) -> Layout:
+        """Return the layout of the reduced gradient and the optimizer's state of a weight: with ZeRO cut over data."""
+        return self._further(stored, shape, _DATA) if self.zero else stored
+
+    def _further(self, layout: Layout, shape: Sequence[int], axes: Axes) -> Layout:
+        dims, zero = [list(axes) for axes in layout.dims], dict.fromkeys(self.grid.axes, 0)
+        for axis in self._present(axes):
+            if axis in layout.cut:
                 continue
             size = self.grid.axes[axis]
             local = [bounds(n, tuple(axes), self.grid.axes, zero)[1] for n, axes in zip(shape, dims, strict=True)]

@@ -17,7 +17,8 @@ from colossal_mpi.linalg.subscripts import adjoints, parse
 Pair = tuple[int, int]
 
 
-def _pair(value: int | Pair) -> Pair:
+def pair(value: int | Pair) -> Pair:
+    """Return sizes along y and x of one for both or of a pair."""
     return (value, value) if isinstance(value, int) else value
 
 
@@ -44,13 +45,14 @@ class Convolution(Layer):
         seed: int = 0,
         dtype: Any = "float32",
     ) -> None:
-        self.kernel, self.stride, self.padding = _pair(kernel), _pair(stride), _pair(padding)
+        self.kernel, self.stride, self.padding = pair(kernel), pair(stride), pair(padding)
         if min(*self.kernel, *self.stride) < 1 or min(self.padding) < 0:
             raise OptionError(
                 f"{name}: kernel {self.kernel}, stride {self.stride}, padding {self.padding}: kernel and stride must "
                 "be 1 or more and padding 0 or more"
             )
         self.name, self.product, self.keep = name, parallelism.product(subscripts, inner), parallelism.keep_gathered
+        self.keep_weight = parallelism.keep_weights
         self.images = Layout(*self.product.x.dims[:2], None, None)
         shape = (channels[0], *self.kernel, channels[1])
         self.weight = Parameter(f"{name}.weight", shape, self.product.w, parallelism, std=std, seed=seed, dtype=dtype)
@@ -83,7 +85,7 @@ class Convolution(Layer):
         p, image = self.product, x.redistribute(self.images)
         w = self.weight.value.redistribute(p.w)
         y = contract(p.subscripts, self._windows(image), w, p.axes)
-        return y, (*((image, w) if self.keep else (x, None)), x.layout.with_partial())
+        return y, (image if self.keep else x, w if self.keep_weight else None, x.layout.with_partial())
 
     def _adjoint(self, dy: DistArray, cache: Any, later: Later) -> DistArray:
         """Return the cotangent of the images for one of the product as the map takes it."""

@@ -1,4 +1,4 @@
-"""The positions of tokens in their sequences."""
+"""What the context says of tokens: their positions in their sequences, and which are padding."""
 
 from __future__ import annotations
 
@@ -35,3 +35,27 @@ def given_positions(ctx: Context, x: DistArray) -> Block | None:
     if backend.numpy_dtype(given.dtype).kind not in "iu":
         raise DTypeError(f"positions must be integers; they are {given.dtype}")
     return given.redistribute(Layout(*x.layout.dims[2 - given.ndim : 2])).local
+
+
+def given_mask(ctx: Context, x: DistArray) -> Block | None:
+    """Return the context's mask of this rank's part of ``x [b, s, ...]``, None if all tokens count.
+
+    **Communication:** none for a mask in the layout of `Parallelism.tokens`.
+
+    Raises
+    ------
+    ShapeError
+        If it is not ``[b, s]``.
+    DTypeError
+        If it is not bool.
+    """
+    given = ctx.mask
+    if given is None:
+        return None
+    if given.shape != x.shape[:2]:
+        raise ShapeError(
+            f"the mask must be of shape [b, s] = {list(x.shape[:2])}, as its input; it is {list(given.shape)}"
+        )
+    if backend.numpy_dtype(given.dtype).kind != "b":
+        raise DTypeError(f"the mask must be bool, true where a token counts; it is {given.dtype}")
+    return given.redistribute(Layout(*x.layout.dims[:2])).local

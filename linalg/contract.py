@@ -27,7 +27,7 @@ from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import DTypeError, GridError, LayoutError, OptionError, ShapeError
 from colossal_mpi.layout import Layout, box_shape
 from colossal_mpi.linalg.execute import Work, execute, execute_scattered
-from colossal_mpi.linalg.local import empty_product, result_dtype
+from colossal_mpi.linalg.local import accumulate, empty_product, result_dtype
 from colossal_mpi.linalg.pieces import Operand, Panels
 from colossal_mpi.linalg.subscripts import Subscripts, extents_of, map_layout, parse
 from colossal_mpi.redistribute import stages
@@ -119,6 +119,8 @@ def _product(
     """Return the product as the map leaves it, partly reduced if it is done in panels, or `target` if that fits."""
     sub, grid = work.sub, arrays[0].grid
     made = map_layout(sub.c, axes, sub.k).on(grid.axes, len(sub.c))
+    if not panels.letter and all(_in_place(x, y, axes) for x, y in zip((sub.a, sub.b), arrays, strict=True)):
+        return _local(work, arrays, shape, made, target, beta)
     operands = [
         _operand(letters, array, axes, panels, side)
         for letters, array, side in zip((sub.a, sub.b), arrays, "ab", strict=True)
@@ -138,6 +140,28 @@ def _product(
     c = empty_product(sub, arrays[0].local, local, grid)
     execute(work, (left, right), c, box)
     return DistArray(c, shape, made, grid)
+
+
+def _in_place(letters: str, array: DistArray, axes: Mapping[str, str]) -> bool:
+    return array.layout == map_layout(letters, axes).on(array.grid.axes, array.ndim)
+
+
+def _local(
+    work: Work,
+    arrays: Sequence[DistArray],
+    shape: tuple[int, ...],
+    made: Layout,
+    target: DistArray | None,
+    beta: complex,
+) -> DistArray:
+    """Return the product of two blocks that are what the map asks for, or `target` if it fits."""
+    sub, (a, b) = work.sub, (array.local for array in arrays)
+    if target is not None and target.layout == made and _writable(target, arrays):
+        accumulate(sub, a, b, target.local, work.alpha, beta, work.conj)
+        return target
+    c = empty_product(sub, a, extents_of(sub, a.shape, b.shape), arrays[0].grid)
+    accumulate(sub, a, b, c, work.alpha, 0, work.conj)
+    return DistArray(c, shape, made, arrays[0].grid)
 
 
 def _writable(target: DistArray, arrays: Sequence[DistArray]) -> bool:
@@ -222,8 +246,9 @@ def _check_factors(
     alpha, beta = factors
     if conj not in ("", "a", "b", "ab", "ba"):
         raise DTypeError(f"contract({sub}): conj={conj!r}: name the operands to conjugate, 'a', 'b' or 'ab'")
-    for name, value in (("alpha", alpha), ("beta", beta)):
-        _require_factor(sub, name, value, backend.numpy_dtype(a.dtype))
+    if (alpha, beta) != (1, 0):
+        for name, value in (("alpha", alpha), ("beta", beta)):
+            _require_factor(sub, name, value, backend.numpy_dtype(a.dtype))
     if target is None:
         if beta != 0:
             raise ShapeError(f"contract({sub}): beta={beta} needs an array out= to be added to")

@@ -12,12 +12,13 @@ from collections.abc import Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from colossal_mpi import backend, exchange, redistribute
+from colossal_mpi import backend, boxes, exchange
 from colossal_mpi.backend import Block
+from colossal_mpi.boxes import group_coords, readable
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.grid import Grid
 from colossal_mpi.layout import Axes, Box, Layout, bounds, box_shape, intersect, part, slices
-from colossal_mpi.redistribute import group_coords, moved_axes, readable
+from colossal_mpi.redistribute import moved_axes
 
 Piece = tuple[Box, Block]
 """A part of an operand: its global indices and the block that holds it."""
@@ -80,7 +81,7 @@ class Operand:
         """Whether it moves in blocks that are better used piece by piece than laid side by side; alike on all ranks."""
         array = self.array
         stored = math.prod(box_shape(array.layout.box(array.shape, array.grid.axes, self.first)))
-        large = stored * backend.numpy_dtype(array.dtype).itemsize >= redistribute.READ_FROM
+        large = stored * backend.numpy_dtype(array.dtype).itemsize >= boxes.READ_FROM
         return large and array.layout != self.wanted
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from colossal_mpi.errors import ShapeError
 from colossal_mpi.layout import Layout
@@ -18,22 +18,22 @@ class Subscripts:
     b: str
     c: str
 
-    @property
+    @cached_property
     def batch(self) -> str:
         """Letters of both operands and the result."""
         return "".join(x for x in self.c if x in self.a and x in self.b)
 
-    @property
+    @cached_property
     def m(self) -> str:
         """Letters of `a` and the result."""
         return "".join(x for x in self.a if x in self.c and x not in self.b)
 
-    @property
+    @cached_property
     def n(self) -> str:
         """Letters of `b` and the result."""
         return "".join(x for x in self.b if x in self.c and x not in self.a)
 
-    @property
+    @cached_property
     def k(self) -> str:
         """Letters of both operands that are summed."""
         return "".join(x for x in self.a if x in self.b and x not in self.c)
@@ -91,8 +91,13 @@ def map_layout(letters: str, axes: Mapping[str, str], partial: str = "") -> Layo
 
     Axes mapped to letters of `partial` hold partial sums. Several axes on one letter nest in the map's order.
     """
-    dims = [[axis for axis, letter in axes.items() if letter == x] for x in letters]
-    return Layout(*dims, partial=[axis for axis, letter in axes.items() if letter in partial])
+    return _map_layout(letters, tuple(axes.items()), partial)
+
+
+@lru_cache(maxsize=4096)
+def _map_layout(letters: str, axes: tuple[tuple[str, str], ...], partial: str) -> Layout:
+    dims = [[axis for axis, letter in axes if letter == x] for x in letters]
+    return Layout(*dims, partial=[axis for axis, letter in axes if letter in partial])
 
 
 def layout_map(letters: str, layout: Layout) -> dict[str, str]:

@@ -106,7 +106,7 @@ def checked(
     if repeat is not None and repeat < 1:
         raise ConfigError(f"--repeat {repeat}: at least one round has to run, for example --repeat 5")
     for path in (json, plot):
-        _writable(path)
+        writable(path)
     return Options(
         tuple(_problem(size, np.dtype(dtype)) for size in sizes),
         _ranks(ranks, world),
@@ -143,7 +143,7 @@ def _positive(ranks: int) -> int:
     return ranks
 
 
-def _writable(path: Path | None) -> None:
+def writable(path: Path | None) -> None:
     """Find out before the work whether its result can be written."""
     if path is None:
         return

@@ -49,6 +49,11 @@ def show(problem: Problem, ranks: int, rows: Sequence[dict[str, Any]], notes: Se
     for note in notes:
         console.print(note, markup=False)
     console.print("ratio: to numpy's speed; words: array elements that the busiest rank receives")
+    warn_of_noise(console, rows)
+
+
+def warn_of_noise(console: Console, rows: Sequence[dict[str, Any]]) -> None:
+    """Say so if other programs used so much of the cores that the times are worth little."""
     foreign = next((row["foreign"] for row in rows if row["foreign"] is not None), 0.0)
     if foreign >= _NOISE:
         console.print(

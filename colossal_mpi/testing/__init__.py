@@ -1,7 +1,7 @@
 """Run the multi-rank tests of a plain ``pytest``.
 
 Loaded by ``pytest_plugins = ["colossal_mpi.testing.plugin"]`` in the top ``conftest.py``.  All tests of one
-file on one number of ranks share one ``mpiexec``; the ranks' reports become one report per test.
+directory on one number of ranks share one ``mpiexec``; the ranks' reports become one report per test.
 
 ``--device=fake`` makes the grids of tests on a pretended device, ``--device=cuda`` on GPUs.
 

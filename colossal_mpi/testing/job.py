@@ -43,7 +43,7 @@ class Job:
     directory : Path
         Made here; holds what the ranks are told and what they write.
     spec : dict
-        For the worker: ``tests`` (node ids), ``file``, ``ranks``, ``options`` (of pytest), ``prepared``.
+        For the worker: ``tests`` (node ids), ``files``, ``ranks``, ``options`` (of pytest), ``prepared``.
     cwd : Path
         Where the ranks start.
     """
@@ -72,6 +72,10 @@ class Job:
         """Take in what the ranks have written."""
         for log in self.ranks.values():
             log.read()
+
+    def began(self) -> bool:
+        """Say whether any rank has begun a test."""
+        return any(log.last for log in self.ranks.values())
 
     def inside(self, test: str) -> list[int]:
         """Return the ranks that have not finished the test."""

@@ -75,7 +75,7 @@ def _ranks_id(n: int) -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what no device changes; move the multi-rank tests of one file and one number of ranks together."""
+    """Leave out what no device changes; move the multi-rank tests of one directory and one number of ranks together."""
     wanted = [item for item in items if _is_wanted(config, item)]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(wanted)])
     items[:] = wanted

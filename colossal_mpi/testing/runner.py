@@ -26,8 +26,8 @@ def rank_count(item: pytest.Item) -> int:
 
 
 def group(item: pytest.Item) -> tuple[Path, int]:
-    """Return what the items of one job have in common."""
-    return item.path, rank_count(item)
+    """Return what the items of one job have in common: to start one takes a second or two."""
+    return item.path.parent, rank_count(item)
 
 
 class Runner:
@@ -70,8 +70,8 @@ class Runner:
         shutil.rmtree(self.root, ignore_errors=True)
 
     def _reports(self, item: pytest.Item) -> list[pytest.TestReport]:
-        if group(item) in self._hopeless:
-            return self._merged(item, {}, self._hopeless[group(item)])
+        if _file(item) in self._hopeless:
+            return self._merged(item, {}, self._hopeless[_file(item)])
         call = pytest.CallInfo.from_call(
             lambda: self._ready(item), "setup", reraise=(KeyboardInterrupt, pytest.exit.Exception)
         )
@@ -89,13 +89,13 @@ class Runner:
         marker = item.get_closest_marker("deadline")
         deadline = float(marker.args[0] if marker else self.config.getini("mpi_deadline"))
         interruption = follow(self.job, item.nodeid, deadline)
-        if interruption and interruption.doubtful:
-            # Another rank was ahead when the job died: only a job of its own tells which test did it.
+        if interruption and (interruption.doubtful or (not self.job.began() and len(self.job.tests) > 1)):
+            # Another rank was ahead when the job died, or another file keeps it from starting: a job of its own tells.
             self._close(patience=0)
             self.job = self._start(item, [item])
             interruption = follow(self.job, item.nodeid, deadline)
-        if interruption and not any(log.last for log in self.job.ranks.values()):
-            self._hopeless[group(item)] = interruption
+        if interruption and not self.job.began():
+            self._hopeless[_file(item)] = interruption
         return interruption, {
             rank: {when: self._revived(data) for when, data in log.reports.get(item.nodeid, {}).items()}
             for rank, log in self.job.ranks.items()
@@ -108,13 +108,15 @@ class Runner:
             self._close()
             items = item.session.items
             rest = [one for one in items[items.index(item) :] if group(one) == group(item)]
-            self.job = self._start(item, [one for one in rest if self._prepares(one)])
+            self.job = self._start(
+                item, [one for one in rest if _file(one) not in self._hopeless and self._prepares(one)]
+            )
 
     def _start(self, item: pytest.Item, items: list[pytest.Item]) -> Job:
         self._jobs += 1
         spec = {
             "tests": [one.nodeid for one in items],
-            "file": str(item.path),
+            "files": [str(path) for path in dict.fromkeys(one.path for one in items)],
             "ranks": rank_count(item),
             "options": _options(self.config),
             "prepared": str(self.store.prepared),
@@ -162,6 +164,10 @@ class Runner:
         if self.job:
             self.job.finish(patience)
         self.job = None
+
+
+def _file(item: pytest.Item) -> tuple[Path, int]:
+    return item.path, rank_count(item)
 
 
 def _broken_phase(reports: Reports) -> str:

@@ -7,7 +7,7 @@ from .job import Job
 from .merge import Part, grouped, named
 
 GRACE = 3.0
-STARTUP = 60.0
+STARTUP = 120.0
 POLL = 0.02
 
 

@@ -74,7 +74,7 @@ def main(directory: Path) -> None:
     recorder.write("pid", os.getpid())
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (pytest's own terminal output; the parent reports)
     tmp = f"--basetemp={directory / f'tmp{rank}'}"
-    status = pytest.main([*spec["options"], tmp, spec["file"]], plugins=[recorder])
+    status = pytest.main([*spec["options"], tmp, *spec["files"]], plugins=[recorder])
     recorder.write("end", f"pytest ended with status {int(status)}")
 
 

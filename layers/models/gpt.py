@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from colossal_mpi.layers.block import TransformerBlock
+from colossal_mpi.layers.dropout import Dropout
 from colossal_mpi.layers.embedding import Embedding, PositionEmbedding
 from colossal_mpi.layers.layer import Chain
 from colossal_mpi.layers.linear import Linear
@@ -25,12 +26,20 @@ class GPTConfig:
     positions: int = 128
     inner: int | None = None
     """Width of the MLP; 4 x hidden by default."""
-    seed: int = 0
+    activation: str = "gelu-tanh"
+    eps: float = 1e-5
+    """Of the norms."""
+    tied: bool = True
+    """Whether the head is the embedding."""
+    dropout: float = 0.0
+    """Rate at which elements of the embedded tokens and of what attention and MLP add are dropped."""
+    seed: int | None = 0
+    """None makes zeros of random weights, which are to be loaded."""
     dtype: str = "float32"
 
 
 class GPT(Chain):
-    """GPT-2 (Radford et al. 2019) with tied input and output embeddings: token ids ``[b, s]`` to logits ``[b, s, v]``.
+    """GPT-2 (Radford et al. 2019), its head tied to the embedding or not: token ids ``[b, s]`` to logits ``[b, s, v]``.
 
     Parameters
     ----------
@@ -49,14 +58,17 @@ class GPT(Chain):
         tokens = Embedding(config.vocabulary, hidden, parallelism, "tokens", **common)
         out_std = 0.02 / math.sqrt(2 * config.layers)
         inner = 4 * hidden if config.inner is None else config.inner
-        sizes = {"v": config.vocabulary, "h": hidden}
+        sizes, shared = {"v": config.vocabulary, "h": hidden}, tokens.table if config.tied else None
+        drop, rate = Dropout(config.dropout, "dropout", config.seed or 0), config.dropout
+        options = {"eps": config.eps, "activation": config.activation, "dropout": rate, "out_std": out_std, **common}
         super().__init__(
             tokens,
             PositionEmbedding(config.positions, hidden, parallelism, "positions", **common),
+            drop,
             *[
-                TransformerBlock(hidden, config.heads, inner, parallelism, f"blocks.{i}", out_std=out_std, **common)
+                TransformerBlock(hidden, config.heads, inner, parallelism, f"blocks.{i}", **options)
                 for i in range(config.layers)
             ],
-            LayerNorm(hidden, parallelism, "norm", dtype=config.dtype),
-            Linear("bsh,vh->bsv", sizes, "v", parallelism, "head", bias=False, weight=tokens.table),
+            LayerNorm(hidden, parallelism, "norm", eps=config.eps, dtype=config.dtype),
+            Linear("bsh,vh->bsv", sizes, "v", parallelism, "head", bias=False, weight=shared, **common),
         )

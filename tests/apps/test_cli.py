@@ -13,7 +13,9 @@ def call(*arguments):
     return subprocess.run([*CLI, *arguments], capture_output=True, text=True, timeout=60, check=False)
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["train"], ["bench", "gemm"]], ids=["root", "run", "train", "bench"])
+@pytest.mark.parametrize(
+    "command", [[], ["run"], ["train"], ["convert"], ["bench", "gemm"]], ids=lambda c: c[-1] if c else "root"
+)
 def test_help_fits_a_screen(command):
     result = call(*command, "--help")
     assert result.returncode == 0

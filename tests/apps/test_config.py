@@ -6,6 +6,8 @@ import pytest
 
 from colossal_mpi import ConfigError
 from colossal_mpi.apps import config as configs
+from colossal_mpi.apps import tasks
+from colossal_mpi.apps.sections import KINDS
 
 
 def write(tmp_path, text):
@@ -14,10 +16,26 @@ def write(tmp_path, text):
     return str(path)
 
 
-def test_shipped_demo_is_valid_and_survives_a_round_trip(tmp_path):
-    demo = configs.load("demo")
-    assert demo.parallel.grid == {"row": 2, "col": 2}
-    assert configs.load(write(tmp_path, configs.dump(demo))) == demo
+SHIPPED = configs.shipped().split(", ")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_configurations_are_valid_and_survive_a_round_trip(tmp_path, name):
+    config = configs.load(name)
+    assert config.parallel.grid == {"row": 2, "col": 2}
+    assert config.run.directory == f"runs/{name}"
+    assert configs.load(write(tmp_path, configs.dump(config))) == config
+
+
+def test_there_is_one_of_every_kind():
+    assert {configs.load(name).model.kind for name in SHIPPED} == set(KINDS) == set(tasks.KINDS)
+
+
+def test_a_model_without_a_kind_is_a_gpt(tmp_path):
+    old = configs.load(write(tmp_path, "[model]\nlayers = 2\n"))
+    assert (old.model.kind, old.model.layers) == ("gpt", 2)
+    assert configs.load(write(tmp_path, "[training]\nsteps = 2\n")).model.kind == "gpt"
+    assert configs.load(write(tmp_path, ""), ["model.kind=vit", "model.patch=4"]).model.patch == 4
 
 
 def test_settings_overrule_the_file_and_may_be_strings(tmp_path):
@@ -40,9 +58,20 @@ def test_settings_overrule_the_file_and_may_be_strings(tmp_path):
         ("[training]\nlr = inf\n", r"training.lr=inf: input should be a finite number"),
         ("[parallel]\ntensor = '4d'\n", r"parallel.tensor='4d': input should be 'none', '1d', '2d', '2.5d' or '3d'"),
         ("[training]\nbatch = 2\nmicrobatches = 3\n", r"microbatches=3 must be at most batch=2"),
+        ("[model]\nkind = 'gtp'\n", r"model.kind='gtp': input should be 'gpt', "),
+        (
+            "[model]\npatch = 4\n",
+            r"unknown key model.patch=4; known here \(kind='gpt'\) are kind, layers, hidden",
+        ),
+        ("[model]\nkind = 'vit'\nlayers = 0\n", r": model.layers=0: input should be greater than or equal to 1"),
+        ("[model]\nkind = 'vit'\npool = 'last'\n", r"model.pool='last': input should be 'first' or 'mean'"),
+        ("model = 3\n", r"model=3: input should be a valid dictionary"),
         ("training = 3\n[model\n", r"run.toml is not valid TOML"),
     ],
-    ids=["key", "section", "type", "range", "axis", "finite", "choice", "combination", "syntax"],
+    ids=[
+        *["key", "section", "type", "range", "axis", "finite", "choice", "combination"],
+        *["kind", "key-of-kind", "range-of-kind", "choice-of-kind", "model", "syntax"],
+    ],
 )
 def test_errors_name_key_value_file_and_remedy(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message):
@@ -56,7 +85,7 @@ def test_all_errors_come_in_one_message(tmp_path):
 
 
 def test_missing_file_names_the_shipped_configurations():
-    with pytest.raises(ConfigError, match="cannot read config nowhere: .*; give a file or one of: demo"):
+    with pytest.raises(ConfigError, match="cannot read config nowhere: .*; give a file or one of: .*demo.*vit"):
         configs.load("nowhere")
 
 

@@ -41,6 +41,22 @@ def test_samples_depend_on_their_number_only():
     assert whole.max() + 16 < 10_000
 
 
+def test_every_item_is_drawn_once_in_an_epoch_and_in_another_order_in_the_next():
+    epochs = data.shuffled(0, 21, 7, seed=2).reshape(3, 7)
+    assert np.array_equal(np.sort(epochs), np.tile(np.arange(7), (3, 1)))
+    assert len({tuple(order) for order in epochs}) == 3
+    parts = [data.shuffled(a, b, 7, seed=2) for a, b in ((0, 5), (5, 5), (5, 16), (16, 21))]
+    assert np.array_equal(np.concatenate(parts), epochs.ravel())
+    assert not np.array_equal(data.shuffled(0, 7, 7, seed=3), epochs[0])
+
+
+def test_shifts_depend_on_their_number_only_and_reach_every_place():
+    whole = data.shifts(0, 200, 1, seed=0)
+    assert np.array_equal(np.concatenate([data.shifts(0, 3, 1, seed=0), data.shifts(3, 200, 1, seed=0)]), whole)
+    assert {tuple(move) for move in whole} == {(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1)}
+    assert not data.shifts(0, 9, 0, seed=0).any()
+
+
 @pytest.mark.grids({}, {"data": 3})
 def test_an_unreadable_file_is_the_same_error_on_all_ranks(grid):
     with pytest.raises(ConfigError, match="data.files: cannot read /nowhere/text: No such file"):

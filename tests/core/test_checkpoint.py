@@ -34,6 +34,17 @@ def test_round_trip_is_bitwise(grid, shared_path):
     assert all(np.array_equal(host(loaded[name]), host(saved[name])) for name in saved)
 
 
+@pytest.mark.grids({"row": 2, "col": 2})
+def test_some_arrays_load_from_more_if_that_is_wanted(grid, shared_path):
+    saved, loaded = arrays(grid), arrays(grid, empty=True)
+    some = {name: array for name, array in loaded.items() if name.startswith("weights/")}
+    checkpoint.save(shared_path / "one", saved, {}, grid)
+    with pytest.raises(CheckpointError, match="has \\['deep/er/c'\\] besides"):
+        checkpoint.load(shared_path / "one", some, grid)
+    checkpoint.load(shared_path / "one", some, grid, besides=True)
+    assert all(np.array_equal(host(array), host(saved[name])) for name, array in some.items())
+
+
 @pytest.mark.grids({"row": 2, "col": 3})
 def test_another_layout_loads_it(grid, shared_path):
     saved = arrays(grid)
@@ -115,7 +126,7 @@ def test_a_failed_write_leaves_no_checkpoint_and_raises_on_all_ranks(grid, share
         raise OSError(28, "No space left on device")
 
     if grid.rank == 1:
-        monkeypatch.setattr(checkpoint, "_flush", full)
+        monkeypatch.setattr(checkpoint, "flush", full)
     with pytest.raises(CheckpointError, match="No space left on device"):
         checkpoint.save(shared_path / "one", arrays(grid), {}, grid)
     assert not (shared_path / "one").exists()

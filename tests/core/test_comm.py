@@ -74,6 +74,19 @@ def test_allreduce_of_every_dtype(grid, dtype):
         assert np.array_equal(host(total), sum(held))
 
 
+@pytest.mark.grids({"col": 2}, LINE, WIDE)
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16"])
+def test_sums_of_small_integers_wrap_round_as_numpy_does(grid, dtype):
+    span, axes = np.iinfo(dtype), tuple(grid.axes)
+    held = np.random.default_rng(0).integers(span.min, span.max, (grid.size, 37), dtype, endpoint=True)
+    expected = np.sum(held, axis=0, dtype=dtype)
+    total = comm.allreduce(on(grid, held[grid.rank]), grid, axes)
+    assert total.dtype == on(grid, expected).dtype
+    assert np.array_equal(host(total), expected)
+    own = comm.reduce_scatter(on(grid, held[grid.rank]), grid, axes, [37, *[0] * (grid.size - 1)])
+    assert np.array_equal(host(own), expected[: own.size])
+
+
 @pytest.mark.grids(WIDE)
 def test_allreduce_takes_the_maximum(grid):
     for axes in [("row",), ("col",), ("row", "col")]:

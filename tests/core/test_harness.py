@@ -19,6 +19,12 @@ comm = MPI.COMM_WORLD
 rank, size = comm.rank, comm.size
 """
 
+FINE = """
+@pytest.mark.ranks(2)
+def test_fine():
+    pass
+"""
+
 # A shell that starts pytest in the background lets it ignore SIGINT.
 CONFTEST = """
 import signal
@@ -269,6 +275,37 @@ def test_plain():
 """)
     assert list(run.cases.values()) == ["error", "error", "passed"], run.output
     assert run.output.count("RuntimeError: not on two ranks") >= 2
+
+
+def test_files_of_one_directory_share_a_job_and_a_broken_one_fails_alone(pytest_run, tmp_path):
+    (tmp_path / "test_fine.py").write_text(HEAD + FINE)
+    (tmp_path / "test_second.py").write_text(HEAD + FINE.replace("fine", "second"))
+    run = pytest_run("""
+if size > 1:
+    raise RuntimeError("not on two ranks")
+
+@pytest.mark.ranks(2)
+def test_one():
+    pass
+
+@pytest.mark.ranks(2)
+def test_two():
+    pass
+""")
+    expected = {"fine": "passed", "one": "error", "two": "error", "second": "passed"}
+    assert run.cases == {f"test_{name}": outcome for name, outcome in expected.items()}, run.output
+
+
+def test_two_files_run_in_one_job(pytest_run, tmp_path):
+    (tmp_path / "test_fine.py").write_text(HEAD + FINE)
+    run = pytest_run("""
+import sys
+
+@pytest.mark.ranks(2)
+def test_other_file():
+    assert any(name.endswith("test_fine") for name in sys.modules)
+""")
+    assert run.cases == {"test_fine": "passed", "test_other_file": "passed"}, run.output
 
 
 def test_prepare_runs_once_and_its_failure_is_an_error(pytest_run, tmp_path):

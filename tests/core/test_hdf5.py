@@ -15,8 +15,8 @@ from colossal_mpi import (
     LayoutError,
     comm,
     from_global,
-    hdf5,
     ledger,
+    stream,
     zeros,
 )
 from colossal_mpi.linalg import load, save
@@ -79,7 +79,7 @@ def test_files_of_others_are_read(grid, shared_path):
 
 @pytest.mark.grids(LINE, WIDE)
 def test_rank_0_receives_pieces_of_bounded_size_once(grid, shared_path, monkeypatch):
-    monkeypatch.setattr(hdf5, "PIECE", 12)
+    monkeypatch.setattr(stream, "PIECE", 12)
     whole = integers((13, 5))
     for layout in some(layouts(2, grid.axes, False), 6):
         a = from_global(whole, grid, layout)

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from colossal_mpi import Grid, Layout, comm, exchange, from_global, ledger, redistribute, shared
+from colossal_mpi import Grid, Layout, boxes, comm, exchange, from_global, ledger, shared
 from tests.cases import integers
 
 MIB = 1 << 20
@@ -128,7 +128,7 @@ def test_neighbours_read_each_others_blocks(grid, lies):
 def test_where_one_block_cannot_be_lent_all_get_none_and_moves_go_by_message(grid, monkeypatch):
     if grid.peers(tuple(grid.axes)) is None:
         return
-    monkeypatch.setattr(redistribute, "READ_FROM", 0)
+    monkeypatch.setattr(boxes, "READ_FROM", 0)
     if grid.rank == 1:
         monkeypatch.setattr(shared.Arena, "take", lambda *_: None)
     whole = integers((7, 5))

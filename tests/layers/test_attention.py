@@ -42,7 +42,7 @@ def test_a_mask_of_another_shape_or_type_is_refused(grid):
     short, numbers = (from_global(a, grid, p.tokens()) for a in (case.MASK[:, :-1], case.MASK.astype("int64")))
     with pytest.raises(ShapeError, match=r"the mask must be of shape \[b, s\] = \[7, 9\], .*; it is \[7, 8\]"):
         layer.forward(x, Context(mask=short))
-    with pytest.raises(DTypeError, match="the mask must be bool, true where a key counts; it is int64"):
+    with pytest.raises(DTypeError, match="the mask must be bool, true where a token counts; it is int64"):
         layer.forward(x, Context(mask=numbers))
     with pytest.raises(
         ShapeError, match=r"positions must be of shape \[s\] = \[9\] or \[b, s\] = \[7, 9\]; they are \[8\]"

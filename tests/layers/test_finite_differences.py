@@ -1,40 +1,59 @@
 """Every layer's backward pass against finite differences of its forward pass, on one rank and on cut arrays."""
 
+import functools
+
 import numpy as np
 import pytest
+from reference import layer_case as case
 
 from colossal_mpi import ShapeError, from_global, random
 from colossal_mpi.layers import Context, Parallelism
-from colossal_mpi.layers.activation import GELU
 from colossal_mpi.layers.attention import Attention, SelfAttention
-from colossal_mpi.layers.block import MLP, TransformerBlock
-from colossal_mpi.layers.embedding import Embedding, PositionEmbedding
-from colossal_mpi.layers.linear import Linear
+from colossal_mpi.layers.embedding import Embedding, SegmentEmbedding
 from colossal_mpi.layers.loss import CrossEntropy
-from colossal_mpi.layers.norm import LayerNorm
-from colossal_mpi.layers.pooling import ClassifierHead
+from colossal_mpi.layers.moe import MoE
 from colossal_mpi.layers.rotary import Rotary, Rotation
 
 B, S, H, F, A, V = 3, 5, 6, 7, 3, 11
+SIZES = {"b": B, "s": S, "h": H, "t": 3, "a": A, "d": 2, "f": F, "v": V, "p": 2, "c": 2, "y": 5, "x": 7, "k": 2}
 COMMON = {"dtype": "float64", "std": 0.5}
 LAYERS = {
-    "up": lambda p: Linear("bsh,hf->bsf", {"h": H, "f": F}, "f", p, "up", **COMMON),
-    "down": lambda p: Linear("bsf,fh->bsh", {"h": H, "f": F}, "f", p, "down", **COMMON),
-    "heads": lambda p: Linear("bsh,htad->bstad", {"h": H, "t": 3, "a": A, "d": 2}, "a", p, "heads", **COMMON),
-    "norm": lambda p: LayerNorm(H, p, "norm", dtype="float64"),
-    "gelu": lambda p: GELU(),
     "attention-core": Attention,
     "attention-core-all": lambda p: Attention(p, causal=False),
     "attention": lambda p: SelfAttention(H, A, p, "attention", **COMMON),
     "groups": lambda p: SelfAttention(H, 6, p, "groups", groups=3, width=2, rotary=Rotary(9.0), **COMMON),
     "one-group": lambda p: SelfAttention(H, 4, p, "group", groups=1, width=2, rotary=Rotary(9.0), **COMMON),
     "rotation": lambda p: Rotation(Rotary(), 2),
-    "mlp": lambda p: MLP(H, F, p, "mlp", **COMMON),
-    "block": lambda p: TransformerBlock(H, A, F, p, "block", **COMMON),
-    "classes-first": lambda p: ClassifierHead(H, V, p, "classes", pool="first", **COMMON),
-    "classes-mean": lambda p: ClassifierHead(H, V, p, "classes", pool="mean", **COMMON),
-    "positions": lambda p: PositionEmbedding(S + 2, H, p, "positions", **COMMON),
+    "segments": lambda p: SegmentEmbedding(1, H, p, "segments", **COMMON),
+    "moe": lambda p: MoE(H, F, 3, p, "moe", bias=True, out_std=0.5, **COMMON),
 }
+TABLE = (
+    *(
+        "up",
+        "down",
+        "heads",
+        "gates",
+        "layer-norm",
+        "rms-norm",
+        "gelu-tanh",
+        "gelu",
+        "silu",
+        "relu",
+        "tanh",
+        "geglu",
+        "softmax",
+    ),
+    *("dropout", "drop-path", "positions-given", "first-classes", "mean-classes", "mlp-swiglu", "block-gpt"),
+    *(
+        "block-bert",
+        "convolution-strides",
+        "convolution-back",
+        "patches-positions",
+        "max-pool-gaps",
+        "mean-pool-overlapping",
+    ),
+)
+LAYERS |= {name: functools.partial(case.layer_of, name, n=SIZES) for name in TABLE}
 MODES = {(): None, ("col",): "1d", ("row", "col"): "2d", ("depth", "col"): "2.5d", ("col", "depth"): "3d"}
 
 
@@ -57,14 +76,16 @@ def slope(function, array, direction):
 
 
 def input_of(name, p, grid):
-    shape, layout = {
-        "down": ((B, S, F), p.inside("bsf", "f")),
-        "gelu": ((B, S, F), p.inside("bsf", "f")),
-        "rotation": ((B, S, 3, A, 2), p.inside("bstad", "a")),
-        "attention-core": ((B, S, 3, A, 2), p.inside("bstad", "a")),
-        "attention-core-all": ((B, S, 3, A, 2), p.inside("bstad", "a")),
-    }.get(name, ((B, S, H), p.stream()))
+    if name in TABLE:
+        return case.input_of(name, p, SIZES)
+    shape, layout = (B, S, H), p.stream()
+    if name == "rotation" or name.startswith("attention-core"):
+        shape, layout = (B, S, 3, A, 2), p.inside("bstad", "a")
     return random.normal(shape, grid, layout, 3, "x")
+
+
+def context(name):
+    return case.CASES[name].ctx(SIZES) if name in TABLE else Context()
 
 
 grids = pytest.mark.grids(
@@ -76,12 +97,12 @@ grids = pytest.mark.grids(
 @pytest.mark.parametrize("name", LAYERS)
 def test_backward_is_the_derivative_of_forward(grid, name):
     p = parallelism(grid)
-    layer, x = LAYERS[name](p), input_of(name, p, grid)
-    y, cache = layer.forward(x, Context())
+    layer, x, ctx = LAYERS[name](p), input_of(name, p, grid), context(name)
+    y, cache = layer.forward(x, ctx)
     weights = random.normal(y.shape, grid, y.layout, 4, "dy")
 
     def value():
-        return (layer.forward(x, Context())[0] * weights).sum()
+        return (layer.forward(x, ctx)[0] * weights).sum()
 
     later = []
     dx = layer.backward(weights, cache, later)
@@ -128,7 +149,7 @@ def test_cross_entropy_backward_is_the_derivative_of_forward(grid):
 def test_dy_may_come_in_any_layout_and_backward_may_be_called_again(grid, name):
     p = parallelism(grid)
     layer, x = LAYERS[name](p), input_of(name, p, grid)
-    y, cache = layer.forward(x, Context())
+    y, cache = layer.forward(x, context(name))
     weights = random.normal(y.shape, grid, y.layout, 4, "dy")
     dx = layer.backward(weights, cache)
     gradients = {q.name: q.reduce() for q in layer.parameters()}

@@ -49,6 +49,14 @@ def test_words_of_cross_entropy_do_not_depend_on_smoothing_or_z_loss(grid, optio
     assert sum(comm.collect(moved.words, grid)) == 6 * (c - 1) * b * s + 2 * c * (others - 1)
 
 
+@few
+@pytest.mark.parametrize("which", ["plain", "ignore"])
+def test_labels_that_count_are_counted_by_default(grid, which, monkeypatch):
+    given = run(grid, "tokens", case.OPTIONS[which])[0]
+    monkeypatch.setattr(case, "count_of", lambda name, **_: None)
+    assert run(grid, "tokens", case.OPTIONS[which])[0] == given
+
+
 @pytest.mark.grids({"row": 2, "col": 2})
 def test_logits_of_partial_sums_are_summed_first(grid):
     options = case.OPTIONS["all"]

@@ -1,10 +1,12 @@
-"""With any one reduction of the backward pass removed, the comparison with one rank fails."""
+"""With any one reduction removed, of a model's backward pass or in a layer, the comparison with one rank fails."""
 
 import numpy as np
 import pytest
 from mpi4py import MPI
 from reference import gpt_case as case
-from reference.modes import mode_of
+from reference import layer_case
+from reference.modes import mode_of, parallelism
+from reference.saboteur import Saboteur
 
 from colossal_mpi import Grid, comm, from_global, random
 from colossal_mpi.layers import Context, Parallelism
@@ -12,40 +14,12 @@ from colossal_mpi.layers.attention import SelfAttention
 from colossal_mpi.layers.loss import CrossEntropy
 from colossal_mpi.layers.models import GPT, GPTConfig
 from colossal_mpi.layers.rotary import Rotary
+from tests.cases import host
 
 CONFIG = GPTConfig(vocabulary=257, layers=1, hidden=10, heads=5, positions=7, dtype="float64")
 TOKENS = np.random.default_rng(0).integers(
     0, 257, (5, 7)
 )  # 6 inputs: rows of the position table are not where they are used
-
-
-class Saboteur:
-    """Log the reductions while armed, and leave out the others' part in number `victim`."""
-
-    def __init__(self, monkeypatch):
-        self.armed, self.victim, self.inside, self.log = False, None, False, []
-        for name in ("allreduce", "reduce_scatter"):
-            monkeypatch.setattr(comm, name, self.wrap(getattr(comm, name)))
-
-    def arm(self, victim):
-        self.armed, self.victim, self.log = True, victim, []
-
-    def wrap(self, function):
-        def reduction(block, grid, axes, *rest):
-            if self.inside or not self.armed or grid.extent(axes) == 1:
-                return function(block, grid, axes, *rest)
-            number, self.inside = len(self.log), True
-            self.log.append((function.__name__, grid.ordered(axes)))
-            result = function(block, grid, axes, *rest)
-            self.inside = False
-            if number != self.victim:
-                return result
-            if function.__name__ == "allreduce":
-                return block
-            start = sum(rest[0][: grid.comm(axes).rank])
-            return block[start : start + result.size]
-
-        return reduction
 
 
 def gradients(grid, tensor, saboteur=None, victim=None):
@@ -120,3 +94,29 @@ def test_3d(grid, monkeypatch):
 @pytest.mark.grids({"col": 2}, {"row": 2, "col": 2}, {"depth": 2, "col": 2}, {"col": 2, "depth": 2})
 def test_keys_and_values_of_every_rank(grid, monkeypatch):
     check(grid, mode_of(grid), monkeypatch, attention_gradients)
+
+
+SUMMED = (
+    *("up", "down", "layer-norm", "rms-norm", "softmax", "embedding", "positions", "tied", "first-classes"),
+    *("mean-classes", "convolution", "convolution-back", "patches-positions", "patches-mean"),
+)
+
+
+@pytest.mark.grids(
+    {"col": 2}, {"row": 2, "col": 2}, {"depth": 2, "col": 2}, {"row": 2, "depth": 2}, {"data": 2, "col": 2}
+)
+def test_layers(grid, monkeypatch):
+    p, alone, saboteur, missed = parallelism(grid), Parallelism(Grid(MPI.COMM_SELF)), Saboteur(monkeypatch), []
+
+    def off(name, exact, victim=None):
+        saboteur.arm(victim)
+        results = layer_case.run(name, p)[-1]
+        saboteur.armed = False
+        return max(comm.collect(layer_case.distance(results, exact), grid))
+
+    for name in SUMMED:
+        exact = {key: host(array) for key, array in layer_case.run(name, alone)[-1].items()}
+        assert off(name, exact) <= 1e-10
+        sums = saboteur.log
+        missed += [(name, which) for victim, which in enumerate(sums) if not off(name, exact, victim) > 1e-10]
+    assert not missed

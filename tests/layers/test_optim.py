@@ -71,7 +71,7 @@ def test_five_steps_25d(grid, prepared):
 
 def parameters(grid, shapes):
     made = [
-        Parameter(f"w{i}", s, Layout(*[None] * len(s)), Parallelism(grid), std=1.0, dtype="float64")
+        Parameter(f"{i}.weight", s, Layout(*[None] * len(s)), Parallelism(grid), std=1.0, dtype="float64")
         for i, s in enumerate(shapes)
     ]
     return made

@@ -43,6 +43,14 @@ def test_heads_that_do_not_divide_are_refused(one_rank):
         SelfAttention(8, 3, Parallelism(one_rank), "attention")
 
 
+def test_weights_say_how_many_of_their_dims_are_inputs(one_rank):
+    layer = SelfAttention(12, 3, Parallelism(one_rank), "attention")
+    assert {q.name: q.inputs for q in layer.parameters() if q.name.endswith("weight")} == {
+        "attention.qkv.weight": 1,
+        "attention.out.weight": 2,
+    }
+
+
 @pytest.fixture
 def one_rank():
     from mpi4py import MPI

@@ -1,6 +1,8 @@
-"""The words of a transformer block equal their closed form, and no operand is gathered whole."""
+"""The words of layers and of a transformer block equal their closed forms, and no operand is gathered whole."""
 
 import pytest
+from reference import layer_case as case
+from reference.layer_words import LOCAL, MOVED, layer_words
 from reference.modes import GRIDS, mode_of, parallelism
 from reference.words import block_words, grouped_words
 
@@ -73,6 +75,24 @@ def test_grouped_attention(grid, groups):
     cut = "g" if groups >= grid.axes.get("col", 1) else "r"
     total = grouped_words(mode_of(grid) or "1d", grid.axes, b, s, h, a, groups, d, cut)
     assert sum(comm.collect(moved.words, grid)) == total
+
+
+@pytest.mark.grids(
+    {"col": 3},
+    {"row": 2, "col": 2},
+    {"row": 2, "col": 3},
+    {"depth": 2, "row": 1, "col": 2},
+    {"depth": 2, "row": 2, "col": 2},
+    {"row": 2, "col": 2, "depth": 2},
+    {"row": 2, "col": 1, "depth": 2},
+)
+def test_layers(grid):
+    p, template, moved_words = parallelism(grid), "A" if mode_of(grid) in ("1d", "3d") else "B", {}
+    for name in (*MOVED, *LOCAL):
+        with ledger.record() as moved:
+            case.run(name, p)
+        moved_words[name] = sum(comm.collect(moved.words, grid))
+    assert moved_words == {name: layer_words(name, template, grid.axes, case.SIZES) for name in moved_words}
 
 
 @pytest.mark.parametrize("mode", ["2d", "3d"])

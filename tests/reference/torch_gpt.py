@@ -6,9 +6,9 @@ from torch.nn import functional
 from reference.torch_attention import self_attention
 
 
-def loss_and_gradients(weights, tokens, labels, heads):
-    """Return the loss and every parameter's gradient, in float64, of weights given as NumPy arrays by name."""
-    w = {name: torch.tensor(value, dtype=torch.float64, requires_grad=True) for name, value in weights.items()}
+def loss_and_gradients(weights, tokens, labels, heads, dtype="float64"):
+    """Return the loss and every parameter's gradient, of weights given as NumPy arrays by name."""
+    w = {name: torch.tensor(value, dtype=getattr(torch, dtype), requires_grad=True) for name, value in weights.items()}
     x = w["tokens.weight"][torch.tensor(tokens)] + w["positions.weight"][: tokens.shape[1]]
     layers = 1 + max(int(name.split(".")[1]) for name in w if name.startswith("blocks."))
     for i in range(layers):

@@ -3,36 +3,86 @@
 Sums over a dim that may be cut are left to the layer: a function that needs one takes it or returns its local part.
 """
 
-from colossal_mpi.layers.kernels.reference.activation import gelu, gelu_backward
+from colossal_mpi.layers.kernels.reference.activation import (
+    gelu,
+    gelu_backward,
+    gelu_erf,
+    gelu_erf_backward,
+    relu,
+    relu_backward,
+    silu,
+    silu_backward,
+    tanh,
+    tanh_backward,
+)
 from colossal_mpi.layers.kernels.reference.attention import attention, attention_backward, attention_merge
-from colossal_mpi.layers.kernels.reference.image import fold, unfold, windows
+from colossal_mpi.layers.kernels.reference.image import (
+    fold,
+    max_pool,
+    max_pool_backward,
+    mean_pool,
+    mean_pool_backward,
+    unfold,
+    windows,
+)
 from colossal_mpi.layers.kernels.reference.loss import (
     cross_entropy_backward,
     cross_entropy_losses,
     cross_entropy_sums,
     peak,
 )
-from colossal_mpi.layers.kernels.reference.norm import normalise, normalise_backward
+from colossal_mpi.layers.kernels.reference.norm import norm, norm_backward
 from colossal_mpi.layers.kernels.reference.rotary import rotate
+from colossal_mpi.layers.kernels.reference.routing import (
+    fill_slots,
+    match_slots,
+    route,
+    route_backward,
+    routing_sums,
+    sort_by_expert,
+    take_slots,
+)
 from colossal_mpi.layers.kernels.reference.table import lookup, lookup_backward, require_ids
+from colossal_mpi.layers.kernels.reference.update import adam, adamw
 
 __all__ = [
+    "adam",
+    "adamw",
     "attention",
     "attention_backward",
     "attention_merge",
     "cross_entropy_backward",
     "cross_entropy_losses",
     "cross_entropy_sums",
+    "fill_slots",
     "fold",
     "gelu",
     "gelu_backward",
+    "gelu_erf",
+    "gelu_erf_backward",
     "lookup",
     "lookup_backward",
-    "normalise",
-    "normalise_backward",
+    "match_slots",
+    "max_pool",
+    "max_pool_backward",
+    "mean_pool",
+    "mean_pool_backward",
+    "norm",
+    "norm_backward",
     "peak",
+    "relu",
+    "relu_backward",
     "require_ids",
     "rotate",
+    "route",
+    "route_backward",
+    "routing_sums",
+    "silu",
+    "silu_backward",
+    "sort_by_expert",
+    "take_slots",
+    "tanh",
+    "tanh_backward",
     "unfold",
     "windows",
 ]

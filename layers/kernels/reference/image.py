@@ -1,8 +1,10 @@
-"""The windows of images, as a product takes them."""
+"""The windows of images, as a product takes them, and what pooling makes of each."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
+from itertools import repeat
 
 from colossal_mpi.backend import Block, namespace
 
@@ -29,20 +31,69 @@ def unfold(x: Block, kernel: Pair, stride: Pair, padding: Pair) -> Block:
 
 def fold(windows_of: Block, size: Pair, stride: Pair, padding: Pair) -> Block:
     """Return the images of which each element is the sum of all that `unfold` made of it: its adjoint."""
-    xp, (b, c, ky, kx) = namespace(windows_of), windows_of.shape[:4]
+    b, c, ky, kx = windows_of.shape[:4]
     count = windows(size, (ky, kx), stride, padding)
-    parts = xp.reshape(windows_of, (b, c, ky, kx, *count))
-    image = xp.zeros((b, c, *size), dtype=windows_of.dtype)
-    padded = _padded(image, padding)
-    for i, j, rows, columns in _places((ky, kx), stride, count):
-        padded[:, :, rows, columns] += parts[:, :, i, j, :, :]
+    parts = namespace(windows_of).reshape(windows_of, (b, c, ky * kx, *count))
+    return _added((parts[:, :, n, :, :] for n in range(ky * kx)), parts, size, (ky, kx), stride, padding)
+
+
+def _added(parts: Iterable[Block], like: Block, size: Pair, kernel: Pair, stride: Pair, padding: Pair) -> Block:
+    """Return images to which each element of all windows, ``[b, c, i, j]`` of each, is added where it was."""
+    xp = namespace(like)
+    image = xp.zeros((*like.shape[:2], *size), dtype=like.dtype)
+    padded, count = _padded(image, padding), windows(size, kernel, stride, padding)
+    for part, (_, _, rows, columns) in zip(parts, _places(kernel, stride, count), strict=True):
+        padded[:, :, rows, columns] += part
     image[...] = padded[_inner(image, padding)]
     return image
 
 
-def _padded(x: Block, padding: Pair) -> Block:
+def max_pool(x: Block, kernel: Pair, stride: Pair, padding: Pair) -> tuple[Block, Block]:
+    """Return the greatest element of each window ``[b, c, i, j]``, and its number in the window, counted row by row.
+
+    Of equal elements it is the first; a NaN is greater than any number, and padding smaller.
+    """
+    xp, count = namespace(x), windows(x.shape[2:], kernel, stride, padding)
+    padded = _padded(x, padding, -math.inf)
+    padded[_inner(x, padding)] = x
+    best = xp.full((*x.shape[:2], *count), -math.inf, dtype=x.dtype)
+    which = xp.zeros(best.shape, dtype=xp.int32)
+    for number, (_, _, rows, columns) in enumerate(_places(kernel, stride, count)):
+        other = padded[:, :, rows, columns]
+        better = (other > best) | xp.isnan(other)
+        best = xp.where(better, other, best)
+        which = xp.where(better, xp.asarray(number, dtype=which.dtype), which)
+    return best, which
+
+
+def max_pool_backward(dy: Block, which: Block, size: Pair, kernel: Pair, stride: Pair, padding: Pair) -> Block:
+    """Return the cotangent of the images of `max_pool`: dy at the elements that were the greatest."""
+    xp, numbers = namespace(dy), range(kernel[0] * kernel[1])
+    parts = (dy * xp.astype(which == number, dy.dtype) for number in numbers)
+    return _added(parts, dy, size, kernel, stride, padding)
+
+
+def mean_pool(x: Block, kernel: Pair, stride: Pair, padding: Pair) -> Block:
+    """Return the mean ``[b, c, i, j]`` of each window between zeros, which count."""
+    count, padded = windows(x.shape[2:], kernel, stride, padding), _padded(x, padding)
+    padded[_inner(x, padding)] = x
+    y = namespace(x).zeros((*x.shape[:2], *count), dtype=x.dtype)
+    for _, _, rows, columns in _places(kernel, stride, count):
+        y += padded[:, :, rows, columns]
+    y /= kernel[0] * kernel[1]
+    return y
+
+
+def mean_pool_backward(dy: Block, size: Pair, kernel: Pair, stride: Pair, padding: Pair) -> Block:
+    """Return the cotangent of the images of `mean_pool`."""
+    area = kernel[0] * kernel[1]
+    return _added(repeat(dy / area, area), dy, size, kernel, stride, padding)
+
+
+def _padded(x: Block, padding: Pair, fill: float = 0.0) -> Block:
+    """Return an array with room for `x` between its padding, filled."""
     (b, c, ny, nx), (py, px) = x.shape, padding
-    return namespace(x).zeros((b, c, ny + 2 * py, nx + 2 * px), dtype=x.dtype)
+    return namespace(x).full((b, c, ny + 2 * py, nx + 2 * px), fill, dtype=x.dtype)
 
 
 def _inner(x: Block, padding: Pair) -> tuple[slice, ...]:

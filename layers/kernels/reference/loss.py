@@ -24,16 +24,20 @@ def cross_entropy_sums(
     """
     xp = namespace(logits)
     shifted = logits - top[..., None]
-    hit = _one_hot(labels, start, logits.shape[-1])
-    target = xp.sum(xp.where(hit, shifted, xp.zeros_like(shifted)), axis=-1)
+    target = _at_labels(shifted, labels, start)
     if off:
         target = on * target + off * xp.sum(shifted, axis=-1)
     return xp.stack([xp.sum(xp.exp(shifted), axis=-1), target])
 
 
-def _one_hot(labels: Block, start: int, count: int) -> Block:
-    xp = namespace(labels)
-    return labels[..., None] == xp.arange(start, start + count)
+def _at_labels(x: Block, labels: Block, start: int) -> Block:
+    """Return the elements of a piece of the classes at the labels, 0 where it has not the label."""
+    xp, local = namespace(x), labels - start
+    here = (local >= 0) & (local < x.shape[-1])
+    if not x.shape[-1]:
+        return xp.zeros(x.shape[:-1], dtype=x.dtype)
+    found = xp.take_along_axis(x, xp.where(here, local, xp.zeros_like(local))[..., None], axis=-1)[..., 0]
+    return xp.where(here, found, xp.zeros_like(found))
 
 
 def cross_entropy_losses(top: Block, sums: Block, valid: Block, z_loss: float = 0.0) -> Block:
@@ -67,11 +71,15 @@ def cross_entropy_backward(
     valid if it is not negative.
     """
     xp = namespace(logits)
-    d = xp.exp(logits - top[..., None])
-    d /= total[..., None]
+    weight = scale * xp.astype(labels >= 0, logits.dtype)
+    factor = weight / total
     if z_loss:
-        d *= (1 + 2 * z_loss * (xp.log(total) + top))[..., None]
-    hit = xp.astype(_one_hot(labels, start, logits.shape[-1]), d.dtype)
-    d -= on * hit + off if off else hit
-    d *= scale * xp.astype(labels >= 0, d.dtype)[..., None]
+        factor *= 1 + 2 * z_loss * (xp.log(total) + top)
+    d = logits - top[..., None]
+    d = xp.exp(d)
+    d *= factor[..., None]
+    if off:
+        d -= (off * weight)[..., None]
+    hit = labels[..., None] == xp.arange(start, start + logits.shape[-1], dtype=labels.dtype)
+    d[hit] -= on * weight[xp.any(hit, axis=-1)]
     return d

@@ -5,6 +5,9 @@ from __future__ import annotations
 from colossal_mpi.backend import Block, namespace
 from colossal_mpi.errors import ShapeError
 
+STRETCH = 128
+"""Ids whose rows are added by one product."""
+
 
 def lookup(table: Block, ids: Block, start: int) -> Block:
     """Return rows of a piece of a table: row ``ids - start`` where the piece has it, zeros elsewhere.
@@ -34,23 +37,39 @@ def _rows(ids: Block, start: int, count: int) -> tuple[Block, Block]:
 
 
 def lookup_backward(dy: Block, ids: Block, start: int, count: int) -> Block:
-    """Return the cotangent ``[count, h]`` of the table of `lookup`.
-
-    Equal rows are added by one product with a 0/1 matrix of the distinct ids, in a fixed order.
-    """
-    xp = namespace(dy)
+    """Return the cotangent ``[count, h]`` of the table of `lookup`. Equal rows are added in a fixed order."""
+    xp, h = namespace(dy), dy.shape[-1]
     flat, here = _rows(ids, start, count)
     if not flat.size or not count:
-        return xp.zeros((count, dy.shape[-1]), dtype=dy.dtype)
-    distinct, place = xp.unique_inverse(flat)
-    same = xp.reshape(place, (1, -1)) == xp.arange(distinct.shape[0])[:, None]
-    hits = xp.astype(same & here[None, :], dy.dtype)
-    sums = xp.matmul(hits, xp.reshape(dy, (flat.shape[0], dy.shape[-1])))
+        return xp.zeros((count, h), dtype=dy.dtype)
+    distinct, sums = _sum_equal(flat, xp.reshape(dy, (flat.shape[0], h)), xp.astype(here, dy.dtype))
     rows = xp.arange(count)
     nearest = xp.clip(xp.searchsorted(distinct, rows), max=distinct.shape[0] - 1)
     table = xp.take(sums, nearest, axis=0)
     table *= xp.astype(xp.take(distinct, nearest) == rows, dy.dtype)[:, None]
     return table
+
+
+def _sum_equal(ids: Block, dy: Block, weights: Block) -> tuple[Block, Block]:
+    """Return the distinct `ids`, sorted, and for each the weighted sum of its rows of `dy`.
+
+    Ids are sorted and taken `STRETCH` at a time, each stretch by one product with a matrix of weights and zeros: one
+    product for all would cost the square of their number. An id that goes on in the next stretch is added there.
+    """
+    xp, order = namespace(dy), namespace(ids).argsort(ids)
+    ids, found, sums = xp.take(ids, order), list[Block](), list[Block]()
+    for low in range(0, ids.shape[0], STRETCH):
+        high = min(low + STRETCH, ids.shape[0])
+        some = order[low:high]
+        distinct, place = xp.unique_inverse(ids[low:high])
+        hits = xp.reshape(place, (1, -1)) == xp.arange(distinct.shape[0])[:, None]
+        total = xp.matmul(xp.astype(hits, dy.dtype) * xp.take(weights, some), xp.take(dy, some, axis=0))
+        if found and found[-1][-1] == distinct[0]:
+            total[0, :] += sums[-1][-1, :]
+            found[-1], sums[-1] = found[-1][:-1], sums[-1][:-1, :]
+        found.append(distinct)
+        sums.append(total)
+    return xp.concat(found), xp.concat(sums)
 
 
 def require_ids(ids: Block, count: int, least: int | None = 0) -> None:

@@ -1,0 +1,1 @@
+"""Programs to start from, run as ``python -m colossal_mpi.apps.examples.NAME``."""

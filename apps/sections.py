@@ -1,0 +1,131 @@
+"""The sections of a configuration: every key with its range, a default and a reason."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """A table of a TOML file: keys that are not listed are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _Transformer(Section):
+    kind: str
+    layers: int = Field(4, ge=1, description="transformer blocks")
+    hidden: int = Field(128, ge=1, description="width of the residual stream")
+    heads: int = Field(4, ge=1, description="attention heads; must divide hidden")
+
+
+class Text(_Transformer):
+    """A model of bytes."""
+
+    context: int = Field(64, ge=1, description="tokens per sequence")
+
+
+class GPT(Text):
+    """GPT-2, which predicts the next byte of a text."""
+
+    kind: Literal["gpt"] = "gpt"
+    dropout: float = Field(0.0, ge=0, lt=1, description="rate at which elements are dropped")
+    vocabulary: int = Field(256, ge=256, description="tokens; bytes need 256")
+
+
+class Llama(Text):
+    """Llama, which predicts the next byte of a text: rotary positions, grouped queries and a gated MLP."""
+
+    kind: Literal["llama"] = "llama"
+    vocabulary: int = Field(256, ge=256, description="tokens; bytes need 256")
+    groups: int = Field(2, ge=1, description="groups of heads that share keys and values; must divide heads")
+    inner: int = Field(352, ge=1, description="width of the gated MLP; Llama has 8/3 x hidden")
+    theta: float = Field(10000.0, gt=0, allow_inf_nan=False, description="base of the rotary frequencies")
+
+
+class Bert(Text):
+    """BERT, which fills in hidden bytes of a text."""
+
+    kind: Literal["bert"] = "bert"
+    context: int = Field(64, ge=5, description="tokens per sequence, with two or three marks among them")
+    vocabulary: int = Field(259, ge=259, description="tokens: 256 bytes and three marks")
+    masked: float = Field(0.15, gt=0, lt=1, description="share of the tokens that are hidden")
+    next_sentence: bool = Field(False, description="also tell whether the second half of a sequence follows the first")
+    dropout: float = Field(0.0, ge=0, lt=1, description="rate at which elements are dropped")
+
+
+class ViT(_Transformer):
+    """A Vision Transformer, which names the class of an image."""
+
+    kind: Literal["vit"] = "vit"
+    patch: int = Field(2, ge=1, description="side of a patch in pixels")
+    pool: Literal["first", "mean"] = Field("first", description="classify a class token, or the mean of the patches")
+    dropout: float = Field(0.0, ge=0, lt=1, description="rate at which elements are dropped")
+    drop_path: float = Field(0.0, ge=0, lt=1, description="rate at which whole branches are dropped, in the last block")
+    std: float = Field(0.02, gt=0, allow_inf_nan=False, description="standard deviation of the initial weights")
+
+
+KINDS: dict[str, type[Section]] = {"gpt": GPT, "llama": Llama, "bert": Bert, "vit": ViT}
+
+
+def _gpt_by_default(table: Any) -> Any:
+    return {"kind": "gpt", **table} if isinstance(table, dict) else table
+
+
+Model = Annotated[GPT | Llama | Bert | ViT, Field(discriminator="kind"), BeforeValidator(_gpt_by_default)]
+"""What is trained, by ``kind``; without one it is a GPT."""
+
+
+class Data(Section):
+    """What it is trained on: a corpus as bytes, or images."""
+
+    files: list[str] = Field(
+        [],
+        description="text files; of a vit .npz files with arrays images and labels. None: CPython's own documentation "
+        "(pydoc_data.topics), or scikit-learn's digits",
+    )
+    shift: int = Field(0, ge=0, description="images: greatest number of pixels that one is moved by before each use")
+    validation: float = Field(0.1, gt=0, le=0.5, description="share that is held out: stretches of a text, any images")
+
+
+class Training(Section):
+    """The optimisation."""
+
+    steps: int = Field(400, ge=1)
+    batch: int = Field(16, ge=1, description="samples per step, over all ranks and microbatches")
+    microbatches: int = Field(1, ge=1, description="parts of the batch whose gradients are accumulated")
+    lr: float = Field(1e-3, gt=0, allow_inf_nan=False, description="greatest learning rate")
+    warmup: int = Field(20, ge=0, description="steps of linear warm-up; a cosine follows")
+    weight_decay: float = Field(0.1, ge=0, allow_inf_nan=False)
+    clip: float = Field(1.0, gt=0, description="greatest norm of the gradient")
+    seed: int = 0
+    evaluate_every: int = Field(100, ge=1, description="steps between validations")
+    evaluate_batches: int = Field(8, ge=1, description="batches of text per validation; of images, all are taken")
+    checkpoint_every: int = Field(200, ge=1, description="steps between checkpoints")
+    log_every: int = Field(20, ge=1, description="steps between lines of progress without a terminal")
+    sample: int = Field(160, ge=0, description="bytes of text shown at the end; 0 shows nothing, of images either")
+
+    @model_validator(mode="after")
+    def _microbatches_fit(self) -> Training:
+        if self.microbatches > self.batch:
+            raise ValueError(f"microbatches={self.microbatches} must be at most batch={self.batch}")
+        return self
+
+
+class Parallel(Section):
+    """The grid and the mode."""
+
+    grid: dict[Literal["data", "depth", "row", "col"], Annotated[int, Field(ge=1)]] = Field(
+        {}, description="size of each axis, outermost first; empty: data over all ranks"
+    )
+    tensor: Literal["none", "1d", "2d", "2.5d", "3d"] = "none"
+    keep_gathered: bool = Field(True, description="keep gathered operands for the backward pass: faster, more memory")
+    dtype: Literal["float32", "float64"] = "float32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class Run(Section):
+    """Where the results go."""
+
+    directory: str = Field("runs/run", description="config, metrics, plot and checkpoints")

@@ -1,0 +1,84 @@
+"""Causal language models: the next byte of a text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from colossal_mpi import random
+from colossal_mpi.apps import data, sections
+from colossal_mpi.apps.config import Config
+from colossal_mpi.apps.tasks.task import Batch, Task, whole
+from colossal_mpi.distarray import DistArray, from_global
+from colossal_mpi.layers import Context, Parallelism
+from colossal_mpi.layers.loss import CrossEntropy
+from colossal_mpi.layers.models import GPT, GPTConfig, Llama, LlamaConfig
+
+PROMPT = b"\nThe "
+
+
+MODELS: dict[str, tuple[str, type, type]] = {"gpt": ("GPT", GPT, GPTConfig), "llama": ("Llama", Llama, LlamaConfig)}
+"""Of each ``model.kind`` its name, the model and its sizes, which are those of its section and the common ones."""
+
+
+class CausalLanguage(Task):
+    """Token ids ``[b, s]``, bytes of a corpus, to the logits ``[b, s, v]`` of the byte after each."""
+
+    unit, per = "tokens", "token"
+
+    def __init__(self, config: Config, parallelism: Parallelism) -> None:
+        super().__init__(config, parallelism)
+        assert isinstance(config.model, sections.Text)
+        self.context, training = config.model.context, config.training
+        self.corpus = data.read_corpus(config.data.files, config.data.validation, self.context, self.grid)
+        self.name, model, sizes = MODELS[config.model.kind]
+        given = config.model.model_dump(exclude={"kind", "context"})
+        sizes = sizes(**given, positions=self.context, seed=training.seed, dtype=config.parallel.dtype)
+        self.model, self.cross_entropy = model(sizes, parallelism), CrossEntropy(parallelism)
+        self.per_sample, self.held = self.context, training.evaluate_batches * training.batch
+        self.about = self.corpus.about
+
+    def batch(self, first: int, stop: int) -> Batch:
+        """Return sequences that begin anywhere in the corpus."""
+        starts = data.sample_starts(first, stop, len(self.corpus.train), self.context, self.config.training.seed)
+        return self._sequences(self.corpus.train, starts)
+
+    def _sequences(self, tokens: np.ndarray, starts: np.ndarray) -> Batch:
+        return Batch(*data.sequences(tokens, starts, self.context, self.grid, self.parallelism.tokens()))
+
+    def held_out(self) -> Iterator[Batch]:
+        """Yield sequences spread evenly over the held-out text."""
+        starts = data.spread_starts(self.held, len(self.corpus.validation), self.context)
+        for some in np.split(starts, self.config.training.evaluate_batches):
+            yield self._sequences(self.corpus.validation, some)
+
+    def loss(self, outputs: DistArray, labels: DistArray, samples: int) -> tuple[float, Any]:
+        """Return the cross-entropy, a mean over all tokens."""
+        return self.cross_entropy.forward(outputs, labels, samples * self.context)
+
+    def backward(self, saved: Any) -> DistArray:
+        """Return the cotangent of the logits."""
+        return self.cross_entropy.backward(saved)
+
+    def sample(self, count: int) -> bytes:
+        """Return a prompt continued by `count` sampled bytes, the same on any grid up to rounding."""
+        return self.generate(PROMPT, count)
+
+    def generate(self, prompt: bytes, count: int, temperature: float = 0.8) -> bytes:
+        """Return `prompt` continued by `count` bytes drawn at a temperature."""
+        tokens = list(prompt)
+        for i in range(count):
+            window = np.array([tokens[-self.context :]])
+            x = from_global(window, self.grid, self.parallelism.tokens())
+            logits, _ = self.model.forward(x, Context(train=False))
+            draw = random.uniform_block(((i, i + 1),), (count,), self.config.training.seed, "sample")[0]
+            tokens.append(_choose(whole(logits)[0, -1, :256] / temperature, draw))
+        return bytes(tokens)
+
+
+def _choose(logits: np.ndarray, draw: float) -> int:
+    """Return the index at which the cumulative softmax of `logits` passes `draw`."""
+    weights = np.cumsum(np.exp(logits.astype(np.float64) - logits.max()))
+    return int(min(np.searchsorted(weights, draw * weights[-1], side="right"), len(weights) - 1))

@@ -1,0 +1,97 @@
+"""Llama: a decoder-only transformer with rotary positions, RMSNorm, grouped queries and a gated MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from colossal_mpi.layers.block import TransformerBlock
+from colossal_mpi.layers.embedding import Embedding
+from colossal_mpi.layers.layer import Chain
+from colossal_mpi.layers.linear import Linear
+from colossal_mpi.layers.norm import RMSNorm
+from colossal_mpi.layers.parallelism import Parallelism
+from colossal_mpi.layers.rotary import Rotary
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes of a Llama; by default those of Llama 3 8B."""
+
+    vocabulary: int = 128256
+    layers: int = 32
+    hidden: int = 4096
+    heads: int = 32
+    groups: int | None = 8
+    """Groups of heads that share keys and values; None: as many as heads."""
+    width: int | None = None
+    """Width of a head; hidden / heads by default."""
+    inner: int = 14336
+    """Width of the gated MLP."""
+    positions: int = 8192
+    """The longest sequence that it is meant for; nothing is stored for each."""
+    theta: float = 500000.0
+    """Base of the rotary frequencies."""
+    scaling: Mapping[str, Any] | None = None
+    """Of the rotary frequencies, as `Rotary` takes it."""
+    activation: str = "swiglu"
+    eps: float = 1e-5
+    """Of the norms."""
+    bias: bool = False
+    """Whether the products of attention have biases."""
+    mlp_bias: bool = False
+    """Whether those of the MLP have."""
+    tied: bool = False
+    """Whether the head is the embedding."""
+    std: float = 0.02
+    """Standard deviation of the initial weights."""
+    seed: int | None = 0
+    """None makes zeros of random weights, which are to be loaded."""
+    dtype: str = "float32"
+
+
+class Llama(Chain):
+    """Llama (Touvron et al. 2023): token ids ``[b, s]`` to logits ``[b, s, v]``. Mistral's is the same architecture.
+
+    Parameters
+    ----------
+    config : LlamaConfig
+    parallelism : Parallelism
+
+    References
+    ----------
+    Touvron et al.: LLaMA, 2023. Llama team: The Llama 3 herd of models, 2024. Jiang et al.: Mistral 7B, 2023.
+    """
+
+    def __init__(self, config: LlamaConfig, parallelism: Parallelism) -> None:
+        self.config, c = config, config
+        common: dict[str, Any] = {"std": c.std, "seed": c.seed, "dtype": c.dtype}
+        tokens = Embedding(c.vocabulary, c.hidden, parallelism, "tokens", **common)
+        rotary = Rotary(c.theta, c.scaling)
+        options: dict[str, Any] = {
+            "norm": "rms",
+            "eps": c.eps,
+            "activation": c.activation,
+            "bias": c.mlp_bias,
+            "attention": {"groups": c.groups, "width": c.width, "rotary": rotary, "bias": c.bias},
+            "out_std": c.std,
+        }
+        super().__init__(
+            tokens,
+            *[
+                TransformerBlock(c.hidden, c.heads, c.inner, parallelism, f"blocks.{i}", **options, **common)
+                for i in range(c.layers)
+            ],
+            RMSNorm(c.hidden, parallelism, "norm", eps=c.eps, dtype=c.dtype),
+            Linear(
+                "bsh,vh->bsv",
+                {"v": c.vocabulary, "h": c.hidden},
+                "v",
+                parallelism,
+                "head",
+                bias=False,
+                weight=tokens.table if c.tied else None,
+                **common,
+            ),
+        )

@@ -1,0 +1,60 @@
+"""Moving averages of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+from colossal_mpi.distarray import DistArray
+from colossal_mpi.layers.layer import Parameter
+
+
+class MovingAverage:
+    """Exponential moving averages of parameters, each rank of the blocks that it stores.
+
+    Parameters
+    ----------
+    parameters : iterable of Parameter
+    decay : float
+        Share of the old average that an update keeps. With t updates done, ``(1 + t) / (10 + t)`` if that is less, so
+        that the first weights are soon forgotten.
+
+    **Communication:** none.
+
+    References
+    ----------
+    Polyak, Juditsky: Acceleration of stochastic approximation by averaging, 1992.
+    """
+
+    def __init__(self, parameters: Iterable[Parameter], decay: float = 0.999) -> None:
+        self.parameters, self.decay, self.updates = list(parameters), decay, 0
+        self.averages = {p.name: p.value.copy() for p in self.parameters}
+
+    def update(self) -> None:
+        """Take in the weights as they are now."""
+        keep = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        for parameter in self.parameters:
+            average = self.averages[parameter.name].local
+            average *= keep
+            average += (1 - keep) * parameter.value.local
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Put the averages in the place of the weights, for an evaluation, until the context ends."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for parameter in self.parameters:
+            average = self.averages[parameter.name]
+            kept = parameter.value.copy()
+            parameter.value.local[...] = average.local
+            average.local[...] = kept.local
+
+    def state(self) -> Mapping[str, DistArray]:
+        """Return the averages by ``average/<parameter>``; `updates` is the rest of the state."""
+        return {f"average/{name}": array for name, array in self.averages.items()}

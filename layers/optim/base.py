@@ -1,0 +1,150 @@
+"""What all optimizers share: groups of parameters, the norm and clipping of the gradients, the state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from colossal_mpi import backend, comm
+from colossal_mpi.distarray import DistArray, squares
+from colossal_mpi.errors import OptionError
+from colossal_mpi.layers.layer import Parameter
+
+
+def gradient_norm(gradients: Sequence[DistArray]) -> float:
+    """Return the norm of reduced gradients together, each global element counted once, in float64.
+
+    **Communication:** one allreduce of a single word over the whole grid.
+    """
+    owned = [g for g in gradients if g.layout.owner(g.grid.axes, g.grid.coords)]
+    grid, xp = gradients[0].grid, backend.namespace(gradients[0].local)
+    local = sum((squares(g) for g in owned), start=xp.zeros((), dtype=xp.float64))
+    return math.sqrt(float(backend.to_host(comm.allreduce(xp.asarray(local), grid, tuple(grid.axes)))))
+
+
+class Group:
+    """Parameters with options of their own.
+
+    Parameters
+    ----------
+    parameters : iterable of Parameter
+    rate : float
+        Times the learning rate of the step.
+    **options
+        In place of the optimizer's: ``weight_decay``, ``betas`` and whatever else it has.
+    """
+
+    def __init__(self, parameters: Iterable[Parameter], rate: float = 1.0, **options: Any) -> None:
+        self.parameters, self.rate, self.options = list(parameters), rate, options
+
+
+def is_weight(parameter: Parameter) -> bool:
+    """Say whether a parameter is a weight or a table, no vector and no bias of heads, ``[3, a, d]``."""
+    return parameter.value.ndim > 1 and not parameter.name.endswith("bias")
+
+
+class Optimizer:
+    """Base of all optimizers: each rank updates the blocks that it stores.
+
+    A subclass names its `slots` and implements `update`; its options are keyword arguments of the base.
+
+    Parameters
+    ----------
+    parameters : iterable of Parameter or of Group
+    lr : float
+        Used when `step` is given none.
+    clip : float, optional
+        Greatest norm of the gradient; a longer one is scaled to it.
+    weight_decay : float
+        Of the parameters that decay.
+    decays : callable
+        Says which do; by default weights and tables, not biases and gains.
+    **options
+        Of the subclass.
+
+    Raises
+    ------
+    OptionError
+        If a group has an option that the optimizer has not, or a parameter comes twice.
+    """
+
+    slots: tuple[str, ...] = ()
+    """Arrays of the state for each parameter."""
+
+    def __init__(
+        self,
+        parameters: Iterable[Parameter | Group],
+        lr: float,
+        clip: float | None,
+        weight_decay: float,
+        decays: Callable[[Parameter], bool] = is_weight,
+        **options: Any,
+    ) -> None:
+        given = list(parameters)
+        plain = [item for item in given if isinstance(item, Parameter)]
+        self.groups = [Group(plain), *[item for item in given if isinstance(item, Group)]]
+        self.parameters = [parameter for group in self.groups for parameter in group.parameters]
+        self.lr, self.clip, self.decays, self.steps = lr, clip, decays, 0
+        self.options = {"weight_decay": weight_decay, **options}
+        self._check()
+        self.moments = {p.name: self.begin(p) for p in self.parameters}
+
+    def _check(self) -> None:
+        names = [parameter.name for parameter in self.parameters]
+        if len(set(names)) < len(names):
+            twice = sorted({name for name in names if names.count(name) > 1})
+            raise OptionError(f"{type(self).__name__}: {', '.join(twice)} given twice: a parameter is of one group")
+        for group in self.groups:
+            if alien := sorted(set(group.options) - set(self.options)):
+                raise OptionError(f"{type(self).__name__}: no option {', '.join(alien)}; use {', '.join(self.options)}")
+
+    def begin(self, parameter: Parameter) -> dict[str, DistArray]:
+        """Return a parameter's slots before the first step."""
+        return {slot: parameter.zeros() for slot in self.slots}
+
+    def step(self, lr: float | None = None) -> float:
+        """Update all weights, forget the gradients, and return the norm that they had.
+
+        **Communication:** the deferred reductions of the gradients and one allreduce of a single word; what `update`
+        needs besides.
+        """
+        norm = gradient_norm([parameter.reduce() for parameter in self.parameters])
+        scale = 1.0 if self.clip is None or norm <= self.clip else self.clip / norm
+        self.steps += 1
+        for group in self.groups:
+            rate, options = group.rate * (self.lr if lr is None else lr), self.options | group.options
+            for parameter in group.parameters:
+                self._apply(parameter, rate, scale, options)
+        return norm
+
+    def _apply(self, parameter: Parameter, lr: float, scale: float, options: dict[str, Any]) -> None:
+        assert parameter.grad is not None
+        own = options if self.decays(parameter) else options | {"weight_decay": 0.0}
+        gradient = parameter.grad if scale == 1.0 else parameter.grad * scale
+        w = parameter.share()
+        self.update(parameter, w, gradient, self.moments[parameter.name], lr, **own)
+        parameter.refresh(w)
+        parameter.grad = None
+
+    def update(
+        self, parameter: Parameter, w: DistArray, g: DistArray, slots: dict[str, DistArray], lr: float, **options: Any
+    ) -> None:
+        """Step this rank's part of a weight in place.
+
+        Parameters
+        ----------
+        parameter : Parameter
+        w, g : DistArray
+            The part of its value and its reduced and clipped gradient, in one layout.
+        slots : dict of DistArray
+            This parameter's; updated in place.
+        lr : float
+        **options
+            Of the parameter's group.
+        """
+        raise NotImplementedError
+
+    def state(self) -> Mapping[str, DistArray]:
+        """Return the slots by ``<slot>/<parameter>``; `steps` is the rest of the state."""
+        return {f"{slot}/{name}": array for name, slots in self.moments.items() for slot, array in slots.items()}

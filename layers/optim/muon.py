@@ -1,0 +1,102 @@
+"""Muon: momentum, orthogonalised."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from colossal_mpi.distarray import DistArray
+from colossal_mpi.errors import OptionError
+from colossal_mpi.layers.layer import Parameter
+from colossal_mpi.layers.optim.adam import AdamW
+from colossal_mpi.layers.optim.base import Group, is_weight
+from colossal_mpi.layers.optim.matrices import as_matrix, from_matrix
+from colossal_mpi.linalg.newton_schulz import newton_schulz
+
+_SCALES: dict[str, Callable[[int, int], float]] = {
+    "spectral": lambda rows, columns: math.sqrt(max(1.0, columns / rows)),
+    "rms": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
+}
+
+
+def is_hidden(parameter: Parameter) -> bool:
+    """Say whether a parameter is a weight of one of the repeated blocks of a model, ``blocks.3.mlp.up.weight``."""
+    return is_weight(parameter) and any(word.isdigit() for word in parameter.name.split("."))
+
+
+class Muon(AdamW):
+    """Steps that are orthogonal matrices: the momentum of each hidden weight, orthogonalised where it lies.
+
+    Weights are matrices of inputs by outputs: W[h, 3, a, d] has h rows. The others (tables, heads, gains, biases) go
+    by AdamW, with the same learning rate if the scale is ``rms``.
+
+    Parameters
+    ----------
+    parameters : iterable of Parameter or of Group
+    lr : float
+        Used when `step` is given none.
+    momentum : float
+    nesterov : bool
+    scale : {"rms", "spectral"}
+        Times the learning rate: ``0.2 sqrt(max(rows, columns))``, with which a step is as long as one of AdamW (Liu et
+        al. 2025), or ``sqrt(max(1, columns / rows))`` (Jordan et al. 2024).
+    iterations : int
+        Steps of `newton_schulz`.
+    hidden : callable
+        Says which parameters are orthogonalised.
+    **options
+        As `AdamW` takes them.
+
+    Raises
+    ------
+    OptionError
+        If there is no such scale.
+
+    Notes
+    -----
+    **Communication:** besides that of `AdamW`, that of `newton_schulz` for each hidden weight; no rank holds a whole
+    weight that is cut.
+
+    References
+    ----------
+    Jordan et al.: Muon: an optimizer for hidden layers in neural networks, 2024. Liu et al.: Muon is scalable for LLM
+    training, 2025.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[Parameter | Group],
+        lr: float = 1e-3,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        scale: str = "rms",
+        iterations: int = 5,
+        hidden: Callable[[Parameter], bool] = is_hidden,
+        **options: Any,
+    ) -> None:
+        if scale not in _SCALES:
+            raise OptionError(f"Muon(scale={scale!r}): use one of {', '.join(map(repr, _SCALES))}")
+        self.hidden, self.momentum, self.nesterov = hidden, momentum, nesterov
+        self.scale, self.iterations = _SCALES[scale], iterations
+        super().__init__(parameters, lr, **options)
+
+    def begin(self, parameter: Parameter) -> dict[str, DistArray]:
+        """Return the velocity of a hidden weight, Adam's moments of another."""
+        return {"velocity": parameter.zeros()} if self.hidden(parameter) else super().begin(parameter)
+
+    def update(
+        self, parameter: Parameter, w: DistArray, g: DistArray, slots: dict[str, DistArray], lr: float, **options: Any
+    ) -> None:
+        """Step by the orthogonalised velocity."""
+        if "velocity" not in slots:
+            super().update(parameter, w, g, slots, lr, **options)
+            return
+        velocity = slots["velocity"]
+        velocity.local[...] *= self.momentum
+        velocity.local[...] += (1 - self.momentum) * g.local
+        ahead = g * (1 - self.momentum) + velocity * self.momentum if self.nesterov else velocity
+        matrix = as_matrix(ahead, parameter.inputs)
+        direction = from_matrix(newton_schulz(matrix, self.iterations), w, parameter.inputs)
+        w.local[...] *= 1 - lr * options["weight_decay"]
+        w.local[...] -= lr * self.scale(*matrix.shape) * direction.local

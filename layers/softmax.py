@@ -1,0 +1,36 @@
+"""Softmax over a dim that may be cut."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from colossal_mpi import backend, comm
+from colossal_mpi.distarray import DistArray
+from colossal_mpi.layers import kernels
+from colossal_mpi.layers.layer import Context, Later, Layer
+
+
+class Softmax(Layer):
+    """``exp(x) / sum(exp(x))`` over the last dim, in any layout; partial sums are reduced first.
+
+    Notes
+    -----
+    **Communication:** over the axes that cut the last dim, p ranks and n rows: one maximum and one sum of n forward and
+    one sum of n backward, in all ``6 (p - 1) n`` words summed over ranks. An empty block has maximum -inf and sum 0.
+    """
+
+    def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
+        """Return the probabilities, in the layout of `x`."""
+        x = x.reduced()
+        xp, grid, axes = backend.namespace(x.local), x.grid, x.layout.dims[-1]
+        top = comm.allreduce(kernels.peak(x.local), grid, axes, comm.MAX)
+        y = xp.exp(x.local - top[..., None])
+        y /= comm.allreduce(xp.sum(y, axis=-1), grid, axes)[..., None]
+        return x.like(y), x.like(y)
+
+    def backward(self, dy: DistArray, cache: Any, later: Later = None) -> DistArray:
+        """Return ``y (dy - sum(y dy))``."""
+        y = cache
+        xp, d = backend.namespace(y.local), dy.redistribute(y.layout).local
+        total = comm.allreduce(xp.sum(y.local * d, axis=-1), y.grid, y.layout.dims[-1])
+        return y.like(y.local * (d - total[..., None]))

@@ -1,0 +1,74 @@
+"""``colossal-mpi convert``: weights to a checkpoint and back are the same bits, whatever the number of ranks."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+from reference import hf_case as case
+
+from colossal_mpi import CheckpointError, OptionError
+from colossal_mpi.apps import trainer
+from colossal_mpi.apps.config import Config
+from colossal_mpi.apps.convert import convert
+from colossal_mpi.grid import Grid
+from colossal_mpi.layers import Parallelism, models
+
+prepared_by = pytest.mark.prepare(case.prepare)
+MOST = 10**9
+
+
+@prepared_by
+@pytest.mark.ranks(3)
+def test_there_and_back_is_the_same_bits(prepared, shared_path):
+    for name in ("gpt2-untied", "mistral", "bert", "vit"):
+        source, middle, target = prepared / name, shared_path / f"{name}.cm", shared_path / name
+        convert(source, middle, "cm", MOST)
+        convert(middle, target, "hf", 9000)
+        if MPI.COMM_WORLD.rank == 0:
+            assert case.same_tensors(source, target)
+            before, after = case.table(source), case.table(target)
+            differing = {key for key in before if before[key] != after.get(key)}
+            assert differing <= case.RESPELLED.get(name, set())
+
+
+@pytest.mark.ranks(2)
+def test_a_run_becomes_a_directory_of_hugging_face(shared_path):
+    config = Config.model_validate(
+        {
+            "model": {"layers": 1, "hidden": 12, "heads": 3, "context": 8},
+            "training": {"batch": 2, "evaluate_batches": 1},
+            "parallel": {"grid": {"col": 2}, "tensor": "2d"},
+        }
+    )
+    grid = Grid(col=2)
+    run = trainer.Trainer(config, grid)
+    (shared_path / "run" / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (shared_path / "run" / "config.toml").touch()
+    run.save(shared_path / "run" / "checkpoints" / "step-0000003", 3)
+    convert(shared_path / "run", shared_path / "hf", "hf", MOST)
+    back = models.from_pretrained(shared_path / "hf", Parallelism(grid, "2d"))
+    for mine, theirs in zip(run.model.parameters(), back.parameters(), strict=True):
+        assert np.array_equal(mine.value.local, theirs.value.local), mine.name
+
+
+@prepared_by
+@pytest.mark.ranks(2)
+def test_what_cannot_be_converted_is_refused(prepared, shared_path):
+    with pytest.raises(OptionError, match=r"--to 'onnx': use 'hf' or 'cm'"):
+        convert(prepared / "gpt2", shared_path / "x", "onnx", MOST)
+    with pytest.raises(CheckpointError, match=r"no checkpoint at .*gpt2: manifest.json is missing"):
+        convert(prepared / "gpt2", shared_path / "x", "hf", MOST)
+    with pytest.raises(CheckpointError, match=r"config.json cannot be read: No such file"):
+        convert(Path("nowhere"), shared_path / "x", "cm", MOST)
+    convert(prepared / "gpt2", shared_path / "there", "cm", MOST)
+    with pytest.raises(CheckpointError, match=r"there exists: a checkpoint is never overwritten"):
+        convert(shared_path / "there", shared_path / "there", "hf", MOST)
+    manifest = shared_path / "there" / "manifest.json"
+    MPI.COMM_WORLD.barrier()
+    if MPI.COMM_WORLD.rank == 0:
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"metadata": {}}))
+    MPI.COMM_WORLD.barrier()
+    with pytest.raises(CheckpointError, match="does not say of which model it is"):
+        convert(shared_path / "there", shared_path / "x", "hf", MOST)

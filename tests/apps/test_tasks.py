@@ -1,0 +1,97 @@
+"""Every task trains the same on any grid, resumes bitwise, and draws the same samples whatever the microbatches."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+from reference.modes import few, mode_of
+
+from colossal_mpi import Grid
+from colossal_mpi.apps import config as configs
+from colossal_mpi.apps.trainer import Trainer
+from tests.cases import host
+
+TRAINING = {"steps": 6, "batch": 5, "microbatches": 2, "warmup": 2, "evaluate_batches": 2, "lr": 1e-2}
+SMALL = {"layers": 1, "hidden": 15, "heads": 3}
+TASKS = {
+    "gpt": {"model": {**SMALL, "context": 11, "dropout": 0.2}},
+    "llama": {"model": {"kind": "llama", "layers": 1, "hidden": 16, "heads": 4, "inner": 7, "context": 11}},
+    "bert": {"model": {"kind": "bert", **SMALL, "context": 13, "dropout": 0.2}},
+    "bert-pairs": {"model": {"kind": "bert", **SMALL, "context": 13, "next_sentence": True}},
+    "vit": {"model": {"kind": "vit", **SMALL, "patch": 3, "dropout": 0.2, "drop_path": 0.2}, "data": {"shift": 1}},
+}
+
+
+def trainer(name, grid, dtype="float64", **training):
+    parallel = {"grid": dict(grid.axes), "tensor": mode_of(grid) or "none", "dtype": dtype}
+    table = {**TASKS[name], "training": TRAINING | training, "parallel": parallel}
+    return Trainer(configs.validate(table, name), grid)
+
+
+def three_steps(name, grid, **training):
+    """Return the losses of three steps, then validation and sample."""
+    run = trainer(name, grid, **training)
+    losses = [run.step(step)["loss"] for step in range(3)]
+    return {"losses": losses, **run.validate(), "sample": list(run.task.sample(3))}
+
+
+def prepare(path: Path):
+    for name in TASKS:
+        (path / f"{name}.json").write_text(json.dumps(three_steps(name, Grid(MPI.COMM_SELF))))
+
+
+@pytest.mark.prepare(prepare)
+@few
+def test_three_steps_are_the_same_on_any_grid(grid, prepared):
+    for name in TASKS:
+        exact, mine = json.loads((prepared / f"{name}.json").read_text()), three_steps(name, grid)
+        assert set(mine) == set(exact)
+        for key in exact:
+            assert np.allclose(mine[key], exact[key], rtol=1e-10, atol=0), (name, key)
+        assert len(set(mine["losses"])) == 3
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.grids({"data": 2, "col": 2})
+def test_a_resumed_run_is_bitwise_the_run_that_never_stopped(grid, name, shared_path):
+    whole, second = (trainer(name, grid, dtype="float32") for _ in range(2))
+    for step in range(2):
+        whole.step(step)
+    whole.save(shared_path / "step", 2)
+    assert second.restore(shared_path / "step") == 2
+    for step in (2, 3):
+        assert second.step(step) == whole.step(step)
+    for mine, other in zip(second.optimizer.parameters, whole.optimizer.parameters, strict=True):
+        assert np.array_equal(host(mine.value), host(other.value)), mine.name
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_microbatches_change_nothing(name):
+    grid = Grid(MPI.COMM_SELF)
+    one, three = three_steps(name, grid, microbatches=1), three_steps(name, grid, microbatches=3)
+    assert np.allclose(one["losses"], three["losses"], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_seed_decides(name):
+    grid = Grid(MPI.COMM_SELF)
+    runs = [three_steps(name, grid, seed=seed) for seed in (0, 0, 1)]
+    assert runs[0] == runs[1]
+    assert runs[0]["losses"] != runs[2]["losses"]
+
+
+LEARNS = {"patch": 4, "layers": 2, "hidden": 64, "heads": 4, "std": 0.1}
+
+
+@pytest.mark.deadline(240)
+@pytest.mark.grids({}, {"row": 2, "col": 2})
+def test_a_vit_names_the_digits(grid):
+    training = {"steps": 300, "batch": 64, "microbatches": 1, "warmup": 50, "lr": 2e-3}
+    parallel = {"grid": dict(grid.axes), "tensor": mode_of(grid) or "none"}
+    table = {"model": {"kind": "vit", **LEARNS}, "data": {"validation": 0.2}, "training": training}
+    run = Trainer(configs.validate({**table, "parallel": parallel}, "digits"), grid)
+    for step in range(300):
+        run.step(step)
+    assert run.validate()["val_accuracy"] >= 0.95

@@ -1,0 +1,137 @@
+"""A model cut along pipe gives the loss and gradients of the whole model, by every schedule and in every mode."""
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+from reference.gpt_case import block_and_index, difference
+from reference.modes import mode_of
+
+from colossal_mpi import Grid, GridError, comm, from_global, ledger
+from colossal_mpi.layers import Context, Parallelism
+from colossal_mpi.layers.block import TransformerBlock
+from colossal_mpi.layers.embedding import Embedding, PositionEmbedding
+from colossal_mpi.layers.layer import Chain
+from colossal_mpi.layers.linear import Linear
+from colossal_mpi.layers.loss import CrossEntropy
+from colossal_mpi.layers.norm import LayerNorm
+from colossal_mpi.layers.pipeline import Pipeline
+from colossal_mpi.layers.schedule import balanced
+from colossal_mpi.layout import part
+from tests.cases import host
+
+B, S, H, V, BLOCKS = 7, 5, 10, 13, 7
+COMMON = {"dtype": "float64"}
+_rng = np.random.default_rng(4)
+TOKENS, LABELS = _rng.integers(0, V, (2, B, S))
+LABELS[3, 2] = -1
+COUNT = int((LABELS >= 0).sum())
+COSTS = [1.0, 0.5, *[4.0] * BLOCKS, 0.5, 2.0]
+
+
+def layers(p):
+    """Return what makes each layer of a small transformer."""
+    return [
+        lambda: Embedding(V, H, p, "tokens", **COMMON),
+        lambda: PositionEmbedding(S, H, p, "positions", **COMMON),
+        *[lambda i=i: TransformerBlock(H, 5, 11, p, f"blocks.{i}", std=0.3, **COMMON) for i in range(BLOCKS)],
+        lambda: LayerNorm(H, p, "norm", **COMMON),
+        lambda: Linear("bsh,hv->bsv", {"h": H, "v": V}, "v", p, "head", std=0.3, **COMMON),
+    ]
+
+
+class Feed:
+    def __init__(self, p, microbatches):
+        self.p, self.microbatches, self.cross_entropy = p, microbatches, CrossEntropy(p)
+        self.loss_backward = self.cross_entropy.backward
+
+    def _cut(self, whole, microbatch):
+        return from_global(whole[slice(*part(B, self.microbatches, microbatch))], self.p.grid, self.p.tokens())
+
+    def context(self, microbatch):
+        return Context(microbatch=microbatch)
+
+    def inputs(self, microbatch):
+        return self._cut(TOKENS, microbatch)
+
+    def loss(self, y, microbatch):
+        return self.cross_entropy.forward(y, self._cut(LABELS, microbatch), COUNT)
+
+    def stream(self, microbatch):
+        first, stop = part(B, self.microbatches, microbatch)
+        return (stop - first, S, H), self.p.stream(), "float64"
+
+
+def prepare(path):
+    grid = Grid(MPI.COMM_SELF)
+    p = Parallelism(grid)
+    model, feed = Chain(*[make() for make in layers(p)]), Feed(p, 1)
+    y, cache = model.forward(feed.inputs(0), Context())
+    loss, saved = feed.loss(y, 0)
+    model.backward(feed.loss_backward(saved), cache)
+    np.savez(path / "whole.npz", loss=loss, **{q.name: host(q.reduce()) for q in model.parameters()})
+
+
+def pieces(grid, chunks, mode=None):
+    p = Parallelism(grid.at(pipe=grid.coords["pipe"]), mode or mode_of(grid.at(pipe=grid.coords["pipe"])))
+    made, stages = layers(p), grid.axes["pipe"]
+    cut = balanced(COSTS, stages * chunks)
+    mine = [cut[c * stages + grid.coords["pipe"]] for c in range(chunks)]
+    return p, [Chain(*[made[i]() for i in piece]) for piece in mine]
+
+
+def check(grid, prepared, schedule, microbatches):
+    exact = dict(np.load(prepared / "whole.npz"))
+    chunks = 2 if schedule == "interleaved" else 1
+    p, mine = pieces(grid, chunks)
+    loss = Pipeline(mine, grid, schedule).step(Feed(p, microbatches))
+    reference = float(exact.pop("loss"))
+    assert abs(loss - reference) <= 1e-12 * reference
+    gradients = {q.name: block_and_index(q.reduce()) for piece in mine for q in piece.parameters()}
+    assert set().union(*comm.collect(set(gradients), grid)) == set(exact)
+    assert difference(gradients, exact) <= 1e-10
+
+
+prepared_by = pytest.mark.prepare(prepare)
+each = pytest.mark.parametrize(
+    ("schedule", "microbatches"), [("gpipe", 3), ("1f1b", 5), ("interleaved", 4), ("zero-bubble", 7), ("1f1b", 1)]
+)
+
+
+@prepared_by
+@each
+@pytest.mark.grids({"pipe": 1}, {"pipe": 2}, {"pipe": 3}, {"pipe": 4}, {"pipe": 5})
+def test_every_schedule_on_every_number_of_stages(grid, prepared, schedule, microbatches):
+    check(grid, prepared, schedule, microbatches)
+
+
+@prepared_by
+@each
+@pytest.mark.grids(
+    {"pipe": 2, "data": 2},
+    {"pipe": 2, "col": 3},
+    {"pipe": 2, "row": 2, "col": 2},
+    {"pipe": 2, "data": 2, "depth": 2},
+    {"pipe": 2, "depth": 2, "row": 1, "col": 2},
+    {"pipe": 2, "row": 2, "col": 1, "depth": 2},
+    {"pipe": 4, "data": 2},
+)
+def test_every_schedule_in_every_mode(grid, prepared, schedule, microbatches):
+    check(grid, prepared, schedule, microbatches)
+
+
+@prepared_by
+@each
+@pytest.mark.grids({"pipe": 2}, {"pipe": 2, "row": 2, "col": 2})
+def test_words_between_stages(grid, prepared, schedule, microbatches):
+    p, mine = pieces(grid, chunks := 2 if schedule == "interleaved" else 1)
+    with ledger.record() as moved:
+        Pipeline(mine, grid, schedule).step(Feed(p, microbatches))
+    words = sum(event.words for event in moved.events if event.axes == ("pipe",))
+    total = sum(comm.collect(words, grid))
+    assert total == 2 * (2 * chunks - 1) * B * S * H + grid.size // 2  # and the loss
+
+
+@pytest.mark.grids({"row": 2})
+def test_a_grid_without_pipe_is_refused(grid):
+    with pytest.raises(GridError, match=r"a pipeline needs the axis pipe; Grid\(row=2\) has none"):
+        Pipeline([], grid)

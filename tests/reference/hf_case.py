@@ -1,0 +1,157 @@
+"""Models of transformers with random weights, nothing of which divides, and its logits and gradients of them."""
+
+import json
+
+import numpy as np
+
+B, S, V = 5, 9, 257
+_rng = np.random.default_rng(4)
+TOKENS, LABELS = _rng.integers(0, V, (2, B, S))
+LENGTHS = np.array([9, 4, 7, 1, 9])
+MASK = np.arange(S) < LENGTHS[:, None]
+LABELS = np.where(MASK, LABELS, -1)
+
+SEGMENTS = (np.arange(S) >= LENGTHS[:, None] // 2) * _rng.integers(1, 3, (B, S))
+FOLLOWS = _rng.integers(0, 2, B)
+IMAGES, CLASSES = _rng.standard_normal((B, 3, 9, 7)), _rng.integers(0, 7, B)
+
+_TEXT = {"vocab_size": V, "bos_token_id": 1, "eos_token_id": 2}
+_GPT = {**_TEXT, "n_positions": 11, "n_embd": 20, "n_head": 5, "n_layer": 3}
+_BLOCKS = {"hidden_size": 20, "num_attention_heads": 5, "num_hidden_layers": 3, "intermediate_size": 23}
+_BERT = {**_TEXT, **_BLOCKS, "max_position_embeddings": 11, "type_vocab_size": 3}
+_VIT = {**_BLOCKS, "image_size": [9, 7], "patch_size": 3, "id2label": {i: f"class {i}" for i in range(7)}}
+_LLAMA = {
+    **_TEXT,
+    "hidden_size": 18,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "num_hidden_layers": 3,
+    "intermediate_size": 23,
+    "max_position_embeddings": 11,
+}
+_SCALED = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+MODELS = ("gpt2", "llama", "bert", "vit")
+"""The cases for every mode."""
+CASES = {
+    "gpt2": ("GPT2LMHeadModel", _GPT),
+    "gpt2-untied": (
+        "GPT2LMHeadModel",
+        {**_GPT, "n_inner": 23, "n_layer": 1, "layer_norm_epsilon": 1e-3, "tie_word_embeddings": False},
+    ),
+    "llama": ("LlamaForCausalLM", _LLAMA),
+    "llama-tied": (
+        "LlamaForCausalLM",
+        {
+            **_LLAMA,
+            "num_hidden_layers": 1,
+            "num_key_value_heads": 6,
+            "hidden_act": "gelu",
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "rope_parameters": _SCALED,
+        },
+    ),
+    "mistral": (
+        "MistralForCausalLM",
+        {**_LLAMA, "num_hidden_layers": 1, "num_key_value_heads": 3, "sliding_window": 11},
+    ),
+    "bert": ("BertForPreTraining", _BERT),
+    "bert-masked": ("BertForMaskedLM", {**_BERT, "num_hidden_layers": 1, "hidden_act": "gelu_new"}),
+    "bert-untied": ("BertForMaskedLM", {**_BERT, "num_hidden_layers": 1, "tie_word_embeddings": False}),
+    "vit": ("ViTForImageClassification", _VIT),
+}
+"""Class and configuration of each."""
+
+
+def prepare(path):
+    """Write, of each case, the directory, the same of its gradients, and the logits."""
+    import torch
+
+    from reference.hf_float64 import double, made, randomised
+
+    torch.manual_seed(0)
+    for name, (kind, options) in CASES.items():
+        with double():
+            model = randomised(made(kind, options))
+            logits, loss = _run(model)
+            loss.backward()
+        np.savez(
+            path / f"{name}.npz", **{key: value.detach().numpy() for key, value in logits.items()}, loss=loss.item()
+        )
+        model.save_pretrained(path / name)
+        _save_gradients(model, path / f"{name}-gradients")
+
+
+def _save_gradients(model, directory):
+    """Write the gradients as if they were the weights: under the names, and cut as, the class writes them."""
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            assert abs(parameter.grad).max() > 0, name
+            parameter.data = parameter.grad
+    model.save_pretrained(directory)
+
+
+def _run(model):
+    """Return the logits by name and the loss, a mean over all that counts and a sum over the heads, in float64."""
+    import torch
+    from torch.nn import functional
+
+    kind = type(model).__name__
+    if kind.startswith("ViT"):
+        inputs = {"pixel_values": torch.tensor(IMAGES)}
+    else:
+        inputs = {"input_ids": torch.tensor(TOKENS), "attention_mask": torch.tensor(MASK).long()}
+    if kind.startswith("Bert"):
+        inputs["token_type_ids"] = torch.tensor(SEGMENTS)
+    out = model(**inputs)
+    logits = dict(zip(outputs_of(kind), [v for k, v in out.items() if "logits" in k], strict=True))
+    loss = sum(
+        functional.cross_entropy(y.flatten(0, -2), torch.tensor(labels_of(name)).flatten(), ignore_index=-1)
+        for name, y in logits.items()
+    )
+    return logits, loss
+
+
+def outputs_of(kind):
+    """Return the names of the outputs of a class of transformers."""
+    if kind.startswith("ViT"):
+        return ("classes",)
+    return ("tokens", "follows") if kind == "BertForPreTraining" else ("tokens",)
+
+
+def labels_of(output):
+    return {"tokens": LABELS, "follows": FOLLOWS, "classes": CLASSES}[output]
+
+
+UNUSED = {"cls.predictions.bias"}
+"""What an untied BERT has and does not use; it does not come back."""
+RESPELLED = {"mistral": {"sliding_window"}}
+"""Keys of a case that come back in another spelling."""
+
+
+def tensors(directory):
+    """Return all tensors of a directory."""
+    from safetensors.numpy import load_file
+
+    files = sorted(directory.glob("*.safetensors"))
+    return {name: array for file in files for name, array in load_file(file).items()}
+
+
+def same_tensors(one, other):
+    """Say whether two directories hold the same tensors, bit for bit."""
+    a, b = tensors(one), tensors(other)
+    same = all(a[name].dtype == b[name].dtype and np.array_equal(a[name], b[name]) for name in a.keys() & b.keys())
+    return same and b.keys() <= a.keys() <= b.keys() | UNUSED
+
+
+def table(directory):
+    return json.loads((directory / "config.json").read_text())

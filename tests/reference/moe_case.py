@@ -1,0 +1,119 @@
+"""Mixtures of experts, nothing of which divides, and PyTorch's results by a loop over the experts."""
+
+import numpy as np
+
+from colossal_mpi import from_global
+from colossal_mpi.layers import Context
+from colossal_mpi.layers.moe import MoE
+
+B, S, H, F = 5, 7, 6, 9
+_rng = np.random.default_rng(8)
+X, DY = _rng.standard_normal((2, B, S, H))
+MASK = np.arange(S) < np.array([7, 3, 0, 5, 6])[:, None]
+SHARE = 0.25
+
+CASES = {
+    "mixtral": {"experts": 5, "top_k": 2, "activation": "swiglu"},
+    "switch": {"experts": 3, "top_k": 1, "activation": "gelu-tanh", "bias": True, "balance": 0.5, "z_loss": 0.1},
+    "plain-weights": {"experts": 5, "top_k": 3, "renormalise": False, "activation": "gelu-tanh", "balance": 0.3},
+    "masked": {"experts": 5, "top_k": 2, "activation": "geglu", "balance": 2.0, "z_loss": 0.2},
+    "one-expert": {"experts": 1, "top_k": 1, "activation": "silu", "z_loss": 0.2},
+    "starved": {"experts": 5, "top_k": 1, "activation": "gelu-tanh", "balance": 0.5},
+}
+"""In "starved" expert 3 gets no token, and expert 1 gets all of those that another would have had."""
+
+
+def make(parallelism, case):
+    """Return the layer, its router's weights such as the case asks for."""
+    layer = MoE(H, F, parallelism=parallelism, name="moe", std=0.5, out_std=0.5, dtype="float64", **CASES[case])
+    if case == "starved":
+        weight = layer.router.weight
+        whole = weight.value.gather()
+        whole[:, 1] *= 3
+        whole[:, 3] = 0.5 * whole[:, 1] + 0.5 * whole[:, 4]  # between two others, never the largest
+        weight.value = from_global(whole, weight.value.grid, weight.value.layout)
+    if layer.experts.layers[0].bias is not None:
+        for product in (layer.experts.layers[0], layer.experts.layers[2]):
+            bias = product.bias
+            whole = np.random.default_rng(9).standard_normal(bias.value.shape)
+            bias.value = from_global(whole, bias.value.grid, bias.value.layout)
+    return layer
+
+
+def context(grid, parallelism, case):
+    mask = from_global(MASK, grid, parallelism.tokens()) if case == "masked" else None
+    return Context(mask=mask, share=SHARE, losses={})
+
+
+def run(grid, parallelism, case):
+    """Return output, cotangent of the input and gradients by name, as DistArrays, and the losses."""
+    layer, ctx = make(parallelism, case), context(grid, parallelism, case)
+    x, dy = (from_global(a, grid, parallelism.stream()) for a in (X, DY))
+    y, cache = layer.forward(x, ctx)
+    later = []
+    dx = layer.backward(dy, cache, later)
+    for work in later:
+        work()
+    return {"y": y, "dx": dx, **{q.name: q.reduce() for q in layer.parameters()}}, ctx.losses, layer
+
+
+def prepare(path):
+    """Write PyTorch's output, cotangent, gradients and losses of every case, from the weights of one rank."""
+    import torch
+    from mpi4py import MPI
+
+    from colossal_mpi import Grid
+    from colossal_mpi.layers import Parallelism
+    from tests.cases import host
+
+    grid = Grid(MPI.COMM_SELF)
+    for case, options in CASES.items():
+        layer = make(Parallelism(grid), case)
+        w = {q.name: torch.tensor(host(q.value), requires_grad=True) for q in layer.parameters()}
+        x = torch.tensor(X, requires_grad=True)
+        mask = torch.tensor(MASK if case == "masked" else np.ones_like(MASK))
+        y, losses = mixture(x, w, mask, **options)
+        total = (y * torch.tensor(DY)).sum() + SHARE * sum(losses.values())
+        total.backward()
+        exact = {"y": y.detach(), "dx": x.grad, **{name: v.grad for name, v in w.items()}}
+        exact |= {f"loss/moe.{name}": SHARE * loss.detach() for name, loss in losses.items()}
+        np.savez(path / f"{case}.npz", **{name: v.numpy() for name, v in exact.items()})
+
+
+def mixture(x, w, mask, experts, top_k, activation, renormalise=None, balance=0.0, z_loss=0.0, bias=False):
+    """Return the output and the losses, expert by expert."""
+    import torch
+
+    logits = x @ w["moe.router.weight"]
+    probabilities = logits.softmax(-1)
+    weights, chosen = probabilities.topk(top_k, dim=-1)
+    if top_k > 1 if renormalise is None else renormalise:
+        weights = weights / weights.sum(-1, keepdim=True)
+    y = torch.zeros_like(x)
+    for e in range(experts):
+        b, s, place = (chosen == e).nonzero(as_tuple=True)
+        taken = torch.einsum("nh,h...f->n...f", x[b, s], w["moe.up.weight"][e])
+        taken = taken + (w["moe.up.bias"][e] if bias else 0)
+        taken = activate(taken, activation) @ w["moe.down.weight"][e]
+        taken = taken + (w["moe.down.bias"][e] if bias else 0)
+        y = y.index_put((b, s), taken * weights[b, s, place, None], accumulate=True)
+    hits = torch.nn.functional.one_hot(chosen, experts).sum(-2).double()[mask]
+    shares, means = hits.mean(0), probabilities[mask].mean(0)
+    log = logits.logsumexp(-1)[mask]
+    if not balance and not z_loss:
+        return y, {}
+    return y, {"balance": balance * experts * (shares * means).sum(), "z_loss": z_loss * (log**2).mean()}
+
+
+def activate(x, name):
+    from torch.nn import functional
+
+    plain = {
+        "gelu-tanh": lambda z: functional.gelu(z, approximate="tanh"),
+        "gelu": functional.gelu,
+        "silu": functional.silu,
+    }
+    gates = {"swiglu": "silu", "geglu": "gelu"}
+    if name in gates:
+        return plain[gates[name]](x[:, 0]) * x[:, 1]
+    return plain[name](x)
