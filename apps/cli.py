@@ -106,6 +106,25 @@ def gemm(
     raise typer.Exit(benchmark.main(chosen))
 
 
+@bench.command("attention", epilog="Example: colossal-mpi bench attention --sequence 4096 --heads 32 --groups 8")
+def bench_attention(
+    sequence: Annotated[
+        list[int] | None, typer.Option(help="Tokens; may be repeated. 1024 to 16384 by default.")
+    ] = None,
+    heads: Annotated[int, typer.Option(help="Heads of queries.")] = 4,
+    groups: Annotated[int | None, typer.Option(help="Heads of keys and values, as many by default.")] = None,
+    width: Annotated[int, typer.Option(help="Width of a head.")] = 64,
+    dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
+    causal: Annotated[bool, typer.Option(help="Whether a query sees its own and earlier keys only.")] = True,
+    json: Annotated[Path | None, typer.Option(help="Write the rows here.")] = None,
+) -> None:
+    """Measure the memory and time of attention, forward and backward, as the sequence grows."""
+    from colossal_mpi.apps.bench import attention as benchmark
+
+    sizes = benchmark.Sizes(heads, heads if groups is None else groups, width, dtype, causal)
+    raise typer.Exit(benchmark.main(sequence or [2**i for i in range(10, 15)], sizes, json))
+
+
 @bench.command("train", epilog="Example: colossal-mpi bench train --hidden 512 --grid row=2,col=2 --tensor 2d")
 def bench_train(
     layers: Annotated[int, typer.Option(help="Transformer blocks.")] = 4,
