@@ -85,13 +85,13 @@ def test_the_seed_decides(name):
 LEARNS = {"patch": 4, "layers": 2, "hidden": 64, "heads": 4, "std": 0.1}
 
 
-@pytest.mark.deadline(240)
+@pytest.mark.deadline(180)
 @pytest.mark.grids({}, {"row": 2, "col": 2})
 def test_a_vit_names_the_digits(grid):
-    training = {"steps": 300, "batch": 64, "microbatches": 1, "warmup": 50, "lr": 2e-3}
+    training = {"steps": 150, "batch": 64, "microbatches": 1, "warmup": 30, "lr": 2e-3}
     parallel = {"grid": dict(grid.axes), "tensor": mode_of(grid) or "none"}
     table = {"model": {"kind": "vit", **LEARNS}, "data": {"validation": 0.2}, "training": training}
     run = Trainer(configs.validate({**table, "parallel": parallel}, "digits"), grid)
-    for step in range(300):
+    for step in range(150):
         run.step(step)
     assert run.validate()["val_accuracy"] >= 0.95
