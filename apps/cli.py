@@ -51,6 +51,7 @@ def train(
     config: Annotated[str | None, typer.Argument(help=f"A TOML file, or a shipped one: {configs.shipped()}.")] = None,
     grid: Annotated[str | None, typer.Option(help="Axes of the grid, outermost first: data=2,row=2,col=2.")] = None,
     tensor: Annotated[str | None, typer.Option(help="Tensor mode: none, 1d, 2d, 2.5d, 3d.")] = None,
+    kernels: Annotated[str | None, typer.Option(help="Local maths: auto, reference, torch.")] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")] = None,
     resume: Annotated[str | None, typer.Option(help="Go on with the run in this directory.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run in the run directory.")] = False,
@@ -58,7 +59,8 @@ def train(
     """Train a model on text or images. Run it under mpiexec or srun, or alone on one rank."""
     from colossal_mpi.apps import train as training
 
-    settings = [*(setting or []), *([f'parallel.tensor="{tensor}"'] if tensor else [])]
+    given = {"tensor": tensor, "kernels": kernels}
+    settings = [*(setting or []), *(f'parallel.{key}="{value}"' for key, value in given.items() if value)]
     if grid:
         settings.append(configs.grid_setting(configs.parse_grid(grid)))
     if (config is None) == (resume is None):
@@ -102,6 +104,25 @@ def gemm(
 
     chosen = options.checked(size or ["2048"], ranks, dtype, algorithm or [], repeat, json, plot, world=world_size())
     raise typer.Exit(benchmark.main(chosen))
+
+
+@bench.command("attention", epilog="Example: colossal-mpi bench attention --sequence 4096 --heads 32 --groups 8")
+def bench_attention(
+    sequence: Annotated[
+        list[int] | None, typer.Option(help="Tokens; may be repeated. 1024 to 16384 by default.")
+    ] = None,
+    heads: Annotated[int, typer.Option(help="Heads of queries.")] = 4,
+    groups: Annotated[int | None, typer.Option(help="Heads of keys and values, as many by default.")] = None,
+    width: Annotated[int, typer.Option(help="Width of a head.")] = 64,
+    dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
+    causal: Annotated[bool, typer.Option(help="Whether a query sees its own and earlier keys only.")] = True,
+    json: Annotated[Path | None, typer.Option(help="Write the rows here.")] = None,
+) -> None:
+    """Measure the memory and time of attention, forward and backward, as the sequence grows."""
+    from colossal_mpi.apps.bench import attention as benchmark
+
+    sizes = benchmark.Sizes(heads, heads if groups is None else groups, width, dtype, causal)
+    raise typer.Exit(benchmark.main(sequence or [2**i for i in range(10, 15)], sizes, json))
 
 
 @bench.command("train", epilog="Example: colossal-mpi bench train --hidden 512 --grid row=2,col=2 --tensor 2d")

@@ -123,6 +123,9 @@ class Parallel(Section):
     keep_gathered: bool = Field(True, description="keep gathered operands for the backward pass: faster, more memory")
     dtype: Literal["float32", "float64"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    kernels: Literal["auto", "reference", "torch"] = Field(
+        "auto", description="local maths: PyTorch's kernels where it is installed, or the formulas in NumPy and CuPy"
+    )
 
 
 class Run(Section):

@@ -109,7 +109,7 @@ class _Report:
         parallel, task = trainer.config.parallel, trainer.task
         self._say(
             f"{task.name} of {trainer.parameters:,} parameters, {parallel.dtype}, tensor {parallel.tensor} on "
-            f"{trainer.grid}; {task.about}"
+            f"{trainer.grid}, {trainer.kernels} kernels; {task.about}"
         )
 
     def _say(self, text: str) -> None:

@@ -10,7 +10,7 @@ from colossal_mpi import checkpoint, comm
 from colossal_mpi.apps import tasks
 from colossal_mpi.apps.config import Config
 from colossal_mpi.grid import Grid
-from colossal_mpi.layers import Context, Parallelism, models
+from colossal_mpi.layers import Context, Parallelism, kernels, models
 from colossal_mpi.layers.optim import AdamW, warmup_cosine
 from colossal_mpi.layout import part
 
@@ -27,6 +27,7 @@ class Trainer:
     def __init__(self, config: Config, grid: Grid) -> None:
         parallel, training = config.parallel, config.training
         self.config, self.grid = config, grid
+        self.kernels = kernels.use(parallel.kernels, grid)
         self.task = tasks.make(config, Parallelism(grid, parallel.tensor, parallel.keep_gathered))
         self.model = self.task.model
         self.optimizer = AdamW(self.model.parameters(), weight_decay=training.weight_decay, clip=training.clip)

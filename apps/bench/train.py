@@ -70,7 +70,8 @@ def checked(
         if value < 1:
             raise ConfigError(f"--{key} {value}: at least 1, for example --{key} {getattr(Sizes(), key)}")
     if sizes.hidden % sizes.heads:
-        raise ConfigError(f"--heads {sizes.heads} do not divide --hidden {sizes.hidden}")
+        fitting = [str(n) for n in range(1, min(sizes.hidden, 4 * sizes.heads) + 1) if sizes.hidden % n == 0]
+        raise ConfigError(f"--heads {sizes.heads} do not divide --hidden {sizes.hidden}: use {', '.join(fitting)}")
     if unknown := [name for name in names if name not in peers()]:
         raise ConfigError(f"--kernels {', '.join(unknown)}: use one of {', '.join(peers())}")
     if repeat < 1:

@@ -47,6 +47,9 @@ def _keys(inner: int, positions: int, groups: int | None) -> tuple[Key, ...]:
 def _normal(table: Table) -> Table:
     """Give the rotary positions the spelling of older versions: today ``rope_parameters`` has scaling and base."""
     rope = table.get("rope_scaling") or table.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise ConfigError(f"rope_parameters={rope!r} cannot be run: they must be those of all layers")
+    rope = {key: table[key] for key in ("partial_rotary_factor",) if key in table} | rope
     base = {key: rope[key] for key in ("rope_theta",) if key in rope}
     try:
         Rotary(None, rope)

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from colossal_mpi import backend, comm
-from colossal_mpi.errors import CheckpointError, ConfigError
+from colossal_mpi.errors import CheckpointError, ConfigError, OptionError
 from colossal_mpi.layers.huggingface import weights
 from colossal_mpi.layers.huggingface.architecture import Architecture
 from colossal_mpi.layers.huggingface.bert import BERT
 from colossal_mpi.layers.huggingface.gpt2 import GPT2
 from colossal_mpi.layers.huggingface.llama import LLAMA, MISTRAL
 from colossal_mpi.layers.huggingface.sink import Sink
-from colossal_mpi.layers.huggingface.source import Source
+from colossal_mpi.layers.huggingface.source import DTYPES, Source
 from colossal_mpi.layers.huggingface.vit import VIT
 from colossal_mpi.layers.layer import Layer
 from colossal_mpi.layers.models.kinds import KINDS
@@ -47,13 +47,16 @@ def from_pretrained(directory: str | Path, parallelism: Parallelism, dtype: str 
 
     Returns
     -------
-    GPT
-        By the ``model_type``, with the configuration that the file gives as ``config``.
+    GPT, Llama, Bert or ViT
+        By the ``model_type``, with the configuration that the file gives as ``config``. It has no dropout: rates are no
+        part of what was trained.
 
     Raises
     ------
     ConfigError
         On all ranks, if the configuration asks for what no model here computes, by key and value.
+    OptionError
+        If `dtype` is none of weights.
     CheckpointError
         If files or tensors are missing, damaged or of another shape, or the package safetensors is not installed.
 
@@ -66,6 +69,8 @@ def from_pretrained(directory: str | Path, parallelism: Parallelism, dtype: str 
     >>> model = models.from_pretrained("gpt2", Parallelism(Grid(row=2, col=2), "2d"))
     """
     grid = parallelism.grid
+    if dtype is not None and dtype not in DTYPES.values():
+        raise OptionError(f"from_pretrained with dtype={dtype!r}: use one of {', '.join(map(repr, DTYPES.values()))}")
     with comm.agreed(grid, CheckpointError):
         source = Source(directory)
         architecture, kind, config = _config(source, dtype)
@@ -103,7 +108,7 @@ def save_pretrained(
 
     Parameters
     ----------
-    model : GPT
+    model : GPT, Llama, Bert or ViT
         On any grid, in any mode.
     directory : path
         Must not exist, or be empty. Only rank 0 of the grid must see it.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from colossal_mpi.apps.bench import entry, gemm, timing
+from colossal_mpi.apps.bench import attention, entry, gemm, timing
 from colossal_mpi.apps.bench.competitors import OneProcess
 from colossal_mpi.apps.bench.distributed import best_sizes
 from colossal_mpi.apps.bench.operands import TOLERANCE, Piece, fill, residual
@@ -230,3 +230,18 @@ def test_the_time_is_that_of_the_group_and_known_to_all():
     taken = timing.timed(lambda: None, None if group == MPI.COMM_NULL else group)
     assert len(set(MPI.COMM_WORLD.allgather(taken))) == 1
     assert taken > 0
+
+
+def test_attention_is_measured_and_what_cannot_be_is_refused(tmp_path, capsys):
+    sizes = attention.Sizes(heads=4, groups=2, width=8)
+    assert attention.main([64, 512], sizes, tmp_path / "rows.json") == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["sequence"] for row in rows] == [64, 512]
+    assert rows[1]["scores"] == 512 * 512 * 4 * 4
+    assert 0 < rows[0]["peak"] < rows[1]["peak"]
+    assert all(row["seconds"] > 0 for row in rows)
+    assert "bytes a token" in capsys.readouterr().out
+    with pytest.raises(ColossalError, match="groups that divide heads"):
+        attention.main([64], attention.Sizes(heads=4, groups=3))
+    with pytest.raises(ColossalError, match="--dtype float16: use float32 or float64"):
+        attention.main([64], attention.Sizes(dtype="float16"))

@@ -56,6 +56,7 @@ def test_settings_overrule_the_file_and_may_be_strings(tmp_path):
             r"grid.comm.*='comm': input should be 'data', 'depth', 'row' or 'col'",
         ),
         ("[training]\nlr = inf\n", r"training.lr=inf: input should be a finite number"),
+        ("[parallel]\nkernels = 'fast'\n", r"parallel.kernels='fast': input should be 'auto', 'reference' or 'torch'"),
         ("[parallel]\ntensor = '4d'\n", r"parallel.tensor='4d': input should be 'none', '1d', '2d', '2.5d' or '3d'"),
         ("[training]\nbatch = 2\nmicrobatches = 3\n", r"microbatches=3 must be at most batch=2"),
         ("[model]\nkind = 'gtp'\n", r"model.kind='gtp': input should be 'gpt', "),
@@ -69,7 +70,7 @@ def test_settings_overrule_the_file_and_may_be_strings(tmp_path):
         ("training = 3\n[model\n", r"run.toml is not valid TOML"),
     ],
     ids=[
-        *["key", "section", "type", "range", "axis", "finite", "choice", "combination"],
+        *["key", "section", "type", "range", "axis", "finite", "provider", "choice", "combination"],
         *["kind", "key-of-kind", "range-of-kind", "choice-of-kind", "model", "syntax"],
     ],
 )

@@ -25,7 +25,7 @@ TASKS = {
 
 
 def trainer(name, grid, dtype="float64", **training):
-    parallel = {"grid": dict(grid.axes), "tensor": mode_of(grid) or "none", "dtype": dtype}
+    parallel = {"grid": dict(grid.axes), "tensor": mode_of(grid) or "none", "dtype": dtype, "kernels": "reference"}
     table = {**TASKS[name], "training": TRAINING | training, "parallel": parallel}
     return Trainer(configs.validate(table, name), grid)
 

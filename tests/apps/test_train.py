@@ -33,6 +33,7 @@ sample = 5
 [parallel]
 grid = { row = 2, col = 2 }
 tensor = "2d"
+kernels = "reference"
 [run]
 directory = "run"
 """
@@ -150,8 +151,10 @@ def test_a_run_is_not_overwritten_unless_asked(folder):
     refused = start(1, *quick)
     assert refused.returncode != 0
     assert "go on with --resume run, replace it with --overwrite" in refused.stderr
-    again = start(1, *quick, "--overwrite")
+    again = start(1, *quick, "--overwrite", "--kernels", "torch")
     assert again.returncode == 0, again.stderr
+    assert ", torch kernels; " in again.stdout
+    assert 'kernels = "torch"' in (folder / "run" / "config.toml").read_text()
     assert (folder / "run" / "notes.txt").exists()
 
 

@@ -12,6 +12,7 @@ from colossal_mpi.layers.attention import Attention, SelfAttention
 from colossal_mpi.layers.embedding import Embedding, SegmentEmbedding
 from colossal_mpi.layers.loss import CrossEntropy
 from colossal_mpi.layers.moe import MoE
+from colossal_mpi.layers.rotary import Rotary, Rotation
 
 B, S, H, F, A, V = 3, 5, 6, 7, 3, 11
 SIZES = {"b": B, "s": S, "h": H, "t": 3, "a": A, "d": 2, "f": F, "v": V, "p": 2, "c": 2, "y": 5, "x": 7, "k": 2}
@@ -20,6 +21,9 @@ LAYERS = {
     "attention-core": Attention,
     "attention-core-all": lambda p: Attention(p, causal=False),
     "attention": lambda p: SelfAttention(H, A, p, "attention", **COMMON),
+    "groups": lambda p: SelfAttention(H, 6, p, "groups", groups=3, width=2, rotary=Rotary(9.0), **COMMON),
+    "one-group": lambda p: SelfAttention(H, 4, p, "group", groups=1, width=2, rotary=Rotary(9.0), **COMMON),
+    "rotation": lambda p: Rotation(Rotary(), 2),
     "segments": lambda p: SegmentEmbedding(1, H, p, "segments", **COMMON),
     "moe": lambda p: MoE(H, F, 3, p, "moe", bias=True, out_std=0.5, **COMMON),
 }
@@ -75,7 +79,7 @@ def input_of(name, p, grid):
     if name in TABLE:
         return case.input_of(name, p, SIZES)
     shape, layout = (B, S, H), p.stream()
-    if name.startswith("attention-core"):
+    if name == "rotation" or name.startswith("attention-core"):
         shape, layout = (B, S, 3, A, 2), p.inside("bstad", "a")
     return random.normal(shape, grid, layout, 3, "x")
 

@@ -76,7 +76,7 @@ def check(p, prepared, name):
 
 
 @prepared_by
-@few
+@pytest.mark.grids({}, {"row": 2, "col": 2})
 def test_float32_is_asked_for_and_near(grid, prepared):
     p = parallelism(grid)
     for name in case.MODELS:
@@ -114,14 +114,14 @@ class CountedSlice:
 def test_a_rank_reads_the_bytes_of_its_own_blocks(grid, prepared, monkeypatch):
     opened = source._open
     monkeypatch.setattr(source, "_open", lambda path: Counted(opened(path)))
-    for name in case.CASES:
+    for name in case.MODELS:
         Counted.read = 0
         model = models.from_pretrained(prepared / name, parallelism(grid))
         assert Counted.read == sum(q.value.local.nbytes for q in model.parameters())
 
 
 @prepared_by
-@few
+@pytest.mark.grids({}, {"row": 2, "col": 2}, {"col": 2, "depth": 2})
 def test_what_is_saved_in_several_files_is_the_same_bits(grid, prepared, shared_path):
     p = parallelism(grid)
     for name in case.CASES:

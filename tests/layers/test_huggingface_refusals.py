@@ -62,6 +62,8 @@ VALUES = [
     ("llama", {"hidden_act": ["silu"]}, r"hidden_act=\['silu'\] cannot be run: it must be 'silu'"),
     ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope.*'yarn'.*: use one of"),
     ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "rope.*it lacks low_freq_factor"),
+    ("llama", {"rope_scaling": {"full_attention": {"rope_type": "default"}}}, "rope.*must be those of all layers"),
+    ("llama", {"partial_rotary_factor": 0.5}, "rope.*partial_rotary_factor=0.5: heads are turned whole"),
     ("llama", {"model_type": "mistral", "sliding_window": 3}, "sliding_window=3 cannot be run: it must be None"),
     ("llama", {"model_type": "mistral"}, None),
     ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key' cannot be run"),
@@ -178,6 +180,11 @@ def test_files_that_are_damaged_or_none_are_refused(tmp_path, monkeypatch):
 def load_file_of(content, tmp_path):
     (tmp_path / "good.safetensors").write_bytes(content)
     return load_file(tmp_path / "good.safetensors")
+
+
+def test_a_dtype_that_is_none_of_weights_is_refused(tmp_path):
+    with pytest.raises(OptionError, match="dtype='int8': use one of 'float64', 'float32'"):
+        models.from_pretrained(tmp_path, Parallelism(Grid(MPI.COMM_SELF)), "int8")
 
 
 def test_a_missing_package_is_named_with_the_remedy(tmp_path, monkeypatch):

@@ -6,10 +6,12 @@ import pytest
 from mpi4py import MPI
 from reference.saved import saved_arrays
 
-from colossal_mpi import Grid, from_global
+from colossal_mpi import Grid, from_global, random
 from colossal_mpi.layers import Context, Parallelism
+from colossal_mpi.layers.attention import SelfAttention
 from colossal_mpi.layers.models import GPT, GPTConfig
 from colossal_mpi.layers.optim import AdamW
+from colossal_mpi.layers.rotary import Rotary
 
 CONFIG = GPTConfig(vocabulary=256, layers=2, hidden=256, heads=8, positions=32)
 TOKENS = [[(7 * i + 3 * j) % 256 for j in range(32)] for i in range(8)]
@@ -73,3 +75,16 @@ def test_3d(grid):
 @pytest.mark.grids({"col": 4})
 def test_1d(grid):
     check(grid, "1d")
+
+
+@pytest.mark.grids({})
+def test_attention_keeps_no_scores(grid):
+    """Of each token: the input, q, k and v, the output, two statistics a head and an angle's cosine and sine."""
+    p = Parallelism(grid)
+    layer = SelfAttention(8, 4, p, "attention", groups=2, rotary=Rotary())
+    kept = []
+    for s in (512, 1024):
+        _, cache = layer.forward(random.normal((1, s, 8), grid, p.stream()).astype("float32"), Context())
+        kept.append(sum(array.nbytes for array in saved_arrays(cache)))
+    assert kept[1] <= 2 * kept[0]
+    assert kept[1] <= 4 * (1024 * (4 * 8 + 2 * 4 + 2) + 3 * 8 * 8)

@@ -5,13 +5,15 @@ import pytest
 from mpi4py import MPI
 from reference import gpt_case as case
 from reference import layer_case
-from reference.modes import parallelism
+from reference.modes import mode_of, parallelism
 from reference.saboteur import Saboteur
 
-from colossal_mpi import Grid, comm, from_global
+from colossal_mpi import Grid, comm, from_global, random
 from colossal_mpi.layers import Context, Parallelism
+from colossal_mpi.layers.attention import SelfAttention
 from colossal_mpi.layers.loss import CrossEntropy
 from colossal_mpi.layers.models import GPT, GPTConfig
+from colossal_mpi.layers.rotary import Rotary
 from tests.cases import host
 
 CONFIG = GPTConfig(vocabulary=257, layers=1, hidden=10, heads=5, positions=7, dtype="float64")
@@ -40,7 +42,23 @@ def difference(mine, exact):
     return case.difference({name: (g, ...) for name, g in mine.items()}, exact)
 
 
-def check(grid, tensor, monkeypatch):
+def attention_gradients(grid, tensor, saboteur=None, victim=None):
+    """Return the same of attention whose keys and values all ranks have."""
+    p = Parallelism(grid, tensor)
+    options = {"groups": 1, "width": 2, "rotary": Rotary(), "std": 0.5, "out_std": 0.5, "dtype": "float64"}
+    layer = SelfAttention(10, 6, p, "attention", **options)
+    x, dy = (random.normal((5, 7, 10), grid, p.stream(), 0, name) for name in ("x", "dy"))
+    _, cache = layer.forward(x, Context())
+    if saboteur:
+        saboteur.arm(victim)
+    dx = layer.backward(dy, cache)
+    reduced = {q.name: q.reduce() for q in layer.parameters()}
+    if saboteur:
+        saboteur.armed = False
+    return {name: g.gather() for name, g in {"dx": dx, **reduced}.items()}
+
+
+def check(grid, tensor, monkeypatch, gradients=gradients):
     exact = gradients(Grid(MPI.COMM_SELF), None)
     saboteur = Saboteur(monkeypatch)
     assert difference(gradients(grid, tensor, saboteur), exact) <= 1e-10
@@ -71,6 +89,11 @@ def test_25d(grid, monkeypatch):
 @pytest.mark.grids({"row": 2, "depth": 2}, {"row": 2, "col": 2, "depth": 2})
 def test_3d(grid, monkeypatch):
     check(grid, "3d", monkeypatch)
+
+
+@pytest.mark.grids({"col": 2}, {"row": 2, "col": 2}, {"depth": 2, "col": 2}, {"col": 2, "depth": 2})
+def test_keys_and_values_of_every_rank(grid, monkeypatch):
+    check(grid, mode_of(grid), monkeypatch, attention_gradients)
 
 
 SUMMED = (

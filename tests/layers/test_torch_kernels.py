@@ -24,7 +24,6 @@ X, DY = RNG.standard_normal((2, B, S, H))
 GAIN, BIAS = RNG.standard_normal((2, H))
 Q, DO = RNG.standard_normal((2, B, S, 6, 5))
 KEYS, VALUES = RNG.standard_normal((2, B, S, 2, 5))
-K, V = (np.repeat(x, 3, axis=2) for x in (KEYS, VALUES))
 SEEN = np.array([[True] * S, [False] * 3 + [True] * (S - 3), [False] * S])
 IDS = RNG.integers(0, 11, (B, S))
 
@@ -60,10 +59,10 @@ CASES = {
     "norm by squares": (root_mean_square, B * S, X, DY, GAIN),
     "lookup": (lambda k, table, dy: (k.lookup(table, IDS, 0), k.lookup_backward(dy, IDS, 0, 11)), B * S, X[0], DY),
     "lookup in a piece": (lambda k, dy: k.lookup_backward(dy, IDS, 4, 5), B * S, DY),
-    "causal attention": (attention(True), S + 5, Q, K, V, DO),
-    "attention of all keys": (attention(False), S + 5, Q, K, V, DO),
-    "causal attention of some keys": (attention(True, SEEN), S + 5, Q, K, V, DO),
-    "attention of some keys": (attention(False, SEEN), S + 5, Q, K, V, DO),
+    "causal attention": (attention(True), 3 * S + 5, Q, KEYS, VALUES, DO),
+    "attention of all keys": (attention(False), 3 * S + 5, Q, KEYS, VALUES, DO),
+    "causal attention of some keys": (attention(True, SEEN), 3 * S + 5, Q, KEYS, VALUES, DO),
+    "attention of some keys": (attention(False, SEEN), 3 * S + 5, Q, KEYS, VALUES, DO),
 }
 """What a kernel and its adjoint give of either provider, the terms of their longest sum, and the arrays."""
 
@@ -114,6 +113,27 @@ def test_torch_does_what_it_is_there_for(name, monkeypatch):
     assert sum(shared) >= expected
 
 
+@pytest.mark.parametrize("mask", [None, SEEN], ids=["whole", "some"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "all"])
+def test_statistics_of_attention_are_either_providers(causal, mask):
+    arrays = Q, KEYS, VALUES
+    exact, given = (k.attention(*arrays, causal, mask) for k in (reference, by_torch))
+    wanted = reference.attention_backward(DO, *arrays, *exact, causal, mask)
+    compare(reference.attention_backward(DO, *arrays, *given, causal, mask), wanted, 3 * S + 5)
+    compare(by_torch.attention_backward(DO, *arrays, *exact, causal, mask), wanted, 3 * S + 5)
+    logarithms = [peak + np.log(np.where(total > 0, total, 1)) for _, (peak, total) in (exact, given)]
+    seen = exact[1][1] > 0
+    assert np.array_equal(seen, given[1][1] > 0)
+    compare(logarithms[1][seen], logarithms[0][seen], S + 5)
+
+
+def test_positions_and_parts_of_the_keys_are_the_references():
+    order = np.arange(S)[::-1].copy(), np.arange(S)[::-1].copy()
+    for k, v, options in ((KEYS, VALUES, (True, None, order)), (KEYS[:, :4], VALUES[:, :4], (True,))):
+        pair = [leaves(p.attention(Q, k, v, *options)) for p in (by_torch, reference)]
+        assert all(np.array_equal(*both) for both in zip(*pair, strict=True))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_empty_blocks(name):
     case, terms, *arrays = CASES[name]
@@ -122,7 +142,7 @@ def test_empty_blocks(name):
     batch = [a[:0] if a.ndim > 1 else a for a in arrays]
     compare(case(by_torch, *batch), case(reference, *batch), terms)
     if "attention" in name:
-        heads = [a[:, :, :0] for a in arrays]
+        heads = [a[:, :0] for a in arrays]
         compare(case(by_torch, *heads), case(reference, *heads), terms)
 
 

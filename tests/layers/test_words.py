@@ -3,13 +3,15 @@
 import pytest
 from reference import layer_case as case
 from reference.layer_words import LOCAL, MOVED, layer_words
-from reference.modes import mode_of, parallelism
-from reference.words import block_words
+from reference.modes import GRIDS, mode_of, parallelism
+from reference.words import block_words, grouped_words
 
 from colossal_mpi import comm, ledger, random
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.layers import Context, Parallelism
+from colossal_mpi.layers.attention import SelfAttention
 from colossal_mpi.layers.block import TransformerBlock
+from colossal_mpi.layers.rotary import Rotary
 
 RAGGED = {"b": 7, "s": 5, "h": 10, "a": 5, "d": 2, "f": 13}
 EVEN = {"b": 8, "s": 4, "h": 16, "a": 8, "d": 2, "f": 24}
@@ -58,6 +60,21 @@ def test_25d_block(grid, sizes, keep_gathered):
 @pytest.mark.grids({"row": 2, "col": 2, "depth": 2}, {"col": 2, "depth": 3}, {"row": 3, "depth": 2})
 def test_3d_block(grid, sizes, keep_gathered):
     check(grid, "3d", sizes, keep_gathered)
+
+
+@pytest.mark.parametrize("groups", [1, 3], ids=["one-group", "groups"])
+@pytest.mark.grids(*[axes for axes in GRIDS if "data" not in axes])
+def test_grouped_attention(grid, groups):
+    """The stream is gathered once for both products; one group is on every rank, its cotangents summed."""
+    p, (b, s, h, a, d) = parallelism(grid), (7, 5, 10, 6, 2)
+    layer = SelfAttention(h, a, p, "attention", groups=groups, width=d, rotary=Rotary(), dtype="float64")
+    x = random.normal((b, s, h), grid, p.stream(), 0, "x")
+    with ledger.record() as moved:
+        y, cache = layer.forward(x, Context())
+        layer.backward(y, cache)
+    cut = "g" if groups >= grid.axes.get("col", 1) else "r"
+    total = grouped_words(mode_of(grid) or "1d", grid.axes, b, s, h, a, groups, d, cut)
+    assert sum(comm.collect(moved.words, grid)) == total
 
 
 @pytest.mark.grids(

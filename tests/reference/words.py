@@ -19,6 +19,21 @@ def block_words(mode, sizes, b, s, h, a, d, f, keep_gathered=True):
     return 2 * once + vectors + norms + (0 if keep_gathered else again)
 
 
+def grouped_words(mode, sizes, b, s, h, a, g, d, cut):
+    """Return the words of self-attention of a heads in g groups, of which the letter `cut`, g or r, is cut."""
+    r, c, q = (sizes.get(axis, 1) for axis in ("row", "col", "depth"))
+    n, e, u = b * s, a * d, 2 * g * d
+    copies = c if cut == "r" else 1
+    # Weight and bias of keys and values, stored cut over the axes that cut r, are gathered over them, too.
+    shared_weight, shared_bias = (q * r * (copies - 1) * size for size in (h * u, u))
+    moved = 2 * n * u * (copies - 1) + 2 * (e + u) * (r * q - 1) + shared_bias
+    if mode in ("1d", "3d"):
+        once = 2 * n * h * (c - 1) + n * (2 * e + copies * u) * (q - 1) + h * (2 * e + u) * (r - 1)
+        return 2 * once + moved + shared_weight // q + 2 * h * (r * c - 1)
+    once = n * (h + e) * (c - 1) + q * h * (2 * e + u) * (r - 1)
+    return 2 * once + moved + shared_weight + 2 * (q - 1) * h * (2 * e + u) + 2 * h * (r * q - 1)
+
+
 def moe_words(template, sizes, b, s, h, f, experts, top_k, slots, pairs):
     """Return the words of a mixture of experts with losses, forward and backward, `slots` for each expert and block."""
     d, r, c, q = (sizes.get(axis, 1) for axis in ("data", "row", "col", "depth"))

@@ -12,7 +12,7 @@ import itertools
 import math
 
 from colossal_mpi.backend import Block, namespace
-from colossal_mpi.layers.kernels.reference.tiles import LENGTH, Order, Positions, Tile, parts, tiles, wide
+from colossal_mpi.layers.kernels.reference.tiles import Order, Positions, Tile, tiles, wide
 
 State = tuple[Block, Block, Block]
 """``sum_j exp(score_j - peak) v_j [b, g, n, d]``, the peaks ``[b, g, 1, n]`` and ``sum_j exp(score_j - peak)``."""
@@ -51,9 +51,10 @@ def attention(
     xp, (b, s, a, d), g = namespace(q), q.shape, k.shape[2]
     if 0 in q.shape or 0 in k.shape:
         return xp.zeros_like(q), _nothing(q, (b, a, s, 1))
-    q, order, keys = xp.reshape(q, (b, s, g, a // g, d)), Order(causal, mask, positions), parts(k.shape[1], LENGTH)
+    q, order = xp.reshape(q, (b, s, g, a // g, d)), Order(causal, mask, positions)
     out, statistics = xp.zeros_like(q), _nothing(q, (b, g, a // g, s))
-    for tile in itertools.chain.from_iterable(tiles(q, k)):
+    rows, keys = tiles(q, k, causal)
+    for tile in itertools.chain.from_iterable(rows):
         x, state = tile.of_queries(q) / math.sqrt(d), None
         for which in order.seen(tile, keys):
             scores = order.hide(_scores(x, tile.of_keys(k, which)), tile, which)
@@ -165,8 +166,8 @@ def attention_backward(
         return xp.zeros_like(q), dk, dv
     do, q, o = (xp.reshape(x, (b, s, g, a // g, d)) for x in (do, q, o))
     statistics, dq = xp.reshape(statistics, (2, b, g, a // g, s)), xp.zeros_like(q)
-    order, keys = Order(causal, mask, positions), parts(k.shape[1], LENGTH)
-    for some in tiles(q, k):
+    order, (rows, keys) = Order(causal, mask, positions), tiles(q, k, causal)
+    for some in rows:
         sums: dict[int, list[Block]] = {}
         for tile in some:
             dx, columns = None, _columns(tile, do, q, o, statistics)
@@ -192,8 +193,8 @@ def _columns(tile: Tile, do: Block, q: Block, o: Block, statistics: Block) -> tu
     """
     xp, statistics = namespace(q), tile.of_statistics(statistics)
     y = tile.of_queries(do) / xp.matrix_transpose(_divisor(statistics[1, ...]))
-    products = xp.sum(y * tile.of_queries(o), axis=-1, keepdims=True)
-    return tile.of_queries(q) / math.sqrt(q.shape[-1]), y, _finite(statistics[0, ...]), xp.matrix_transpose(products)
+    products = xp.vecdot(y, tile.of_queries(o))[..., None, :]
+    return tile.of_queries(q) / math.sqrt(q.shape[-1]), y, _finite(statistics[0, ...]), products
 
 
 def _terms(

@@ -19,6 +19,8 @@ Positions = tuple[Block, Block] | None
 
 LENGTH = 256
 """Most queries, and most keys, of a tile."""
+LEAST = 64
+"""Queries, or keys, that are not cut in two to skip a tile."""
 SCORES = 1 << 18
 """Most scores of a tile of several queries."""
 
@@ -71,15 +73,32 @@ def wide(x: Block) -> Block:
     return xp.astype(x, xp.float32) if is_half(x.dtype) else x
 
 
-def tiles(q: Block, k: Block) -> Iterator[list[Tile]]:
-    """Yield, for queries ``[b, s, g, r, d]`` and keys ``[b, t, g, d]``, the tiles of the same samples and groups."""
-    (b, s, g, r, _), t = q.shape, min(k.shape[1], LENGTH)
-    height = min(s, LENGTH, max(1, SCORES // (r * t)))
-    groups = max(1, SCORES // (r * height * t))
+def tiles(q: Block, k: Block, causal: bool) -> tuple[Iterator[list[Tile]], list[slice]]:
+    """Return how queries ``[b, s, g, r, d]`` and keys ``[b, t, g, d]`` are cut.
+
+    Returns
+    -------
+    iterator of list of Tile
+        The tiles of queries, those of the same samples and groups together.
+    list of slice
+        The parts of the keys.
+    """
+    (b, s, g, r, _), t = q.shape, k.shape[1]
+    width, height = _length(t, causal), _length(s, causal)
+    height = min(height, max(1, SCORES // (r * width)))
+    groups = max(1, SCORES // (r * height * width))
     queries = parts(s, height)
-    for samples in parts(b, max(1, groups // g)):
-        for some in parts(g, groups):
-            yield [Tile(samples, some, rows) for rows in queries]
+    found = (
+        [Tile(samples, some, rows) for rows in queries]
+        for samples in parts(b, max(1, groups // g))
+        for some in parts(g, groups)
+    )
+    return found, parts(t, width)
+
+
+def _length(n: int, causal: bool) -> int:
+    """Return the most queries or keys of a tile; in a causal order there are two parts, so that a tile is skipped."""
+    return min(n, LENGTH, max(LEAST, -(-n // 2)) if causal else n)
 
 
 def parts(n: int, most: int) -> list[slice]:
