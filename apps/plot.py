@@ -34,7 +34,7 @@ def plot_run(rows: list[dict[str, Any]], per: str, path: Path) -> None:
     loss.set(ylabel=f"loss (nats per {per})")
     for i, name in enumerate(names):
         percent, color = [100 * shares(row)[name] for row in held], _SHARES[i % len(_SHARES)]
-        _held_out(panels[1, 0], steps, percent, name, color, "{:.1f} %")
+        _held_out(panels[1, 0], steps, percent, name, color, "{:.1f} %", above=False)
     if names:
         panels[1, 0].set(ylabel="of the held out (%)")
     panels[-1, 0].set(xlabel="step")
@@ -45,7 +45,10 @@ def plot_run(rows: list[dict[str, Any]], per: str, path: Path) -> None:
     pyplot.close(figure)
 
 
-def _held_out(axes: Any, steps: list[int], values: list[float], label: str, color: str, form: str) -> None:
+def _held_out(
+    axes: Any, steps: list[int], values: list[float], label: str, color: str, form: str, above: bool = True
+) -> None:
     axes.plot(steps, values, "o-", color=color, label=label)
     if values:
-        axes.annotate(form.format(values[-1]), (steps[-1], values[-1]), (0, 12), textcoords="offset points", ha="right")
+        at, shift = (steps[-1], values[-1]), (0, 12 if above else -18)
+        axes.annotate(form.format(values[-1]), at, shift, textcoords="offset points", ha="right")

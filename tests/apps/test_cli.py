@@ -45,3 +45,8 @@ def test_a_wrong_call_is_one_line(arguments):
     assert result.returncode != 0
     assert result.stderr.count("colossal_mpi: error:") == 1
     assert "Traceback" not in result.stderr
+
+
+def test_help_lists_the_configurations_that_come_with_it():
+    words = call("train", "--help").stdout.split()
+    assert {"bert,", "demo,", "llama,", "vit."} <= set(words)

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 PARTS = ("colossal_mpi", "linalg", "layers", "apps", "setup.py", "pyproject.toml", "README.rst", "LICENSE")
 CHECK = """
 import pathlib, colossal_mpi
-from colossal_mpi.apps import config
+from colossal_mpi.apps import config, tasks
 from colossal_mpi.layers.models import GPT
 here = pathlib.Path(colossal_mpi.__file__).parent
 assert (here / "py.typed").exists()
