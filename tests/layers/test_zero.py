@@ -18,9 +18,8 @@ GRIDS = (
     {"data": 3},
     {"data": 2, "col": 2},
     {"data": 3, "row": 2},
-    {"data": 2, "row": 2, "col": 2},
     {"data": 2, "depth": 2, "row": 1, "col": 2},
-    {"data": 2, "row": 2, "depth": 2},
+    {"data": 2, "row": 2, "col": 1, "depth": 2},
 )
 each_stage = pytest.mark.parametrize("zero", [1, 2, 3])
 
