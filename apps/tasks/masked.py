@@ -97,10 +97,8 @@ class MaskedLanguage(Task):
         arrays = [batch.inputs, batch.labels[0], outputs[0] if self.pairs else outputs]
         inputs, labels, logits = map(whole, arrays)
         filled = np.where(labels >= 0, logits[:, :, :BYTES].argmax(-1), inputs)
-        lines = [
-            _text(row) for pair in zip(np.where(labels >= 0, ord("_"), inputs), filled, strict=True) for row in pair
-        ]
-        return b"\n" + b"\n".join(lines)
+        pairs = zip(np.where(labels >= 0, ord("_"), inputs), filled, strict=True)
+        return b"\n" + b"\n".join(_text(hidden) + b"  ->  " + _text(full) for hidden, full in pairs)
 
 
 def _text(tokens: np.ndarray) -> bytes:
