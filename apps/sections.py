@@ -95,8 +95,14 @@ class Training(Section):
     steps: int = Field(400, ge=1)
     batch: int = Field(16, ge=1, description="samples per step, over all ranks and microbatches")
     microbatches: int = Field(1, ge=1, description="parts of the batch whose gradients are accumulated")
+    optimizer: Literal["adamw", "sgd", "lamb", "lars", "adafactor", "muon"] = "adamw"
     lr: float = Field(1e-3, gt=0, allow_inf_nan=False, description="greatest learning rate")
-    warmup: int = Field(20, ge=0, description="steps of linear warm-up; a cosine follows")
+    warmup: int = Field(20, ge=0, description="steps of linear warm-up")
+    rate: Literal["constant", "linear", "cosine", "polynomial", "wsd", "multi-step", "one-cycle"] = Field(
+        "cosine", description="how the learning rate falls after the warm-up"
+    )
+    floor: float = Field(0.1, ge=0, le=1, description="share of lr at the end")
+    milestones: list[int] = Field([], description="of rate multi-step: from each of these steps on a tenth")
     weight_decay: float = Field(0.1, ge=0, allow_inf_nan=False)
     clip: float = Field(1.0, gt=0, description="greatest norm of the gradient")
     seed: int = 0
@@ -120,6 +126,9 @@ class Parallel(Section):
         {}, description="size of each axis, outermost first; empty: data over all ranks"
     )
     tensor: Literal["none", "1d", "2d", "2.5d", "3d"] = "none"
+    zero: Literal[0, 1, 2, 3] = Field(
+        0, description="stored once over data: 1 the optimizer's state, 2 also gradients, 3 also weights"
+    )
     keep_gathered: bool = Field(True, description="keep gathered operands for the backward pass: faster, more memory")
     dtype: Literal["float32", "float64"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"

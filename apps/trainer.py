@@ -11,7 +11,8 @@ from colossal_mpi.apps import tasks
 from colossal_mpi.apps.config import Config
 from colossal_mpi.grid import Grid
 from colossal_mpi.layers import Context, Parallelism, kernels, models
-from colossal_mpi.layers.optim import AdamW, warmup_cosine
+from colossal_mpi.layers.optim import OPTIMIZERS
+from colossal_mpi.layers.rates import Rate
 from colossal_mpi.layout import part
 
 
@@ -28,9 +29,20 @@ class Trainer:
         parallel, training = config.parallel, config.training
         self.config, self.grid = config, grid
         self.kernels = kernels.use(parallel.kernels, grid)
-        self.task = tasks.make(config, Parallelism(grid, parallel.tensor, parallel.keep_gathered))
+        self.task = tasks.make(config, Parallelism(grid, parallel.tensor, parallel.keep_gathered, parallel.zero))
         self.model = self.task.model
-        self.optimizer = AdamW(self.model.parameters(), weight_decay=training.weight_decay, clip=training.clip)
+        self.optimizer = OPTIMIZERS[training.optimizer](
+            self.model.parameters(), weight_decay=training.weight_decay, clip=training.clip
+        )
+        self.learning_rate = Rate(
+            training.rate,
+            training.lr,
+            training.steps,
+            training.warmup,
+            training.floor,
+            milestones=tuple(training.milestones),
+        )
+        """Of a step."""
 
     @property
     def parameters(self) -> int:
@@ -51,11 +63,6 @@ class Trainer:
             self.model.backward(task.backward(saved), cache)
             loss += value
         return loss
-
-    def learning_rate(self, step: int) -> float:
-        """Return the learning rate of a step."""
-        t = self.config.training
-        return warmup_cosine(step, peak=t.lr, warmup=t.warmup, total=t.steps)
 
     def step(self, step: int) -> dict[str, float]:
         """Do a training step and return its loss, gradient norm and learning rate."""

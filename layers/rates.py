@@ -92,8 +92,3 @@ _SHAPES: Mapping[str, Callable[[Rate, int, float], float]] = {
     "multi-step": lambda rate, step, done: rate.gamma ** sum(step >= place for place in rate.milestones),
     "one-cycle": lambda rate, step, done: rate._falling(_cosine(done)),
 }
-
-
-def warmup_cosine(step: int, *, peak: float, warmup: int, total: int, floor: float = 0.1) -> float:
-    """Return the learning rate of `step`: linear to `peak` over `warmup` steps, then a cosine to ``floor * peak``."""
-    return Rate("cosine", peak, total, warmup, floor)(step)

@@ -18,7 +18,8 @@ from colossal_mpi.bridge import from_torch, to_torch
 from colossal_mpi.errors import DTypeError, SharingError
 from colossal_mpi.layers.kernels import reference
 
-Tensor = torch.Tensor
+Tensor = Any
+"""``torch.Tensor``, for a checker that has no torch."""
 _aten = torch.ops.aten
 _GPU = torch.cuda.is_available()
 
@@ -37,7 +38,7 @@ def _kernel(function: Callable[..., Any]) -> Callable[..., Any]:
             tensors = [_view(value) for value in values]
         except (SharingError, DTypeError):
             return formula(*values, **options)
-        floats = {t.dtype for t in tensors if isinstance(t, Tensor) and t.is_floating_point()}
+        floats = {t.dtype for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point()}
         result = function(*tensors, **options) if len(floats) == 1 else NotImplemented
         return formula(*values, **options) if result is NotImplemented else _share(result)
 
@@ -59,7 +60,7 @@ def _share(result: Any) -> Any:
     """Return a result with blocks for its tensors."""
     if isinstance(result, tuple):
         return tuple(_share(item) for item in result)
-    return from_torch(result) if isinstance(result, Tensor) else result
+    return from_torch(result) if isinstance(result, torch.Tensor) else result
 
 
 @_kernel

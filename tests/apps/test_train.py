@@ -85,16 +85,20 @@ def test_a_run_leaves_its_files_and_resumes_bitwise(folder):
     assert [row["loss"] for row in rows(run)] == losses
 
 
-def test_a_run_resumes_on_another_grid(folder):
-    float64 = ["--set", "parallel.dtype=float64"]
-    assert start(4, "small.toml", *float64).returncode == 0
+@pytest.mark.parametrize(("optimizer", "stages"), [("adamw", (0, 0)), ("muon", (2, 3))])
+def test_a_run_resumes_on_another_grid_and_stage_of_zero(folder, optimizer, stages):
+    settings = ["parallel.dtype=float64", f"training.optimizer={optimizer}", "training.rate=wsd"]
+    settings = [word for setting in settings for word in ("--set", setting)]
+    first = start(4, "small.toml", *settings, "--grid", "data=2,row=2", "--set", f"parallel.zero={stages[0]}")
+    assert first.returncode == 0, first.stderr
     run = folder / "run"
     losses = [row["loss"] for row in rows(run)]
     (run / "checkpoints" / "latest").unlink()
     (run / "checkpoints" / "latest").symlink_to("step-0000003")
-    other = start(3, "--resume", "run", "--grid", "data=3", "--tensor", "none")
+    zero = ["--set", f"parallel.zero={stages[1]}"]
+    other = start(3, "--resume", "run", "--grid", "data=3", "--tensor", "none", *zero)
     assert other.returncode == 0, other.stderr
-    assert np.allclose([row["loss"] for row in rows(run)], losses, rtol=1e-10, atol=0)
+    assert np.allclose([row["loss"] for row in rows(run)], losses, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize(

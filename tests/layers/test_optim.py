@@ -11,7 +11,7 @@ from colossal_mpi import Grid, Layout, from_global
 from colossal_mpi.layers import Context, Parallelism, Parameter
 from colossal_mpi.layers.loss import CrossEntropy
 from colossal_mpi.layers.models import GPT
-from colossal_mpi.layers.optim import AdamW, gradient_norm, warmup_cosine
+from colossal_mpi.layers.optim import AdamW, gradient_norm
 from tests.cases import host
 
 
@@ -110,12 +110,3 @@ def test_norm_counts_each_global_element_once(grid):
     gradients = [from_global(values[p.name], grid, p.value.layout) for p in (matrix, vector)]
     exact = math.sqrt(sum((v**2).sum() for v in values.values()))
     assert gradient_norm(gradients) == pytest.approx(exact, rel=1e-15)
-
-
-def test_learning_rate_warms_up_and_falls_to_its_floor():
-    rates = [warmup_cosine(step, peak=2.0, warmup=4, total=20) for step in range(21)]
-    assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
-    assert rates[4] == 2.0
-    assert rates[12] == pytest.approx(1.1)  # half way: the mean of peak and floor
-    assert rates[20] == pytest.approx(0.2)
-    assert rates[4:] == sorted(rates[4:], reverse=True)

@@ -1,10 +1,21 @@
 """Modes and grids that do not fit are refused by name; storage spreads evenly."""
 
+import ast
+from pathlib import Path
+
 import pytest
 
 from colossal_mpi import GridError, Layout, ShapeError
 from colossal_mpi.layers import MODES, Parallelism
 from colossal_mpi.layers.attention import SelfAttention
+
+
+def test_no_layer_knows_the_name_of_a_mode():
+    folder = Path(__file__).parents[2] / "layers"
+    for path in folder.rglob("*.py"):
+        if path.name != "parallelism.py":
+            words = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
+            assert not {word for word in words if isinstance(word, str)} & set(MODES) - {"none"}, path
 
 
 def test_every_mode_takes_a_grid_of_one_rank(one_rank):
