@@ -9,6 +9,7 @@ from typing import Any
 from colossal_mpi import distarray, random
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import ShapeError
+from colossal_mpi.grid import Grid
 from colossal_mpi.layers.parallelism import Parallelism
 from colossal_mpi.layout import Layout
 
@@ -74,16 +75,35 @@ class Parameter:
         dtype: Any = "float32",
         inputs: int = 1,
     ) -> None:
-        self.name, self.parallelism, self.inputs = name, parallelism, inputs
+        self.name, self.shape, self.parallelism, self.inputs = name, tuple(shape), parallelism, inputs
         self.deferred = parallelism.deferred
         layout, grid = parallelism.store(used, shape), parallelism.grid
         self.owned = parallelism.own(layout, shape).on(grid.axes, len(shape))
         """The layout of the reduced gradient and of the optimizer's state."""
-        if std is None or seed is None:
-            self.value = distarray.full(shape, fill, grid, layout, dtype)
-        else:
-            self.value = (random.normal(shape, grid, layout, seed, name) * std).astype(dtype)
         self.grad: DistArray | None = None
+        self.world: Grid | None = None
+        """The ranks of the whole model, where it is cut into stages; None: those of the parameter's own grid."""
+        self.counted = True
+        """False for a copy, on another stage, of a weight that has its place on one before."""
+        self._value: DistArray | None = None
+
+        def make() -> DistArray:
+            if std is None or seed is None:
+                return distarray.full(shape, fill, grid, layout, dtype)
+            return (random.normal(shape, grid, layout, seed, name) * std).astype(dtype)
+
+        self._make = make
+
+    @property
+    def value(self) -> DistArray:
+        """The weight. It is made when first asked for, so that a stage may build a model and hold its own part."""
+        if self._value is None:
+            self._value = self._make()
+        return self._value
+
+    @value.setter
+    def value(self, value: DistArray) -> None:
+        self._value = value
 
     def accumulate(self, grad: DistArray) -> None:
         """Add a contribution, in any layout, to the gradient, which stays partial over the deferred axes.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from functools import singledispatchmethod
@@ -13,7 +14,7 @@ from colossal_mpi import backend, comm, exchange
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import GridError
 from colossal_mpi.grid import Grid
-from colossal_mpi.layers.layer import Context, Layer
+from colossal_mpi.layers.layer import Chain, Context, Layer, Parameter
 from colossal_mpi.layers.schedule import (
     BackwardInput,
     BackwardWeight,
@@ -24,6 +25,7 @@ from colossal_mpi.layers.schedule import (
     SendActivation,
     SendGradient,
     Transfer,
+    balanced,
     program,
 )
 from colossal_mpi.layout import Layout, box_shape
@@ -54,6 +56,35 @@ class Feed(Protocol):
 
     def stream(self, microbatch: int) -> tuple[tuple[int, ...], Layout, Any]:
         """Return global shape, layout and dtype of what goes from piece to piece."""
+
+
+def cut(model: Chain, grid: Grid, chunks: int = 1, costs: Sequence[float] | None = None) -> list[Chain]:
+    """Return this stage's pieces of a model, as `Pipeline` takes them.
+
+    Parameters
+    ----------
+    model : Chain
+        Made alike on every stage, on ``grid.at(pipe=stage)``; weights that are not asked for are never made.
+    grid : Grid
+        With an axis ``pipe``.
+    chunks : int
+        Pieces of a stage.
+    costs : sequence of float, optional
+        Of each layer of the chain, to balance the pieces by; by default its number of weights, those of the first
+        layer, whose rows are looked up, not counted.
+
+    Raises
+    ------
+    OptionError
+        If there are more pieces than layers.
+    """
+    stages, stage = grid.axes[PIPE], grid.coords[PIPE]
+    if costs is None:
+        costs = [
+            sum(math.prod(q.shape) for q in layer.parameters()) if i else 0 for i, layer in enumerate(model.layers)
+        ]
+    pieces = balanced(list(costs), stages * chunks)
+    return [Chain(*[model.layers[i] for i in pieces[c * stages + stage]]) for c in range(chunks)]
 
 
 class Pipeline:
@@ -87,14 +118,55 @@ class Pipeline:
         self.chunks, self.grid, self.schedule = list(chunks), grid, schedule
         self.stage, self.stages = grid.coords[PIPE], grid.axes[PIPE]
         list(program(schedule, self.stages, 1, self.stage, len(self.chunks)))
+        self.tied = self._tie()
+
+    def parameters(self) -> list[Parameter]:
+        """Return the parameters of this stage, each once."""
+        found = {id(q): q for chunk in self.chunks for q in chunk.parameters()}
+        return list(found.values())
+
+    def _tie(self) -> list[tuple[Parameter, int]]:
+        """Tell parameters of the whole model; return those that another stage has, too, by name, and that stage."""
+        mine = {q.name: q for q in self.parameters()}
+        names = comm.collect((self.stage, sorted(mine)), self.grid)
+        holders: dict[str, set[int]] = {}
+        for stage, held in names:
+            for name in held:
+                holders.setdefault(name, set()).add(stage)
+        for name, parameter in mine.items():
+            parameter.world, parameter.counted = self.grid, self.stage == min(holders[name])
+        crowded = sorted(name for name, stages in holders.items() if len(stages) > 2)
+        if crowded:
+            raise GridError(
+                f"parameters on more than two stages: {', '.join(crowded)}; a weight may be tied to one other"
+            )
+        shared = sorted(name for name in mine if len(holders[name]) == 2)
+        return [(mine[name], next(iter(holders[name] - {self.stage}))) for name in shared]
 
     def step(self, feed: Feed) -> float:
-        """Leave the gradients of all microbatches in the parameters; return the loss, the same on all ranks."""
+        """Leave the gradients of all microbatches in the parameters; return the loss, the same on all ranks.
+
+        The gradient of a weight that two stages hold is their sum on both, before it is reduced over data. A step is
+        all that adds to gradients between two steps of an optimizer.
+        """
         steps = list(program(self.schedule, self.stages, feed.microbatches, self.stage, len(self.chunks)))
         run = _Run(self, feed, steps)
         for step in steps:
             run.do(step)
-        return run.finish()
+        loss = run.finish()
+        for parameter, other in self.tied:
+            self._sum(parameter, other)
+        return loss
+
+    def _sum(self, parameter: Parameter, other: int) -> None:
+        assert parameter.grad is not None
+        layout = parameter.value.layout if parameter.deferred else parameter.owned
+        mine = parameter.grad.redistribute(layout.with_partial(*parameter.deferred))
+        theirs = backend.empty_like(mine.local, mine.local.shape)
+        send = backend.contiguous(mine.local)
+        exchange.start(self.grid, (PIPE,), [(other, send)], [(other, theirs)]).wait()
+        pair = (mine.local, theirs) if self.stage < other else (theirs, mine.local)
+        parameter.grad = mine.like(pair[0] + pair[1])  # in one order, so that both copies stay equal to the bit
 
 
 class _Run:

@@ -9,18 +9,26 @@ from typing import Any
 from colossal_mpi import backend, comm
 from colossal_mpi.distarray import DistArray, squares
 from colossal_mpi.errors import OptionError
+from colossal_mpi.grid import Grid
 from colossal_mpi.layers.layer import Parameter
 
 
-def gradient_norm(gradients: Sequence[DistArray]) -> float:
+def gradient_norm(gradients: Sequence[DistArray], grid: Grid | None = None) -> float:
     """Return the norm of reduced gradients together, each global element counted once, in float64.
+
+    Parameters
+    ----------
+    gradients : sequence of DistArray
+        On this rank's stage, where the model is cut into stages.
+    grid : Grid, optional
+        All ranks of the model; by default those of the gradients.
 
     **Communication:** one allreduce of a single word over the whole grid.
     """
+    grid = gradients[0].grid if grid is None else grid
     owned = [g for g in gradients if g.layout.owner(g.grid.axes, g.grid.coords)]
-    grid, xp = gradients[0].grid, backend.namespace(gradients[0].local)
-    local = sum((squares(g) for g in owned), start=xp.zeros((), dtype=xp.float64))
-    return math.sqrt(float(backend.to_host(comm.allreduce(xp.asarray(local), grid, tuple(grid.axes)))))
+    local = sum((squares(g) for g in owned), start=grid.xp.zeros((), dtype=grid.xp.float64))
+    return math.sqrt(float(backend.to_host(comm.allreduce(grid.xp.asarray(local), grid, tuple(grid.axes)))))
 
 
 class Group:
@@ -109,7 +117,9 @@ class Optimizer:
         **Communication:** the deferred reductions of the gradients and one allreduce of a single word; what `update`
         needs besides.
         """
-        norm = gradient_norm([parameter.reduce() for parameter in self.parameters])
+        reduced = [parameter.reduce() for parameter in self.parameters]
+        counted = [g for g, parameter in zip(reduced, self.parameters, strict=True) if parameter.counted]
+        norm = gradient_norm(counted, self.parameters[0].world)
         scale = 1.0 if self.clip is None or norm <= self.clip else self.clip / norm
         self.steps += 1
         for group in self.groups:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from mpi4py import MPI
+from reference import gpt_case as gpt
 from reference.gpt_case import block_and_index, difference
 from reference.modes import mode_of
 
@@ -13,8 +14,10 @@ from colossal_mpi.layers.embedding import Embedding, PositionEmbedding
 from colossal_mpi.layers.layer import Chain
 from colossal_mpi.layers.linear import Linear
 from colossal_mpi.layers.loss import CrossEntropy
+from colossal_mpi.layers.models import GPT
 from colossal_mpi.layers.norm import LayerNorm
-from colossal_mpi.layers.pipeline import Pipeline
+from colossal_mpi.layers.optim import AdamW
+from colossal_mpi.layers.pipeline import Pipeline, cut
 from colossal_mpi.layers.schedule import balanced
 from colossal_mpi.layout import part
 from tests.cases import host
@@ -74,8 +77,8 @@ def prepare(path):
 def pieces(grid, chunks, mode=None):
     p = Parallelism(grid.at(pipe=grid.coords["pipe"]), mode or mode_of(grid.at(pipe=grid.coords["pipe"])))
     made, stages = layers(p), grid.axes["pipe"]
-    cut = balanced(COSTS, stages * chunks)
-    mine = [cut[c * stages + grid.coords["pipe"]] for c in range(chunks)]
+    pieces = balanced(COSTS, stages * chunks)
+    mine = [pieces[c * stages + grid.coords["pipe"]] for c in range(chunks)]
     return p, [Chain(*[made[i]() for i in piece]) for piece in mine]
 
 
@@ -129,6 +132,63 @@ def test_words_between_stages(grid, prepared, schedule, microbatches):
     words = sum(event.words for event in moved.events if event.axes == ("pipe",))
     total = sum(comm.collect(words, grid))
     assert total == 2 * (2 * chunks - 1) * B * S * H + grid.size // 2  # and the loss
+
+
+class GPTFeed(Feed):
+    def _cut(self, whole, microbatch):
+        whole = gpt.TOKENS if whole is TOKENS else gpt.LABELS
+        rows = slice(*part(gpt.BATCH, self.microbatches, microbatch))
+        return from_global(whole[rows], self.p.grid, self.p.tokens())
+
+    def loss(self, y, microbatch):
+        return self.cross_entropy.forward(y, self._cut(LABELS, microbatch), gpt.COUNT)
+
+    def stream(self, microbatch):
+        first, stop = part(gpt.BATCH, self.microbatches, microbatch)
+        return (stop - first, gpt.CONFIG.positions, gpt.CONFIG.hidden), self.p.stream(), "float64"
+
+
+@pytest.mark.prepare(gpt.prepare)
+@pytest.mark.parametrize(("schedule", "zero"), [("1f1b", 0), ("zero-bubble", 1), ("interleaved", 2), ("gpipe", 3)])
+@pytest.mark.grids(
+    {"pipe": 3},
+    {"pipe": 4},
+    {"pipe": 2, "data": 2},
+    {"pipe": 2, "data": 3},
+    {"pipe": 2, "row": 2, "col": 2},
+    {"pipe": 2, "data": 2, "depth": 2},
+)
+def test_tied_weights_on_both_ends(grid, prepared, schedule, zero):
+    exact = dict(np.load(prepared / "gradients.npz"))
+    reference = float(exact.pop("loss"))
+    place = grid.at(pipe=grid.coords["pipe"])
+    p = Parallelism(place, mode_of(place), zero=zero)
+    pipeline = Pipeline(cut(GPT(gpt.CONFIG, p), grid, 2 if schedule == "interleaved" else 1), grid, schedule)
+    optimizer = AdamW(pipeline.parameters(), clip=0.5)
+    loss = pipeline.step(GPTFeed(p, 3))
+    assert abs(loss - reference) <= 1e-12 * reference
+    gradients = {q.name: block_and_index(q.reduce()) for q in optimizer.parameters}
+    held = comm.collect(sorted(gradients), grid)
+    assert set().union(*held) == set(exact)
+    assert difference(gradients, exact) <= 1e-10
+    norm = float(np.sqrt(sum((g**2).sum() for g in exact.values())))
+    assert optimizer.step() == pytest.approx(norm, rel=1e-12)
+    table = {q.name: host(q.value) for q in optimizer.parameters}.get("tokens.weight")
+    copies = [(at, block) for at, block in comm.collect((place.rank, table), grid) if block is not None]
+    assert len(copies) == 2 * place.size
+    for at, block in copies:
+        assert all(np.array_equal(block, other) for place_of, other in copies if place_of == at)
+
+
+@pytest.mark.grids({"pipe": 3})
+def test_a_stage_makes_no_weights_of_others(grid):
+    p = Parallelism(grid.at(pipe=grid.coords["pipe"]))
+    model = GPT(gpt.CONFIG, p)
+    mine = {id(q) for piece in cut(model, grid) for q in piece.parameters()}
+    for q in model.parameters():
+        if id(q) in mine:
+            assert q.value.shape == q.shape
+        assert (q._value is not None) == (id(q) in mine)
 
 
 @pytest.mark.grids({"row": 2})
