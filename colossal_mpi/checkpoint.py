@@ -18,7 +18,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import CheckpointError
 from colossal_mpi.grid import Grid
 from colossal_mpi.hdf5 import require_name
-from colossal_mpi.layout import Box, box_shape, index_of
+from colossal_mpi.layout import Box, Layout, box_shape, coords_of, index_of, rank_of
 
 FORMAT_VERSION = 1
 MANIFEST, INDEX = "manifest.json", "index.h5"
@@ -43,7 +44,8 @@ def save(directory: str | Path, arrays: Mapping[str, DistArray], metadata: Mappi
     directory : path
         Must not exist; its parent is made.
     arrays : mapping of str to DistArray
-        On `grid`, without partial sums; ``/`` in a name makes HDF5 groups.
+        On `grid`, or on this rank's part of it (``grid.at(pipe=1)``), each name on one; without partial sums. ``/`` in
+        a name makes HDF5 groups.
     metadata : mapping
         Anything that JSON holds.
     grid : Grid
@@ -60,8 +62,8 @@ def save(directory: str | Path, arrays: Mapping[str, DistArray], metadata: Mappi
     """
     directory = Path(directory)
     partial = directory.with_name(f".{directory.name}.partial")
-    _savable(arrays, grid)
-    head = _head(arrays, metadata)
+    entries = _entries(arrays, grid)
+    head = _head(entries, metadata)
     with comm.agreed(grid, CheckpointError):
         if grid.rank == 0:
             _make(directory, partial)
@@ -70,7 +72,7 @@ def save(directory: str | Path, arrays: Mapping[str, DistArray], metadata: Mappi
     files = dict(item for item in comm.collect(entry, grid) if item)
     with comm.agreed(grid, CheckpointError):
         if grid.rank == 0:
-            _write_index(partial, arrays, grid)
+            _write_index(partial, entries)
             files[INDEX] = _digest(partial / INDEX)
             _write_manifest(partial, head, files)
             flush(partial)
@@ -78,16 +80,55 @@ def save(directory: str | Path, arrays: Mapping[str, DistArray], metadata: Mappi
             flush(directory.parent)
 
 
-def _savable(arrays: Mapping[str, DistArray], grid: Grid) -> None:
-    for name, array in arrays.items():
-        require_name(name)
+@dataclass(frozen=True)
+class _Entry:
+    """An array and the ranks of the whole grid that hold it, in the order of its own grid."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    layout: Layout
+    axes: dict[str, int]
+    ranks: list[int]
+
+    def pieces(self) -> Iterator[tuple[int, Box]]:
+        """Yield the ranks that own blocks, and these."""
+        for place, rank in enumerate(self.ranks):
+            box = self.layout.owned(self.shape, self.axes, coords_of(place, self.axes))
+            if box is not None:
+                yield rank, box
+
+
+def _entries(arrays: Mapping[str, DistArray], grid: Grid) -> dict[str, _Entry]:
+    """Return the arrays of all ranks by name, checked; the first rank of each array's grid tells of it."""
+    with comm.agreed(grid, CheckpointError):
+        for name, array in arrays.items():
+            _savable(name, array, grid)
+    told = [_entry(name, array, grid) for name, array in arrays.items() if array.grid.rank == 0]
+    entries = [entry for some in comm.collect(told, grid) for entry in some]
+    names = {entry.name: entry for entry in entries}
+    if len(names) < len(entries):
+        twice = next(entry.name for entry in entries if names[entry.name] is not entry)
+        raise CheckpointError(f"{twice} is saved by two parts of the grid: it must come from one of them")
+    for name in names:
         parts = name.split("/")
-        if any("/".join(parts[:i]) in arrays for i in range(1, len(parts))):
+        if any("/".join(parts[:i]) in names for i in range(1, len(parts))):
             raise CheckpointError(f"{name!r} lies under the name of another array: HDF5 cannot hold both")
-        if array.layout.partial:
-            raise CheckpointError(f"{name} is {array.layout}: partial sums cannot be saved; redistribute it first")
-        if array.grid is not grid:
-            raise CheckpointError(f"{name} lies on another grid, {array.grid}: save the arrays of one grid at a time")
+    return names
+
+
+def _savable(name: str, array: DistArray, grid: Grid) -> None:
+    require_name(name)
+    if array.layout.partial:
+        raise CheckpointError(f"{name} is {array.layout}: partial sums cannot be saved; redistribute it first")
+    if array.grid is not grid and not grid.has(array.grid):
+        raise CheckpointError(f"{name} lies on another grid, {array.grid}: save the arrays of one grid at a time")
+
+
+def _entry(name: str, array: DistArray, grid: Grid) -> _Entry:
+    own = array.grid
+    ranks = [rank_of({**grid.coords, **own.coords_of(place)}, grid.axes) for place in range(own.size)]
+    return _Entry(name, array.shape, str(backend.numpy_dtype(array.dtype)), array.layout, dict(own.axes), ranks)
 
 
 def _make(directory: Path, partial: Path) -> None:
@@ -117,14 +158,14 @@ def _rank_file(rank: int) -> str:
     return f"rank{rank:05d}.h5"
 
 
-def _owned(array: DistArray, rank: int) -> Box | None:
-    return array.layout.owned(array.shape, array.grid.axes, array.grid.coords_of(rank))
-
-
 def _write_rank(partial: Path, arrays: Mapping[str, DistArray], grid: Grid) -> tuple[str, dict[str, Any]] | None:
     import h5py
 
-    mine = {name: array for name, array in arrays.items() if _owned(array, grid.rank) is not None}
+    mine = {
+        name: array
+        for name, array in arrays.items()
+        if array.layout.owned(array.shape, array.grid.axes, array.grid.coords) is not None
+    }
     if not mine:
         return None
     path = partial / _rank_file(grid.rank)
@@ -135,33 +176,24 @@ def _write_rank(partial: Path, arrays: Mapping[str, DistArray], grid: Grid) -> t
     return path.name, _digest(path)
 
 
-def _write_index(partial: Path, arrays: Mapping[str, DistArray], grid: Grid) -> None:
+def _write_index(partial: Path, entries: Mapping[str, _Entry]) -> None:
     import h5py
 
     with h5py.File(partial / INDEX, "w", libver="v110") as file:
-        for name, array in arrays.items():
-            whole = h5py.VirtualLayout(array.shape, backend.numpy_dtype(array.dtype))
-            for rank in range(grid.size):
-                box = _owned(array, rank)
-                if box is not None:
-                    source = h5py.VirtualSource(_rank_file(rank), name, box_shape(box))
-                    whole[index_of(box)] = source
+        for name, entry in entries.items():
+            whole = h5py.VirtualLayout(entry.shape, np.dtype(entry.dtype))
+            for rank, box in entry.pieces():
+                whole[index_of(box)] = h5py.VirtualSource(_rank_file(rank), name, box_shape(box))
             dataset = file.create_virtual_dataset(name, whole)
-            dataset.attrs["layout"] = repr(array.layout)
-            dataset.attrs["grid"] = repr(grid)
+            dataset.attrs["layout"] = repr(entry.layout)
+            dataset.attrs["grid"] = ", ".join(f"{axis}={size}" for axis, size in entry.axes.items())
     flush(partial / INDEX)
 
 
-def _entries(arrays: Mapping[str, DistArray]) -> dict[str, Any]:
-    return {
-        name: {"shape": a.shape, "dtype": str(backend.numpy_dtype(a.dtype)), "layout": repr(a.layout)}
-        for name, a in arrays.items()
-    }
-
-
-def _head(arrays: Mapping[str, DistArray], metadata: Mapping[str, Any]) -> str:
+def _head(entries: Mapping[str, _Entry], metadata: Mapping[str, Any]) -> str:
+    arrays = {name: {"shape": e.shape, "dtype": e.dtype, "layout": repr(e.layout)} for name, e in entries.items()}
     try:
-        return json.dumps({"format_version": FORMAT_VERSION, "metadata": metadata, "arrays": _entries(arrays)})
+        return json.dumps({"format_version": FORMAT_VERSION, "metadata": metadata, "arrays": arrays})
     except (TypeError, ValueError) as problem:
         raise CheckpointError(f"the metadata cannot be written as JSON: {problem}") from None
 
@@ -213,7 +245,8 @@ def load(
     ----------
     directory : path
     arrays : mapping of str to DistArray
-        Arrays of the names, global shapes and dtypes in the checkpoint, in any layout on `grid`.
+        Arrays of the names, global shapes and dtypes in the checkpoint, in any layout on `grid` or on this rank's part
+        of it; all ranks together must name all.
     grid : Grid
     besides : bool
         Whether the checkpoint may hold other arrays besides: those of an optimizer, where weights are wanted.
@@ -228,9 +261,11 @@ def load(
     **Communication:** small messages only; each rank reads its own blocks.
     """
     directory = Path(directory)
+    held = comm.collect([name for name, array in arrays.items() if array.grid.rank == 0], grid)
+    named = {name for names in held for name in names}
     with comm.agreed(grid, CheckpointError):
         manifest = read_manifest(directory)
-        _match(directory, manifest["arrays"], arrays, besides)
+        _match(directory, manifest["arrays"], arrays, named, besides)
         for name in sorted(manifest["files"])[grid.rank :: grid.size]:
             _verify(directory, name, manifest["files"][name])
     with comm.agreed(grid, CheckpointError):
@@ -238,8 +273,10 @@ def load(
     return manifest["metadata"]
 
 
-def _match(directory: Path, entries: Mapping[str, Any], arrays: Mapping[str, DistArray], besides: bool) -> None:
-    missing, surplus = sorted(set(arrays) - set(entries)), sorted(set(entries) - set(arrays))
+def _match(
+    directory: Path, entries: Mapping[str, Any], arrays: Mapping[str, DistArray], named: set[str], besides: bool
+) -> None:
+    missing, surplus = sorted(named - set(entries)), sorted(set(entries) - named)
     if missing or (surplus and not besides):
         raise CheckpointError(
             f"{directory} holds other arrays: it lacks {missing[:3] or 'none'} and has {surplus[:3] or 'none'} besides"

@@ -183,6 +183,10 @@ class Grid:
             self._slices[key] = sub
         return self._slices[key]
 
+    def has(self, other: Grid) -> bool:
+        """Say whether a grid is one of those that `at` has made of this one."""
+        return any(sub is other for sub in self._slices.values())
+
     def free(self) -> None:
         """Free the communicators of this grid; MPI has some two thousand of them. Collective; the grid ends.
 

@@ -175,6 +175,25 @@ def test_a_rank_file_that_the_manifest_leaves_out_is_missed(grid, shared_path):
         checkpoint.load(directory, loaded, grid)
 
 
+@pytest.mark.grids({"pipe": 2, "row": 2}, {"pipe": 2, "col": 3})
+def test_parts_of_a_grid_save_arrays_of_their_own_and_any_grid_loads_them(grid, shared_path):
+    place = grid.at(pipe=grid.coords["pipe"])
+    mine = {f"stage{grid.coords['pipe']}/{name}": array for name, array in arrays(place).items()}
+    checkpoint.save(shared_path / "one", mine, {"step": 1}, grid)
+    exact = arrays(Grid(MPI.COMM_SELF))
+    whole = {f"stage{i}/{name}": array for i in range(2) for name, array in arrays(grid, empty=True).items()}
+    assert checkpoint.load(shared_path / "one", whole, grid) == {"step": 1}
+    assert all(np.array_equal(array.gather(), host(exact[name.split("/", 1)[1]])) for name, array in whole.items())
+    again = {name: zeros(array.shape, place, array.layout) for name, array in mine.items()}
+    checkpoint.load(shared_path / "one", again, grid)
+    assert all(np.array_equal(host(again[name]), host(mine[name])) for name in mine)
+    with pytest.raises(CheckpointError, match="same is saved by two parts of the grid"):
+        checkpoint.save(shared_path / "two", {"same": next(iter(mine.values()))}, {}, grid)
+    lacking = {name: array for name, array in again.items() if grid.coords["pipe"] or not name.endswith("b")}
+    with pytest.raises(CheckpointError, match=r"has \['stage0/weights/b'\] besides"):
+        checkpoint.load(shared_path / "one", lacking, grid)
+
+
 @pytest.mark.grids({"row": 2, "col": 3})
 def test_another_grid_loads_it(grid, shared_path):
     saved = arrays(grid)
