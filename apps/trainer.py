@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 from colossal_mpi import checkpoint, comm
 from colossal_mpi.apps import tasks
 from colossal_mpi.apps.config import Config
+from colossal_mpi.apps.feed import StepFeed
 from colossal_mpi.grid import Grid
 from colossal_mpi.layers import Context, Parallelism, kernels, models
 from colossal_mpi.layers.optim import OPTIMIZERS
+from colossal_mpi.layers.pipeline import Pipeline, cut, place_of
 from colossal_mpi.layers.rates import Rate
-from colossal_mpi.layout import part
 
 
 class Trainer:
@@ -29,10 +31,13 @@ class Trainer:
         parallel, training = config.parallel, config.training
         self.config, self.grid = config, grid
         self.kernels = kernels.use(parallel.kernels, grid)
-        self.task = tasks.make(config, Parallelism(grid, parallel.tensor, parallel.keep_gathered, parallel.zero))
-        self.model = self.task.model
+        place = Parallelism(place_of(grid), parallel.tensor, parallel.keep_gathered, parallel.zero)
+        self.task = tasks.make(config, place)
+        self.model, self.task.run = self.task.model, self.run
+        chunks = cut(self.model, grid, parallel.virtual_stages)
+        self.pipeline = Pipeline(chunks, grid, parallel.schedule)
         self.optimizer = OPTIMIZERS[training.optimizer](
-            self.model.parameters(), weight_decay=training.weight_decay, clip=training.clip
+            self.pipeline.parameters(), weight_decay=training.weight_decay, clip=training.clip
         )
         self.learning_rate = Rate(
             training.rate,
@@ -47,22 +52,16 @@ class Trainer:
     @property
     def parameters(self) -> int:
         """The number of weights of the whole model."""
-        return sum(parameter.value.size for parameter in self.optimizer.parameters)
+        return sum(math.prod(parameter.shape) for parameter in self.model.parameters())
 
     def gradients(self, step: int) -> float:
         """Leave the gradients of a step in the parameters and return its loss, in nats."""
-        training, task = self.config.training, self.task
-        first, loss = step * training.batch, 0.0
-        for i in range(training.microbatches):
-            low, high = part(training.batch, training.microbatches, i)
-            batch = task.batch(first + low, first + high)
-            share = (high - low) / training.batch
-            ctx = Context(step=step, microbatch=i, sample=low, share=share, **batch.context)
-            outputs, cache = self.model.forward(batch.inputs, ctx)
-            value, saved = task.loss(outputs, batch.labels, training.batch)
-            self.model.backward(task.backward(saved), cache)
-            loss += value
-        return loss
+        return self.pipeline.step(StepFeed(self.task, step))
+
+    def run(self, x: Any, ctx: Context) -> Any:
+        """Return the outputs of the model, on all stages."""
+        length = x.shape[1] if x.ndim == 2 else None
+        return self.pipeline.outputs(x, ctx, self.task.stream(x.shape[0], length))
 
     def step(self, step: int) -> dict[str, float]:
         """Do a training step and return its loss, gradient norm and learning rate."""
@@ -73,7 +72,7 @@ class Trainer:
         """Return the loss over the held-out samples, and the share of them that meets each measure of the task."""
         loss, shares, held = 0.0, Counter[str](), self.task.held
         for batch in self.task.held_out():
-            outputs, _ = self.model.forward(batch.inputs, Context(train=False, **batch.context))
+            outputs = self.run(batch.inputs, Context(train=False, **batch.context))
             loss += self.task.loss(outputs, batch.labels, held)[0]
             shares.update(self.task.measures(outputs, batch.labels, held))
         return {"val_loss": loss, **{f"val_{name.replace(' ', '_')}": share for name, share in shares.items()}}
@@ -81,7 +80,7 @@ class Trainer:
     def save(self, directory: Path, step: int) -> None:
         """Write a checkpoint of the state after `step` steps."""
         metadata = {"step": step, "config": self.config.model_dump(), "model": models.describe(self.model)}
-        checkpoint.save(directory, self._state(), metadata, self.grid)
+        checkpoint.save(directory, self._state(counted=True), metadata, self.grid)
         with comm.agreed(self.grid):
             if self.grid.rank == 0:
                 checkpoint.point_latest(directory)
@@ -92,6 +91,8 @@ class Trainer:
         self.optimizer.steps = int(metadata["step"])
         return self.optimizer.steps
 
-    def _state(self) -> dict[str, Any]:
-        weights = {f"weights/{p.name}": p.value for p in self.optimizer.parameters}
-        return weights | {f"optimizer/{name}": array for name, array in self.optimizer.state().items()}
+    def _state(self, counted: bool = False) -> dict[str, Any]:
+        """Return this stage's arrays by name; without copies of weights that another stage has, if `counted`."""
+        parameters = [p for p in self.optimizer.parameters if p.counted or not counted]
+        weights = {f"weights/{p.name}": p.value for p in parameters}
+        return weights | {f"optimizer/{name}": array for name, array in self.optimizer.state(parameters).items()}

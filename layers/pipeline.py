@@ -1,61 +1,24 @@
-"""Run the layers of a pipeline stage by a schedule: the one executor of all schedules."""
+"""Models cut along ``pipe``: their pieces, the steps of a schedule, weights that two stages share."""
 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Sequence
-from functools import singledispatchmethod
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Any
 
 from colossal_mpi import backend, comm, exchange
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import GridError
 from colossal_mpi.grid import Grid
 from colossal_mpi.layers.layer import Chain, Context, Layer, Parameter
-from colossal_mpi.layers.schedule import (
-    BackwardInput,
-    BackwardWeight,
-    Forward,
-    Instruction,
-    ReceiveActivation,
-    ReceiveGradient,
-    SendActivation,
-    SendGradient,
-    Transfer,
-    balanced,
-    program,
-)
-from colossal_mpi.layout import Layout, box_shape
-
-PIPE = "pipe"
-_STREAMS = {"x": 0, "dy": 1}
-"""Of messages: activations and cotangents between the same stages may overtake one another."""
-_AHEAD = 2
-"""Receives that are posted before they are waited for, so that a message can arrive while the stage computes."""
+from colossal_mpi.layers.schedule import Forward, ReceiveActivation, SendActivation, balanced, program
+from colossal_mpi.layers.stage import PIPE, Feed, Once, Run, Stage, Stream
+from colossal_mpi.layout import box_shape, rank_of
 
 
-class Feed(Protocol):
-    """What a step computes on. Each method is called on the stages that need it, with the number of a microbatch."""
-
-    microbatches: int
-
-    def context(self, microbatch: int) -> Context:
-        """Return what all layers may know."""
-
-    def inputs(self, microbatch: int) -> DistArray:
-        """Return the input of the first piece, on the grid of the first stage."""
-
-    def loss(self, y: DistArray, microbatch: int) -> tuple[float, Any]:
-        """Return the microbatch's share of the loss for the output of the last piece, and a cache."""
-
-    def loss_backward(self, cache: Any) -> Any:
-        """Return the cotangent of the output of the last piece."""
-
-    def stream(self, microbatch: int) -> tuple[tuple[int, ...], Layout, Any]:
-        """Return global shape, layout and dtype of what goes from piece to piece."""
+def place_of(grid: Grid) -> Grid:
+    """Return the grid of this rank's stage."""
+    return grid.at(**{PIPE: grid.coords[PIPE]}) if PIPE in grid.axes else grid
 
 
 def cut(model: Chain, grid: Grid, chunks: int = 1, costs: Sequence[float] | None = None) -> list[Chain]:
@@ -66,7 +29,7 @@ def cut(model: Chain, grid: Grid, chunks: int = 1, costs: Sequence[float] | None
     model : Chain
         Made alike on every stage, on ``grid.at(pipe=stage)``; weights that are not asked for are never made.
     grid : Grid
-        With an axis ``pipe``.
+        With an axis ``pipe``; without one it is one stage.
     chunks : int
         Pieces of a stage.
     costs : sequence of float, optional
@@ -78,7 +41,7 @@ def cut(model: Chain, grid: Grid, chunks: int = 1, costs: Sequence[float] | None
     OptionError
         If there are more pieces than layers.
     """
-    stages, stage = grid.axes[PIPE], grid.coords[PIPE]
+    stages, stage = grid.axes.get(PIPE, 1), grid.coords.get(PIPE, 0)
     if costs is None:
         costs = [
             sum(math.prod(q.shape) for q in layer.parameters()) if i else 0 for i, layer in enumerate(model.layers)
@@ -96,13 +59,13 @@ class Pipeline:
         This stage's pieces of the model, in order, on ``grid.at(pipe=stage)``. Stage i of p has the pieces
         i, i + p, ... of the model.
     grid : Grid
-        With an axis ``pipe``.
+        With an axis ``pipe``; without one it is one stage.
     schedule : {"gpipe", "1f1b", "interleaved", "zero-bubble"}
 
     Raises
     ------
     GridError
-        If the grid has no such axis.
+        If a weight is on more than two stages.
     OptionError
         If the schedule cannot have that many chunks.
 
@@ -113,10 +76,9 @@ class Pipeline:
     """
 
     def __init__(self, chunks: Sequence[Layer], grid: Grid, schedule: str = "1f1b") -> None:
-        if PIPE not in grid.axes:
-            raise GridError(f"a pipeline needs the axis {PIPE}; {grid} has none")
         self.chunks, self.grid, self.schedule = list(chunks), grid, schedule
-        self.stage, self.stages = grid.coords[PIPE], grid.axes[PIPE]
+        self.stage, self.stages, self.place = grid.coords.get(PIPE, 0), grid.axes.get(PIPE, 1), place_of(grid)
+        self._stage = Stage(self.chunks, grid, self.place, self.stage, self.stages)
         list(program(schedule, self.stages, 1, self.stage, len(self.chunks)))
         self.tied = self._tie()
 
@@ -150,13 +112,56 @@ class Pipeline:
         all that adds to gradients between two steps of an optimizer.
         """
         steps = list(program(self.schedule, self.stages, feed.microbatches, self.stage, len(self.chunks)))
-        run = _Run(self, feed, steps)
+        run = Run(self._stage, feed, steps)
         for step in steps:
             run.do(step)
         loss = run.finish()
         for parameter, other in self.tied:
             self._sum(parameter, other)
         return loss
+
+    def outputs(self, x: Any, ctx: Context, stream: Stream) -> Any:
+        """Return what the model makes of `x`, on all stages.
+
+        Parameters
+        ----------
+        x : DistArray
+            The model's input, on the grid of the first stage.
+        ctx : Context
+        stream : (shape, layout, dtype)
+            As `Feed.stream` gives it.
+
+        **Communication:** the stream once over each border, and a bcast of the outputs along ``pipe``.
+        """
+        feed = Once(x, ctx, stream)
+        kinds = (Forward, ReceiveActivation, SendActivation)
+        steps = list(program(self.schedule, self.stages, 1, self.stage, len(self.chunks)))
+        forwards = [step for step in steps if isinstance(step, kinds)]
+        run = Run(self._stage, feed, forwards)
+        for step in forwards:
+            run.do(step)
+        run.finish()
+        return self._everywhere(feed.made)
+
+    def _everywhere(self, made: Any) -> Any:
+        """Return the arrays of the last stage on all stages."""
+        if self.stages == 1:
+            return made
+        last = self.stage == self.stages - 1
+        arrays = list(made) if isinstance(made, tuple) else [made]
+        told = [(a.shape, a.layout, str(backend.numpy_dtype(a.dtype))) for a in arrays] if last else None
+        told = comm.share((isinstance(made, tuple), told), self.grid, rank_of(self._end(), self.grid.axes))
+        found = [self._spread(what, arrays[i] if last else None) for i, what in enumerate(told[1])]
+        return tuple(found) if told[0] else found[0]
+
+    def _end(self) -> dict[str, int]:
+        return {axis: self.stages - 1 if axis == PIPE else 0 for axis in self.grid.axes}
+
+    def _spread(self, what: Stream, array: DistArray | None) -> DistArray:
+        shape, layout, dtype = what
+        box = layout.box(shape, self.place.axes, self.place.coords)
+        block = self.place.empty(box_shape(box), dtype) if array is None else backend.contiguous(array.local)
+        return DistArray(comm.bcast(block, self.grid, (PIPE,), self.stages - 1), shape, layout, self.place)
 
     def _sum(self, parameter: Parameter, other: int) -> None:
         assert parameter.grad is not None
@@ -167,98 +172,3 @@ class Pipeline:
         exchange.start(self.grid, (PIPE,), [(other, send)], [(other, theirs)]).wait()
         pair = (mine.local, theirs) if self.stage < other else (theirs, mine.local)
         parameter.grad = mine.like(pair[0] + pair[1])  # in one order, so that both copies stay equal to the bit
-
-
-class _Run:
-    """One step under way. Arrays that pass between pieces are held by what they are, microbatch and chunk."""
-
-    def __init__(self, pipeline: Pipeline, feed: Feed, steps: Sequence[Instruction]) -> None:
-        self.pipeline, self.feed, self.total = pipeline, feed, 0.0
-        self.place = pipeline.grid.at(**{PIPE: pipeline.stage})
-        self.coming: dict[tuple[str, int, int], DistArray] = {}
-        self.going: dict[tuple[str, int, int], DistArray] = {}
-        self.caches: dict[tuple[int, int], Any] = {}
-        self.later: dict[tuple[int, int], list[Any]] = {}
-        self.sending: list[exchange.Pending] = []
-        self.receives = deque(step for step in steps if isinstance(step, ReceiveActivation | ReceiveGradient))
-        self.posted: deque[tuple[DistArray, exchange.Pending]] = deque()
-
-    @singledispatchmethod
-    def do(self, step: Instruction) -> None:
-        """Carry out an instruction."""
-        raise NotImplementedError(step)
-
-    @do.register
-    def _(self, step: Forward) -> None:
-        mb, c, p = step.microbatch, step.chunk, self.pipeline
-        x = self.feed.inputs(mb) if c == p.stage == 0 else self.coming.pop(("x", mb, c))
-        y, cache = p.chunks[c].forward(x, self.feed.context(mb))
-        saved = None
-        if self._is_last(c):
-            value, saved = self.feed.loss(y, mb)
-            self.total += value
-        else:
-            self._hand_on("x", mb, c, 1, y)
-        self.caches[mb, c] = cache, saved
-
-    @do.register
-    def _(self, step: BackwardInput) -> None:
-        mb, c, p = step.microbatch, step.chunk, self.pipeline
-        cache, saved = self.caches.pop((mb, c))
-        dy = self.feed.loss_backward(saved) if self._is_last(c) else self.coming.pop(("dy", mb, c))
-        dx = p.chunks[c].backward(dy, cache, self.later.setdefault((mb, c), []))
-        if not c == p.stage == 0:
-            self._hand_on("dy", mb, c, -1, dx)
-
-    @do.register
-    def _(self, step: BackwardWeight) -> None:
-        for work in self.later.pop((step.microbatch, step.chunk)):
-            work()
-
-    def _hand_on(self, what: str, microbatch: int, chunk: int, by: int, array: DistArray) -> None:
-        """Give an array to the piece before or behind: a stage alone has it itself."""
-        if self.pipeline.stages == 1:
-            self.coming[what, microbatch, chunk + by] = array
-        else:
-            self.going[what, microbatch, chunk] = array
-
-    @do.register(SendActivation)
-    @do.register(SendGradient)
-    def _(self, step: Transfer) -> None:
-        _, layout, _ = self.feed.stream(step.microbatch)
-        array = self.going.pop((_what(step), step.microbatch, step.chunk)).redistribute(layout)
-        self.sending = [pending for pending in self.sending if not pending.done()]
-        send = [(step.peer, backend.contiguous(array.local))]
-        self.sending.append(exchange.start(self.pipeline.grid, (PIPE,), send, [], _STREAMS[_what(step)]))
-
-    @do.register(ReceiveActivation)
-    @do.register(ReceiveGradient)
-    def _(self, step: Transfer) -> None:
-        while self.receives and len(self.posted) < _AHEAD:
-            self._post(self.receives.popleft())
-        array, pending = self.posted.popleft()
-        pending.wait()
-        what, stages = _what(step), self.pipeline.stages
-        piece = step.chunk * stages + step.peer + (1 if what == "x" else -1)
-        self.coming[what, step.microbatch, piece // stages] = array
-
-    def _post(self, step: Transfer) -> None:
-        shape, layout, dtype = self.feed.stream(step.microbatch)
-        layout, place = layout.on(self.place.axes, len(shape)), self.place
-        block = place.empty(box_shape(layout.box(shape, place.axes, place.coords)), dtype)
-        pending = exchange.start(self.pipeline.grid, (PIPE,), [], [(step.peer, block)], _STREAMS[_what(step)])
-        self.posted.append((DistArray(block, shape, layout, place), pending))
-
-    def _is_last(self, chunk: int) -> bool:
-        return chunk == len(self.pipeline.chunks) - 1 and self.pipeline.stage == self.pipeline.stages - 1
-
-    def finish(self) -> float:
-        """Wait for the last messages and return the loss."""
-        for pending in self.sending:
-            pending.wait()
-        own = self.place.xp.asarray(np.float64(self.total))
-        return float(backend.to_host(comm.bcast(own, self.pipeline.grid, (PIPE,), self.pipeline.stages - 1)))
-
-
-def _what(step: Transfer) -> str:
-    return "x" if isinstance(step, SendActivation | ReceiveActivation) else "dy"

@@ -41,6 +41,7 @@ class ImageClassification(Task):
         )
         self.model, self.cross_entropy = ViT(sizes, parallelism), CrossEntropy(parallelism)
         self.held, self.about = len(self.images.validation), self.images.about
+        self.length = sizes.positions
         self.samples = parallelism.tokens().dims[0]
 
     def batch(self, first: int, stop: int) -> Batch:
@@ -85,7 +86,7 @@ class ImageClassification(Task):
         """Return a drawing of the first images held out, as many as fit on a line, and the classes they are given."""
         width = 2 * self.images.train.shape[3] + 2
         shown = max(1, min(self.held, _COLUMNS // width))
-        logits, _ = self.model.forward(self._held(0, shown).inputs, Context(train=False))
+        logits = self.run(self._held(0, shown).inputs, Context(train=False))
         named = whole(logits).argmax(-1)
         words = [f"{label}, named {n}" for label, n in zip(self.images.validation_labels, named, strict=False)]
         pictures = zip(*(draw(image) for image in self.images.validation[:shown]), strict=True)

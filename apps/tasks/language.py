@@ -37,7 +37,7 @@ class CausalLanguage(Task):
         given = config.model.model_dump(exclude={"kind", "context"})
         sizes = sizes(**given, positions=self.context, seed=training.seed, dtype=config.parallel.dtype)
         self.model, self.cross_entropy = model(sizes, parallelism), CrossEntropy(parallelism)
-        self.per_sample, self.held = self.context, training.evaluate_batches * training.batch
+        self.length, self.per_sample, self.held = self.context, self.context, training.evaluate_batches * training.batch
         self.about = self.corpus.about
 
     def batch(self, first: int, stop: int) -> Batch:
@@ -72,7 +72,7 @@ class CausalLanguage(Task):
         for i in range(count):
             window = np.array([tokens[-self.context :]])
             x = from_global(window, self.grid, self.parallelism.tokens())
-            logits, _ = self.model.forward(x, Context(train=False))
+            logits = self.run(x, Context(train=False))
             draw = random.uniform_block(((i, i + 1),), (count,), self.config.training.seed, "sample")[0]
             tokens.append(_choose(whole(logits)[0, -1, :256] / temperature, draw))
         return bytes(tokens)

@@ -38,7 +38,7 @@ class MaskedLanguage(Task):
         seed, dtype = training.seed, config.parallel.dtype
         self.model = Bert(BertConfig(**sizes, positions=m.context, seed=seed, dtype=dtype), parallelism)
         self.cross_entropy = CrossEntropy(parallelism)
-        self.per_sample, self.held = m.context, training.evaluate_batches * training.batch
+        self.length, self.per_sample, self.held = m.context, m.context, training.evaluate_batches * training.batch
         self.about = self.corpus.about
 
     def batch(self, first: int, stop: int) -> Batch:
@@ -93,7 +93,7 @@ class MaskedLanguage(Task):
         """Return some held-out text with its hidden bytes as underlines, and as the model fills them in."""
         rows = min(self.held, -(-count // self.form.bytes))
         batch = self._held(0, rows)
-        outputs, _ = self.model.forward(batch.inputs, Context(train=False, **batch.context))
+        outputs = self.run(batch.inputs, Context(train=False, **batch.context))
         arrays = [batch.inputs, batch.labels[0], outputs[0] if self.pairs else outputs]
         inputs, labels, logits = map(whole, arrays)
         filled = np.where(labels >= 0, logits[:, :, :BYTES].argmax(-1), inputs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,8 @@ import numpy as np
 
 from colossal_mpi.apps.config import Config
 from colossal_mpi.distarray import DistArray
-from colossal_mpi.layers import Layer, Parallelism
+from colossal_mpi.layers import Chain, Context, Parallelism
+from colossal_mpi.layers.stage import Stream
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Task:
 
     Attributes
     ----------
-    model : Layer
+    model : Chain
         Its `forward` takes the inputs of a batch.
     name : str
         What the model is called.
@@ -40,20 +41,30 @@ class Task:
         What is counted for the speed, in the plural; `per_sample` of them are in a sample.
     per : str
         What the loss is a mean over, in the singular.
+    length : int
+        Positions of the residual stream.
     held : int
         Samples that a validation takes, all together.
     """
 
-    model: Layer
+    model: Chain
     name: str
     about: str
     unit: str
     per: str
     per_sample: int
+    length: int
     held: int
 
     def __init__(self, config: Config, parallelism: Parallelism) -> None:
         self.config, self.parallelism, self.grid = config, parallelism, parallelism.grid
+        self.run: Callable[[Any, Context], Any] = lambda x, ctx: self.model.forward(x, ctx)[0]
+        """The model without its backward pass; the trainer puts its own here where the model is cut into stages."""
+
+    def stream(self, samples: int, length: int | None = None) -> Stream:
+        """Return global shape, layout and dtype of the residual stream of some samples, of all positions by default."""
+        length = self.length if length is None else length
+        return (samples, length, self.config.model.hidden), self.parallelism.stream(), self.config.parallel.dtype
 
     def batch(self, first: int, stop: int) -> Batch:
         """Return the training samples number `first` to `stop`, counted from the start of the run."""

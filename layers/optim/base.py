@@ -155,6 +155,7 @@ class Optimizer:
         """
         raise NotImplementedError
 
-    def state(self) -> Mapping[str, DistArray]:
-        """Return the slots by ``<slot>/<parameter>``; `steps` is the rest of the state."""
-        return {f"{slot}/{name}": array for name, slots in self.moments.items() for slot, array in slots.items()}
+    def state(self, parameters: Iterable[Parameter] | None = None) -> Mapping[str, DistArray]:
+        """Return the slots, of some parameters or all, by ``<slot>/<parameter>``; `steps` is the rest of the state."""
+        names = [p.name for p in (self.parameters if parameters is None else parameters)]
+        return {f"{slot}/{name}": array for name in names for slot, array in self.moments[name].items()}

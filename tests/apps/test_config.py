@@ -53,7 +53,7 @@ def test_settings_overrule_the_file_and_may_be_strings(tmp_path):
         ("[training]\nsteps = 0\n", r"training.steps=0: input should be greater than or equal to 1"),
         (
             "[parallel]\ngrid = { comm = 2 }\n",
-            r"grid.comm.*='comm': input should be 'data', 'depth', 'row' or 'col'",
+            r"grid.comm.*='comm': input should be 'pipe', 'data', 'depth', 'row' or 'col'",
         ),
         ("[training]\nlr = inf\n", r"training.lr=inf: input should be a finite number"),
         ("[parallel]\nkernels = 'fast'\n", r"parallel.kernels='fast': input should be 'auto', 'reference' or 'torch'"),

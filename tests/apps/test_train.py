@@ -85,18 +85,27 @@ def test_a_run_leaves_its_files_and_resumes_bitwise(folder):
     assert [row["loss"] for row in rows(run)] == losses
 
 
-@pytest.mark.parametrize(("optimizer", "stages"), [("adamw", (0, 0)), ("muon", (2, 3))])
-def test_a_run_resumes_on_another_grid_and_stage_of_zero(folder, optimizer, stages):
-    settings = ["parallel.dtype=float64", f"training.optimizer={optimizer}", "training.rate=wsd"]
+@pytest.mark.parametrize(
+    ("grid", "settings"),
+    [
+        ("row=2,col=2", []),
+        ("data=2,row=2", ["training.optimizer=muon", "parallel.zero=2"]),
+        ("pipe=2,row=2", ["parallel.schedule=zero-bubble", "training.rate=wsd"]),
+        ("pipe=2,data=2", ["parallel.schedule=interleaved", "parallel.virtual_stages=2", "parallel.zero=1"]),
+    ],
+)
+def test_a_run_resumes_on_another_grid(folder, grid, settings):
+    settings = ["parallel.dtype=float64", *settings]
     settings = [word for setting in settings for word in ("--set", setting)]
-    first = start(4, "small.toml", *settings, "--grid", "data=2,row=2", "--set", f"parallel.zero={stages[0]}")
+    first = start(4, "small.toml", *settings, "--grid", grid)
     assert first.returncode == 0, first.stderr
     run = folder / "run"
     losses = [row["loss"] for row in rows(run)]
     (run / "checkpoints" / "latest").unlink()
     (run / "checkpoints" / "latest").symlink_to("step-0000003")
-    zero = ["--set", f"parallel.zero={stages[1]}"]
-    other = start(3, "--resume", "run", "--grid", "data=3", "--tensor", "none", *zero)
+    plain = ["parallel.schedule=1f1b", "parallel.virtual_stages=1", "parallel.zero=3"]
+    plain = [word for setting in plain for word in ("--set", setting)]
+    other = start(3, "--resume", "run", "--grid", "data=3", "--tensor", "none", *plain)
     assert other.returncode == 0, other.stderr
     assert np.allclose([row["loss"] for row in rows(run)], losses, rtol=1e-9, atol=0)
 

@@ -17,7 +17,7 @@ from colossal_mpi.layers.loss import CrossEntropy
 from colossal_mpi.layers.models import GPT
 from colossal_mpi.layers.norm import LayerNorm
 from colossal_mpi.layers.optim import AdamW
-from colossal_mpi.layers.pipeline import Pipeline, cut
+from colossal_mpi.layers.pipeline import Pipeline, cut, place_of
 from colossal_mpi.layers.schedule import balanced
 from colossal_mpi.layout import part
 from tests.cases import host
@@ -191,7 +191,24 @@ def test_a_stage_makes_no_weights_of_others(grid):
         assert (q._value is not None) == (id(q) in mine)
 
 
-@pytest.mark.grids({"row": 2})
-def test_a_grid_without_pipe_is_refused(grid):
-    with pytest.raises(GridError, match=r"a pipeline needs the axis pipe; Grid\(row=2\) has none"):
-        Pipeline([], grid)
+@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.grids({"pipe": 3}, {"pipe": 2, "row": 2, "col": 2}, {"row": 2})
+def test_all_stages_get_the_outputs(grid, chunks):
+    place = place_of(grid)
+    p = Parallelism(place, mode_of(place))
+    x = from_global(gpt.TOKENS, place, p.tokens())
+    stream = ((*gpt.TOKENS.shape, gpt.CONFIG.hidden), p.stream(), "float64")
+    pipeline = Pipeline(cut(GPT(gpt.CONFIG, p), grid, chunks), grid, "interleaved" if chunks > 1 else "1f1b")
+    y = pipeline.outputs(x, Context(train=False), stream)
+    exact, _ = GPT(gpt.CONFIG, p).forward(x, Context(train=False))
+    assert y.layout == exact.layout
+    assert np.allclose(host(y), host(exact), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.grids({"pipe": 3})
+def test_a_weight_of_three_stages_is_refused(grid):
+    p = Parallelism(place_of(grid))
+    with pytest.raises(
+        GridError, match=r"more than two stages: norm.bias, norm.gain; a weight may be tied to one other"
+    ):
+        Pipeline([Chain(LayerNorm(H, p, "norm", **COMMON))], grid)

@@ -1,0 +1,54 @@
+"""What a training step of a task gives to a pipeline."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from colossal_mpi.apps.tasks import Batch, Task
+from colossal_mpi.layers import Context
+from colossal_mpi.layers.stage import Stream
+from colossal_mpi.layout import part
+
+
+class StepFeed:
+    """The microbatches of a step of a task; every rank makes its own part of each.
+
+    Parameters
+    ----------
+    task : Task
+    step : int
+    """
+
+    def __init__(self, task: Task, step: int) -> None:
+        training = task.config.training
+        self.task, self.step, self.size, self.microbatches = task, step, training.batch, training.microbatches
+        self.loss_backward = task.backward
+        self._batch = lru_cache(maxsize=1)(self._made)
+
+    def _made(self, microbatch: int) -> Batch:
+        low, high = self._range(microbatch)
+        first = self.step * self.size
+        return self.task.batch(first + low, first + high)
+
+    def _range(self, microbatch: int) -> tuple[int, int]:
+        return part(self.size, self.microbatches, microbatch)
+
+    def context(self, microbatch: int) -> Context:
+        """Return step, samples and what the task's batch has besides."""
+        low, high = self._range(microbatch)
+        share, rest = (high - low) / self.size, self._batch(microbatch).context
+        return Context(step=self.step, microbatch=microbatch, sample=low, share=share, **rest)
+
+    def inputs(self, microbatch: int) -> Any:
+        """Return the inputs of the model."""
+        return self._batch(microbatch).inputs
+
+    def loss(self, y: Any, microbatch: int) -> tuple[float, Any]:
+        """Return the microbatch's share of the loss, and what `loss_backward` needs."""
+        return self.task.loss(y, self._batch(microbatch).labels, self.size)
+
+    def stream(self, microbatch: int) -> Stream:
+        """Return shape, layout and dtype of the residual stream."""
+        low, high = self._range(microbatch)
+        return self.task.stream(high - low)
