@@ -11,7 +11,7 @@ from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import GridError
 from colossal_mpi.grid import Grid
 from colossal_mpi.layers.layer import Chain, Context, Layer, Parameter
-from colossal_mpi.layers.schedule import Forward, ReceiveActivation, SendActivation, balanced, program
+from colossal_mpi.layers.schedule import Forward, Instruction, ReceiveActivation, SendActivation, balanced, program
 from colossal_mpi.layers.stage import PIPE, Feed, Once, Run, Stage, Stream
 from colossal_mpi.layout import box_shape, rank_of
 
@@ -50,7 +50,7 @@ def cut(model: Chain, grid: Grid, chunks: int = 1, costs: Sequence[float] | None
     return [Chain(*[model.layers[i] for i in pieces[c * stages + stage]]) for c in range(chunks)]
 
 
-class Pipeline:
+class Pipeline(Stage):
     """A model cut along ``pipe``: this rank's stage of it, and how a step goes through all of them.
 
     Parameters
@@ -65,7 +65,7 @@ class Pipeline:
     Raises
     ------
     GridError
-        If a weight is on more than two stages.
+        If a weight is on more than two stages, or a stage has none.
     OptionError
         If the schedule cannot have that many chunks.
 
@@ -76,11 +76,13 @@ class Pipeline:
     """
 
     def __init__(self, chunks: Sequence[Layer], grid: Grid, schedule: str = "1f1b") -> None:
-        self.chunks, self.grid, self.schedule = list(chunks), grid, schedule
-        self.stage, self.stages, self.place = grid.coords.get(PIPE, 0), grid.axes.get(PIPE, 1), place_of(grid)
-        self._stage = Stage(self.chunks, grid, self.place, self.stage, self.stages)
-        list(program(schedule, self.stages, 1, self.stage, len(self.chunks)))
+        super().__init__(list(chunks), grid, place_of(grid), grid.coords.get(PIPE, 0), grid.axes.get(PIPE, 1))
+        self.schedule = schedule
+        self._program(1)
         self.tied = self._tie()
+
+    def _program(self, microbatches: int) -> list[Instruction]:
+        return list(program(self.schedule, self.stages, microbatches, self.number, len(self.chunks)))
 
     def parameters(self) -> list[Parameter]:
         """Return the parameters of this stage, each once."""
@@ -90,20 +92,23 @@ class Pipeline:
     def _tie(self) -> list[tuple[Parameter, int]]:
         """Tell parameters of the whole model; return those that another stage has, too, by name, and that stage."""
         mine = {q.name: q for q in self.parameters()}
-        names = comm.collect((self.stage, sorted(mine)), self.grid)
+        names = comm.collect((self.number, sorted(mine)), self.grid)
+        empty = sorted({stage for stage, held in names if not held})
+        if empty:
+            raise GridError(f"stages without weights: {', '.join(map(str, empty))} of {self.stages}; use fewer stages")
         holders: dict[str, set[int]] = {}
         for stage, held in names:
             for name in held:
                 holders.setdefault(name, set()).add(stage)
         for name, parameter in mine.items():
-            parameter.world, parameter.counted = self.grid, self.stage == min(holders[name])
+            parameter.world, parameter.counted = self.grid, self.number == min(holders[name])
         crowded = sorted(name for name, stages in holders.items() if len(stages) > 2)
         if crowded:
             raise GridError(
                 f"parameters on more than two stages: {', '.join(crowded)}; a weight may be tied to one other"
             )
         shared = sorted(name for name in mine if len(holders[name]) == 2)
-        return [(mine[name], next(iter(holders[name] - {self.stage}))) for name in shared]
+        return [(mine[name], next(iter(holders[name] - {self.number}))) for name in shared]
 
     def step(self, feed: Feed) -> float:
         """Leave the gradients of all microbatches in the parameters; return the loss, the same on all ranks.
@@ -111,8 +116,8 @@ class Pipeline:
         The gradient of a weight that two stages hold is their sum on both, before it is reduced over data. A step is
         all that adds to gradients between two steps of an optimizer.
         """
-        steps = list(program(self.schedule, self.stages, feed.microbatches, self.stage, len(self.chunks)))
-        run = Run(self._stage, feed, steps)
+        steps = self._program(feed.microbatches)
+        run = Run(self, feed, steps)
         for step in steps:
             run.do(step)
         loss = run.finish()
@@ -135,9 +140,8 @@ class Pipeline:
         """
         feed = Once(x, ctx, stream)
         kinds = (Forward, ReceiveActivation, SendActivation)
-        steps = list(program(self.schedule, self.stages, 1, self.stage, len(self.chunks)))
-        forwards = [step for step in steps if isinstance(step, kinds)]
-        run = Run(self._stage, feed, forwards)
+        forwards = [step for step in self._program(1) if isinstance(step, kinds)]
+        run = Run(self, feed, forwards)
         for step in forwards:
             run.do(step)
         run.finish()
@@ -147,7 +151,7 @@ class Pipeline:
         """Return the arrays of the last stage on all stages."""
         if self.stages == 1:
             return made
-        last = self.stage == self.stages - 1
+        last = self.number == self.stages - 1
         arrays = list(made) if isinstance(made, tuple) else [made]
         told = [(a.shape, a.layout, str(backend.numpy_dtype(a.dtype))) for a in arrays] if last else None
         told = comm.share((isinstance(made, tuple), told), self.grid, rank_of(self._end(), self.grid.axes))
@@ -170,5 +174,5 @@ class Pipeline:
         theirs = backend.empty_like(mine.local, mine.local.shape)
         send = backend.contiguous(mine.local)
         exchange.start(self.grid, (PIPE,), [(other, send)], [(other, theirs)]).wait()
-        pair = (mine.local, theirs) if self.stage < other else (theirs, mine.local)
+        pair = (mine.local, theirs) if self.number < other else (theirs, mine.local)
         parameter.grad = mine.like(pair[0] + pair[1])  # in one order, so that both copies stay equal to the bit

@@ -95,7 +95,7 @@ class Once:
 class Stage:
     """One stage: its pieces of the model, and where it stands."""
 
-    chunks: list[Layer]
+    chunks: Sequence[Layer]
     grid: Grid
     """Of the whole model."""
     place: Grid

@@ -206,6 +206,14 @@ def test_all_stages_get_the_outputs(grid, chunks):
 
 
 @pytest.mark.grids({"pipe": 3})
+def test_a_stage_without_weights_is_refused(grid):
+    p = Parallelism(place_of(grid))
+    norm = [LayerNorm(H, p, "norm", **COMMON)] if grid.coords["pipe"] == 1 else []
+    with pytest.raises(GridError, match="stages without weights: 0, 2 of 3; use fewer stages"):
+        Pipeline([Chain(*norm)], grid)
+
+
+@pytest.mark.grids({"pipe": 3})
 def test_a_weight_of_three_stages_is_refused(grid):
     p = Parallelism(place_of(grid))
     with pytest.raises(

@@ -25,21 +25,14 @@ def layer_words(name, template, grid, n):
     def statistics(size):  # an allreduce over the axes that cut h
         return 2 * ((q if a else c) - 1) * size
 
-    def up(rows, k, m):
-        return 2 * (c - 1) * rows * k + (2 * rows * m * (q - 1) if a else 0) + weight(k * m)
+    def up(x, y, w):  # of an input, a result and a weight of so many elements
+        return 2 * (c - 1) * x + (2 * (q - 1) * y if a else 0) + weight(w)
 
-    def down(rows, m, k):
-        inside = q - 1 if a else c - 1
-        return 2 * rows * m * inside + (2 * rows * k * (c - 1) if a else 0) + weight(m * k)
+    def down(x, y, w):
+        return (2 * (q - 1) * x + 2 * (c - 1) * y if a else 2 * (c - 1) * x) + weight(w)
 
     def table(rows, size):  # of which col cuts the rows in A
         return 2 * (r * c - 1) * rows * size if a else weight(rows * size)
-
-    def convolution(image, out, kernel):  # A: the image is the same along col, so that its cotangent is allreduced
-        return 2 * (c - 1) * image + (2 * (q - 1) * out if a else 0) + weight(kernel)
-
-    def convolution_back(image, out, kernel):
-        return (2 * (q - 1) * image + 2 * (c - 1) * out if a else 2 * (c - 1) * image) + weight(kernel)
 
     def patches():  # images come replicated, and so goes their cotangent
         count, kernel = 1 + (n["y"] // n["k"]) * (n["x"] // n["k"]), n["c"] * n["k"] ** 2
@@ -48,15 +41,15 @@ def layer_words(name, template, grid, n):
         return stream + cotangent + weight(kernel * h) + 2 * replicated_vector(h) + table(count + 2, h)
 
     rows, first = b * s, (c - 1) * b * h if a else 0
-    classes = up(b, h, v) + inner_vector(v)
+    classes = up(b * h, b * v, h * v) + inner_vector(v)
     height, width = n["y"] - 2, n["x"] - 1  # of a kernel (3, 2)
     strided = b * h * ((n["y"] - 1) // 2 + 1) * ((n["x"] + 1) // 3 + 1)  # kernel 3, strides (2, 3), padding (1, 2)
     image = b * n["y"] * n["x"]
     formulas = {
-        "up": up(rows, h, f) + inner_vector(f),
-        "down": down(rows, f, h) + vector(h),
-        "gates": up(rows, h, 2 * f) + inner_vector(2 * f),
-        "mlp-swiglu": up(rows, h, 2 * f) + down(rows, f, h),
+        "up": up(rows * h, rows * f, h * f) + inner_vector(f),
+        "down": down(rows * f, rows * h, f * h) + vector(h),
+        "gates": up(rows * h, 2 * rows * f, 2 * h * f) + inner_vector(2 * f),
+        "mlp-swiglu": up(rows * h, 2 * rows * f, 2 * h * f) + down(rows * f, rows * h, f * h),
         "layer-norm": 4 * statistics(rows) + vector(2 * h),
         "rms-norm": 2 * statistics(rows) + vector(h),
         "softmax": 6 * (c - 1) * rows,
@@ -64,8 +57,8 @@ def layer_words(name, template, grid, n):
         "positions": table(s + 2, h),
         "first-classes": first + classes,
         "mean-classes": 2 * first + classes,
-        "convolution": convolution(image * h, b * f * height * width, h * 6 * f) + inner_vector(f),
-        "convolution-back": convolution_back(image * f, strided, f * 9 * h) + replicated_vector(h),
+        "convolution": up(image * h, b * f * height * width, h * 6 * f) + inner_vector(f),
+        "convolution-back": down(image * f, strided, f * 9 * h) + replicated_vector(h),
         "patches-positions": patches(),
     }
     return formulas.get(name, 0)
