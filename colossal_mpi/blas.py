@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from array_api_compat import is_cupy_array
 
-from colossal_mpi import backend
+from colossal_mpi import backend, ghost
 from colossal_mpi.backend import Block
+from colossal_mpi.ghost import Ghost
 
 _LETTERS = {"float32": "s", "float64": "d", "complex64": "c", "complex128": "z"}
 _ROW_MAJOR, _COLUMN_MAJOR = 101, 102
@@ -42,6 +43,9 @@ def gemm(
     conj = conj if backend.numpy_dtype(c.dtype).kind == "c" else (False, False)
     fits = a.shape[1] and a.dtype == b.dtype == c.dtype
     if fits and type(c) is np.ndarray and _cblas(a, b, c, alpha, beta, conj):
+        return
+    if fits and isinstance(c, Ghost):
+        ghost.gemm(a, b, c)
         return
     if fits and is_cupy_array(c) and c.dtype.name in _LETTERS:
         _cublas(a, b, c, alpha, beta, conj)

@@ -7,6 +7,7 @@ another: all_to_alls, each the adjoint of the other. In between stands an ordina
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,6 +182,9 @@ class MoE(Layer):
 
         Every capacity has its own plans of redistributions, which are kept: the rounding bounds their number.
         """
+        if logits.grid.is_planned:  # nothing is routed: all experts have as many
+            rows = math.prod(logits.local.shape[:-1])
+            return -(-rows * self.top_k // logits.shape[-1])
         xp = backend.namespace(starts)
         most = xp.reshape(xp.max(starts[1:] - starts[:-1]), (1,))
         most = int(backend.to_host(comm.allreduce(most, logits.grid, logits.layout.cut, comm.MAX))[0])
