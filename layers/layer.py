@@ -29,8 +29,11 @@ class Context:
     mask: DistArray | None = None
     """Bool ``[b, s]`` in the layout of `Parallelism.tokens`, true where a token is no padding; None: all are tokens."""
     positions: Any = None
-    """Integers ``[s]`` or ``[b, s]``, a DistArray or the whole array on every rank; None: the indices in s.
+    """Integers ``[s]`` or ``[b, s]``, a DistArray or the whole array on every rank; None: the indices in the sequence.
     A causal order is one of positions."""
+    order: Any = None
+    """Integers ``[s]``, on every rank in NumPy: of each index of the arrays the index of its token in the sequence, as
+    `Parallelism.order` gives them; None: the same."""
     segments: DistArray | None = None
     """Integers ``[b, s]`` in that layout: the segment of each token, such as its sentence of two; None: all are 0."""
     share: float = 1.0
