@@ -162,6 +162,10 @@ class Layer:
         """Return the output and what `backward` needs."""
         raise NotImplementedError
 
+    def again(self, x: Any, ctx: Context) -> Any:
+        """Return what `backward` needs, alone: what `forward` does for the output only may be left out."""
+        return self.forward(x, ctx)[1]
+
     def backward(self, dy: Any, cache: Any, later: Later = None) -> Any:
         """Return the cotangent of the input, in the input's layout."""
         raise NotImplementedError
@@ -197,6 +201,12 @@ class Chain(Layer):
             caches.append(cache)
         return x, caches
 
+    def again(self, x: DistArray, ctx: Context) -> Any:
+        """Return the caches, without the output of the last layer."""
+        *first, last = self.layers
+        x, caches = Chain(*first).forward(x, ctx)
+        return [*caches, last.again(x, ctx)]
+
     def backward(self, dy: DistArray, cache: Any, later: Later = None) -> Any:
         """Return the cotangent of the first layer's input."""
         for layer, kept in zip(reversed(self.layers), reversed(cache), strict=True):
@@ -229,6 +239,10 @@ class Residual(Chain):
         """Return ``x + chain(x)``."""
         y, cache = super().forward(x, ctx)
         return x + y, (cache, x.layout.with_partial())
+
+    def again(self, x: DistArray, ctx: Context) -> Any:
+        """Return the chain's caches."""
+        return super().again(x, ctx), x.layout.with_partial()
 
     def backward(self, dy: DistArray, cache: Any, later: Later = None) -> Any:
         """Return ``dy`` and the chain's cotangent together."""
