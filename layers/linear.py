@@ -58,6 +58,7 @@ class Linear(Layer):
         seed: int = 0,
         dtype: Any = "float32",
     ) -> None:
+        self.name = name
         self.product: Product = parallelism.product(subscripts, inner)
         self.keep, self.keep_weight = parallelism.keep_gathered, parallelism.keep_weights
         x, w, y = parse(subscripts).a, parse(subscripts).b, parse(subscripts).c
@@ -87,10 +88,10 @@ class Linear(Layer):
 
     def apply(self, x: DistArray) -> tuple[DistArray, DistArray | None]:
         """Return ``x w + bias`` of an input as the map takes it, and the weight if it is kept as the map takes it."""
-        p, w = self.product, self.weight.value.redistribute(self.product.w)
+        p, w = self.product, self.weight.use(self.product.w)
         y = contract(p.subscripts, x, w, p.axes, out=p.y)
         if self.bias is not None:
-            bias = self.bias.value.redistribute(self.bias_layout)
+            bias = self.bias.use(self.bias_layout)
             shape = [1 if d in self.batch_dims else n for d, n in enumerate(y.local.shape)]
             y.local += backend.namespace(y.local).reshape(bias.local, tuple(shape))
         return y, w if self.keep_weight else None
@@ -112,7 +113,7 @@ class Linear(Layer):
             dy = dy.redistribute(p.y)
             self.bias.accumulate(dy.sum_over(self.batch_dims))
         gathered = dy.redistribute(p.dy)
-        w = self.weight.value.redistribute(p.w) if w is None else w
+        w = self.weight.use(p.w) if w is None else w
         dx = contract(dx_subscripts, gathered, w, p.axes, out)
         return dx, lambda x: self.weight.accumulate(contract(dw_subscripts, x, gathered, p.axes))
 

@@ -152,9 +152,14 @@ class Parallelism:
         _check(grid, mode, axes)
 
     @property
+    def data(self) -> Axes:
+        """Axes over which samples are cut and weights replicated, unless ZeRO stores them cut."""
+        return self._present(_DATA)
+
+    @property
     def deferred(self) -> Axes:
         """Axes over which gradients stay partial until the last microbatch."""
-        return self._present(_DATA) if self.zero < 2 else ()
+        return self.data if self.zero < 2 else ()
 
     @property
     def keep_weights(self) -> bool:
