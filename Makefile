@@ -63,4 +63,4 @@ $(VENV_OPENMPI)/.installed-test: $(META)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV_OPENMPI) build docs/_build *.egg-info
+	rm -rf $(VENV) $(VENV_OPENMPI) build docs/_build docs/_pictures *.egg-info

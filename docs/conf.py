@@ -1,13 +1,18 @@
 """Settings of Sphinx; ``make docs`` builds what is here and takes warnings as errors."""
 
+import sys
 from importlib.metadata import version as installed
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
 
 project = "colossal_mpi"
 author = "the colossal_mpi authors"
 release = version = installed("colossal-mpi")
 
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "_pictures"]
 default_role = "py:obj"
 highlight_language = "python"
 
@@ -52,6 +57,9 @@ def _restore(app, what, name, obj, options, lines):
 
 
 def setup(app):
-    """Connect the hooks, those of napoleon in between."""
+    """Draw the pictures; connect the hooks, those of napoleon in between."""
+    from pictures import draw_all
+
+    draw_all(HERE / "_pictures")
     for hook, priority in ((_notes, 1), (_keep, 2), (_restore, 900)):
         app.connect("autodoc-process-docstring", hook, priority=priority)

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from colossal_mpi.layers.recompute import recompute
 from mpi4py import MPI
 from reference import pairs
 from reference.gpt_case import block_and_index, difference
@@ -14,7 +15,6 @@ from colossal_mpi.layers.loss import CrossEntropy
 from colossal_mpi.layers.models import GPT, GPTConfig
 from colossal_mpi.layers.optim import AdamW
 from colossal_mpi.layers.pipeline import Pipeline, cut, place_of
-from colossal_mpi.layers.recompute import recompute
 from colossal_mpi.layout import part
 
 STEPS, BATCH, MICROBATCHES = 5, 7, 3
