@@ -21,15 +21,17 @@ def blocks(text):
 
 
 def programs():
-    """Yield name, code, number of ranks and output of each program that a document runs."""
+    """Return code, number of ranks and output of each program that a document runs."""
+    cases = []
     for path in DOCUMENTS:
         found = blocks(path.read_text())
         files = {block.split("\n")[0][2:]: block for block in found if re.match(r"# \w+\.py\n", block)}
         runs = [re.match(r"\$ mpiexec -n (\d+) python (\w+\.py)\n(.*)", block, re.S) for block in found]
         for ranks, name, output in [run.groups() for run in runs if run]:
             code = files.pop(name)
-            yield pytest.param(code, int(ranks), output, id=f"{path.stem}-{name}")
+            cases.append(pytest.param(code, int(ranks), output, id=f"{path.stem}-{name}"))
         assert not files, f"{path}: {', '.join(files)} not run"
+    return cases
 
 
 @pytest.mark.parametrize(("code", "ranks", "output"), programs())
