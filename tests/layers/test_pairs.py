@@ -4,7 +4,6 @@ import itertools
 
 import numpy as np
 import pytest
-from colossal_mpi.layers.recompute import recompute
 from mpi4py import MPI
 from reference import pairs
 from reference.gpt_case import block_and_index, difference
@@ -15,6 +14,7 @@ from colossal_mpi.layers.loss import CrossEntropy
 from colossal_mpi.layers.models import GPT, GPTConfig
 from colossal_mpi.layers.optim import AdamW
 from colossal_mpi.layers.pipeline import Pipeline, cut, place_of
+from colossal_mpi.layers.recompute import recompute
 from colossal_mpi.layout import part
 
 STEPS, BATCH, MICROBATCHES = 5, 7, 3
@@ -42,11 +42,11 @@ class Feed:
 
     def _cut(self, whole, microbatch):
         rows = whole[self.step, slice(*part(BATCH, MICROBATCHES, microbatch))]
-        return from_global(rows[:, self.order], self.p.grid, self.p.tokens())
+        return from_global(rows if self.order is None else rows[:, self.order], self.p.grid, self.p.tokens())
 
     def context(self, microbatch):
         first, _ = part(BATCH, MICROBATCHES, microbatch)
-        return Context(self.step, microbatch, first, positions=self.order)
+        return Context(self.step, microbatch, first, order=self.order)
 
     def inputs(self, microbatch):
         return self._cut(TOKENS, microbatch)
