@@ -32,7 +32,9 @@ class Trainer:
         parallel, training = config.parallel, config.training
         self.config, self.grid = config, grid
         self.kernels = kernels.use(parallel.kernels, grid)
-        place = Parallelism(place_of(grid), parallel.tensor, parallel.keep_gathered, parallel.zero)
+        place = Parallelism(
+            place_of(grid), parallel.tensor, parallel.keep_gathered, parallel.zero, sequence=parallel.sequence
+        )
         self.task = tasks.make(config, place)
         self.model, self.task.run = self.task.model, self.run
         chunks = cut(recompute(self.model, parallel.recompute), grid, parallel.virtual_stages)

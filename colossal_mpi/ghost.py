@@ -44,7 +44,7 @@ def tally() -> Iterator[Tally]:
 
 
 def work(flops: int) -> None:
-    """Enter products into the open tallies."""
+    """Enter the flop of products into the open tallies."""
     for one in _open:
         one.flops += flops
 
@@ -155,11 +155,6 @@ def empty(shape: Sequence[int], dtype: Any) -> Ghost:
         strides[d], step = step, step * max(1, shape[d])
     unread = as_strided(_UNREAD[kind.itemsize], shape, strides, writeable=False)
     return Ghost(unread, kind, Memory(math.prod(shape) * kind.itemsize))
-
-
-def gemm(a: Ghost, b: Ghost, c: Ghost) -> None:
-    """Count a product that is added into a matrix."""
-    work(2 * math.prod(c.shape) * a.shape[1])
 
 
 def elementwise(*values: Any, dtype: Any = None) -> Ghost:

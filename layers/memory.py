@@ -120,7 +120,7 @@ class Prediction:
     weights: int
     """As they are stored."""
     gradients: int
-    """Before they are reduced over the deferred axes."""
+    """As they are held from one microbatch to the next."""
     state: int
     """Of the optimizer, masters included."""
     saved: int
@@ -195,29 +195,26 @@ def predict_memory(
         coords = {axis: stage if axis == PIPE else 0 for axis in axes}
         grid = Grid.planned(rank_of(coords, axes), **axes)
         p = Parallelism(place_of(grid), tensor, keep_gathered, zero)
-        with kernels.as_planned(), ghost.tally() as tally, ledger.record() as moved:
+        with kernels.as_planned(), ghost.tally() as tally:
             whole = recompute(model(p), kinds)
             held = [
                 sorted({q.name for piece in some for layer in piece for q in layer.parameters()})
                 for some in pieces(whole, axes.get(PIPE, 1), chunks)
             ]
-            pipeline = Pipeline(cut(whole, grid, chunks), grid, schedule, held)
-            found.append(_predict(pipeline, optimizer(pipeline.parameters()), feed(p), tally, moved))
+            pipeline = Pipeline(cut(whole, grid, chunks), grid, schedule, held=held)
+            found.append(_predict(pipeline, optimizer(pipeline.parameters()), feed(p), tally))
     return found
 
 
-def _predict(
-    pipeline: Pipeline, optimizer: Optimizer, feed: Feed, tally: ghost.Tally, moved: ledger.Record
-) -> Prediction:
+def _predict(pipeline: Pipeline, optimizer: Optimizer, feed: Feed, tally: ghost.Tally) -> Prediction:
     """Return what a step takes of a stage that is made, and whose optimizer is."""
     weights = [q.value for q in optimizer.parameters]
     state = tally.now - saved_bytes(weights)
-    saved = saved_by(pipeline, feed, weights)
+    saved, gradients = one_microbatch(pipeline, feed)
     tally.peak, tally.flops = tally.now, 0
-    moved.events.clear()
-    pipeline.step(feed)
-    gradients = saved_bytes([q.grad for q in optimizer.parameters if q.grad is not None])
-    optimizer.step()
+    with ledger.record() as moved:
+        pipeline.step(feed)
+        optimizer.step()
     return Prediction(
         dict(pipeline.grid.coords),
         saved_bytes(weights),
@@ -238,17 +235,26 @@ def _live(pipeline: Pipeline, microbatches: int) -> float:
     return check(programs).live[pipeline.number] / chunks
 
 
-def saved_by(pipeline: Pipeline, feed: Feed, weights: Sequence[DistArray]) -> int:
-    """Return the bytes that the first microbatch keeps between its passes, of all chunks of this stage together.
+def one_microbatch(pipeline: Pipeline, feed: Feed) -> tuple[int, int]:
+    """Return the bytes that the first microbatch keeps between its passes, and those of the gradients after them.
 
-    The microbatch is done forward; on a live grid every stage must do so, and it gets zeros from the one before.
+    All chunks of this stage go forward and back together, on zeros in the place of what other stages would send. On a
+    live grid all ranks must do so.
     """
     shape, layout, dtype = feed.stream(0)
-    caches = []
+    parameters, caches = pipeline.parameters(), []
+    last = pipeline.number == pipeline.stages - 1
     for c, chunk in enumerate(pipeline.chunks):
-        first = c == pipeline.number == 0
-        x = feed.inputs(0) if first else distarray.zeros(shape, pipeline.place, layout, dtype)
+        x = feed.inputs(0) if c == pipeline.number == 0 else distarray.zeros(shape, pipeline.place, layout, dtype)
         y, cache = chunk.forward(x, feed.context(0))
-        last = c == len(pipeline.chunks) - 1 and pipeline.number == pipeline.stages - 1
-        caches.append((cache, feed.loss(y, 0)[1] if last else None))
-    return saved_bytes(caches, weights)
+        ends = last and c == len(pipeline.chunks) - 1
+        caches.append((cache, feed.loss(y, 0)[1] if ends else None))
+    saved = saved_bytes(caches, [q.value for q in parameters])
+    while caches:
+        cache, loss = caches.pop()
+        dy = distarray.zeros(shape, pipeline.place, layout, dtype) if loss is None else feed.loss_backward(loss)
+        pipeline.chunks[len(caches)].backward(dy, cache)
+    gradients = saved_bytes([q.grad for q in parameters if q.grad is not None])
+    for q in parameters:
+        q.grad = None
+    return saved, gradients

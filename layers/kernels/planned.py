@@ -10,6 +10,7 @@ from typing import Any
 from colossal_mpi.backend import Block, is_half, namespace
 from colossal_mpi.ghost import work
 from colossal_mpi.layers.kernels import reference
+from colossal_mpi.layers.kernels.reference.tiles import scores
 
 
 def __getattr__(name: str) -> Any:
@@ -17,10 +18,9 @@ def __getattr__(name: str) -> Any:
 
 
 def _products(q: Block, k: Block, causal: bool) -> int:
-    """Return the multiplications of one product of queries and keys: in a causal order with those seen alone."""
-    (b, s, a, d), t = q.shape, k.shape[1]
-    seen = s * (t + 1) // 2 if causal and s == t else s * t
-    return int(b * a * d * seen)
+    """Return the multiplications of one product of queries and keys, of the tiles of which a key is seen."""
+    (b, s, a, d), (_, t, g, _) = q.shape, k.shape
+    return b * a * d * scores(s, t, max(1, a // max(1, g)), causal) if b * s * a * t * g else 0
 
 
 def attention(q: Block, k: Block, v: Block, causal: bool = True, mask: Any = None, positions: Any = None) -> Any:
