@@ -140,6 +140,10 @@ class Parallel(Section):
         description="stored once over data, seq, ulysses: 1 the optimizer's state, 2 also gradients, 3 also weights",
     )
     keep_gathered: bool = Field(True, description="keep gathered operands for the backward pass: faster, more memory")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="made again in the backward pass: selective, outputs of norms and activations; full, whole blocks",
+    )
     dtype: Literal["float32", "float64"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     kernels: Literal["auto", "reference", "torch"] = Field(
