@@ -1,6 +1,8 @@
 """What attention moves, keeps and computes where the sequence is cut: each equals its closed form."""
 
+import time
 import tracemalloc
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -11,11 +13,13 @@ from reference.gpt_case import block_and_index, difference
 from colossal_mpi import Grid, Layout, OptionError, ShapeError, comm, from_global, ledger, random
 from colossal_mpi.layers import Context, Parallelism, ring
 from colossal_mpi.layers.attention import Attention, GroupedAttention, SelfAttention
+from colossal_mpi.layers.kernels import reference
 from colossal_mpi.layers.kernels.reference import tiles
 from colossal_mpi.layers.order import zigzag
 from colossal_mpi.layout import part
 from tests.cases import host
 
+formulas = import_module("colossal_mpi.layers.kernels.reference.attention")
 B, A, D = 2, 4, 3
 
 
@@ -106,11 +110,8 @@ def test_zigzag_balances_what_contiguous_blocks_do_not(ranks):
 @pytest.mark.grids({"seq": 3}, {"seq": 4})
 def test_work_is_balanced(grid, monkeypatch, zigzag):
     """Scores that are computed, forward and backward, counted where the kernel computes them."""
-    from importlib import import_module
-
     for name, value in {"LENGTH": 8, "LEAST": 8}.items():
         monkeypatch.setattr(tiles, name, value)
-    formulas = import_module("colossal_mpi.layers.kernels.reference.attention")
     done, scores = [], formulas._scores
     monkeypatch.setattr(formulas, "_scores", lambda q, k: done.append(k.shape[2] * q.shape[2]) or scores(q, k))
     p, s, c = case.parallelism(grid), 1021, grid.axes["seq"]
@@ -121,6 +122,30 @@ def test_work_is_balanced(grid, monkeypatch, zigzag):
     balance = work.max() / work.mean()
     assert balance <= 1.02 if zigzag else balance == pytest.approx(2 - 1 / c, abs=0.02)
     assert work.sum() <= 1.03 * s * (s + 1)  # both passes of half a square, and the rest of tiles on its diagonal
+
+
+@pytest.mark.grids({"seq": 2}, {"seq": 3})
+def test_each_message_but_the_last_home_is_under_way_while_some_keys_are_attended_to(grid, monkeypatch):
+    spans = []
+
+    def timed(function):
+        def call(*values):
+            begun = time.perf_counter()
+            result = function(*values)
+            spans.append((begun, time.perf_counter()))
+            return result
+
+        return call
+
+    for name in ("attention", "attention_backward"):
+        monkeypatch.setattr(reference, name, timed(getattr(reference, name)))
+    p, c = case.parallelism(grid), grid.axes["seq"]
+    x = random.normal((1, 64, 3, 1, 8), grid, p.attention("bstad", "a", "a"), 0, "x")
+    with ledger.record() as moved:
+        words(Attention(p), x, Context(order=p.order(64)))
+    assert [event.op for event in moved.events] == ["receive"] * (3 * c - 2)
+    hidden = [any(e.posted <= begun and end <= e.waited for begun, end in spans) for e in moved.events]
+    assert hidden == [True] * (3 * c - 3) + [False]
 
 
 class Vandal:
