@@ -32,8 +32,11 @@ class Context:
     mask: DistArray | None = None
     """Bool ``[b, s]`` in the layout of `Parallelism.tokens`, true where a token is no padding; None: all are tokens."""
     positions: Any = None
-    """Integers ``[s]`` or ``[b, s]``, a DistArray or the whole array on every rank; None: the indices in s.
+    """Integers ``[s]`` or ``[b, s]``, a DistArray or the whole array on every rank; None: the indices in the sequence.
     A causal order is one of positions."""
+    order: Any = None
+    """Integers ``[s]``, on every rank in NumPy: of each index of the arrays the index of its token in the sequence, as
+    `Parallelism.order` gives them; None: the same."""
     segments: DistArray | None = None
     """Integers ``[b, s]`` in that layout: the segment of each token, such as its sentence of two; None: all are 0."""
     share: float = 1.0
@@ -216,6 +219,10 @@ class Layer:
         """Return the output and what `backward` needs."""
         raise NotImplementedError
 
+    def again(self, x: Any, ctx: Context) -> Any:
+        """Return what `backward` needs, alone: what `forward` does for the output only may be left out."""
+        return self.forward(x, ctx)[1]
+
     def backward(self, dy: Any, cache: Any, later: Later = None) -> Any:
         """Return the cotangent of the input, in the input's layout."""
         raise NotImplementedError
@@ -276,6 +283,12 @@ class Chain(Layer):
         finally:
             self.watchers = tuple(other for other in self.watchers if other is not watcher)
 
+    def again(self, x: DistArray, ctx: Context) -> Any:
+        """Return the caches, without the output of the last layer."""
+        *first, last = self.layers
+        x, caches = Chain(*first).forward(x, ctx)
+        return [*caches, last.again(x, ctx)]
+
     def backward(self, dy: DistArray, cache: Any, later: Later = None) -> Any:
         """Return the cotangent of the first layer's input."""
         for i, layer in reversed(list(enumerate(self.layers))):
@@ -321,6 +334,10 @@ class Residual(Chain):
         """Return ``x + chain(x)``."""
         y, cache = super().forward(x, ctx)
         return x + y, (cache, x.layout.with_partial())
+
+    def again(self, x: DistArray, ctx: Context) -> Any:
+        """Return the chain's caches."""
+        return super().again(x, ctx), x.layout.with_partial()
 
     def backward(self, dy: DistArray, cache: Any, later: Later = None) -> Any:
         """Return ``dy`` and the chain's cotangent together."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from colossal_mpi import backend
 from colossal_mpi.distarray import DistArray
+from colossal_mpi.layers.again import kept, taken
 from colossal_mpi.layers.layer import Context, Later, Layer, Parameter
 from colossal_mpi.layers.parallelism import Parallelism, Product
 from colossal_mpi.layout import Layout
@@ -84,11 +85,19 @@ class Linear(Layer):
         """Return ``x w + bias`` in the layout of the next layer."""
         gathered = x.redistribute(self.product.x)
         y, w = self.apply(gathered)
-        return y, (gathered if self.keep else x, w, x.layout.with_partial())
+        return y, (kept(x, gathered if self.keep else x), w, x.layout.with_partial())
+
+    def again(self, x: DistArray, ctx: Context) -> Any:
+        """Return the operands that are kept. **Communication:** they are gathered, if they are kept so."""
+        gathered = x.redistribute(self.product.x) if self.keep else x
+        return kept(x, gathered), self._gathered_weight() if self.keep_weight else None, x.layout.with_partial()
+
+    def _gathered_weight(self) -> DistArray:
+        return self.weight.use(self.product.w)
 
     def apply(self, x: DistArray) -> tuple[DistArray, DistArray | None]:
         """Return ``x w + bias`` of an input as the map takes it, and the weight if it is kept as the map takes it."""
-        p, w = self.product, self.weight.use(self.product.w)
+        p, w = self.product, self._gathered_weight()
         y = contract(p.subscripts, x, w, p.axes, out=p.y)
         if self.bias is not None:
             bias = self.bias.use(self.bias_layout)
@@ -100,7 +109,7 @@ class Linear(Layer):
         """Return ``dy w^T``; ``x^T dy`` and the sum of dy go to the gradients."""
         x, w, layout = cache
         dx, weight_product = self.adjoint(dy, w, layout)
-        _defer(later, lambda: weight_product(x))
+        _defer(later, lambda: weight_product(taken(x)))
         return dx
 
     def adjoint(
@@ -113,7 +122,7 @@ class Linear(Layer):
             dy = dy.redistribute(p.y)
             self.bias.accumulate(dy.sum_over(self.batch_dims))
         gathered = dy.redistribute(p.dy)
-        w = self.weight.use(p.w) if w is None else w
+        w = self._gathered_weight() if w is None else w
         dx = contract(dx_subscripts, gathered, w, p.axes, out)
         return dx, lambda x: self.weight.accumulate(contract(dw_subscripts, x, gathered, p.axes))
 
@@ -135,7 +144,7 @@ class Linears(Layer):
         first = self.linears[0]
         gathered = x.redistribute(first.product.x)
         ys, ws = zip(*[linear.apply(gathered) for linear in self.linears], strict=True)
-        return ys, (gathered if first.keep else x, ws, x.layout.with_partial())
+        return ys, (kept(x, gathered if first.keep else x), ws, x.layout.with_partial())
 
     def backward(self, dy: Sequence[DistArray], cache: Any, later: Later = None) -> DistArray:
         """Return the cotangent of the input for those of the products."""
@@ -146,7 +155,7 @@ class Linears(Layer):
         total = sum(parts[1:], start=parts[0]).redistribute(layout)
 
         def weight_products() -> None:
-            gathered = x.redistribute(self.linears[0].product.x)
+            gathered = taken(x).redistribute(self.linears[0].product.x)
             for _, weight_product in terms:
                 weight_product(gathered)
 
