@@ -270,6 +270,12 @@ class Chain(Layer):
             caches.append(cache)
         return x, caches
 
+    def again(self, x: DistArray, ctx: Context) -> Any:
+        """Return the caches, without the output of the last layer."""
+        *first, last = self.layers
+        x, caches = Chain(*first).forward(x, ctx)
+        return [*caches, last.again(x, ctx)]
+
     def _visit(self, kind: str, i: int) -> None:
         for watcher in self.watchers:
             watcher.visit(kind, self, i)
@@ -282,12 +288,6 @@ class Chain(Layer):
             yield
         finally:
             self.watchers = tuple(other for other in self.watchers if other is not watcher)
-
-    def again(self, x: DistArray, ctx: Context) -> Any:
-        """Return the caches, without the output of the last layer."""
-        *first, last = self.layers
-        x, caches = Chain(*first).forward(x, ctx)
-        return [*caches, last.again(x, ctx)]
 
     def backward(self, dy: DistArray, cache: Any, later: Later = None) -> Any:
         """Return the cotangent of the first layer's input."""

@@ -183,7 +183,7 @@ class Parallelism:
 
     @property
     def copies(self) -> Axes:
-        """Axes over which weights are replicated, in every mode, unless ZeRO stores them cut."""
+        """Axes over which tokens are cut and weights replicated, unless ZeRO stores them cut."""
         return self._present(_COPIES)
 
     @property

@@ -66,9 +66,8 @@ class Prefetch:
             The passes to come, ``forward`` or ``backward``, of these layers.
         """
         chains = [layer for layer in layers if isinstance(layer, Chain)]
-        watched = [
-            q for chain in chains for q in chain.parameters() if q.parallelism.zero == 3 and q.parallelism.copies
-        ]
+        parameters = [q for chain in chains for q in chain.parameters()]
+        watched = [q for q in parameters if q.parallelism.zero == 3 and q.parallelism.copies]
         if not watched:
             yield
             return
