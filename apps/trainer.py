@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from colossal_mpi import checkpoint, comm
+from colossal_mpi import checkpoint, comm, ledger
 from colossal_mpi.apps import tasks
 from colossal_mpi.apps.config import Config
 from colossal_mpi.apps.feed import StepFeed
@@ -68,7 +68,9 @@ class Trainer:
     def step(self, step: int) -> dict[str, float]:
         """Do a training step and return its loss, gradient norm and learning rate."""
         loss, lr = self.gradients(step), self.learning_rate(step)
-        return {"loss": loss, "gradient_norm": self.optimizer.step(lr), "learning_rate": lr}
+        with ledger.span("update"):
+            norm = self.optimizer.step(lr)
+        return {"loss": loss, "gradient_norm": norm, "learning_rate": lr}
 
     def validate(self) -> dict[str, float]:
         """Return the loss over the held-out samples, and the share of them that meets each measure of the task."""
