@@ -55,6 +55,7 @@ def train(
     setting: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")] = None,
     resume: Annotated[str | None, typer.Option(help="Go on with the run in this directory.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run in the run directory.")] = False,
+    trace: Annotated[int, typer.Option(min=0, help="Trace so many steps from the second on into trace.json.")] = 0,
 ) -> None:
     """Train a model on text or images. Run it under mpiexec or srun, or alone on one rank."""
     from colossal_mpi.apps import train as training
@@ -66,9 +67,25 @@ def train(
     if (config is None) == (resume is None):
         raise ConfigError("train: give a configuration, or --resume and the directory of a run")
     if resume is not None:
-        training.resume(resume, settings)
+        training.resume(resume, settings, trace)
     elif config is not None:
-        training.start(configs.load(config, settings), overwrite)
+        training.start(configs.load(config, settings), overwrite, trace)
+
+
+@app.command(epilog="Example: colossal-mpi report runs/demo runs/other --output comparison")
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Directories of runs, one or several.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Directory to write to. [RUN/report, of several RUN/report/comparison]")
+    ] = None,
+) -> None:
+    """Draw a run, or several on the same axes: PNG files and one HTML page that needs nothing else."""
+    from colossal_mpi.apps import report as reports
+
+    page, lacking = reports.write(runs, output)
+    for picture, reason in lacking:
+        typer.echo(f"not shown: {picture}: {reason}")
+    typer.echo(f"report {page}")
 
 
 @app.command(epilog="Example: mpiexec -n 4 colossal-mpi convert gpt2 gpt2.cm --to cm")

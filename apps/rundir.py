@@ -1,4 +1,4 @@
-"""A run directory: ``config.toml``, ``metrics.jsonl``, ``checkpoints/``, ``report/`` and ``sample.txt``."""
+"""A run directory: ``config.toml``, ``run.json``, ``metrics.jsonl``, ``checkpoints/``, ``report/``, and others."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from typing import Any
 from colossal_mpi.apps import config as configs
 from colossal_mpi.errors import CheckpointError, ConfigError
 
+PLOTS = ("loss", "measures", "speed", "utilisation", "rate", "gradient", "scale", "memory", "words", "timeline")
+"""Names of the pictures of a report."""
+
 
 class RunDirectory:
     """The files of one run. Written by rank 0 alone; checkpoints by all ranks."""
@@ -18,8 +21,10 @@ class RunDirectory:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config, self.metrics = self.path / "config.toml", self.path / "metrics.jsonl"
-        self.checkpoints, self.plot = self.path / "checkpoints", self.path / "report" / "loss.png"
-        self.sample = self.path / "sample.txt"
+        self.checkpoints, self.page = self.path / "checkpoints", self.path / "report" / "index.html"
+        self.plot = self.page.with_name("loss.png")
+        self.sample, self.trace = self.path / "sample.txt", self.path / "trace.json"
+        self.about = self.path / "run.json"
 
     def create(self, config: configs.Config, overwrite: bool) -> None:
         """Make the directory of a new run.
@@ -39,7 +44,7 @@ class RunDirectory:
         try:
             if self.config.exists():
                 self._clear()
-            self.plot.parent.mkdir(parents=True, exist_ok=True)
+            self.page.parent.mkdir(parents=True, exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
             self.write_config(config)
         except (OSError, ValueError) as problem:
@@ -54,7 +59,8 @@ class RunDirectory:
         """Remove what a former run wrote, and nothing else that may lie there."""
         for _, folder in self._saved():
             shutil.rmtree(folder)
-        for file in (self.config, self.metrics, self.sample, self.plot, self.checkpoints / "latest"):
+        files = (self.config, self.about, self.metrics, self.sample, self.trace, self.page, self.checkpoints / "latest")
+        for file in (*files, *(self.page.parent / f"{name}.png" for name in PLOTS)):
             file.unlink(missing_ok=True)
 
     def _saved(self) -> list[tuple[int, Path]]:
@@ -82,6 +88,18 @@ class RunDirectory:
     def checkpoint(self, step: int) -> Path:
         """Return the place of the checkpoint after `step` steps."""
         return self.checkpoints / f"step-{step:07d}"
+
+    def write_facts(self, facts: dict[str, Any]) -> None:
+        """Write what does not change while the run goes on: machine, model, peak."""
+        self.about.write_text(json.dumps(facts, indent=1) + "\n")
+
+    def facts(self) -> dict[str, Any]:
+        """Return what `write_facts` has written; nothing of a run of a version that did not."""
+        try:
+            facts = json.loads(self.about.read_text())
+        except (OSError, ValueError):
+            return {}
+        return facts if isinstance(facts, dict) else {}
 
     def append(self, row: dict[str, Any]) -> None:
         """Add a row to the metrics."""

@@ -156,4 +156,10 @@ class Parallel(Section):
 class Run(Section):
     """Where the results go."""
 
-    directory: str = Field("runs/run", description="config, metrics, plot and checkpoints")
+    directory: str = Field("runs/run", description="config, metrics, report and checkpoints")
+    peak_flops: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="flop/s of all ranks, for MFU; 0: that of products, as measured"
+    )
+    trace_steps: list[Annotated[int, Field(ge=1)]] = Field(
+        [3], description="steps of which trace.json has what each rank did when"
+    )

@@ -10,9 +10,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from colossal_mpi import comm, ledger
+from colossal_mpi import comm
+from colossal_mpi.apps import report as reports
 from colossal_mpi.apps.config import Config, load
-from colossal_mpi.apps.plot import plot_run, shares
+from colossal_mpi.apps.meter import Meter
+from colossal_mpi.apps.report.runs import shares
 from colossal_mpi.apps.rundir import RunDirectory
 from colossal_mpi.apps.trainer import Trainer
 from colossal_mpi.errors import ColossalError, ConfigError
@@ -26,17 +28,17 @@ def make_grid(config: Config) -> Grid:
     return Grid(None, parallel.device, **axes)
 
 
-def start(config: Config, overwrite: bool = False) -> None:
-    """Train from the beginning, into a new run directory."""
+def start(config: Config, overwrite: bool = False, trace: int = 0) -> None:
+    """Train from the beginning, into a new run directory; trace so many steps from the second on."""
     grid = make_grid(config)
     trainer, directory = Trainer(config, grid), RunDirectory(config.run.directory)
     with comm.agreed(grid):
         if grid.rank == 0:
             directory.create(config, overwrite)
-    _train(trainer, directory, 0)
+    _train(trainer, directory, 0, trace)
 
 
-def resume(path: str, settings: list[str]) -> None:
+def resume(path: str, settings: list[str], trace: int = 0) -> None:
     """Go on with the run at `path` from its latest checkpoint, bitwise as if it had not stopped on the same grid."""
     directory = RunDirectory(path)
     latest = directory.latest()
@@ -50,14 +52,15 @@ def resume(path: str, settings: list[str]) -> None:
         if grid.rank == 0:
             directory.rewind(done)
             directory.write_config(config)
-    _train(trainer, directory, done)
+    _train(trainer, directory, done, trace)
 
 
-def _train(trainer: Trainer, directory: RunDirectory, done: int) -> None:
+def _train(trainer: Trainer, directory: RunDirectory, done: int, trace: int) -> None:
     training, first = trainer.config.training, trainer.grid.rank == 0
+    meter = Meter(trainer, directory, {*trainer.config.run.trace_steps, *range(done + 2, done + 2 + trace)})
     report = _Report(trainer, directory, done) if first else None
     try:
-        _steps(trainer, directory, done, report)
+        _steps(trainer, directory, done, report, meter)
         text = trainer.task.sample(training.sample) if training.sample else b""
         if report:
             report.finish(text)
@@ -66,10 +69,10 @@ def _train(trainer: Trainer, directory: RunDirectory, done: int) -> None:
             report.close()
 
 
-def _steps(trainer: Trainer, directory: RunDirectory, done: int, report: _Report | None) -> None:
+def _steps(trainer: Trainer, directory: RunDirectory, done: int, report: _Report | None, meter: Meter) -> None:
     training = trainer.config.training
     for step in range(done, training.steps):
-        row = _timed_step(trainer, step)
+        row = _timed_step(trainer, step, meter)
         if not math.isfinite(row["loss"] + (row["gradient_norm"] or 0.0)):  # None: an overflow of scaled gradients
             raise ColossalError(
                 f"step {step + 1}: loss {row['loss']}, gradient norm {row['gradient_norm']}; lower training.lr and go "
@@ -77,21 +80,17 @@ def _steps(trainer: Trainer, directory: RunDirectory, done: int, report: _Report
             )
         last = step + 1 == training.steps
         if last or (step + 1) % training.evaluate_every == 0:
-            row |= trainer.validate()
+            row |= trainer.validate() | meter.ranks()
         if report:
             report.step(row)
         if last or (step + 1) % training.checkpoint_every == 0:
             trainer.save(directory.checkpoint(step + 1), step + 1)
 
 
-def _timed_step(trainer: Trainer, step: int) -> dict[str, Any]:
-    begun = time.perf_counter()
-    with ledger.record() as moved:
+def _timed_step(trainer: Trainer, step: int, meter: Meter) -> dict[str, Any]:
+    with meter.measure(step + 1) as measured:
         row: dict[str, Any] = {"step": step + 1, **trainer.step(step)}
-    row["seconds"] = time.perf_counter() - begun
-    task = trainer.task
-    speed = trainer.config.training.batch * task.per_sample / row["seconds"]
-    return row | {f"{task.unit}_per_second": speed, "words_received": moved.words}
+    return row | measured
 
 
 class _Report:
@@ -101,7 +100,7 @@ class _Report:
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="replace")  # the sample may hold what an ASCII terminal cannot show
         self.training, self.directory, self.done = trainer.config.training, directory, done
-        self.unit, self.per = trainer.task.unit, trainer.task.per
+        self.unit = trainer.task.unit
         self.console, self.begun = Console(soft_wrap=True), time.perf_counter()
         self.bar: Any
         self.task: Any
@@ -129,14 +128,14 @@ class _Report:
             self._say(f"step {row['step']:5d}/{self.training.steps}  {text}  {_clock(left)} left")
 
     def finish(self, text: bytes) -> None:
-        """Write the plot and the sample, and say where everything is."""
+        """Write the report and the sample, and say where everything is."""
         self.close()
-        plot_run(self.directory.rows(), self.per, self.directory.plot)
+        reports.write([self.directory.path])
         self.directory.sample.write_bytes(text)
         if text:
             self._say("sample: " + text.decode(errors="replace").strip("\n"))
         checkpoint = self.directory.checkpoints / self.directory.latest().name
-        self._say(f"plot {self.directory.plot}, metrics {self.directory.metrics}, checkpoint {checkpoint}")
+        self._say(f"report {self.directory.page}, metrics {self.directory.metrics}, checkpoint {checkpoint}")
 
     def close(self) -> None:
         """Give the terminal back: while the bar is live, what goes to stderr is written to stdout."""

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from colossal_mpi import checkpoint, comm
+from colossal_mpi import checkpoint, comm, ledger
 from colossal_mpi.apps import tasks
 from colossal_mpi.apps.config import Config
 from colossal_mpi.apps.feed import StepFeed
@@ -73,7 +73,8 @@ class Trainer:
         A norm of None is that of a step which was left out, because scaled gradients were too large.
         """
         loss, lr, scale = self.gradients(step), self.learning_rate(step), self.optimizer.loss_scale
-        norm = self.optimizer.step(lr)
+        with ledger.span("update"):
+            norm = self.optimizer.step(lr)
         left_out = scale > 1 and not math.isfinite(norm)
         row = {"loss": loss, "gradient_norm": None if left_out else norm, "learning_rate": lr}
         return row if self.optimizer.scaling is None else row | {"loss_scale": scale}

@@ -153,6 +153,15 @@ def describe_gpu() -> str:
     return f"{name}, CuPy {cupy.__version__}, CUDA runtime {cupy.cuda.runtime.runtimeGetVersion()}"
 
 
+def device_memory(device: str) -> int | None:
+    """Return the bytes that CuPy's pool has taken from a GPU, of which it gives none back; None for another device."""
+    if not device.startswith("cuda"):
+        return None
+    import cupy
+
+    return int(cupy.get_default_memory_pool().total_bytes())
+
+
 def device_namespace(device: str) -> Any:
     """Return the array namespace in which a grid on `device` makes its blocks."""
     name, _, index = device.partition(":")
