@@ -65,10 +65,9 @@ def train(
         settings.append(configs.grid_setting(configs.parse_grid(grid)))
     if (config is None) == (resume is None):
         raise ConfigError("train: give a configuration, or --resume and the directory of a run")
-    if resume is not None:
-        training.resume(resume, settings)
-    elif config is not None:
-        training.start(configs.load(config, settings), overwrite)
+    if config is None:
+        raise typer.Exit(training.resume(str(resume), settings))
+    raise typer.Exit(training.start(configs.load(config, settings), overwrite))
 
 
 @app.command(epilog="Example: mpiexec -n 4 colossal-mpi convert gpt2 gpt2.cm --to cm")

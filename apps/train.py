@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import sys
 import time
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from colossal_mpi import comm, ledger
+from colossal_mpi import comm, ledger, signals
 from colossal_mpi.apps.config import Config, load
 from colossal_mpi.apps.plot import plot_run, shares
 from colossal_mpi.apps.rundir import RunDirectory
+from colossal_mpi.apps.stopping import CODE, Stop
 from colossal_mpi.apps.trainer import Trainer
 from colossal_mpi.errors import ColossalError, ConfigError
 from colossal_mpi.grid import Grid, world_size
@@ -26,18 +28,21 @@ def make_grid(config: Config) -> Grid:
     return Grid(None, parallel.device, **axes)
 
 
-def start(config: Config, overwrite: bool = False) -> None:
-    """Train from the beginning, into a new run directory."""
+def start(config: Config, overwrite: bool = False) -> int:
+    """Train from the beginning, into a new run directory; return the exit code, 0 or that of a run that was stopped."""
     grid = make_grid(config)
     trainer, directory = Trainer(config, grid), RunDirectory(config.run.directory)
     with comm.agreed(grid):
         if grid.rank == 0:
             directory.create(config, overwrite)
-    _train(trainer, directory, 0)
+    return _train(trainer, directory, 0)
 
 
-def resume(path: str, settings: list[str]) -> None:
-    """Go on with the run at `path` from its latest checkpoint, bitwise as if it had not stopped on the same grid."""
+def resume(path: str, settings: list[str]) -> int:
+    """Go on with the run at `path` from its latest checkpoint, bitwise as if it had not stopped on the same grid.
+
+    Returns an exit code as `start` does.
+    """
     directory = RunDirectory(path)
     latest = directory.latest()
     config = load(str(directory.config), settings)
@@ -50,48 +55,61 @@ def resume(path: str, settings: list[str]) -> None:
         if grid.rank == 0:
             directory.rewind(done)
             directory.write_config(config)
-    _train(trainer, directory, done)
+    return _train(trainer, directory, done)
 
 
-def _train(trainer: Trainer, directory: RunDirectory, done: int) -> None:
+def _train(trainer: Trainer, directory: RunDirectory, done: int) -> int:
     training, first = trainer.config.training, trainer.grid.rank == 0
     report = _Report(trainer, directory, done) if first else None
-    try:
-        _steps(trainer, directory, done, report)
-        text = trainer.task.sample(training.sample) if training.sample else b""
-        if report:
-            report.finish(text)
-    finally:
-        if report:
-            report.close()
+    signals.listen(interrupt=False)  # the guards of a job have done so with it
+    with Stop(trainer.grid) as stop:
+        try:
+            stopped = _steps(trainer, directory, done, report, stop)
+            if stopped:
+                if report:
+                    report.stop(stopped)
+                return CODE
+            text = trainer.task.sample(training.sample) if training.sample else b""
+            if report:
+                report.finish(text)
+            return 0
+        finally:
+            if report:
+                report.close()
 
 
-def _steps(trainer: Trainer, directory: RunDirectory, done: int, report: _Report | None) -> None:
+def _steps(trainer: Trainer, directory: RunDirectory, done: int, report: _Report | None, stop: Stop) -> int:
+    """Do the steps; return the signal that stopped them before the last, 0 if none did."""
     training = trainer.config.training
     for step in range(done, training.steps):
-        row = _timed_step(trainer, step)
+        row, cut = _timed_step(trainer, step, stop)
         if not math.isfinite(row["loss"] + row["gradient_norm"]):
             raise ColossalError(
                 f"step {step + 1}: loss {row['loss']}, gradient norm {row['gradient_norm']}; lower training.lr and go "
                 f"on from the last checkpoint with --resume {directory.path}"
             )
         last = step + 1 == training.steps
-        if last or (step + 1) % training.evaluate_every == 0:
+        if last or ((step + 1) % training.evaluate_every == 0 and not cut):  # there is no time for it in a stop
             row |= trainer.validate()
         if report:
             report.step(row)
-        if last or (step + 1) % training.checkpoint_every == 0:
+        if last or cut or (step + 1) % training.checkpoint_every == 0:
             trainer.save(directory.checkpoint(step + 1), step + 1)
+        if cut and not last:
+            return cut
+    return 0
 
 
-def _timed_step(trainer: Trainer, step: int) -> dict[str, Any]:
+def _timed_step(trainer: Trainer, step: int, stop: Stop) -> tuple[dict[str, Any], int]:
+    """Do a step; return its row of the metrics and the signal that is to stop the run after it, 0 if none."""
     begun = time.perf_counter()
     with ledger.record() as moved:
-        row: dict[str, Any] = {"step": step + 1, **trainer.step(step)}
+        row: dict[str, Any] = {"step": step + 1, **trainer.step(step, stop.vote)}
+    cut = stop.decided()
     row["seconds"] = time.perf_counter() - begun
     task = trainer.task
     speed = trainer.config.training.batch * task.per_sample / row["seconds"]
-    return row | {f"{task.unit}_per_second": speed, "words_received": moved.words}
+    return row | {f"{task.unit}_per_second": speed, "words_received": moved.words}, cut
 
 
 class _Report:
@@ -137,6 +155,12 @@ class _Report:
             self._say("sample: " + text.decode(errors="replace").strip("\n"))
         checkpoint = self.directory.checkpoints / self.directory.latest().name
         self._say(f"plot {self.directory.plot}, metrics {self.directory.metrics}, checkpoint {checkpoint}")
+
+    def stop(self, number: int) -> None:
+        """Say that a signal has stopped the run, and how it goes on."""
+        self.close()
+        name = signal.Signals(number).name
+        self._say(f"stopped by {name} after {self.directory.latest().name}: go on with --resume {self.directory.path}")
 
     def close(self) -> None:
         """Give the terminal back: while the bar is live, what goes to stderr is written to stdout."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,14 @@ class Trainer:
         length = x.shape[1] if x.ndim == 2 else None
         return self.pipeline.outputs(x, ctx, self.task.stream(x.shape[0], length))
 
-    def step(self, step: int) -> dict[str, float]:
-        """Do a training step and return its loss, gradient norm and learning rate."""
+    def step(self, step: int, meanwhile: Callable[[], None] | None = None) -> dict[str, float]:
+        """Do a training step and return its loss, gradient norm and learning rate.
+
+        `meanwhile` is called between gradients and update, whose reductions hide a message that it begins.
+        """
         loss, lr = self.gradients(step), self.learning_rate(step)
+        if meanwhile:
+            meanwhile()
         return {"loss": loss, "gradient_norm": self.optimizer.step(lr), "learning_rate": lr}
 
     def validate(self) -> dict[str, float]:
