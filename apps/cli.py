@@ -70,6 +70,21 @@ def train(
     raise typer.Exit(training.start(configs.load(config, settings), overwrite))
 
 
+@app.command(epilog="Example: mpiexec -n 4 colossal-mpi doctor --directory /scratch/me/runs")
+def doctor(
+    directory: Annotated[Path, typer.Option(help="Where runs are to be written.")] = Path("runs"),
+    seconds: Annotated[float, typer.Option(help="Time for measuring messages between ranks.")] = 4.0,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")] = False,
+) -> None:
+    """Examine MPI, launcher, cores, GPUs, disk and network, and say what to do; exit code 1 if something is bad.
+
+    Start it as the program itself will be started: under mpiexec or srun, with the same variables.
+    """
+    from colossal_mpi.apps.doctor import examine
+
+    raise typer.Exit(examine.main(directory, seconds, json))
+
+
 @app.command(epilog="Example: mpiexec -n 4 colossal-mpi convert gpt2 gpt2.cm --to cm")
 def convert(
     source: Annotated[Path, typer.Argument(help="A directory of Hugging Face, a checkpoint or a run.")],
