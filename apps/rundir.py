@@ -1,4 +1,4 @@
-"""A run directory: ``config.toml``, ``metrics.jsonl``, ``checkpoints/``, ``report/`` and ``sample.txt``."""
+"""A run directory: ``config.toml``, ``metrics.jsonl``, ``checkpoints/``, ``report/``, ``sample.txt``, ``events/``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class RunDirectory:
         self.path = Path(path)
         self.config, self.metrics = self.path / "config.toml", self.path / "metrics.jsonl"
         self.checkpoints, self.plot = self.path / "checkpoints", self.path / "report" / "loss.png"
-        self.sample = self.path / "sample.txt"
+        self.sample, self.events = self.path / "sample.txt", self.path / "events"
 
     def create(self, config: configs.Config, overwrite: bool) -> None:
         """Make the directory of a new run.
@@ -54,6 +54,8 @@ class RunDirectory:
         """Remove what a former run wrote, and nothing else that may lie there."""
         for _, folder in self._saved():
             shutil.rmtree(folder)
+        for file in self.events.glob("events.out.tfevents.*"):
+            file.unlink()
         for file in (self.config, self.metrics, self.sample, self.plot, self.checkpoints / "latest"):
             file.unlink(missing_ok=True)
 

@@ -155,3 +155,4 @@ class Run(Section):
     """Where the results go."""
 
     directory: str = Field("runs/run", description="config, metrics, plot and checkpoints")
+    tensorboard: bool = Field(False, description="write the metrics as event files, too, into events/ of the directory")

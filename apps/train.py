@@ -1,19 +1,14 @@
-"""``colossal-mpi train``: the loop, its progress and its files."""
+"""``colossal-mpi train``: the loop."""
 
 from __future__ import annotations
 
 import math
-import signal
-import sys
 import time
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from colossal_mpi import comm, ledger, signals
 from colossal_mpi.apps.config import Config, load
-from colossal_mpi.apps.plot import plot_run, shares
+from colossal_mpi.apps.progress import Report, check
 from colossal_mpi.apps.rundir import RunDirectory
 from colossal_mpi.apps.stopping import CODE, Stop
 from colossal_mpi.apps.trainer import Trainer
@@ -34,6 +29,7 @@ def start(config: Config, overwrite: bool = False) -> int:
     trainer, directory = Trainer(config, grid), RunDirectory(config.run.directory)
     with comm.agreed(grid):
         if grid.rank == 0:
+            check(config)
             directory.create(config, overwrite)
     return _train(trainer, directory, 0)
 
@@ -53,6 +49,7 @@ def resume(path: str, settings: list[str]) -> int:
         raise ConfigError(f"{latest} has done {done} steps, and training.steps={config.training.steps}: give more")
     with comm.agreed(grid):
         if grid.rank == 0:
+            check(config)
             directory.rewind(done)
             directory.write_config(config)
     return _train(trainer, directory, done)
@@ -60,7 +57,7 @@ def resume(path: str, settings: list[str]) -> int:
 
 def _train(trainer: Trainer, directory: RunDirectory, done: int) -> int:
     training, first = trainer.config.training, trainer.grid.rank == 0
-    report = _Report(trainer, directory, done) if first else None
+    report = Report(trainer, directory, done) if first else None
     signals.listen(interrupt=False)  # the guards of a job have done so with it
     with Stop(trainer.grid) as stop:
         try:
@@ -78,7 +75,7 @@ def _train(trainer: Trainer, directory: RunDirectory, done: int) -> int:
                 report.close()
 
 
-def _steps(trainer: Trainer, directory: RunDirectory, done: int, report: _Report | None, stop: Stop) -> int:
+def _steps(trainer: Trainer, directory: RunDirectory, done: int, report: Report | None, stop: Stop) -> int:
     """Do the steps; return the signal that stopped them before the last, 0 if none did."""
     training = trainer.config.training
     for step in range(done, training.steps):
@@ -110,81 +107,3 @@ def _timed_step(trainer: Trainer, step: int, stop: Stop) -> tuple[dict[str, Any]
     task = trainer.task
     speed = trainer.config.training.batch * task.per_sample / row["seconds"]
     return row | {f"{task.unit}_per_second": speed, "words_received": moved.words}, cut
-
-
-class _Report:
-    """What rank 0 shows and writes: a bar at a terminal, a line every few steps otherwise."""
-
-    def __init__(self, trainer: Trainer, directory: RunDirectory, done: int) -> None:
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="replace")  # the sample may hold what an ASCII terminal cannot show
-        self.training, self.directory, self.done = trainer.config.training, directory, done
-        self.unit, self.per = trainer.task.unit, trainer.task.per
-        self.console, self.begun = Console(soft_wrap=True), time.perf_counter()
-        self.bar: Any
-        self.task: Any
-        self.bar, self.task = _bar(self.console, self.training.steps, done) if sys.stdout.isatty() else (None, None)
-        parallel, task = trainer.config.parallel, trainer.task
-        self._say(
-            f"{task.name} of {trainer.parameters:,} parameters, {parallel.dtype}, tensor {parallel.tensor} on "
-            f"{trainer.grid}, {trainer.kernels} kernels; {task.about}"
-        )
-
-    def _say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False)
-
-    def step(self, row: dict[str, Any]) -> None:
-        """Write a step's metrics and show them."""
-        self.directory.append(row)
-        made = row["step"] - self.done
-        left = (time.perf_counter() - self.begun) / made * (self.training.steps - row["step"])
-        text = f"loss {row['loss']:.3f}  {row[f'{self.unit}_per_second']:,.0f} {self.unit}/s"
-        if self.bar:
-            self.bar.update(self.task, completed=row["step"], text=text)
-        if "val_loss" in row:
-            self._say(f"step {row['step']:5d}/{self.training.steps}  {text}  {_validation(row)}")
-        elif not self.bar and (row["step"] % self.training.log_every == 0 or made == 1):
-            self._say(f"step {row['step']:5d}/{self.training.steps}  {text}  {_clock(left)} left")
-
-    def finish(self, text: bytes) -> None:
-        """Write the plot and the sample, and say where everything is."""
-        self.close()
-        plot_run(self.directory.rows(), self.per, self.directory.plot)
-        self.directory.sample.write_bytes(text)
-        if text:
-            self._say("sample: " + text.decode(errors="replace").strip("\n"))
-        checkpoint = self.directory.checkpoints / self.directory.latest().name
-        self._say(f"plot {self.directory.plot}, metrics {self.directory.metrics}, checkpoint {checkpoint}")
-
-    def stop(self, number: int) -> None:
-        """Say that a signal has stopped the run, and how it goes on."""
-        self.close()
-        name = signal.Signals(number).name
-        self._say(f"stopped by {name} after {self.directory.latest().name}: go on with --resume {self.directory.path}")
-
-    def close(self) -> None:
-        """Give the terminal back: while the bar is live, what goes to stderr is written to stdout."""
-        if self.bar:
-            self.bar.stop()
-
-
-def _bar(console: Console, total: int, done: int) -> tuple[Any, Any]:
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[text]}"),
-        TimeRemainingColumn(),
-    )
-    bar = Progress(*columns, console=console)
-    bar.start()
-    return bar, bar.add_task("training", total=total, completed=done, text="")
-
-
-def _validation(row: dict[str, Any]) -> str:
-    measures = [f", {name} {100 * share:.1f} %" for name, share in shares(row).items()]
-    return f"validation {row['val_loss']:.3f}" + "".join(measures)
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
