@@ -19,11 +19,16 @@ _ClickException: type[Exception] = next(c for c in typer.BadParameter.__mro__ if
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
 
-bench = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Measure speed beside that of the peers.")
+bench = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="Measure speed beside that of the peers.",
+    epilog="Example: colossal-mpi bench gemm --size 2048",
+)
 app.add_typer(bench, name="bench")
 
 
-@app.callback(invoke_without_command=True)
+@app.callback(invoke_without_command=True, epilog="Example: colossal-mpi run -n 4 colossal-mpi train demo")
 def _root(show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     """Distributed linear algebra and parallel deep learning on MPI."""
     if show_version:
