@@ -19,11 +19,16 @@ _ClickException: type[Exception] = next(c for c in typer.BadParameter.__mro__ if
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
 
-bench = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Measure speed beside that of the peers.")
+bench = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="Measure speed beside that of the peers.",
+    epilog="Example: colossal-mpi bench gemm --size 2048",
+)
 app.add_typer(bench, name="bench")
 
 
-@app.callback(invoke_without_command=True)
+@app.callback(invoke_without_command=True, epilog="Example: colossal-mpi run -n 4 colossal-mpi train demo")
 def _root(show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     """Distributed linear algebra and parallel deep learning on MPI."""
     if show_version:
@@ -66,10 +71,9 @@ def train(
         settings.append(configs.grid_setting(configs.parse_grid(grid)))
     if (config is None) == (resume is None):
         raise ConfigError("train: give a configuration, or --resume and the directory of a run")
-    if resume is not None:
-        training.resume(resume, settings, trace)
-    elif config is not None:
-        training.start(configs.load(config, settings), overwrite, trace)
+    if config is None:
+        raise typer.Exit(training.resume(str(resume), settings, trace))
+    raise typer.Exit(training.start(configs.load(config, settings), overwrite, trace))
 
 
 @app.command(epilog="Example: colossal-mpi report runs/demo runs/other --output comparison")
@@ -86,6 +90,21 @@ def report(
     for picture, reason in lacking:
         typer.echo(f"not shown: {picture}: {reason}")
     typer.echo(f"report {page}")
+
+
+@app.command(epilog="Example: mpiexec -n 4 colossal-mpi doctor --directory /scratch/me/runs")
+def doctor(
+    directory: Annotated[Path, typer.Option(help="Where runs are to be written.")] = Path("runs"),
+    seconds: Annotated[float, typer.Option(help="Time for measuring messages between ranks.")] = 4.0,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")] = False,
+) -> None:
+    """Examine MPI, launcher, cores, GPUs, disk and network, and say what to do; exit code 1 if something is bad.
+
+    Start it as the program itself will be started: under mpiexec or srun, with the same variables.
+    """
+    from colossal_mpi.apps.doctor import examine
+
+    raise typer.Exit(examine.main(directory, seconds, json))
 
 
 @app.command(epilog="Example: mpiexec -n 4 colossal-mpi convert gpt2 gpt2.cm --to cm")

@@ -25,6 +25,7 @@ class RunDirectory:
         self.plot = self.page.with_name("loss.png")
         self.sample, self.trace = self.path / "sample.txt", self.path / "trace.json"
         self.about = self.path / "run.json"
+        self.events = self.path / "events"
 
     def create(self, config: configs.Config, overwrite: bool) -> None:
         """Make the directory of a new run.
@@ -59,6 +60,8 @@ class RunDirectory:
         """Remove what a former run wrote, and nothing else that may lie there."""
         for _, folder in self._saved():
             shutil.rmtree(folder)
+        for file in self.events.glob("events.out.tfevents.*"):
+            file.unlink()
         files = (self.config, self.about, self.metrics, self.sample, self.trace, self.page, self.checkpoints / "latest")
         for file in (*files, *(self.page.parent / f"{name}.png" for name in PLOTS)):
             file.unlink(missing_ok=True)

@@ -163,3 +163,4 @@ class Run(Section):
     trace_steps: list[Annotated[int, Field(ge=1)]] = Field(
         [3], description="steps of which trace.json has what each rank did when"
     )
+    tensorboard: bool = Field(False, description="write the metrics as event files, too, into events/ of the directory")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -67,12 +68,15 @@ class Trainer:
         length = x.shape[1] if x.ndim == 2 else None
         return self.pipeline.outputs(x, ctx, self.task.stream(x.shape[0], length))
 
-    def step(self, step: int) -> dict[str, float | None]:
+    def step(self, step: int, meanwhile: Callable[[], None] | None = None) -> dict[str, float | None]:
         """Do a training step and return its loss, gradient norm and learning rate, with 16-bit floats the loss scale.
 
-        A norm of None is that of a step which was left out, because scaled gradients were too large.
+        A norm of None is that of a step which was left out, because scaled gradients were too large. `meanwhile` is
+        called between gradients and update, whose reductions hide a message that it begins.
         """
         loss, lr, scale = self.gradients(step), self.learning_rate(step), self.optimizer.loss_scale
+        if meanwhile:
+            meanwhile()
         with ledger.span("update"):
             norm = self.optimizer.step(lr)
         left_out = scale > 1 and not math.isfinite(norm)
