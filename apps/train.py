@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -71,6 +72,7 @@ def _steps(trainer: Trainer, directory: RunDirectory, done: int, report: _Report
     for step in range(done, training.steps):
         row = _timed_step(trainer, step)
         if not math.isfinite(row["loss"] + row["gradient_norm"]):
+            trainer.saving.finish()
             raise ColossalError(
                 f"step {step + 1}: loss {row['loss']}, gradient norm {row['gradient_norm']}; lower training.lr and go "
                 f"on from the last checkpoint with --resume {directory.path}"
@@ -81,7 +83,15 @@ def _steps(trainer: Trainer, directory: RunDirectory, done: int, report: _Report
         if report:
             report.step(row)
         if last or (step + 1) % training.checkpoint_every == 0:
-            trainer.save(directory.checkpoint(step + 1), step + 1)
+            _checkpoint(trainer, directory, step + 1, training.background_checkpoints and not last)
+        else:
+            trainer.saving.poll()
+
+
+def _checkpoint(trainer: Trainer, directory: RunDirectory, step: int, background: bool) -> None:
+    training = trainer.config.training
+    after = partial(directory.made, step, training.keep_last, training.keep_every)
+    trainer.save(directory.checkpoint(step), step, after, background)
 
 
 def _timed_step(trainer: Trainer, step: int) -> dict[str, Any]:

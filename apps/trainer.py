@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,7 @@ class Trainer:
             milestones=tuple(training.milestones),
         )
         """Of a step."""
+        self.saving = checkpoint.Background(grid)
 
     @property
     def parameters(self) -> int:
@@ -66,6 +69,7 @@ class Trainer:
     def step(self, step: int) -> dict[str, float]:
         """Do a training step and return its loss, gradient norm and learning rate."""
         loss, lr = self.gradients(step), self.learning_rate(step)
+        self.saving.settle()
         return {"loss": loss, "gradient_norm": self.optimizer.step(lr), "learning_rate": lr}
 
     def validate(self) -> dict[str, float]:
@@ -77,13 +81,43 @@ class Trainer:
             shares.update(self.task.measures(outputs, batch.labels, held))
         return {"val_loss": loss, **{f"val_{name.replace(' ', '_')}": share for name, share in shares.items()}}
 
-    def save(self, directory: Path, step: int) -> None:
-        """Write a checkpoint of the state after `step` steps."""
+    def save(
+        self, directory: Path, step: int, after: Callable[[], None] | None = None, background: bool = False
+    ) -> None:
+        """Write a checkpoint of the state after `step` steps.
+
+        Parameters
+        ----------
+        directory : path
+        step : int
+        after : callable, optional
+            What rank 0 does when the checkpoint is whole; ``latest`` points to it by default.
+        background : bool
+            Return at once, and write while the next steps are done: ``saving.poll()`` goes after each of them, and
+            ``saving.finish()`` after the last.
+        """
         metadata = {"step": step, "config": self.config.model_dump(), "model": models.describe(self.model)}
-        checkpoint.save(directory, self._state(counted=True), metadata, self.grid)
+        after = after or partial(checkpoint.point_latest, directory)
+        state, values = self._state(counted=True), self._values(step)
+        if background:
+            self.saving.begin(directory, state, metadata, values=values, after=after)
+            return
+        self.saving.finish()
+        checkpoint.save(directory, state, metadata, self.grid, values=values)
         with comm.agreed(self.grid):
             if self.grid.rank == 0:
-                checkpoint.point_latest(directory)
+                after()
+
+    def _values(self, step: int) -> dict[str, tuple[Any, str]]:
+        """Return what besides the arrays the next steps depend on, and its units: all are functions of these."""
+        training = self.config.training
+        return {
+            "training/step": (step, "steps"),
+            "training/samples": (step * training.batch, "samples"),
+            "training/seed": (training.seed, "1"),
+            "training/rate": (training.rate, "name of the schedule of the learning rate"),
+            "training/learning_rate": (self.learning_rate(step), "of the next step"),
+        }
 
     def restore(self, directory: Path) -> int:
         """Take the state of a checkpoint, of any grid and mode, and return the number of steps behind it."""
