@@ -128,12 +128,13 @@ def shifts(first: int, stop: int, most: int, seed: int) -> np.ndarray:
 
 
 def sequences(
-    tokens: np.ndarray, starts: np.ndarray, context: int, grid: Grid, layout: Layout
+    tokens: np.ndarray, starts: np.ndarray, context: int, grid: Grid, layout: Layout, order: np.ndarray | None = None
 ) -> tuple[DistArray, DistArray]:
-    """Return inputs and labels ``[len(starts), context]``; each rank cuts out only its own."""
+    """Return inputs and labels ``[len(starts), context]``, in an order; each rank cuts out only its own."""
+    order = np.arange(context) if order is None else order
 
     def cut(index: tuple[slice, ...], shift: int) -> np.ndarray:
-        rows, columns = starts[index[0]], np.arange(index[1].start, index[1].stop) + shift
+        rows, columns = starts[index[0]], order[index[1]] + shift
         return tokens[rows[:, None] + columns[None, :]].astype(np.int64)
 
     shape = (len(starts), context)

@@ -127,18 +127,28 @@ class Training(Section):
 class Parallel(Section):
     """The grid and the mode."""
 
-    grid: dict[Literal["pipe", "data", "depth", "row", "col"], Annotated[int, Field(ge=1)]] = Field(
+    grid: dict[Literal["pipe", "data", "seq", "ulysses", "depth", "row", "col"], Annotated[int, Field(ge=1)]] = Field(
         {}, description="size of each axis, outermost first; empty: data over all ranks"
     )
     tensor: Literal["none", "1d", "2d", "2.5d", "3d"] = "none"
+    sequence: Literal["ring", "ulysses"] = Field(
+        "ring",
+        description="what attention does over seq: keys and values travel round it, or it cuts heads instead, as an "
+        "axis ulysses always does",
+    )
     schedule: Literal["gpipe", "1f1b", "interleaved", "zero-bubble"] = Field(
         "1f1b", description="order of the microbatches on the stages of pipe"
     )
     virtual_stages: int = Field(1, ge=1, description="pieces of the model on each stage; 2 or more if interleaved")
     zero: Literal[0, 1, 2, 3] = Field(
-        0, description="stored once over data: 1 the optimizer's state, 2 also gradients, 3 also weights"
+        0,
+        description="stored once over data, seq, ulysses: 1 the optimizer's state, 2 also gradients, 3 also weights",
     )
     keep_gathered: bool = Field(True, description="keep gathered operands for the backward pass: faster, more memory")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="made again in the backward pass: selective, outputs of norms and activations; full, whole blocks",
+    )
     dtype: Literal["float32", "float64"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     kernels: Literal["auto", "reference", "torch"] = Field(

@@ -14,7 +14,7 @@ from colossal_mpi.apps import tasks
 from colossal_mpi.apps.config import Config
 from colossal_mpi.apps.feed import StepFeed
 from colossal_mpi.grid import Grid
-from colossal_mpi.layers import Context, Parallelism, kernels, models
+from colossal_mpi.layers import Context, Parallelism, kernels, models, recompute
 from colossal_mpi.layers.optim import OPTIMIZERS
 from colossal_mpi.layers.pipeline import Pipeline, cut, place_of
 from colossal_mpi.layers.rates import Rate
@@ -33,10 +33,12 @@ class Trainer:
         parallel, training = config.parallel, config.training
         self.config, self.grid = config, grid
         self.kernels = kernels.use(parallel.kernels, grid)
-        place = Parallelism(place_of(grid), parallel.tensor, parallel.keep_gathered, parallel.zero)
+        place = Parallelism(
+            place_of(grid), parallel.tensor, parallel.keep_gathered, parallel.zero, sequence=parallel.sequence
+        )
         self.task = tasks.make(config, place)
         self.model, self.task.run = self.task.model, self.run
-        chunks = cut(self.model, grid, parallel.virtual_stages)
+        chunks = cut(recompute(self.model, parallel.recompute), grid, parallel.virtual_stages)
         self.pipeline = Pipeline(chunks, grid, parallel.schedule)
         self.optimizer = OPTIMIZERS[training.optimizer](
             self.pipeline.parameters(), weight_decay=training.weight_decay, clip=training.clip

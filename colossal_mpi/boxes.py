@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -130,7 +131,10 @@ def exchange(block: Block, plan: Exchange, grid: Grid) -> Block:
     else:
         packed = pack(block, plan.send)
         flat = comm.all_to_all(packed, grid, plan.axes, plan.send_counts, plan.recv_counts, plan.most)
-    return xp.reshape(flat, plan.shape) if plan.same and plan.starts else _unpack(flat, plan)
+    if plan.same and plan.starts:
+        return xp.reshape(flat, plan.shape)
+    stops = list(itertools.accumulate(plan.recv_counts))
+    return unpack([flat[stop - n : stop] for stop, n in zip(stops, plan.recv_counts, strict=True)], plan, flat)
 
 
 def _exchange_reading(block: Block, plan: Exchange, grid: Grid) -> Block | None:
@@ -144,12 +148,10 @@ def _exchange_reading(block: Block, plan: Exchange, grid: Grid) -> Block | None:
     return out
 
 
-def _unpack(flat: Block, plan: Exchange) -> Block:
-    xp = backend.namespace(flat)
-    out, start = backend.empty_like(flat, plan.shape), 0
-    for piece, count in zip(plan.recv, plan.recv_counts, strict=True):
-        if count:
-            target = out[piece]
-            out[piece] = xp.reshape(flat[start : start + count], target.shape)
-        start += count
+def unpack(pieces: Sequence[Block], plan: Exchange, beside: Block) -> Block:
+    """Return the block after an exchange, of the flat piece that each rank of the group has sent."""
+    xp, out = backend.namespace(beside), backend.empty_like(beside, plan.shape)
+    for flat, piece in zip(pieces, plan.recv, strict=True):
+        if flat.shape[0]:
+            out[piece] = xp.reshape(flat, out[piece].shape)
     return out

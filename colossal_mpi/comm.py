@@ -155,7 +155,7 @@ def reduce_scatter(block: Block, grid: Grid, axes: Sequence[str], counts: Sequen
     comm, begun = grid.comm(axes), time.perf_counter()
     _require(sum(counts), block, "reduce_scatter")
     _require_op(op, block)
-    wide = _widened(block)
+    wide = widened(block)
     send, own = outgoing(wide, grid), counts[comm.rank]
     recv, kind = landing(wide, own, grid), mpi_type(send.dtype)
     if _pairwise(counts, send):
@@ -168,7 +168,7 @@ def reduce_scatter(block: Block, grid: Grid, axes: Sequence[str], counts: Sequen
     return result if wide is block else cast(result, block.dtype)
 
 
-def _widened(block: Block) -> Block:
+def widened(block: Block) -> Block:
     """Return `block` in a dtype in which MPI adds as it should.
 
     16-bit floats would lose digits, and Open MPI's vectorised sums of 8- and 16-bit integers stop at the greatest one
@@ -206,7 +206,7 @@ def allreduce(block: Block, grid: Grid, axes: Sequence[str], op: str = SUM) -> B
 
 def _both(block: Block, grid: Grid, axes: Sequence[str]) -> Block:
     flat = backend.namespace(block).reshape(block, (-1,))
-    return _widened(allgather(flat, grid, axes, [block.size] * 2))
+    return widened(allgather(flat, grid, axes, [block.size] * 2))
 
 
 def all_to_all(

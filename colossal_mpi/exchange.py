@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,25 +24,49 @@ _TAG = 8
 """Of the first stream of messages; stream i has this and i."""
 
 
-class Pending:
-    """An exchange under way: the blocks that it receives hold their values after `wait`."""
+@dataclass(frozen=True)
+class _Entry:
+    """What the ledger is told of an exchange, but for its end."""
 
-    def __init__(self, requests: list[MPI.Request], landings: list[tuple[Any, Block]], entry: tuple[Any, ...]) -> None:
+    op: str
+    axes: tuple[str, ...]
+    words: int
+    itemsize: int
+    begun: float
+    posted: float
+    site: str
+
+
+class Pending:
+    """An exchange under way: the blocks that it receives hold their values after `wait`, or once it is `done`."""
+
+    def __init__(self, requests: list[MPI.Request], landings: list[tuple[Any, Block]], entry: _Entry) -> None:
         self._requests, self._landings, self._entry = requests, landings, entry
+        self._ended = False
 
     def done(self) -> bool:
-        """Say, without waiting, whether everything is sent and received."""
-        return bool(MPI.Request.Testall(self._requests))
+        """Say, without waiting, whether everything is sent and received; MPI gets on with it."""
+        if not self._ended:
+            begun = time.perf_counter()
+            if MPI.Request.Testall(self._requests):
+                self._end(begun)
+        return self._ended
 
     def wait(self) -> None:
-        """Wait until everything is sent and received, and enter what was received into the ledger."""
-        begun = time.perf_counter()
-        MPI.Request.Waitall(self._requests)
+        """Wait until everything is sent and received."""
+        if not self._ended:
+            begun = time.perf_counter()
+            MPI.Request.Waitall(self._requests)
+            self._end(begun)
+
+    def _end(self, waited: float) -> None:
+        """Bring what was received to its blocks, and enter it into the ledger."""
         for buffer, block in self._landings:
             if buffer is not block:
                 block[...] = backend.namespace(block).reshape(arrived(buffer, block), block.shape)
-        axes, words, itemsize, posted = self._entry
-        ledger.post("all_to_all", axes, words, itemsize, begun - posted)
+        self._ended, self._requests, self._landings = True, [], []
+        e = self._entry
+        ledger.post(e.op, e.axes, e.words, e.itemsize, e.begun, e.posted, waited, e.site)
 
 
 def start(
@@ -50,6 +75,7 @@ def start(
     send: Sequence[tuple[int, Block]],
     recv: Sequence[tuple[int, Block]],
     stream: int = 0,
+    op: str = "all_to_all",
 ) -> Pending:
     """Send blocks to ranks of the group and receive from them into blocks that are there, while the caller goes on.
 
@@ -62,8 +88,10 @@ def start(
         Rank of the group and a contiguous block. What one rank sends to another it receives in the same order.
     stream : int
         Messages of different streams may overtake one another.
+    op : str
+        What the ledger calls it.
 
-    **Communication:** all_to_all, the words of `recv`. **Adjoint:** itself, send and recv swapped.
+    **Communication:** the words of `recv`. **Adjoint:** itself, send and recv swapped.
     """
     comm, begun = grid.comm(axes), time.perf_counter()
     landings = [(_into(block, grid), block) for _, block in recv]
@@ -75,7 +103,13 @@ def start(
         requests += [comm.Isend([m, mpi_type(m.dtype)], to, _TAG + stream) for m in messages(buffer)]
     words = sum(block.size for _, block in recv)
     itemsize = backend.numpy_dtype(recv[0][1].dtype).itemsize if recv else 0
-    return Pending(requests, landings, (grid.ordered(axes), words, itemsize, time.perf_counter() - begun))
+    entry = _Entry(op, grid.ordered(axes), words, itemsize, begun, time.perf_counter(), ledger.site())
+    return Pending(requests, landings, entry)
+
+
+def progress(grid: Grid) -> None:
+    """Let MPI get on with what is under way: many move large messages only while they are called."""
+    grid.comm(tuple(grid.axes)).Iprobe(MPI.ANY_SOURCE, _TAG)
 
 
 def _into(block: Block, grid: Grid) -> Any:

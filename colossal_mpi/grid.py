@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -95,6 +96,7 @@ class Grid:
         self.xp = backend.device_namespace(self.device)
         """The array namespace in which blocks of this grid are made."""
         self._peers: dict[tuple[str, ...], list[shared.Memory] | None] = {}
+        self._numbers: dict[tuple[str, ...], Iterator[int]] = {}
 
     def coords_of(self, rank: int, axes: Sequence[str] | None = None) -> dict[str, int]:
         """Return the coordinates of `rank` in the group spanned by `axes` (all of them by default)."""
@@ -127,6 +129,13 @@ class Grid:
         if key not in self._subs:
             self._subs[key] = self._cart.Sub([axis in key for axis in self.axes])
         return self._subs[key]
+
+    def number(self, axes: Sequence[str]) -> int:
+        """Return how many numbers were taken of the group spanned by `axes`: all of its ranks that take one get it."""
+        return next(self._counter(self.ordered(axes)))
+
+    def _counter(self, key: tuple[str, ...]) -> Iterator[int]:
+        return self._numbers.setdefault(key, itertools.count())
 
     def peers(self, axes: Sequence[str]) -> list[shared.Memory] | None:
         """Return the shareable memory of each rank of the group spanned by `axes`, None if they cannot all be read.
@@ -180,6 +189,7 @@ class Grid:
             sub._cart, sub._node, sub.shares = self.comm(tuple(rest)), self._node, self.shares
             sub.device, sub.awareness, sub._part = self.device, self.awareness, True
             sub._settle(rest)
+            sub._numbers[tuple(rest)] = self._counter(tuple(rest))  # of one communicator
             self._slices[key] = sub
         return self._slices[key]
 

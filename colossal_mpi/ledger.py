@@ -1,4 +1,4 @@
-"""The book-keeper: what every collective moved, where, and how long it took.
+"""The book-keeper: what every collective moved, where and when, and what was computed meanwhile.
 
 Words are counted by one table, which the formulas of the documentation use too (n: the whole array, own:
 this rank's block, p: the ranks of the group):
@@ -10,7 +10,12 @@ reduce_scatter     (p - 1) x own block of the result
 allreduce          as reduce_scatter and allgather
 bcast              n on each rank but the root
 read               what is used of the memory of other ranks
+receive            what arrives of a message to one rank
+send               nothing
 =================  =============================================
+
+Times are in seconds of ``time.perf_counter``, one clock for all ranks of a node. What goes on while the rank computes
+was begun at one time and waited for at another: the spans of computation between the two hide it.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 _CORE = str(Path(__file__).parent)
 _MOVERS = (
@@ -30,6 +36,7 @@ _MOVERS = (
     "exchange",
     "boxes",
     "redistribute",
+    "nonblocking",
     "slicing",
     "distarray",
     "linalg/pieces",
@@ -48,9 +55,19 @@ class Event:
     words: int
     """Array elements received by this rank from others."""
     bytes: int
-    seconds: float
     site: str
     """``file:line`` of the first caller outside the communication code."""
+    begun: float
+    posted: float
+    """When the rank was free to go on; `begun` if it was not before the end."""
+    waited: float
+    """When it came back to wait for it."""
+    ended: float
+
+    @property
+    def seconds(self) -> float:
+        """The time that the rank itself spent on it: from `begun` to `posted` and from `waited` to `ended`."""
+        return (self.posted - self.begun) + (self.ended - self.waited)
 
     @property
     def axis(self) -> str:
@@ -58,11 +75,26 @@ class Event:
         return ",".join(self.axes)
 
 
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A computation of this rank, communication that it waits for included."""
+
+    kind: str
+    """``forward``, ``backward`` or ``weight``."""
+    begun: float
+    ended: float
+    depth: int
+    """How many spans it lies in."""
+    what: dict[str, Any]
+    """``microbatch``, ``chunk``, ``layer``: what it was of."""
+
+
 @dataclass(eq=False)  # records are told apart by identity: two empty ones are not the same
 class Record:
-    """The events of one ``with ledger.record()`` block and their sums."""
+    """The events and spans of one ``with ledger.record()`` block, each entered at its end, and their sums."""
 
     events: list[Event] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
 
     @property
     def words(self) -> int:
@@ -108,16 +140,73 @@ def record() -> Iterator[Record]:
         _open.remove(rec)
 
 
-def _site() -> str:
-    frame = sys._getframe(2)
+def site() -> str:
+    """Return ``file:line`` of the first caller outside the communication code, "" if no record is open."""
+    if not _open:
+        return ""
+    frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename in _BELOW:
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
-def post(op: str, axes: tuple[str, ...], words: int, itemsize: int, start: float) -> None:
-    """Enter a collective that began at `start` (``time.perf_counter``) into the open records."""
+def post(
+    op: str,
+    axes: tuple[str, ...],
+    words: int,
+    itemsize: int,
+    begun: float,
+    posted: float | None = None,
+    waited: float | None = None,
+    where: str = "",
+) -> None:
+    """Enter a collective that ends now into the open records; it began at `begun` (``time.perf_counter``).
+
+    One that the rank did not wait for at once was posted and waited for at those times, from the site `where`.
+    """
     if _open:
-        event = Event(op, axes, words, words * itemsize, time.perf_counter() - start, _site())
+        posted, waited, now = posted or begun, waited or begun, time.perf_counter()
+        event = Event(op, axes, words, words * itemsize, where or site(), begun, posted, waited, now)
         for rec in _open:
             rec.events.append(event)
+
+
+class _Measured:
+    """The context of a span."""
+
+    __slots__ = ("begun", "kind", "what")
+    depth = 0
+    """How many of them are open."""
+
+    def __init__(self, kind: str, what: dict[str, Any]) -> None:
+        self.kind, self.what = kind, what
+
+    def __enter__(self) -> None:
+        _Measured.depth += 1
+        self.begun = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        _Measured.depth -= 1
+        made = Span(self.kind, self.begun, time.perf_counter(), _Measured.depth, self.what)
+        for rec in _open:
+            rec.spans.append(made)
+
+
+_unmeasured = contextlib.nullcontext()
+
+
+def span(kind: str, **what: Any) -> contextlib.AbstractContextManager[None]:
+    """Enter the computation inside the context into the open records; without one it costs next to nothing.
+
+    Parameters
+    ----------
+    kind : {"forward", "backward", "weight"}
+    **what
+        ``microbatch``, ``chunk``, ``layer``.
+
+    Examples
+    --------
+    >>> with ledger.span("forward", layer="blocks.0"):
+    ...     y, cache = block.forward(x, ctx)
+    """
+    return _Measured(kind, what) if _open else _unmeasured

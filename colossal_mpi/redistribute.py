@@ -79,15 +79,21 @@ def redistribute(block: Block, shape: Shape, source: Layout, target: Layout, gri
     """
     if source == target:
         return block
-    key = (shape, source, target)
-    plan = grid.plans.get(key)
-    if plan is None:
-        plan = grid.plans[key] = _plan(shape, source, target, grid)
+    plan = plan_of(shape, source, target, grid)
     for reduction in plan.reductions:
         block = reduce(block, reduction, grid)
     if plan.exchange is not None:
         block = boxes.exchange(block, plan.exchange, grid)
     return block if plan.keep else backend.zeros_like(block, block.shape)
+
+
+def plan_of(shape: Shape, source: Layout, target: Layout, grid: Grid) -> Plan:
+    """Return the steps from one checked layout to another, which the grid keeps."""
+    key = (shape, source, target)
+    plan: Plan | None = grid.plans.get(key)
+    if plan is None:
+        plan = grid.plans[key] = _plan(shape, source, target, grid)
+    return plan
 
 
 @lru_cache(maxsize=4096)

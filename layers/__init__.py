@@ -15,6 +15,7 @@ from colossal_mpi.layers.optim import LAMB, LARS, SGD, Adafactor, AdamW, Muon
 from colossal_mpi.layers.parallelism import MODES, Parallelism
 from colossal_mpi.layers.patch import Conv2d, PatchEmbedding
 from colossal_mpi.layers.pooling import AvgPool2d, ClassifierHead, FirstPool, MaxPool2d, MeanPool
+from colossal_mpi.layers.recompute import Recompute, recompute
 from colossal_mpi.layers.rotary import Rotary, Rotation
 from colossal_mpi.layers.softmax import Softmax
 from colossal_mpi.layers.step import backpropagate
@@ -58,6 +59,7 @@ __all__ = [
     "PositionEmbedding",
     "RMSNorm",
     "ReLU",
+    "Recompute",
     "Residual",
     "Rotary",
     "Rotation",
@@ -67,4 +69,5 @@ __all__ = [
     "Softmax",
     "TransformerBlock",
     "backpropagate",
+    "recompute",
 ]

@@ -1,45 +1,53 @@
-"""Self-attention: heads are letters that the map cuts, so that attention itself is local in every mode."""
+"""Self-attention: heads are letters that the map cuts, so that attention itself is local unless the sequence is cut."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from colossal_mpi import backend
-from colossal_mpi.backend import Block
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import ShapeError
-from colossal_mpi.layers import kernels
+from colossal_mpi.layers import ring
 from colossal_mpi.layers.layer import Chain, Context, Each, Later, Layer
 from colossal_mpi.layers.linear import Linear, Linears
 from colossal_mpi.layers.parallelism import Parallelism
-from colossal_mpi.layers.positions import given_mask, given_positions
 from colossal_mpi.layers.rotary import Rotary, Rotation
+from colossal_mpi.layers.sight import Sight
 from colossal_mpi.layout import Layout
 
 
 class Attention(Layer):
     """Softmax attention of packed queries, keys and values ``[b, s, 3, a, d]`` to ``[b, s, a, d]``.
 
-    Batch and heads may be cut, the sequence and the head dim may not. The keys that count are those where the
-    context's `mask` is true; a query that sees no key gives zeros. The causal order is that of the context's
-    `positions`. The backward pass makes the probabilities again from the peaks and sums of their scores, tile by tile:
-    memory grows linearly in s.
-
-    **Communication:** none; a mask in another layout than `Parallelism.tokens` is redistributed.
+    Batch, heads and the sequence may be cut, the head dim may not. Inside, the heads are cut by the axes of
+    `Parallelism.attention`, and s by those of a ring at most. The keys that count are those where the context's `mask`
+    is true; a query that sees no key gives zeros. The causal order is that of the context's `positions`. The backward
+    pass makes the probabilities again from the peaks and sums of their scores, tile by tile: memory grows linearly in
+    s, and falls with the ranks that cut it.
 
     Parameters
     ----------
     parallelism : Parallelism
     causal : bool
         Whether a query sees the keys of its own position and lower ones only.
+
+    Notes
+    -----
+    **Communication** on each of c ranks that cut s, where blocks are equal. On axes that cut heads inside, all_to_alls,
+    ``3 (c - 1) / c^2`` of ``b s a d`` words for x and ``(c - 1) / c^2`` for y, where the next layer asks for it, and as
+    much backward. In a ring ``2 (c - 1) b (s/c) a d`` forward and ``(4 c - 2) b (s/c) a d`` backward. A mask is
+    gathered over all of them, ``b s`` bytes; in another layout than `Parallelism.tokens` it is redistributed.
+
+    References
+    ----------
+    Jacobs et al.: DeepSpeed Ulysses, 2023 (heads). Liu, Zaharia, Abbeel: Ring attention, 2023.
     """
 
     def __init__(self, parallelism: Parallelism, *, causal: bool = True) -> None:
-        self.layout, self.causal = parallelism.inside("bstad", "a"), causal
+        self.layout, self.causal = parallelism.attention("bstad", "a", "a"), causal
 
     def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
-        """Return the attention of each head.
+        """Return the attention of each head, cut as it is inside.
 
         Raises
         ------
@@ -48,10 +56,11 @@ class Attention(Layer):
         DTypeError
             If the mask is not bool, or the positions are no integers.
         """
-        packed = x.redistribute(self.layout)
-        b, s, _, a, d = x.shape
-        out, saved = _attend(packed, [packed.local[:, :, t, ...] for t in range(3)], self.causal, ctx)
-        dims = self.layout.dims
+        packed, (b, s, _, a, d) = x.redistribute(self.layout), x.shape
+        sight = Sight(packed, self.causal, ctx)
+        q, k, v = (_own(packed.local[:, :, t, ...], sight) for t in range(3))
+        out, statistics = ring.attend(q, (k, v), sight)
+        dims, saved = self.layout.dims, (q, (k, v), out, statistics, sight)
         return DistArray(out, (b, s, a, d), Layout(*dims[:2], *dims[3:]), x.grid), (saved, x.layout.with_partial())
 
     def backward(self, dy: DistArray, cache: Any, later: Later = None) -> Any:
@@ -59,60 +68,61 @@ class Attention(Layer):
         saved, layout = cache
         dims, (b, s, a, d) = self.layout.dims, dy.shape
         do = dy.redistribute(Layout(*dims[:2], *dims[3:])).local
-        block = backend.namespace(do).stack(_adjoint(do, saved), axis=2)
+        block = backend.namespace(do).stack(ring.attend_backward(do, *saved), axis=2)
         return DistArray(block, (b, s, 3, a, d), self.layout, dy.grid).redistribute(layout)
 
 
-def _attend(x: DistArray, qkv: Sequence[Block], causal: bool, ctx: Context) -> tuple[Block, Any]:
-    """Return the attention of blocks ``[b, s, heads, d]``, cut over b and s as x is, and what `_adjoint` needs."""
-    positions = given_positions(ctx, x)
-    seen = causal, given_mask(ctx, x), None if positions is None else (positions, positions)
-    out, statistics = kernels.attention(*qkv, *seen)
-    return out, ((*qkv, out, statistics), seen)
-
-
-def _adjoint(do: Block, saved: Any) -> tuple[Block, Block, Block]:
-    arrays, seen = saved
-    dq, dk, dv = kernels.attention_backward(do, *arrays, *seen)
-    return dq, dk, dv
+def _own(block: Any, sight: Sight) -> Any:
+    """Return a part of an array on its own: as it lies, unless it is to be sent."""
+    return block if sight.ranks == 1 else backend.contiguous(block)
 
 
 class GroupedAttention(Layer):
     """Attention of queries ``[b, s, g, r, d]`` and keys and values ``[b, s, 2, g, d]`` to ``[b, s, g, r, d]``.
 
     The r queries of a group share its keys and values. Where r is cut, each rank has keys and values of every group,
-    and their cotangents are partial sums over the axes that cut r; they are handed on as such.
+    and their cotangents are partial sums over the axes that cut r; they are handed on as such, unless these axes cut s
+    outside.
 
     Parameters
     ----------
     parallelism : Parallelism
     inner : {"g", "r"}
         Which of the two letters is cut.
+    spread : {"g", "r"}
+        Which is cut by the axes that cut s outside and are no ring.
     causal : bool
+
+    Notes
+    -----
+    **Communication:** as `Attention`, of queries and of keys and values; in a ring those of the g groups alone travel.
     """
 
-    def __init__(self, parallelism: Parallelism, inner: str, *, causal: bool = True) -> None:
-        self.q, self.kv, self.causal = parallelism.inside("bsgrd", inner), parallelism.inside("bstgd", inner), causal
+    def __init__(self, parallelism: Parallelism, inner: str, spread: str, *, causal: bool = True) -> None:
+        self.q, self.kv = (parallelism.attention(letters, inner, spread) for letters in ("bsgrd", "bstgd"))
+        self.causal = causal
 
     def forward(self, x: tuple[DistArray, DistArray], ctx: Context) -> tuple[DistArray, Any]:
         """Return the attention of each head, for queries, and keys and values."""
         q, kv = (part.redistribute(layout) for part, layout in zip(x, (self.q, self.kv), strict=True))
-        b, s, g, r, d = q.local.shape
+        sight, (b, s, g, r, d) = Sight(q, self.causal, ctx), q.local.shape
         xp = backend.namespace(q.local)
-        qkv = [xp.reshape(q.local, (b, s, g * r, d)), *(kv.local[:, :, t, ...] for t in range(2))]
-        out, saved = _attend(q, qkv, self.causal, ctx)
-        return q.like(xp.reshape(out, (b, s, g, r, d))), (saved, kv.shape)
+        heads, (k, v) = xp.reshape(q.local, (b, s, g * r, d)), (_own(kv.local[:, :, t, ...], sight) for t in range(2))
+        out, statistics = ring.attend(heads, (k, v), sight)
+        saved, layouts = (heads, (k, v), out, statistics, sight), [part.layout.with_partial() for part in x]
+        return q.like(xp.reshape(out, (b, s, g, r, d))), (saved, kv.shape, layouts)
 
     def backward(self, dy: DistArray, cache: Any, later: Later = None) -> Any:
         """Return the cotangents of queries, and of keys and values."""
-        saved, shape = cache
+        saved, shape, (of_q, of_kv) = cache
         dy = dy.redistribute(self.q)
         b, s, g, r, d = dy.local.shape
         xp = backend.namespace(dy.local)
-        dq, *dkv = _adjoint(xp.reshape(dy.local, (b, s, g * r, d)), saved)
+        dq, *dkv = ring.attend_backward(xp.reshape(dy.local, (b, s, g * r, d)), *saved)
         shared = [axis for axis in dy.layout.cut if axis not in self.kv.cut]
         summed = DistArray(xp.stack(dkv, axis=2), shape, self.kv.with_partial(*shared), dy.grid)
-        return dy.like(xp.reshape(dq, (b, s, g, r, d))), summed
+        kept = of_kv.with_partial(*[axis for axis in shared if axis not in of_kv.cut])
+        return dy.like(xp.reshape(dq, (b, s, g, r, d))).redistribute(of_q), summed.redistribute(kept)
 
 
 class SelfAttention(Chain):
@@ -151,7 +161,8 @@ class SelfAttention(Chain):
     Notes
     -----
     Heads are cut. Of grouped ones it is the groups, or, if there are fewer than ranks that cut them, the queries of a
-    group: keys and values are then replicated over those ranks, and so is the work of their product.
+    group: keys and values are then replicated over those ranks, and so is the work of their product. Axes that cut the
+    sequence outside attention and heads inside it choose one of the two anew.
 
     **Communication:** that of the products (`Linear`); grouped, the stream is gathered once for both, and its
     cotangent reduced once. With n = bs tokens and c ranks that cut the r queries of a group, the cotangents of keys and
@@ -206,13 +217,14 @@ def _grouped(
     sizes: dict[str, int], p: Parallelism, name: str, rotary: Rotary | None, causal: bool, common: dict[str, Any]
 ) -> tuple[list[Layer], str, str]:
     """Return the layers to the heads' outputs, and the subscripts and the inner letter of the output product."""
-    inner = p.inner({letter: sizes[letter] for letter in "gr"})
+    heads = {letter: sizes[letter] for letter in "gr"}
+    spread = p.spread(heads, inner := p.inner(heads))
     turn = [] if rotary is None else [Each(Rotation(rotary), Rotation(rotary, 1))]
     products = Linears(
         Linear("bsh,hgrd->bsgrd", sizes, inner, p, f"{name}.q", **common),
         Linear("bsh,htgd->bstgd", {**sizes, "t": 2}, inner, p, f"{name}.kv", **common),
     )
-    return [products, *turn, GroupedAttention(p, inner, causal=causal)], "bsgrd,grdh->bsh", inner
+    return [products, *turn, GroupedAttention(p, inner, spread, causal=causal)], "bsgrd,grdh->bsh", inner
 
 
 def _width(hidden: int, heads: int, groups: int, width: int | None) -> int:

@@ -84,10 +84,11 @@ class TransformerBlock(Chain):
 
         def branch(number: int, which: str, layer: Layer) -> list[Layer]:
             normal = normalisation(norm, hidden, parallelism, f"{name}.norm{number}", eps=eps, dtype=dtype)
-            drops = (
+            every = (
                 Dropout(dropout, f"{name}.{which}.dropout", seed),
                 DropPath(drop_path, f"{name}.{which}.drop_path", seed),
             )
+            drops = [drop for drop in every if drop.rate]  # a branch that ends with a product is cheaper to make again
             if order == "pre":
                 return [Residual(normal, layer, *drops)]
             return [Residual(layer, *drops), normal]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from itertools import takewhile
+from typing import Any, Protocol
 
-from colossal_mpi import distarray, random
+from colossal_mpi import distarray, ledger, random
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import ShapeError
 from colossal_mpi.grid import Grid
@@ -29,14 +32,48 @@ class Context:
     mask: DistArray | None = None
     """Bool ``[b, s]`` in the layout of `Parallelism.tokens`, true where a token is no padding; None: all are tokens."""
     positions: Any = None
-    """Integers ``[s]`` or ``[b, s]``, a DistArray or the whole array on every rank; None: the indices in s.
+    """Integers ``[s]`` or ``[b, s]``, a DistArray or the whole array on every rank; None: the indices in the sequence.
     A causal order is one of positions."""
+    order: Any = None
+    """Integers ``[s]``, on every rank in NumPy: of each index of the arrays the index of its token in the sequence, as
+    `Parallelism.order` gives them; None: the same."""
     segments: DistArray | None = None
     """Integers ``[b, s]`` in that layout: the segment of each token, such as its sentence of two; None: all are 0."""
     share: float = 1.0
     """Factor of the losses that layers add of their own: the microbatch's share of the step."""
     losses: dict[str, float] | None = None
     """Where layers report those losses, times `share`, by name; None: they do not."""
+
+
+class Reduction(Protocol):
+    """A reduction that gradients are part of, under way or yet to be begun: `layers.buckets.Bucket`."""
+
+    def finish(self) -> None:
+        """Wait for it and add its results to the gradients of the parameters."""
+
+
+class Buckets(Protocol):
+    """What takes contributions to gradients while a step is under way: `layers.buckets.GradientBuckets`."""
+
+    def counted(self, parameter: Parameter) -> None:
+        """Take note of a contribution to a gradient that stays partial until the last."""
+
+    def contribute(self, parameter: Parameter, gradient: DistArray) -> None:
+        """Take a contribution to a gradient of which each is reduced."""
+
+
+class Ahead(Protocol):
+    """What gathers weights before they are used: `layers.prefetch.Prefetch`."""
+
+    def take(self, parameter: Parameter, layout: Layout) -> DistArray:
+        """Return a weight in the layout of its use."""
+
+
+class Watcher(Protocol):
+    """What has something to do between the layers of a chain."""
+
+    def visit(self, kind: str, chain: Chain, i: int) -> None:
+        """Take note that layer i goes ``forward`` or ``backward`` or does its ``weight`` products now."""
 
 
 class Parameter:
@@ -86,6 +123,10 @@ class Parameter:
         self.counted = True
         """False for a copy, on another stage, of a weight that has its place on one before."""
         self._value: DistArray | None = None
+        self.buckets: Buckets | None = None
+        self.coming: list[Reduction] = []
+        """Reductions that hold parts of the gradient; `reduce` waits for them."""
+        self.prefetch: Ahead | None = None
 
         def make() -> DistArray:
             if std is None or seed is None:
@@ -105,22 +146,41 @@ class Parameter:
     def value(self, value: DistArray) -> None:
         self._value = value
 
+    def use(self, layout: Layout) -> DistArray:
+        """Return the weight as a layer uses it.
+
+        **Communication:** an exchange from the stored layout, unless it was begun before (`layers.prefetch`).
+        """
+        return self.value.redistribute(layout) if self.prefetch is None else self.prefetch.take(self, layout)
+
     def accumulate(self, grad: DistArray) -> None:
         """Add a contribution, in any layout, to the gradient, which stays partial over the deferred axes.
 
         **Communication:** one redistribution to the stored layout, or to that of the optimizer's state where nothing is
-        deferred: reduce_scatters over the axes that cut it.
+        deferred: reduce_scatters over the axes that cut it. In a step with `layers.buckets.GradientBuckets` the latter
+        is begun and goes on while the backward pass does.
         """
-        partial = [axis for axis in self.deferred if axis in grad.layout.partial]
-        layout = self.value.layout if self.deferred else self.owned
-        grad = grad.redistribute(layout.with_partial(*partial))
+        if self.deferred:
+            partial = [axis for axis in self.deferred if axis in grad.layout.partial]
+            self.add(grad.redistribute(self.value.layout.with_partial(*partial)))
+            if self.buckets is not None:
+                self.buckets.counted(self)
+        elif self.buckets is not None:
+            self.buckets.contribute(self, grad)
+        else:
+            self.add(grad.redistribute(self.owned))
+
+    def add(self, grad: DistArray) -> None:
+        """Add to the gradient, in the layout that it has."""
         self.grad = grad if self.grad is None else self.grad + grad
 
     def reduce(self) -> DistArray:
         """Finish the gradient after the last microbatch and return it, in the layout of the optimizer's state.
 
-        **Communication:** over the deferred axes an allreduce, with ZeRO a reduce_scatter.
+        **Communication:** over the deferred axes an allreduce, with ZeRO a reduce_scatter, unless it is under way.
         """
+        while self.coming:
+            self.coming[0].finish()
         if self.grad is None:
             self.grad = self.zeros()
         self.grad = self.grad.redistribute(self.owned)
@@ -159,6 +219,10 @@ class Layer:
         """Return the output and what `backward` needs."""
         raise NotImplementedError
 
+    def again(self, x: Any, ctx: Context) -> Any:
+        """Return what `backward` needs, alone: what `forward` does for the output only may be left out."""
+        return self.forward(x, ctx)[1]
+
     def backward(self, dy: Any, cache: Any, later: Later = None) -> Any:
         """Return the cotangent of the input, in the input's layout."""
         raise NotImplementedError
@@ -166,22 +230,32 @@ class Layer:
     def parameters(self) -> Iterator[Parameter]:
         """Yield the parameters of this layer and its parts, each once, in the order of construction."""
         seen: set[int] = set()
-        for parameter in self._all():
+        for parameter in self.places():
             if id(parameter) not in seen:
                 seen.add(id(parameter))
                 yield parameter
 
-    def _all(self) -> Iterator[Parameter]:
+    @cached_property
+    def label(self) -> str:
+        """Its name, or what the names of its parameters have in common, or its class."""
+        names = [parameter.name.split(".")[:-1] for parameter in self.parameters()]
+        common = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*names, strict=False))]
+        return getattr(self, "name", None) or ".".join(common) or type(self).__name__
+
+    def places(self) -> Iterator[Parameter]:
+        """Yield the parameters as often as this layer and its parts hold each: a tied one comes from every place."""
         for value in vars(self).values():
             for item in value if isinstance(value, list) else [value]:
                 if isinstance(item, Parameter):
                     yield item
                 elif isinstance(item, Layer):
-                    yield from item._all()
+                    yield from item.places()
 
 
 class Chain(Layer):
     """Layers one after the other; the backward pass is theirs in reverse."""
+
+    watchers: tuple[Watcher, ...] = ()
 
     def __init__(self, *layers: Layer) -> None:
         self.layers = list(layers)
@@ -189,16 +263,50 @@ class Chain(Layer):
     def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
         """Return the output of the last layer."""
         caches = []
-        for layer in self.layers:
-            x, cache = layer.forward(x, ctx)
+        for i, layer in enumerate(self.layers):
+            self._visit("forward", i)
+            with ledger.span("forward", layer=layer.label):
+                x, cache = layer.forward(x, ctx)
             caches.append(cache)
         return x, caches
 
+    def again(self, x: DistArray, ctx: Context) -> Any:
+        """Return the caches, without the output of the last layer."""
+        *first, last = self.layers
+        x, caches = Chain(*first).forward(x, ctx)
+        return [*caches, last.again(x, ctx)]
+
+    def _visit(self, kind: str, i: int) -> None:
+        for watcher in self.watchers:
+            watcher.visit(kind, self, i)
+
+    @contextmanager
+    def watched(self, watcher: Watcher) -> Iterator[None]:
+        """Let a watcher know of each layer until the context ends."""
+        self.watchers += (watcher,)
+        try:
+            yield
+        finally:
+            self.watchers = tuple(other for other in self.watchers if other is not watcher)
+
     def backward(self, dy: DistArray, cache: Any, later: Later = None) -> Any:
         """Return the cotangent of the first layer's input."""
-        for layer, kept in zip(reversed(self.layers), reversed(cache), strict=True):
-            dy = layer.backward(dy, kept, later)
+        for i, layer in reversed(list(enumerate(self.layers))):
+            self._visit("backward", i)
+            before = len(later or ())
+            with ledger.span("backward", layer=layer.label):
+                dy = layer.backward(dy, cache[i], later)
+            if later is not None:
+                later[before:] = [self._measured(i, work) for work in later[before:]]
         return dy
+
+    def _measured(self, i: int, work: Callable[[], None]) -> Callable[[], None]:
+        def measured() -> None:
+            self._visit("weight", i)
+            with ledger.span("weight", layer=self.layers[i].label):
+                work()
+
+        return measured
 
 
 class Each(Layer):
@@ -226,6 +334,10 @@ class Residual(Chain):
         """Return ``x + chain(x)``."""
         y, cache = super().forward(x, ctx)
         return x + y, (cache, x.layout.with_partial())
+
+    def again(self, x: DistArray, ctx: Context) -> Any:
+        """Return the chain's caches."""
+        return super().again(x, ctx), x.layout.with_partial()
 
     def backward(self, dy: DistArray, cache: Any, later: Later = None) -> Any:
         """Return ``dy`` and the chain's cotangent together."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from colossal_mpi import backend
 from colossal_mpi.distarray import DistArray
+from colossal_mpi.layers.again import kept, taken
 from colossal_mpi.layers.layer import Context, Later, Layer, Parameter
 from colossal_mpi.layers.parallelism import Parallelism, Product
 from colossal_mpi.layout import Layout
@@ -58,6 +59,7 @@ class Linear(Layer):
         seed: int = 0,
         dtype: Any = "float32",
     ) -> None:
+        self.name = name
         self.product: Product = parallelism.product(subscripts, inner)
         self.keep, self.keep_weight = parallelism.keep_gathered, parallelism.keep_weights
         x, w, y = parse(subscripts).a, parse(subscripts).b, parse(subscripts).c
@@ -83,14 +85,20 @@ class Linear(Layer):
         """Return ``x w + bias`` in the layout of the next layer."""
         gathered = x.redistribute(self.product.x)
         y, w = self.apply(gathered)
-        return y, (gathered if self.keep else x, w, x.layout.with_partial())
+        return y, (kept(x, gathered if self.keep else x), w, x.layout.with_partial())
+
+    def again(self, x: DistArray, ctx: Context) -> Any:
+        """Return the operands that are kept. **Communication:** they are gathered, if they are kept so."""
+        gathered = x.redistribute(self.product.x) if self.keep else x
+        w = self.weight.use(self.product.w) if self.keep_weight else None
+        return kept(x, gathered), w, x.layout.with_partial()
 
     def apply(self, x: DistArray) -> tuple[DistArray, DistArray | None]:
         """Return ``x w + bias`` of an input as the map takes it, and the weight if it is kept as the map takes it."""
-        p, w = self.product, self.weight.value.redistribute(self.product.w)
+        p, w = self.product, self.weight.use(self.product.w)
         y = contract(p.subscripts, x, w, p.axes, out=p.y)
         if self.bias is not None:
-            bias = self.bias.value.redistribute(self.bias_layout)
+            bias = self.bias.use(self.bias_layout)
             shape = [1 if d in self.batch_dims else n for d, n in enumerate(y.local.shape)]
             y.local += backend.namespace(y.local).reshape(bias.local, tuple(shape))
         return y, w if self.keep_weight else None
@@ -99,7 +107,7 @@ class Linear(Layer):
         """Return ``dy w^T``; ``x^T dy`` and the sum of dy go to the gradients."""
         x, w, layout = cache
         dx, weight_product = self.adjoint(dy, w, layout)
-        _defer(later, lambda: weight_product(x))
+        _defer(later, lambda: weight_product(taken(x)))
         return dx
 
     def adjoint(
@@ -112,7 +120,7 @@ class Linear(Layer):
             dy = dy.redistribute(p.y)
             self.bias.accumulate(dy.sum_over(self.batch_dims))
         gathered = dy.redistribute(p.dy)
-        w = self.weight.value.redistribute(p.w) if w is None else w
+        w = self.weight.use(p.w) if w is None else w
         dx = contract(dx_subscripts, gathered, w, p.axes, out)
         return dx, lambda x: self.weight.accumulate(contract(dw_subscripts, x, gathered, p.axes))
 
@@ -134,7 +142,7 @@ class Linears(Layer):
         first = self.linears[0]
         gathered = x.redistribute(first.product.x)
         ys, ws = zip(*[linear.apply(gathered) for linear in self.linears], strict=True)
-        return ys, (gathered if first.keep else x, ws, x.layout.with_partial())
+        return ys, (kept(x, gathered if first.keep else x), ws, x.layout.with_partial())
 
     def backward(self, dy: Sequence[DistArray], cache: Any, later: Later = None) -> DistArray:
         """Return the cotangent of the input for those of the products."""
@@ -145,7 +153,7 @@ class Linears(Layer):
         total = sum(parts[1:], start=parts[0]).redistribute(layout)
 
         def weight_products() -> None:
-            gathered = x.redistribute(self.linears[0].product.x)
+            gathered = taken(x).redistribute(self.linears[0].product.x)
             for _, weight_product in terms:
                 weight_product(gathered)
 

@@ -8,6 +8,7 @@ from colossal_mpi import comm
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import OptionError, ShapeError
 from colossal_mpi.layers import kernels
+from colossal_mpi.layers.again import kept, taken
 from colossal_mpi.layers.layer import Context, Later, Layer, Parameter
 from colossal_mpi.layers.parallelism import Parallelism
 from colossal_mpi.layout import Layout
@@ -60,10 +61,10 @@ class RMSNorm(Layer):
         x, bias = x.reduced(), None if self.bias is None else self._vector(self.bias, x)
         gain = self._vector(self.gain, x)
         y, statistics = kernels.norm(x.local, gain, bias, self.centred, self.eps, self.size, self._total(x))
-        return x.like(y), (x, gain, statistics)
+        return x.like(y), (kept(x, x), gain, statistics)
 
     def _vector(self, parameter: Parameter, x: DistArray) -> Any:
-        return parameter.value.redistribute(Layout(x.layout.dims[-1])).local
+        return parameter.use(Layout(x.layout.dims[-1])).local
 
     def _total(self, x: DistArray) -> Any:
         """Return what finishes a sum over h; None where h is not cut."""
@@ -72,7 +73,8 @@ class RMSNorm(Layer):
 
     def backward(self, dy: DistArray, cache: Any, later: Later = None) -> DistArray:
         """Return the cotangent of x; those of the vectors go to their gradients."""
-        x, gain, statistics = cache
+        source, gain, statistics = cache
+        x: DistArray = taken(source)
         dy = dy.redistribute(x.layout)
         dx, *sums = kernels.norm_backward(dy.local, x.local, gain, statistics, self.size, self._total(x))
         *rows, last = x.layout.dims

@@ -7,10 +7,15 @@ Template A runs both products of a block on one map. ``3d`` on any row x col x d
 case row = depth = 1: Megatron's tensor parallelism with sequence regions. Template B are the classics: ``2d``
 (SUMMA, Optimus) and ``2.5d`` (Tesseract).
 
+In every mode ``data`` cuts b, and ``seq`` and ``ulysses`` cut s: everywhere but in attention, where the axes of a ring
+still cut s and the others cut the heads instead.
+
 References
 ----------
 Shoeybi et al.: Megatron-LM, 2019. Korthikanti et al.: Reducing activation recomputation, 2022. Xu & You: Optimus, 2021.
 Wang et al.: Tesseract, 2021. Bian et al.: Maximizing parallelism in distributed training for huge networks, 2021.
+Jacobs et al.: DeepSpeed Ulysses, 2023. Liu, Zaharia, Abbeel: Ring attention with blockwise transformers, 2023. Fang &
+Zhao: USP: a unified sequence parallelism approach for long context generative AI, 2024 (both together).
 """
 
 from __future__ import annotations
@@ -20,8 +25,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from colossal_mpi.errors import GridError, OptionError
 from colossal_mpi.grid import Grid
+from colossal_mpi.layers.order import zigzag
 from colossal_mpi.layout import Axes, Layout, bounds
 from colossal_mpi.linalg.subscripts import layout_map, map_layout, parse
 
@@ -44,21 +52,24 @@ class Template:
 
 
 _DATA = ("data",)
+_SEQUENCE = ("seq", "ulysses")
+_COPIES = (*_DATA, *_SEQUENCE)
+"""Axes of every mode: they cut the tokens, and each rank along them has a copy of the weights."""
 
-# `seq` has its place in both; `_check` refuses it until attention can be cut over the sequence.
-_ONE_MAP = {"data": "b", "row": "b", "seq": "s", "col": INNER, "depth": "h"}
-_BATCH = {"data": "b", "depth": "b", "row": "b", "seq": "s"}
+_CUT_S = dict.fromkeys(_SEQUENCE, "s")
+_ONE_MAP = {"data": "b", "row": "b", **_CUT_S, "col": INNER, "depth": "h"}
+_BATCH = {"data": "b", "depth": "b", "row": "b", **_CUT_S}
 
 A = Template(
-    stream={"b": ("data", "row"), "s": ("seq", "col"), "h": ("depth",)},
-    inside={"b": ("data", "row", "depth"), "s": ("seq",), INNER: ("col",)},
+    stream={"b": ("data", "row"), "s": (*_SEQUENCE, "col"), "h": ("depth",)},
+    inside={"b": ("data", "row", "depth"), "s": _SEQUENCE, INNER: ("col",)},
     up=_ONE_MAP,
     down=_ONE_MAP,
     stored=("row", "col", "depth"),
 )
 B = Template(
-    stream={"b": ("data", "depth", "row"), "s": ("seq",), "h": ("col",)},
-    inside={"b": ("data", "depth", "row"), "s": ("seq",), INNER: ("col",)},
+    stream={"b": ("data", "depth", "row"), "s": _SEQUENCE, "h": ("col",)},
+    inside={"b": ("data", "depth", "row"), "s": _SEQUENCE, INNER: ("col",)},
     up={**_BATCH, "col": INNER},
     down={**_BATCH, "col": "h"},
     stored=("row", "col"),
@@ -97,6 +108,9 @@ MODES: dict[str, tuple[Template, Axes]] = {
 }
 """Tensor-parallel modes: their template and the axes that they use."""
 
+SEQUENCES: dict[str, tuple[Axes, Axes]] = {"ring": (("seq",), ("ulysses",)), "ulysses": ((), _SEQUENCE)}
+"""What attention makes of a cut of s, by name: the axes that cut s as a ring, and those that cut the heads instead."""
+
 
 @dataclass(frozen=True)
 class Product:
@@ -120,41 +134,62 @@ class Parallelism:
     Parameters
     ----------
     grid : Grid
-        With axes among ``data`` and those of the mode; absent axes have size 1.
+        With axes among ``data``, ``seq``, ``ulysses`` and those of the mode; absent axes have size 1.
     tensor : {None, "1d", "2d", "2.5d", "3d"}
     keep_gathered : bool
         Whether a product keeps its gathered operands for the backward pass (fewer words), or its stored ones (less
         memory; they are gathered again: ``mk(P_n - 1) + kn(P_m - 1)`` words more per product).
     zero : {0, 1, 2, 3}
-        What is stored cut over ``data``, too, so that each rank there has its share: 1, the state of the optimizer;
-        2, also the gradients, reduced after each microbatch; 3, also the weights, which are gathered for each use.
+        What is stored cut over ``data``, ``seq`` and ``ulysses``, too, so that each rank there has its share: 1, the
+        state of the optimizer; 2, also the gradients, reduced after each microbatch; 3, also the weights, which are
+        gathered for each use.
+    sequence : {"ring", "ulysses"}
+        What attention makes of the cut of s over ``seq``. In a ring, keys and values travel round it, in memory that
+        falls with the ranks; any number of heads will do. Otherwise ``seq`` cuts the heads inside attention, for fewer
+        words. An axis ``ulysses`` always cuts heads there, so that a grid with both axes has both.
 
     Raises
     ------
     GridError
         If there is no such mode, or the grid has an axis larger than 1 that it does not use.
     OptionError
-        If there is no such stage of ZeRO.
+        If there is no such stage of ZeRO, or no such way to cut the sequence.
 
     References
     ----------
     Rajbhandari et al.: ZeRO: memory optimizations toward training trillion parameter models, 2020.
     """
 
-    def __init__(self, grid: Grid, tensor: str | None = None, keep_gathered: bool = True, zero: int = 0) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        tensor: str | None = None,
+        keep_gathered: bool = True,
+        zero: int = 0,
+        *,
+        sequence: str = "ring",
+    ) -> None:
         mode = tensor or "none"
         if mode not in MODES:
             raise GridError(f"tensor={tensor!r}: use one of {', '.join(map(repr, MODES))}")
         if zero not in range(4):
             raise OptionError(f"zero={zero!r}: use 0, 1, 2 or 3")
+        if sequence not in SEQUENCES:
+            raise OptionError(f"sequence={sequence!r}: use one of {', '.join(map(repr, SEQUENCES))}")
         self.grid, self.tensor, self.keep_gathered, self.zero = grid, mode, keep_gathered, zero
         self._template, axes = MODES[mode]
         _check(grid, mode, axes)
+        self.ring, self._heads = (self._present(axes) for axes in SEQUENCES[sequence])
+
+    @property
+    def copies(self) -> Axes:
+        """Axes over which tokens are cut and weights replicated, unless ZeRO stores them cut."""
+        return self._present(_COPIES)
 
     @property
     def deferred(self) -> Axes:
         """Axes over which gradients stay partial until the last microbatch."""
-        return self._present(_DATA) if self.zero < 2 else ()
+        return self.copies if self.zero < 2 else ()
 
     @property
     def keep_weights(self) -> bool:
@@ -175,9 +210,37 @@ class Parallelism:
         """Return the layout of an array inside a block that is cut on the letter `inner`."""
         return self._cut(letters, self._template.inside, inner)
 
+    def attention(self, letters: str, inner: str, spread: str) -> Layout:
+        """Return the layout of queries, keys or values inside attention: s is cut by the ring alone, if by any.
+
+        Parameters
+        ----------
+        letters : str
+        inner : str
+            The letter that the inside of the block is cut on.
+        spread : str
+            The letter that is cut, innermost, by the axes that cut s outside attention and are no ring (`spread`).
+        """
+        axes = {**self._template.inside, "s": self.ring}
+        cut = [axes.get(INNER if x == inner else x, ()) + (self._heads if x == spread else ()) for x in letters]
+        return Layout(*[self._present(axes) for axes in cut])
+
+    def order(self, length: int) -> np.ndarray | None:
+        """Return the order of a sequence that gives all ranks of a ring as much causal attention; None: as it is.
+
+        Element i is the index, in its sequence, of the token that is to stand at index i of the arrays. Tokens, labels,
+        masks, segments and positions, where they are given, are all permuted alike, and `Context.order` says so.
+
+        Returns
+        -------
+        array of int64, ``[length]``, or None
+            In NumPy, the same on every rank: `zigzag`. The work of the ranks differs by about ``ranks / length`` of it.
+        """
+        return zigzag(length, self.grid.extent(self.ring)) if self.ring else None
+
     def tokens(self) -> Layout:
         """Return the layout of token ids and labels ``[b, s]``: the same on all ranks of a data x seq slice."""
-        return Layout(self._present(("data",)), self._present(("seq",)))
+        return Layout(self._present(_DATA), self._present(_SEQUENCE))
 
     def experts(self) -> Parallelism:
         """Return the same mode inside a mixture of experts, whose letters are ``epch`` in the stream's place.
@@ -197,7 +260,7 @@ class Parallelism:
             ``"bsh,hf->bsf"`` goes in, ``"bsf,fh->bsh"`` comes back.
         inner : str, optional
             The letter that the inside is cut on. None: there is none, and the result, without h, is cut as the stream.
-            A product that has no such letter, ``""`` say, is done redundantly on the axes that would cut it.
+            A product that has no such letter, ``""`` say, or no s, is done redundantly on the axes that would cut it.
         """
         sub = parse(subscripts)
         if inner is None:
@@ -206,11 +269,8 @@ class Parallelism:
             return Product(subscripts, axes, x, w, y, y)
         back = "h" in sub.c
         template = self._template.down if back else self._template.up
-        axes = {
-            axis: inner if letter == INNER else letter
-            for axis, letter in template.items()
-            if self.grid.axes.get(axis, 1) > 1 and (letter != INNER or inner in {*sub.a, *sub.b})
-        }
+        named = {axis: inner if letter == INNER else letter for axis, letter in template.items()}
+        axes = {axis: named[axis] for axis in self._present(list(named)) if named[axis] in {*sub.a, *sub.b}}
         return Product(
             subscripts,
             axes,
@@ -229,8 +289,20 @@ class Parallelism:
             Size of each letter, the one that had best be cut first.
         """
         ranks = self.grid.extent(self._present(self._template.inside[INNER]))
-        enough = [letter for letter, size in sizes.items() if size >= ranks]
-        return enough[0] if enough else max(sizes, key=lambda letter: sizes[letter])
+        return _widest(sizes, dict.fromkeys(sizes, ranks))
+
+    def spread(self, sizes: Mapping[str, int], inner: str) -> str:
+        """Return which of several letters the axes cut inside attention that cut s outside it and are no ring.
+
+        Parameters
+        ----------
+        sizes : mapping of str to int
+            As `inner` takes them.
+        inner : str
+            The letter that the inside is cut on: what that cut leaves of it counts.
+        """
+        heads, ranks = self.grid.extent(self._heads), self.grid.extent(self._present(self._template.inside[INNER]))
+        return _widest(sizes, {letter: heads * ranks if letter == inner else heads for letter in sizes})
 
     def store(self, used: Layout, shape: Sequence[int]) -> Layout:
         """Return the layout in which a weight is stored that is `used` in another: cut further, innermost.
@@ -239,14 +311,14 @@ class Parallelism:
         scattering the gradient and gathering the vector, in half as many messages. In a matrix each axis that
         would replicate it goes to the first dim whose blocks it divides evenly, else to the dim with the
         largest blocks, so that no rank stores more than its share. With ``zero=3`` each weight and vector is cut
-        over ``data``, too.
+        over the axes of its copies, ``data``, ``seq`` and ``ulysses``, too.
         """
         stored = used if len(shape) == 1 else self._further(used, shape, self._template.stored)
-        return self._further(stored, shape, _DATA) if self.zero == 3 else stored
+        return self._further(stored, shape, _COPIES) if self.zero == 3 else stored
 
     def own(self, stored: Layout, shape: Sequence[int]) -> Layout:
-        """Return the layout of the reduced gradient and the optimizer's state of a weight: with ZeRO cut over data."""
-        return self._further(stored, shape, _DATA) if self.zero else stored
+        """Return the layout of the reduced gradient and the optimizer's state of a weight: with ZeRO cut further."""
+        return self._further(stored, shape, _COPIES) if self.zero else stored
 
     def _further(self, layout: Layout, shape: Sequence[int], axes: Axes) -> Layout:
         dims, zero = [list(axes) for axes in layout.dims], dict.fromkeys(self.grid.axes, 0)
@@ -263,18 +335,24 @@ class Parallelism:
         return f"Parallelism({self.grid}, tensor={self.tensor!r})"
 
 
+def _widest(sizes: Mapping[str, int], ranks: Mapping[str, int]) -> str:
+    """Return the first letter with an index for each of its ranks, or the one with most indices for each."""
+    enough = [letter for letter, size in sizes.items() if size >= ranks[letter]]
+    return enough[0] if enough else max(sizes, key=lambda letter: sizes[letter] / ranks[letter])
+
+
 def _check(grid: Grid, mode: str, axes: Axes) -> None:
-    alien = [axis for axis, size in grid.axes.items() if size > 1 and axis not in (*_DATA, *axes)]
+    alien = [axis for axis, size in grid.axes.items() if size > 1 and axis not in (*_COPIES, *axes)]
     if not alien:
         return
     fitting = [
         name
         for name, (_, used) in MODES.items()
-        if all(axis in (*_DATA, *used) for axis, size in grid.axes.items() if size > 1)
+        if all(axis in (*_COPIES, *used) for axis, size in grid.axes.items() if size > 1)
     ]
     product = math.prod(grid.axes[axis] for axis in alien)
     raise GridError(
-        f"tensor={mode!r} uses the axes {', '.join((*_DATA, *axes))} and not {', '.join(alien)} of {grid}: "
+        f"tensor={mode!r} uses the axes {', '.join((*_COPIES, *axes))} and not {', '.join(alien)} of {grid}: "
         + (f"use tensor={' or '.join(map(repr, fitting))}, " if fitting else "")
         + f"or give those {product} ranks to an axis that it uses"
     )

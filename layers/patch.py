@@ -26,8 +26,12 @@ class Convolution(Layer):
     """The product of the windows ``[b, c, i, j, s]`` of images ``[b, c, y, x]`` with a weight ``[c, i, j, o]``.
 
     Base of `Conv2d` and `PatchEmbedding`, which name the letters and shape the result. Images move whole, before they
-    are unfolded and after their cotangent is folded, which spares a factor i j of the words.
+    are unfolded and after their cotangent is folded, which spares a factor i j of the words; where s is cut, so is the
+    product.
     """
+
+    lead = 0
+    """Windows of zeros before those of the image."""
 
     def __init__(
         self,
@@ -77,13 +81,16 @@ class Convolution(Layer):
     def _windows(self, image: DistArray) -> DistArray:
         """Return the windows of an image that is cut over b and c alone. **Communication:** none."""
         block = kernels.unfold(image.local, self.kernel, self.stride, self.padding)
+        if self.lead:
+            zeros = backend.zeros_like(block, (*block.shape[:4], self.lead))
+            block = backend.namespace(block).concat([zeros, block], axis=4)
         layout = Layout(*self.images.dims[:2], None, None, None)
         return DistArray(block, (*image.shape[:2], *self.kernel, block.shape[-1]), layout, image.grid)
 
     def _apply(self, x: DistArray) -> tuple[DistArray, Any]:
         """Return the product, without bias, as the map leaves it, and what `_adjoint` needs."""
         p, image = self.product, x.redistribute(self.images)
-        w = self.weight.value.redistribute(p.w)
+        w = self.weight.use(p.w)
         y = contract(p.subscripts, self._windows(image), w, p.axes)
         return y, (image if self.keep else x, w if self.keep_weight else None, x.layout.with_partial())
 
@@ -91,10 +98,10 @@ class Convolution(Layer):
         """Return the cotangent of the images for one of the product as the map takes it."""
         p, (x, w, layout) = self.product, cache
         dx_subscripts, dw_subscripts = adjoints(p.subscripts)
-        w = self.weight.value.redistribute(p.w) if w is None else w
+        w = self.weight.use(p.w) if w is None else w
         d = contract(dx_subscripts, dy, w, p.axes)
-        image = kernels.fold(d.local, x.shape[2:], self.stride, self.padding)
-        partial = Layout(*d.layout.dims[:2], None, None, partial=d.layout.partial)
+        image = kernels.fold(self._all_windows(d), x.shape[2:], self.stride, self.padding)
+        partial = Layout(*d.layout.dims[:2], None, None, partial=(*d.layout.partial, *d.layout.dims[4]))
 
         def weight_product() -> None:
             windows = self._windows(x.redistribute(self.images))
@@ -102,6 +109,14 @@ class Convolution(Layer):
 
         weight_product() if later is None else later.append(weight_product)
         return DistArray(image, x.shape, partial, x.grid).redistribute(layout)
+
+    def _all_windows(self, d: DistArray) -> Any:
+        """Return the block of windows with zeros for those of other ranks, without the leading ones."""
+        block, (start, stop) = d.local, d.box[4]
+        if d.layout.dims[4]:
+            block = backend.zeros_like(block, (*block.shape[:4], d.shape[4]))
+            block[..., start:stop] = d.local
+        return block[..., self.lead :]
 
     def _accumulate_bias(self, dy: DistArray) -> None:
         if self.bias is not None:
@@ -170,7 +185,7 @@ class Conv2d(Convolution):
         xp, shape = backend.namespace(y.local), (*y.shape[:2], *count)
         block = xp.reshape(y.local, (*y.local.shape[:2], *count))
         if self.bias is not None:
-            bias = self.bias.value.redistribute(Layout(self.y.dims[1]))
+            bias = self.bias.use(Layout(self.y.dims[1]))
             block = block + bias.local[None, :, None, None]
         return DistArray(block, shape, self.y, x.grid), cache
 
@@ -201,8 +216,9 @@ class PatchEmbedding(Convolution):
 
     Notes
     -----
-    **Communication:** that of a product down, of which the windows are the inside. The token joins the partial sums
-    before they are reduced into the stream, for no words of its own.
+    **Communication:** that of a product down, of which the windows are the inside. The token has a window of zeros, so
+    that it has its place wherever the sequence is cut, and joins the partial sums before they are reduced into the
+    stream, for no words of its own.
 
     References
     ----------
@@ -222,7 +238,7 @@ class PatchEmbedding(Convolution):
     ) -> None:
         sizes = (channels, hidden)
         super().__init__("bcijs,cijh->bsh", "c", sizes, patch, parallelism, name, stride=patch, **options)
-        self.y, self.token = parallelism.stream(), None
+        self.y, self.token, self.lead = parallelism.stream(), None, int(class_token)
         if class_token:
             made = {key: options[key] for key in ("std", "seed", "dtype") if key in options}
             self.token = Parameter(f"{name}.token", [hidden], self.bias_layout, parallelism, **{"std": 0.02, **made})
@@ -233,25 +249,27 @@ class PatchEmbedding(Convolution):
         y, cache = self._apply(x)
         first = all(y.grid.coords[axis] == 0 for axis in y.layout.partial)
         if self.bias is not None and first:
-            y = y.like(y.local + self.bias.value.redistribute(self.bias_layout).local)
+            y = y.like(y.local + self.bias.use(self.bias_layout).local)
         if self.token is not None:
-            y = self._after_token(y, first)
+            token = self.token.use(self.bias_layout)
+            y.local[:, : self._held(y), :] = token.local if first else 0
         return y.redistribute(self.y), cache
 
-    def _after_token(self, y: DistArray, first: bool) -> DistArray:
-        assert self.token is not None
-        b, s, h = y.local.shape
-        token, block = self.token.value.redistribute(self.bias_layout), backend.zeros_like(y.local, (b, s + 1, h))
-        block[:, 1:, :] = y.local
-        if first:
-            block[:, 0, :] = token.local
-        return DistArray(block, (y.shape[0], y.shape[1] + 1, y.shape[2]), y.layout, y.grid)
+    def _held(self, y: DistArray) -> int:
+        """Return how many positions of this rank's block are no patches."""
+        start, stop = y.box[1]
+        return max(0, min(stop, self.lead) - start)
 
     def backward(self, dy: DistArray, cache: Any, later: Later = None) -> DistArray:
         """Return the cotangent of the images; those of weight, bias and token go to the gradients."""
         dy = dy.redistribute(self.product.dy)
-        if self.token is not None:
-            self.token.accumulate(dy[:, 0, :].sum_over([0]))
-            dy = dy[:, 1:, :]
-        self._accumulate_bias(dy)
+        if self.token is None:
+            self._accumulate_bias(dy)
+            return self._adjoint(dy, cache, later)
+        held, (b, s, h) = self._held(dy), dy.layout.dims
+        vector = Layout(h, partial=(*b, *s, *dy.layout.partial))
+        for parameter, rows in ((self.token, slice(0, held)), (self.bias, slice(held, None))):
+            if parameter is not None:
+                sums = backend.sum_over(dy.local[:, rows, :], [0, 1])
+                parameter.accumulate(DistArray(sums, parameter.shape, vector, dy.grid))
         return self._adjoint(dy, cache, later)

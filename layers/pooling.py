@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from colossal_mpi import backend
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import OptionError, ShapeError
@@ -53,16 +55,17 @@ class FirstPool(Layer):
 
     def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
         """Return position 0."""
-        return x[:, 0, :].redistribute(self.y), (x.shape, x.layout.with_partial())
+        at = 0 if ctx.order is None else int(np.argmin(ctx.order))
+        return x[:, at, :].redistribute(self.y), (x.shape, x.layout.with_partial(), at)
 
     def backward(self, dy: DistArray, cache: Any, later: Later = None) -> DistArray:
         """Return `dy` at position 0 and zeros elsewhere."""
-        shape, layout = cache
+        shape, layout, at = cache
         dy = dy.redistribute(Layout(layout.dims[0], layout.dims[2]))
         dx = _zeros(dy, shape, layout)
         start, stop = dx.box[1]
-        if start == 0 < stop:
-            dx.local[:, 0, :] = dy.local
+        if start <= at < stop:
+            dx.local[:, at - start, :] = dy.local
         return dx
 
 

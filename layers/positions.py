@@ -12,8 +12,16 @@ from colossal_mpi.layers.layer import Context
 from colossal_mpi.layout import Layout
 
 
-def given_positions(ctx: Context, x: DistArray) -> Block | None:
+def given_positions(ctx: Context, x: DistArray, whole: bool = False) -> Block | None:
     """Return the context's positions of this rank's part of ``x [b, s, ...]``, None if they are the indices.
+
+    Parameters
+    ----------
+    ctx : Context
+        Its positions, or, where it has none, its order of the sequence.
+    x : DistArray
+    whole : bool
+        Return those of the whole sequence, of the samples of this rank's part.
 
     **Communication:** none for a whole array; a DistArray is redistributed to the cut of x.
 
@@ -24,7 +32,7 @@ def given_positions(ctx: Context, x: DistArray) -> Block | None:
     DTypeError
         If they are no integers.
     """
-    given = ctx.positions
+    given = ctx.order if ctx.positions is None else ctx.positions
     if given is None:
         return None
     b, s = x.shape[:2]
@@ -34,13 +42,21 @@ def given_positions(ctx: Context, x: DistArray) -> Block | None:
         raise ShapeError(f"positions must be of shape [s] = {[s]} or [b, s] = {[b, s]}; they are {list(given.shape)}")
     if backend.numpy_dtype(given.dtype).kind not in "iu":
         raise DTypeError(f"positions must be integers; they are {given.dtype}")
-    return given.redistribute(Layout(*x.layout.dims[2 - given.ndim : 2])).local
+    cut = x.layout.dims[0], () if whole else x.layout.dims[1]
+    return given.redistribute(Layout(*cut[2 - given.ndim :])).local
 
 
-def given_mask(ctx: Context, x: DistArray) -> Block | None:
+def given_mask(ctx: Context, x: DistArray, whole: bool = False) -> Block | None:
     """Return the context's mask of this rank's part of ``x [b, s, ...]``, None if all tokens count.
 
-    **Communication:** none for a mask in the layout of `Parallelism.tokens`.
+    Parameters
+    ----------
+    ctx : Context
+    x : DistArray
+    whole : bool
+        Return that of the whole sequence, of the samples of this rank's part.
+
+    **Communication:** none for a mask in the layout of `Parallelism.tokens`, unless it is gathered: a byte an element.
 
     Raises
     ------
@@ -58,4 +74,4 @@ def given_mask(ctx: Context, x: DistArray) -> Block | None:
         )
     if backend.numpy_dtype(given.dtype).kind != "b":
         raise DTypeError(f"the mask must be bool, true where a token counts; it is {given.dtype}")
-    return given.redistribute(Layout(*x.layout.dims[:2])).local
+    return given.redistribute(Layout(x.layout.dims[0], None if whole else x.layout.dims[1])).local

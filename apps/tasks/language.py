@@ -39,6 +39,8 @@ class CausalLanguage(Task):
         self.model, self.cross_entropy = model(sizes, parallelism), CrossEntropy(parallelism)
         self.length, self.per_sample, self.held = self.context, self.context, training.evaluate_batches * training.batch
         self.about = self.corpus.about
+        self.order = parallelism.order(self.context)
+        """Of the tokens of a sequence in its arrays: all ranks of a ring then have as much to attend to."""
 
     def batch(self, first: int, stop: int) -> Batch:
         """Return sequences that begin anywhere in the corpus."""
@@ -46,7 +48,9 @@ class CausalLanguage(Task):
         return self._sequences(self.corpus.train, starts)
 
     def _sequences(self, tokens: np.ndarray, starts: np.ndarray) -> Batch:
-        return Batch(*data.sequences(tokens, starts, self.context, self.grid, self.parallelism.tokens()))
+        layout = self.parallelism.tokens()
+        arrays = data.sequences(tokens, starts, self.context, self.grid, layout, self.order)
+        return Batch(*arrays, {"order": self.order})
 
     def held_out(self) -> Iterator[Batch]:
         """Yield sequences spread evenly over the held-out text."""

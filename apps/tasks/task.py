@@ -21,7 +21,7 @@ class Batch:
     inputs: Any
     labels: Any
     context: Mapping[str, Any] = field(default_factory=dict)
-    """What the layers' context has of the samples: ``mask`` and ``segments``."""
+    """What the layers' context has of the samples: ``mask``, ``segments`` and ``order``."""
 
 
 class Task:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from reference import attention_case as case
 from reference.gpt_case import block_and_index, difference
-from reference.modes import every_mode, few
+from reference.modes import every_cut, few
 
 from colossal_mpi import from_global
 from colossal_mpi.errors import DTypeError, ShapeError
@@ -23,7 +23,7 @@ def check(grid, prepared, name, **options):
 
 @prepared_by
 @pytest.mark.parametrize("name", case.CASES)
-@every_mode
+@every_cut
 def test_equals_torch(grid, prepared, name):
     check(grid, prepared, name)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 from reference import layer_case as case
-from reference.modes import every_mode, parallelism
+from reference.modes import every_cut, parallelism
 
 from colossal_mpi import Grid, Layout
 from colossal_mpi.layers import Parallelism
@@ -18,7 +18,7 @@ def check(grid, exact, sizes=case.SIZES, zeros=False, keep_gathered=True):
 
 
 @pytest.mark.prepare(case.prepare)
-@every_mode
+@every_cut
 def test_layers_equal_torch(grid, prepared):
     check(grid, lambda name: dict(np.load(prepared / f"{name}.npz")))
 

@@ -20,12 +20,15 @@ GRIDS = (
     {"data": 2, "depth": 2, "row": 1, "col": 2},
     {"data": 2, "row": 1, "col": 2, "depth": 2},
 )
+SEQUENCE = ({"seq": 3}, {"ulysses": 2, "row": 2}, {"seq": 2, "ulysses": 2, "col": 2})
+"""With the sequence cut, too."""
 every_mode = pytest.mark.grids(*GRIDS)
+every_cut = pytest.mark.grids(*GRIDS, *SEQUENCE)
 few = pytest.mark.grids({}, {"col": 2}, {"row": 2, "col": 2}, {"depth": 2, "row": 1, "col": 2}, {"col": 2, "depth": 2})
 
 
 def mode_of(grid):
-    axes = [axis for axis in grid.axes if axis != "data"]
+    axes = [axis for axis in grid.axes if axis not in ("data", "seq", "ulysses")]
     if "depth" in axes:
         return "2.5d" if axes[0] == "depth" else "3d"
     return "2d" if "row" in axes else "1d" if axes else None

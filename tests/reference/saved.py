@@ -1,6 +1,7 @@
 """What a cache holds, found from outside."""
 
 from colossal_mpi import DistArray
+from colossal_mpi.layers import Context
 
 
 def saved_arrays(cache):
@@ -13,6 +14,8 @@ def saved_arrays(cache):
                 visit(member)
         elif isinstance(item, DistArray):
             visit(item.local)
+        elif isinstance(item, Context):
+            visit([item.mask, item.positions, item.segments])
         elif hasattr(item, "nbytes") and hasattr(item, "shape"):
             base = item
             while getattr(base, "base", None) is not None and hasattr(base.base, "nbytes"):

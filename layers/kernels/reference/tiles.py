@@ -84,8 +84,7 @@ def tiles(q: Block, k: Block, causal: bool) -> tuple[Iterator[list[Tile]], list[
         The parts of the keys.
     """
     (b, s, g, r, _), t = q.shape, k.shape[1]
-    width, height = _length(t, causal), _length(s, causal)
-    height = min(height, max(1, SCORES // (r * width)))
+    height, width = _sides(s, t, r, causal)
     groups = max(1, SCORES // (r * height * width))
     queries = parts(s, height)
     found = (
@@ -94,6 +93,26 @@ def tiles(q: Block, k: Block, causal: bool) -> tuple[Iterator[list[Tile]], list[
         for some in parts(g, groups)
     )
     return found, parts(t, width)
+
+
+def scores(s: int, t: int, r: int = 1, causal: bool = True) -> int:
+    """Return how many scores of a head are made, of s queries and t keys at positions 0, 1, 2, ..., r heads to a group.
+
+    A tile of which a query sees a key is made whole.
+    """
+    height, width = _sides(s, t, r, causal)
+    pairs = ((rows, keys) for rows in parts(s, height) for keys in parts(t, width))
+    return sum(
+        (rows.stop - rows.start) * (keys.stop - keys.start)
+        for rows, keys in pairs
+        if not causal or keys.start < rows.stop
+    )
+
+
+def _sides(s: int, t: int, r: int, causal: bool) -> tuple[int, int]:
+    """Return the most queries and the most keys of a tile."""
+    width = _length(t, causal)
+    return min(_length(s, causal), max(1, SCORES // (r * width))), width
 
 
 def _length(n: int, causal: bool) -> int:

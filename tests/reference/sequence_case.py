@@ -1,0 +1,108 @@
+"""Small models of every kind for grids that cut the sequence, in any order of it, and their one-rank reference."""
+
+import numpy as np
+from mpi4py import MPI
+
+from colossal_mpi import Grid, from_global
+from colossal_mpi.layers import Context, Parallelism
+from colossal_mpi.layers.block import TransformerBlock
+from colossal_mpi.layers.embedding import Embedding
+from colossal_mpi.layers.layer import Chain
+from colossal_mpi.layers.linear import Linear
+from colossal_mpi.layers.loss import CrossEntropy
+from colossal_mpi.layers.models import GPT, Bert, BertConfig, GPTConfig, Llama, LlamaConfig, ViT, ViTConfig
+from reference.modes import mode_of
+from tests.cases import host
+
+B, S, V, H = 4, 11, 13, 10
+COMMON = {"std": 0.3, "dtype": "float64"}
+SIZES = {"vocabulary": V, "layers": 2, "hidden": H, "inner": 7, **COMMON}
+
+
+def experts(p):
+    routed = {"experts": 3, "balance": 0.1, "z_loss": 0.1}
+    return Chain(
+        Embedding(V, H, p, "tokens", **COMMON),
+        TransformerBlock(H, 5, 7, p, "block", activation="swiglu", experts=routed, **COMMON),
+        Linear("bsh,hv->bsv", {"h": H, "v": V}, "v", p, "head", **COMMON),
+    )
+
+
+def vit(pool):
+    return lambda p: ViT(ViTConfig((9, 7), 2, 3, 5, 2, H, 5, 7, pool, dropout=0.2, **COMMON), p)
+
+
+MODELS = {
+    "gpt": lambda p: GPT(GPTConfig(**SIZES, heads=5, positions=S + 2, dropout=0.2), p),
+    "gpt-positions": lambda p: GPT(GPTConfig(**SIZES, heads=5, positions=S + 2), p),
+    "llama": lambda p: Llama(LlamaConfig(**SIZES, heads=6, groups=3, width=4), p),
+    "llama-shared": lambda p: Llama(LlamaConfig(**SIZES, heads=4, groups=1, width=2), p),
+    "llama-positions": lambda p: Llama(LlamaConfig(**SIZES, heads=4, groups=2, width=2), p),
+    "experts": experts,
+    "bert": lambda p: Bert(BertConfig(**SIZES, heads=5, positions=S + 2), p),
+    "vit": vit("first"),
+    "vit-mean": vit("mean"),
+}
+ORDERED = [name for name in MODELS if not name.startswith("vit")]
+"""Those whose sequence has an order that a task may choose."""
+_rng = np.random.default_rng(3)
+TOKENS, LABELS, SEGMENTS = (_rng.integers(0, n, (B, S)) for n in (V, V, 2))
+LABELS[1, 3] = LABELS[0, S - 1] = -1
+POSITIONS = _rng.integers(0, S, (B, S))
+MASK = np.arange(S) < np.array([S, 4, 1, 8])[:, None]
+MASK[3] = MASK[3, ::-1]
+IMAGES, CLASSES, FOLLOWS = _rng.standard_normal((B, 3, 9, 7)), _rng.integers(0, 5, B), _rng.integers(0, 2, B)
+
+
+def batch(name, p, rows, order):
+    """Return input, labels of each output and what the context has of some samples."""
+    index = np.arange(S) if order is None else order
+
+    def spread(whole):
+        return from_global(whole[rows][:, index], p.grid, p.tokens())
+
+    def each(whole):
+        return from_global(whole[rows], p.grid, p.stream("b"))
+
+    if name.startswith("vit"):
+        return from_global(IMAGES[rows], p.grid, p.stream("bnnn")), [each(CLASSES)], {}
+    known = {"order": order}
+    if name == "bert":
+        known |= {"mask": spread(MASK), "segments": spread(SEGMENTS)}
+        return spread(TOKENS), [spread(LABELS), each(FOLLOWS)], known
+    if name == "gpt-positions":
+        known |= {"positions": POSITIONS[0][index], "mask": spread(MASK)}
+    if name == "llama-positions":
+        known |= {"positions": spread(POSITIONS)}
+    return spread(TOKENS), [spread(LABELS)], known
+
+
+def count(labels):
+    """Return how many labels of all samples count."""
+    return int((LABELS >= 0).sum()) if labels.ndim == 2 else B
+
+
+def run(name, p, *, order=None, microbatches=1, armed=lambda: None):
+    """Return the loss and the reduced gradients by name; `armed` is called before each backward pass."""
+    model, cross_entropy, loss = MODELS[name](p), CrossEntropy(p), 0.0
+    for rows in np.array_split(np.arange(B), microbatches):
+        x, labels, known = batch(name, p, rows, order)
+        y, cache = model.forward(x, Context(sample=int(rows[0]), share=len(rows) / B, **known))
+        pairs = zip(y if isinstance(y, tuple) else (y,), labels, strict=True)
+        values, saved = zip(*[cross_entropy.forward(*pair, count(pair[1])) for pair in pairs], strict=True)
+        dy = tuple(cross_entropy.backward(one) for one in saved)
+        armed()
+        model.backward(dy if isinstance(y, tuple) else dy[0], cache)
+        loss += sum(values)
+    return loss, {q.name: q.reduce() for q in model.parameters()}
+
+
+def parallelism(grid, **options):
+    return Parallelism(grid, mode_of(grid), **options)
+
+
+def prepare(path):
+    """Write loss and gradients of each model on one rank."""
+    for name in MODELS:
+        loss, gradients = run(name, Parallelism(Grid(MPI.COMM_SELF)))
+        np.savez(path / f"{name}.npz", loss=loss, **{key: host(g) for key, g in gradients.items()})
