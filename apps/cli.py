@@ -107,6 +107,18 @@ def doctor(
     raise typer.Exit(examine.main(directory, seconds, json))
 
 
+@app.command(epilog="Example: mpiexec -n 4 colossal-mpi inspect runs/demo --verify")
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A checkpoint, or a run for its latest one.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Check every checksum, all ranks their share.")] = False,
+    diff: Annotated[Path | None, typer.Option(help="Compare with this one; exit code 1 if they differ.")] = None,
+) -> None:
+    """Show what a checkpoint holds and whether it is whole, or in what two of them differ."""
+    from colossal_mpi.apps import inspect as inspection
+
+    raise typer.Exit(inspection.inspect(path, verify, diff))
+
+
 @app.command(epilog="Example: mpiexec -n 4 colossal-mpi convert gpt2 gpt2.cm --to cm")
 def convert(
     source: Annotated[Path, typer.Argument(help="A directory of Hugging Face, a checkpoint or a run.")],
@@ -183,6 +195,20 @@ def bench_train(
 
     sizes = Sizes(layers, hidden, heads, sequence, batch, vocabulary)
     raise typer.Exit(benchmark.main(benchmark.checked(sizes, grid, tensor, kernels or [], repeat, json)))
+
+
+@bench.command("checkpoint", epilog="Example: colossal-mpi bench checkpoint --size 2 --directory /scratch/me")
+def bench_checkpoint(
+    size: Annotated[float, typer.Option(help="GiB of the state, of all ranks together.")] = 1.0,
+    ranks: Annotated[int | None, typer.Option(help="Ranks to start, 4 unless under mpiexec.")] = None,
+    directory: Annotated[Path, typer.Option(help="Where to write; on the disk that is to be measured.")] = Path("runs"),
+    repeat: Annotated[int, typer.Option(help="Rounds of all of them.")] = 5,
+    json: Annotated[Path | None, typer.Option(help="Write the rows here.")] = None,
+) -> None:
+    """Time saving and loading beside plain writing and reading of the same bytes, and the stall of training."""
+    from colossal_mpi.apps.bench import checkpoint as benchmark
+
+    raise typer.Exit(benchmark.main(benchmark.checked(size, ranks, directory, repeat, json)))
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from colossal_mpi.apps import config as configs
+from colossal_mpi.checkpoint import place
 from colossal_mpi.errors import CheckpointError, ConfigError
 
 PLOTS = ("loss", "measures", "speed", "utilisation", "rate", "gradient", "scale", "memory", "words", "timeline")
@@ -59,7 +60,8 @@ class RunDirectory:
     def _clear(self) -> None:
         """Remove what a former run wrote, and nothing else that may lie there."""
         for _, folder in self._saved():
-            shutil.rmtree(folder)
+            place.remove(folder)
+        self._sweep()
         for file in self.events.glob("events.out.tfevents.*"):
             file.unlink()
         files = (self.config, self.about, self.metrics, self.sample, self.trace, self.page, self.checkpoints / "latest")
@@ -104,6 +106,29 @@ class RunDirectory:
             return {}
         return facts if isinstance(facts, dict) else {}
 
+    def made(self, step: int, keep_last: int, keep_every: int) -> None:
+        """Point ``latest`` to the checkpoint after `step` steps and remove those that need not be kept.
+
+        Parameters
+        ----------
+        step : int
+        keep_last : int
+            Newest checkpoints that stay; 0 keeps all.
+        keep_every : int
+            Those after a multiple of so many steps stay as well; 0 for none.
+        """
+        place.point_latest(self.checkpoint(step))
+        self._sweep()
+        older = self._saved()[:-keep_last] if keep_last else []
+        for old, directory in older:
+            if old != step and not (keep_every and old % keep_every == 0):
+                place.remove(directory)
+
+    def _sweep(self) -> None:
+        """Remove what a crash has left of checkpoints that were being written or removed."""
+        for left in (*self.checkpoints.glob(".step-*.partial"), *self.checkpoints.glob(".step-*.removed")):
+            shutil.rmtree(left, ignore_errors=True)
+
     def append(self, row: dict[str, Any]) -> None:
         """Add a row to the metrics."""
         with self.metrics.open("a") as file:
@@ -122,4 +147,5 @@ class RunDirectory:
         whole.replace(self.metrics)
         for step, later in self._saved():
             if step > steps:
-                shutil.rmtree(later)
+                place.remove(later)
+        self._sweep()

@@ -109,6 +109,11 @@ class Training(Section):
     evaluate_every: int = Field(100, ge=1, description="steps between validations")
     evaluate_batches: int = Field(8, ge=1, description="batches of text per validation; of images, all are taken")
     checkpoint_every: int = Field(200, ge=1, description="steps between checkpoints")
+    keep_last: int = Field(0, ge=0, description="newest checkpoints that are kept; 0 keeps all")
+    keep_every: int = Field(0, ge=0, description="with keep_last: checkpoints after each so many steps stay, too")
+    background_checkpoints: bool = Field(
+        True, description="train on while a thread writes a copy of the state, which takes that much host memory"
+    )
     log_every: int = Field(20, ge=1, description="steps between lines of progress without a terminal")
     sample: int = Field(160, ge=0, description="bytes of text shown at the end; 0 shows nothing, of images either")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 from colossal_mpi import comm, signals
@@ -87,6 +88,7 @@ def _steps(
     for step in range(done, training.steps):
         row, cut = _timed_step(trainer, step, meter, stop)
         if not math.isfinite(row["loss"] + (row["gradient_norm"] or 0.0)):  # None: an overflow of scaled gradients
+            trainer.saving.finish()
             raise ColossalError(
                 f"step {step + 1}: loss {row['loss']}, gradient norm {row['gradient_norm']}; lower training.lr and go "
                 f"on from the last checkpoint with --resume {directory.path}"
@@ -97,10 +99,18 @@ def _steps(
         if report:
             report.step(row)
         if last or cut or (step + 1) % training.checkpoint_every == 0:
-            trainer.save(directory.checkpoint(step + 1), step + 1)
+            _checkpoint(trainer, directory, step + 1, training.background_checkpoints and not (last or cut))
+        else:
+            trainer.saving.poll()
         if cut and not last:
             return cut
     return 0
+
+
+def _checkpoint(trainer: Trainer, directory: RunDirectory, step: int, background: bool) -> None:
+    training = trainer.config.training
+    after = partial(directory.made, step, training.keep_last, training.keep_every)
+    trainer.save(directory.checkpoint(step), step, after, background)
 
 
 def _timed_step(trainer: Trainer, step: int, meter: Meter, stop: Stop) -> tuple[dict[str, Any], int]:
