@@ -109,6 +109,11 @@ class Training(Section):
     evaluate_every: int = Field(100, ge=1, description="steps between validations")
     evaluate_batches: int = Field(8, ge=1, description="batches of text per validation; of images, all are taken")
     checkpoint_every: int = Field(200, ge=1, description="steps between checkpoints")
+    keep_last: int = Field(0, ge=0, description="newest checkpoints that are kept; 0 keeps all")
+    keep_every: int = Field(0, ge=0, description="with keep_last: checkpoints after each so many steps stay, too")
+    background_checkpoints: bool = Field(
+        True, description="train on while a thread writes a copy of the state, which takes that much host memory"
+    )
     log_every: int = Field(20, ge=1, description="steps between lines of progress without a terminal")
     sample: int = Field(160, ge=0, description="bytes of text shown at the end; 0 shows nothing, of images either")
 
@@ -157,4 +162,11 @@ class Parallel(Section):
 class Run(Section):
     """Where the results go."""
 
-    directory: str = Field("runs/run", description="config, metrics, plot and checkpoints")
+    directory: str = Field("runs/run", description="config, metrics, report and checkpoints")
+    peak_flops: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="flop/s of all ranks, for MFU; 0: that of products, as measured"
+    )
+    trace_steps: list[Annotated[int, Field(ge=1)]] = Field(
+        [3], description="steps of which trace.json has what each rank did when"
+    )
+    tensorboard: bool = Field(False, description="write the metrics as event files, too, into events/ of the directory")
