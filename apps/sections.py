@@ -145,6 +145,7 @@ class Parallel(Section):
         description="stored once over data, seq, ulysses: 1 the optimizer's state, 2 also gradients, 3 also weights",
     )
     keep_gathered: bool = Field(True, description="keep gathered operands for the backward pass: faster, more memory")
+    offload: bool = Field(False, description="keep the optimizer's state in host memory; of GPUs, on CPUs it is there")
     recompute: Literal["none", "selective", "full"] = Field(
         "none",
         description="made again in the backward pass: selective, outputs of norms and activations; full, whole blocks",
