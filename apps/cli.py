@@ -78,7 +78,7 @@ def train(
 
 @app.command(epilog="Example: colossal-mpi report runs/demo runs/other --output comparison")
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Directories of runs, one or several.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Directories of runs, one or several.")],
     output: Annotated[
         Path | None, typer.Option(help="Directory to write to. [RUN/report, of several RUN/report/comparison]")
     ] = None,
