@@ -11,7 +11,7 @@ import typer
 
 from colossal_mpi.apps import config as configs
 from colossal_mpi.errors import ColossalError, ConfigError
-from colossal_mpi.grid import world_size
+from colossal_mpi.grid import world_rank, world_size
 
 # typer brings a click of its own in newer versions and takes the installed one in older ones.
 _ClickException: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -55,6 +55,9 @@ def train(
     setting: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")] = None,
     resume: Annotated[str | None, typer.Option(help="Go on with the run in this directory.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run in the run directory.")] = False,
+    show_config: Annotated[
+        bool, typer.Option("--show-config", help="Print the file with every key and what it means, and do nothing.")
+    ] = False,
 ) -> None:
     """Train a model on text or images. Run it under mpiexec or srun, or alone on one rank."""
     from colossal_mpi.apps import train as training
@@ -65,7 +68,11 @@ def train(
         settings.append(configs.grid_setting(configs.parse_grid(grid)))
     if (config is None) == (resume is None):
         raise ConfigError("train: give a configuration, or --resume and the directory of a run")
-    if resume is not None:
+    if show_config:
+        shown = configs.load(config if config is not None else f"{resume}/config.toml", settings)
+        if world_rank() == 0:
+            sys.stdout.write(configs.commented(shown))
+    elif resume is not None:
         training.resume(resume, settings)
     elif config is not None:
         training.start(configs.load(config, settings), overwrite)
