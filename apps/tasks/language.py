@@ -33,6 +33,8 @@ class CausalLanguage(Task):
         assert isinstance(config.model, sections.Text)
         self.context, training = config.model.context, config.training
         self.corpus = data.read_corpus(config.data.files, config.data.validation, self.context, self.grid)
+        vocabulary = config.model.model_dump()["vocabulary"]
+        data.require_vocabulary(self.corpus, vocabulary, f"model.vocabulary={vocabulary}: give it that many")
         self.name, model, sizes = MODELS[config.model.kind]
         given = config.model.model_dump(exclude={"kind", "context"})
         sizes = sizes(**given, positions=self.context, seed=training.seed, dtype=config.parallel.dtype)
@@ -72,14 +74,14 @@ class CausalLanguage(Task):
 
     def generate(self, prompt: bytes, count: int, temperature: float = 0.8) -> bytes:
         """Return `prompt` continued by `count` bytes drawn at a temperature."""
-        tokens = list(prompt)
+        tokens = self.corpus.tokenizer.encode([prompt])[0].tolist()
         for i in range(count):
             window = np.array([tokens[-self.context :]])
             x = from_global(window, self.grid, self.parallelism.tokens())
             logits = self.run(x, Context(train=False))
             draw = random.uniform_block(((i, i + 1),), (count,), self.config.training.seed, "sample")[0]
-            tokens.append(_choose(whole(logits)[0, -1, :256] / temperature, draw))
-        return bytes(tokens)
+            tokens.append(_choose(whole(logits)[0, -1, : self.corpus.vocabulary] / temperature, draw))
+        return self.corpus.tokenizer.decode(tokens)
 
 
 def _choose(logits: np.ndarray, draw: float) -> int:
