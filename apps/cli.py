@@ -26,7 +26,12 @@ bench = typer.Typer(
     epilog="Example: colossal-mpi bench gemm --size 2048",
 )
 app.add_typer(bench, name="bench")
-data = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Turn texts to tokens, and look at these.")
+data = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="Turn texts to tokens, and look at these.",
+    epilog="Example: colossal-mpi data prepare *.txt corpus.h5",
+)
 app.add_typer(data, name="data")
 
 
