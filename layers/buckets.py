@@ -1,4 +1,4 @@
-"""Gradients reduced over ``data`` in buckets, while the rest of the backward pass goes on."""
+"""Gradients reduced over ``data`` and ``seq`` in buckets, while the rest of the backward pass goes on."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _bytes(gradient: DistArray) -> int:
 
 
 class GradientBuckets:
-    """Reduces the gradients of a step over ``data`` while its backward passes go on.
+    """Reduces the gradients of a step over ``data`` and ``seq`` while its backward passes go on.
 
     A context around all backward passes between two steps of an optimizer. A gradient joins a bucket when the last
     contribution is in: each place at which the layers hold a parameter gives one for each microbatch. With ZeRO 2 and 3
