@@ -100,6 +100,11 @@ class Ghost:
         """Return a view with the dims in another order."""
         return self._view(self._unread.transpose(order))
 
+    @property
+    def T(self) -> Ghost:  # noqa: N802
+        """The array with its dims reversed, as a view."""
+        return self.transpose(tuple(reversed(range(self.ndim))))
+
     def broadcast(self, shape: Sequence[int]) -> Ghost:
         """Return a view of a larger shape."""
         return self._view(np.broadcast_to(self._unread, tuple(shape)))
