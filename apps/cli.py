@@ -11,7 +11,7 @@ import typer
 
 from colossal_mpi.apps import config as configs
 from colossal_mpi.errors import ColossalError, ConfigError
-from colossal_mpi.grid import world_size
+from colossal_mpi.grid import world_rank, world_size
 
 # typer brings a click of its own in newer versions and takes the installed one in older ones.
 _ClickException: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -61,6 +61,9 @@ def train(
     resume: Annotated[str | None, typer.Option(help="Go on with the run in this directory.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run in the run directory.")] = False,
     trace: Annotated[int, typer.Option(min=0, help="Trace so many steps from the second on into trace.json.")] = 0,
+    show_config: Annotated[
+        bool, typer.Option("--show-config", help="Print the file with every key and what it means, and do nothing.")
+    ] = False,
 ) -> None:
     """Train a model on text or images. Run it under mpiexec or srun, or alone on one rank."""
     from colossal_mpi.apps import train as training
@@ -71,6 +74,11 @@ def train(
         settings.append(configs.grid_setting(configs.parse_grid(grid)))
     if (config is None) == (resume is None):
         raise ConfigError("train: give a configuration, or --resume and the directory of a run")
+    if show_config:
+        shown = configs.load(config if config is not None else f"{resume}/config.toml", settings)
+        if world_rank() == 0:
+            sys.stdout.write(configs.commented(shown))
+        return
     if config is None:
         raise typer.Exit(training.resume(str(resume), settings, trace))
     raise typer.Exit(training.start(configs.load(config, settings), overwrite, trace))

@@ -39,10 +39,12 @@ class Trainer:
         )
         self.task = tasks.make(config, place)
         self.model, self.task.run = self.task.model, self.run
-        chunks = cut(recompute(self.model, parallel.recompute), grid, parallel.virtual_stages)
+        chunks = cut(
+            recompute(self.model, parallel.recompute, parallel.schedule == "zero-bubble"), grid, parallel.virtual_stages
+        )
         self.pipeline = Pipeline(chunks, grid, parallel.schedule)
         self.optimizer = OPTIMIZERS[training.optimizer](
-            self.pipeline.parameters(), weight_decay=training.weight_decay, clip=training.clip
+            self.pipeline.parameters(), weight_decay=training.weight_decay, clip=training.clip, offload=parallel.offload
         )
         self.learning_rate = Rate(
             training.rate,
