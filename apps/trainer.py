@@ -37,7 +37,7 @@ class Trainer:
         self.task = tasks.make(config, place)
         self.model, self.task.run = self.task.model, self.run
         chunks = cut(recompute(self.model, parallel.recompute), grid, parallel.virtual_stages)
-        self.pipeline = Pipeline(chunks, grid, parallel.schedule)
+        self.pipeline = Pipeline(chunks, grid, parallel.schedule, parallel.bucket)
         self.optimizer = OPTIMIZERS[training.optimizer](
             self.pipeline.parameters(), weight_decay=training.weight_decay, clip=training.clip
         )
