@@ -1,4 +1,4 @@
-# make demo: train a GPT on four ranks.   make test: run every test.   make lint: style, types, imports.
+# make demo: train a GPT on four ranks.   make test: run every test.   make lint: style, types, imports, job scripts.
 # make bench: the matrix product beside NumPy and ScaLAPACK.   make gpu-check PYTHON=...: the tests on GPU blocks.
 # make docs: the guides and the reference as HTML, in docs/_build.
 # Each but gpu-check, which uses PYTHON's packages, makes its own virtual environment with MPI from a wheel: no compiler,
@@ -39,6 +39,7 @@ lint: $(VENV)/.installed-lint
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/shellcheck jobs/*
 
 $(VENV)/.installed: $(META)
 	$(PYTHON) -m venv $(VENV)

@@ -165,8 +165,12 @@ def by_query(libraries: Iterable[Any]) -> Awareness | None:
 
 def loaded_libraries() -> list[ctypes.CDLL]:
     """Return the MPI libraries of this process: they may be loaded without their names being global."""
+    return [ctypes.CDLL(None), *map(ctypes.CDLL, library_files())]
+
+
+def library_files() -> list[str]:
+    """Return the files of the MPI libraries that this process has loaded; none where the system does not tell."""
     if sys.platform != "linux":
-        return [ctypes.CDLL(None)]
+        return []
     mapped = (line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines())
-    paths = dict.fromkeys(path for path in mapped if os.path.basename(path).startswith("libmpi"))
-    return [ctypes.CDLL(None), *(ctypes.CDLL(path) for path in paths)]
+    return list(dict.fromkeys(path for path in mapped if os.path.basename(path).startswith("libmpi")))

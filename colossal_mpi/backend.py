@@ -153,6 +153,26 @@ def describe_gpu() -> str:
     return f"{name}, CuPy {cupy.__version__}, CUDA runtime {cupy.cuda.runtime.runtimeGetVersion()}"
 
 
+def device_memory(device: str) -> int | None:
+    """Return the bytes that CuPy's pool has taken from a GPU, of which it gives none back; None for another device."""
+    if not device.startswith("cuda"):
+        return None
+    import cupy
+
+    return int(cupy.get_default_memory_pool().total_bytes())
+
+
+def visible_gpus() -> list[tuple[str, str]]:
+    """Return the PCI address and the name of each GPU that this process sees, in order; none without CuPy."""
+    count = _devices["cuda"].count()
+    if not count:
+        return []
+    from cupy.cuda import runtime
+
+    names = [runtime.getDeviceProperties(i)["name"].decode() for i in range(count)]
+    return [(runtime.deviceGetPCIBusId(i).lower(), name) for i, name in enumerate(names)]
+
+
 def device_namespace(device: str) -> Any:
     """Return the array namespace in which a grid on `device` makes its blocks."""
     name, _, index = device.partition(":")
@@ -179,10 +199,11 @@ def zeros_like(block: Block, shape: Sequence[int], dtype: Any = None) -> Block:
 
 
 def sum_over(block: Block, dims: Sequence[int]) -> Block:
-    """Return the sum over some dims, not negative, in the dtype of the block.
+    """Return the sum over some dims, not negative, in the dtype of the block; of 16-bit floats in float32.
 
     One dim after the other: NumPy adds the rows of a block one by one, and shorter sums lose fewer digits.
     """
+    block = namespace(block).astype(block, wide_dtype(block)) if is_half(block.dtype) else block
     for d in sorted(dims, reverse=True):
         block = namespace(block).sum(block, axis=d, dtype=block.dtype)
     return block

@@ -3,8 +3,8 @@
 Left alone, an MPI program in which one rank fails waits for ever: the others are blocked in a call that the
 failed rank never makes, and the failed rank waits for them in MPI_Finalize. `watch` ends such a job.
 
-Not covered: `raise SystemExit(n)` on one rank (no hook of Python sees it, ``sys.exit(n)`` is seen), and a
-KeyboardInterrupt while the rank is inside an MPI call (Python runs its signal handlers between byte codes).
+Not covered: `raise SystemExit(n)` on one rank (no hook of Python sees it, ``sys.exit(n)`` is seen). What a signal
+does to a rank is the business of `colossal_mpi.signals`.
 """
 
 import atexit
@@ -73,18 +73,18 @@ def _on_exception(pid: int, kind: type[BaseException], problem: BaseException, t
     if not _in_job(pid):
         show(kind, problem, trace)
     elif issubclass(kind, KeyboardInterrupt):
-        _abort(130)
+        abort(130)
     elif issubclass(kind, ColossalError):  # raised from global metadata: very likely on all ranks
         if _claim():
             show(kind, problem, trace)
         _leave(1)
     else:
         if _claim():
-            _speak(_where() + "".join(traceback.format_exception(kind, problem, trace)))
+            _speak(where() + "".join(traceback.format_exception(kind, problem, trace)))
             time.sleep(_FORWARDING)
         else:
             time.sleep(_PATIENCE)  # the rank that speaks ends the job, and must not be cut short
-        _abort(1)
+        abort(1)
 
 
 def show(kind: type[BaseException], problem: BaseException, trace: Any) -> None:
@@ -104,7 +104,8 @@ def _speak(text: str) -> None:
         pass
 
 
-def _where() -> str:
+def where() -> str:
+    """Return who this rank is, to begin a message with."""
     from mpi4py import MPI
 
     return f"rank {MPI.COMM_WORLD.rank} of {MPI.COMM_WORLD.size} on {os.uname().nodename}: "
@@ -148,7 +149,8 @@ def _in_job(pid: int) -> bool:
     return os.getpid() == pid and MPI.Is_initialized() and not MPI.Is_finalized()
 
 
-def _abort(code: int) -> None:
+def abort(code: int) -> None:
+    """End the whole job with an exit code, from any thread."""
     from mpi4py import MPI
 
     MPI.COMM_WORLD.Abort(code)
@@ -163,7 +165,7 @@ def _leave(code: int) -> None:
     except MPI.Exception:  # a rank is gone already
         together = False
     if not together:
-        _abort(code)
+        abort(code)
 
 
 @functools.cache  # a rank leaves once, though an error passes through the hook and then the exit

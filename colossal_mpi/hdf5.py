@@ -22,6 +22,13 @@ NUMBERS = "biufc"
 """Kinds of dtypes that are stored. bfloat16 is none: h5py would write it as opaque bytes."""
 
 
+def built() -> tuple[str, str, bool]:
+    """Return the versions of h5py and of HDF5, and whether they were built with MPI, which nothing here needs."""
+    import h5py
+
+    return h5py.version.version, h5py.version.hdf5_version, bool(h5py.get_config().mpi)
+
+
 def require_name(name: Any) -> None:
     """Refuse what HDF5 cannot take for a path to a dataset.
 

@@ -60,11 +60,15 @@ def _open_mpi(n: int, env: Mapping[str, str]) -> tuple[list[str], dict[str, str]
     return [*options, "--oversubscribe", "--bind-to", "none"], {"OMPI_MCA_mpi_yield_when_idle": "1"}
 
 
+def cpus() -> list[int]:
+    """Return the numbers of the CPUs (hardware threads) that this process may run on."""
+    return sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else list(range(os.cpu_count() or 1))
+
+
 def _cores() -> int:
     # Open MPI counts cores, where os.cpu_count counts hardware threads.
-    cpus = os.sched_getaffinity(0) if sys.platform == "linux" else range(os.cpu_count() or 1)
     cores = set()
-    for cpu in cpus:
+    for cpu in cpus():
         siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         cores.add(siblings.read_text() if siblings.exists() else cpu)
     return len(cores)
@@ -76,7 +80,7 @@ def _mpiexec(vendor: str, env: Mapping[str, str]) -> str:
         for name in ("mpiexec", "mpiexec.hydra", "mpirun"):
             path = shutil.which(name, path=folder) if folder else None
             if path and path not in rejected:
-                if any(word in _version(path) for word in _SAYS.get(vendor, (vendor,))):
+                if belongs(path, vendor):
                     return path
                 rejected.append(path)
     others = f" (not of it: {', '.join(rejected)})" if rejected else ""
@@ -84,6 +88,11 @@ def _mpiexec(vendor: str, env: Mapping[str, str]) -> str:
         f"mpi4py uses {vendor}, and no mpiexec of it is beside {sys.executable} or on PATH{others}: load the "
         "module of that MPI, start with srun, or `pip install colossal-mpi[mpich]` in a new environment"
     )
+
+
+def belongs(mpiexec: str, vendor: str) -> bool:
+    """Say whether an mpiexec can start programs of an MPI library."""
+    return any(word in _version(mpiexec) for word in _SAYS.get(vendor, (vendor,)))
 
 
 @functools.cache

@@ -23,11 +23,14 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from colossal_mpi import signals
 
 _CORE = str(Path(__file__).parent)
 _MOVERS = (
@@ -80,7 +83,7 @@ class Span:
     """A computation of this rank, communication that it waits for included."""
 
     kind: str
-    """``forward``, ``backward`` or ``weight``."""
+    """``forward``, ``backward``, ``weight`` or ``update``."""
     begun: float
     ended: float
     depth: int
@@ -120,6 +123,8 @@ class Record:
 
 
 _open: list[Record] = []
+_recent: deque[tuple[Any, ...]] = deque(maxlen=20)
+"""The last collectives of this rank, recorded or not, as the values of their events: plain tuples cost a third."""
 
 
 @contextmanager
@@ -164,11 +169,25 @@ def post(
 
     One that the rank did not wait for at once was posted and waited for at those times, from the site `where`.
     """
+    now = time.perf_counter()
+    values = (op, axes, words, words * itemsize, where or site(), begun, posted or begun, waited or begun, now)
+    _recent.append(values)
     if _open:
-        posted, waited, now = posted or begun, waited or begun, time.perf_counter()
-        event = Event(op, axes, words, words * itemsize, where or site(), begun, posted, waited, now)
+        event = Event(*values)
         for rec in _open:
             rec.events.append(event)
+
+
+def _history() -> Iterator[str]:
+    now = time.perf_counter()
+    yield f"the last {len(_recent)} collectives, the oldest first:"
+    for values in list(_recent):
+        event = Event(*values)
+        words, seconds = f"{event.words:,} words", f"{event.seconds * 1e3:.3f} ms, {now - event.ended:.1f} s ago"
+        yield f"  {event.op} over {event.axis or 'no axis'}, {words} in {seconds}, {event.site}"
+
+
+signals.sources.append(_history)
 
 
 class _Measured:
@@ -200,7 +219,7 @@ def span(kind: str, **what: Any) -> contextlib.AbstractContextManager[None]:
 
     Parameters
     ----------
-    kind : {"forward", "backward", "weight"}
+    kind : {"forward", "backward", "weight", "update"}
     **what
         ``microbatch``, ``chunk``, ``layer``.
 

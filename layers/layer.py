@@ -9,11 +9,12 @@ from functools import cached_property
 from itertools import takewhile
 from typing import Any, Protocol
 
-from colossal_mpi import distarray, ledger, random
+from colossal_mpi import backend, distarray, ledger, random
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import ShapeError
 from colossal_mpi.grid import Grid
 from colossal_mpi.layers.parallelism import Parallelism
+from colossal_mpi.layers.precision import require_dtype, rounded, widened
 from colossal_mpi.layout import Layout
 
 Later = list[Callable[[], None]] | None
@@ -41,6 +42,8 @@ class Context:
     """Integers ``[b, s]`` in that layout: the segment of each token, such as its sentence of two; None: all are 0."""
     share: float = 1.0
     """Factor of the losses that layers add of their own: the microbatch's share of the step."""
+    scale: float = 1.0
+    """Factor of all cotangents, that of the loss included: the loss scale of 16-bit floats."""
     losses: dict[str, float] | None = None
     """Where layers report those losses, times `share`, by name; None: they do not."""
 
@@ -122,24 +125,36 @@ class Parameter:
         """The ranks of the whole model, where it is cut into stages; None: those of the parameter's own grid."""
         self.counted = True
         """False for a copy, on another stage, of a weight that has its place on one before."""
+        self._dtype = require_dtype(dtype)
         self._value: DistArray | None = None
         self.buckets: Buckets | None = None
         self.coming: list[Reduction] = []
         """Reductions that hold parts of the gradient; `reduce` waits for them."""
         self.prefetch: Ahead | None = None
 
-        def make() -> DistArray:
+        def make(layout: Layout, dtype: str) -> DistArray:
             if std is None or seed is None:
                 return distarray.full(shape, fill, grid, layout, dtype)
             return (random.normal(shape, grid, layout, seed, name) * std).astype(dtype)
 
-        self._make = make
+        self._make, self._stored = make, layout
+
+    @property
+    def dtype(self) -> str:
+        """The name of the weight's dtype."""
+        return self._dtype if self._value is None else backend.numpy_dtype(self._value.dtype).name
+
+    @property
+    def half(self) -> bool:
+        """Whether it is a 16-bit weight, of which the optimizer has a float32 master."""
+        return backend.is_half(self.dtype)
 
     @property
     def value(self) -> DistArray:
         """The weight. It is made when first asked for, so that a stage may build a model and hold its own part."""
         if self._value is None:
-            self._value = self._make()
+            whole = self._make(self._stored, "float32" if self.half else self.dtype)
+            self._value = rounded(whole, self.dtype)
         return self._value
 
     @value.setter
@@ -160,6 +175,7 @@ class Parameter:
         deferred: reduce_scatters over the axes that cut it. In a step with `layers.buckets.GradientBuckets` the latter
         is begun and goes on while the backward pass does.
         """
+        grad = widened(grad)
         if self.deferred:
             partial = [axis for axis in self.deferred if axis in grad.layout.partial]
             self.add(grad.redistribute(self.value.layout.with_partial(*partial)))
@@ -187,19 +203,30 @@ class Parameter:
         return self.grad
 
     def zeros(self) -> DistArray:
-        """Return zeros in the layout of the optimizer's state."""
-        return distarray.zeros(self.value.shape, self.value.grid, self.owned, self.value.dtype)
+        """Return zeros in the layout of the optimizer's state, in the dtype of the gradient."""
+        return distarray.zeros(self.shape, self.parallelism.grid, self.owned, "float32" if self.half else self.dtype)
+
+    def master(self) -> DistArray:
+        """Return the weight in float32, in the layout of the optimizer's state.
+
+        It was rounded to 16 bits when it was drawn: an element that is still what it was then is what was drawn.
+        """
+        share, drawn = self.value.redistribute(self.owned).local, self._make(self.owned, "float32")
+        xp = backend.namespace(share)
+        same = xp.astype(drawn.local, share.dtype) == share
+        return drawn.like(xp.where(same, drawn.local, xp.astype(share, drawn.local.dtype)))
 
     def share(self) -> DistArray:
         """Return the part of the weight that this rank's optimizer steps, in the weight's own memory."""
         return self.value.redistribute(self.owned)
 
     def refresh(self, share: DistArray) -> None:
-        """Let all ranks that hold the weight have the parts that were stepped.
+        """Let all ranks that hold the weight have the parts that were stepped, rounded if they are of a master.
 
         **Communication:** with ZeRO an allgather over ``data``, unless the weight is stored so.
         """
-        if self.owned != self.value.layout:
+        if self.owned != self.value.layout or self.half:
+            share = rounded(share, self.value.dtype)
             self.value.local[...] = share.redistribute(self.value.layout).local
 
     def __repr__(self) -> str:

@@ -122,7 +122,7 @@ class Linear(Layer):
         gathered = dy.redistribute(p.dy)
         w = self.weight.use(p.w) if w is None else w
         dx = contract(dx_subscripts, gathered, w, p.axes, out)
-        return dx, lambda x: self.weight.accumulate(contract(dw_subscripts, x, gathered, p.axes))
+        return dx, lambda x: self.weight.accumulate(contract(dw_subscripts, x, gathered, p.axes, wide=True))
 
 
 class Linears(Layer):

@@ -105,7 +105,7 @@ class Convolution(Layer):
 
         def weight_product() -> None:
             windows = self._windows(x.redistribute(self.images))
-            self.weight.accumulate(contract(dw_subscripts, windows, dy, p.axes))
+            self.weight.accumulate(contract(dw_subscripts, windows, dy, p.axes, wide=True))
 
         weight_product() if later is None else later.append(weight_product)
         return DistArray(image, x.shape, partial, x.grid).redistribute(layout)

@@ -44,12 +44,17 @@ def cut(model: Chain, grid: Grid, chunks: int = 1, costs: Sequence[float] | None
         If there are more pieces than layers.
     """
     stages, stage = grid.axes.get(PIPE, 1), grid.coords.get(PIPE, 0)
+    return [Chain(*layers) for layers in pieces(model, stages, chunks, costs)[stage]]
+
+
+def pieces(model: Chain, stages: int, chunks: int = 1, costs: Sequence[float] | None = None) -> list[list[list[Layer]]]:
+    """Return the layers of each chunk of each stage, as `cut` gives them to a stage."""
     if costs is None:
         costs = [
             sum(math.prod(q.shape) for q in layer.parameters()) if i else 0 for i, layer in enumerate(model.layers)
         ]
-    pieces = balanced(list(costs), stages * chunks)
-    return [Chain(*[model.layers[i] for i in pieces[c * stages + stage]]) for c in range(chunks)]
+    found = balanced(list(costs), stages * chunks)
+    return [[[model.layers[i] for i in found[c * stages + stage]] for c in range(chunks)] for stage in range(stages)]
 
 
 class Pipeline(Stage):
@@ -65,6 +70,8 @@ class Pipeline(Stage):
     schedule : {"gpipe", "1f1b", "interleaved", "zero-bubble"}
     bucket : int
         Bytes of gradients that are reduced over ``data`` together, begun while the step goes on.
+    held : sequence of sequence of str, optional
+        The names of each stage's parameters; by default the stages tell one another.
 
     Raises
     ------
@@ -79,11 +86,18 @@ class Pipeline(Stage):
     cotangent back: ``2 b s h`` words for each border between pieces, summed over ranks; one word for the loss.
     """
 
-    def __init__(self, chunks: Sequence[Layer], grid: Grid, schedule: str = "1f1b", bucket: int = SIZE) -> None:
+    def __init__(
+        self,
+        chunks: Sequence[Layer],
+        grid: Grid,
+        schedule: str = "1f1b",
+        bucket: int = SIZE,
+        held: Sequence[Sequence[str]] | None = None,
+    ) -> None:
         super().__init__(list(chunks), grid, place_of(grid), grid.coords.get(PIPE, 0), grid.axes.get(PIPE, 1))
         self.schedule, self.bucket, self.prefetch = schedule, bucket, Prefetch()
         self._program(1)
-        self.tied = self._tie()
+        self.tied = self._tie(held)
 
     def _program(self, microbatches: int) -> list[Instruction]:
         return list(program(self.schedule, self.stages, microbatches, self.number, len(self.chunks)))
@@ -93,10 +107,11 @@ class Pipeline(Stage):
         found = {id(q): q for chunk in self.chunks for q in chunk.parameters()}
         return list(found.values())
 
-    def _tie(self) -> list[tuple[Parameter, int]]:
+    def _tie(self, held_by: Sequence[Sequence[str]] | None) -> list[tuple[Parameter, int]]:
         """Tell parameters of the whole model; return those that another stage has, too, by name, and that stage."""
         mine = {q.name: q for q in self.parameters()}
-        names = comm.collect((self.number, sorted(mine)), self.grid)
+        told = (self.number, sorted(mine))
+        names = comm.collect(told, self.grid) if held_by is None else list(enumerate(held_by))
         empty = sorted({stage for stage, held in names if not held})
         if empty:
             raise GridError(f"stages without weights: {', '.join(map(str, empty))} of {self.stages}; use fewer stages")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from colossal_mpi import backend, comm
@@ -11,6 +12,8 @@ from colossal_mpi.distarray import DistArray, squares
 from colossal_mpi.errors import OptionError
 from colossal_mpi.grid import Grid
 from colossal_mpi.layers.layer import Parameter
+from colossal_mpi.layers.precision import MASTER, LossScale
+from colossal_mpi.parking import fetch, park, put_back
 
 
 def gradient_norm(gradients: Sequence[DistArray], grid: Grid | None = None) -> float:
@@ -68,6 +71,11 @@ class Optimizer:
         Of the parameters that decay.
     decays : callable
         Says which do; by default weights and tables, not biases and gains.
+    scaling : LossScale, optional
+        Of the losses whose gradients come; by default what the weights' dtypes need.
+    offload : bool
+        Keep the state, masters included, in host memory, and bring it to the device for each parameter's step: the
+        same bits for less memory. Without a device it changes nothing.
     **options
         Of the subclass.
 
@@ -87,6 +95,8 @@ class Optimizer:
         clip: float | None,
         weight_decay: float,
         decays: Callable[[Parameter], bool] = is_weight,
+        scaling: LossScale | None = None,
+        offload: bool = False,
         **options: Any,
     ) -> None:
         given = list(parameters)
@@ -96,7 +106,15 @@ class Optimizer:
         self.lr, self.clip, self.decays, self.steps = lr, clip, decays, 0
         self.options = {"weight_decay": weight_decay, **options}
         self._check()
-        self.moments = {p.name: self.begin(p) for p in self.parameters}
+        self.scaling = scaling or LossScale.of({p.dtype for p in self.parameters})
+        self.offload = offload
+        self.moments = {p.name: self._begin(p) for p in self.parameters}
+        """The state of each parameter by slots: those of `begin`, and the master of a 16-bit weight."""
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss of the next step is to be multiplied by before its backward pass (`Context.scale`)."""
+        return 1.0 if self.scaling is None else self.scaling.value
 
     def _check(self) -> None:
         names = [parameter.name for parameter in self.parameters]
@@ -107,6 +125,22 @@ class Optimizer:
             if alien := sorted(set(group.options) - set(self.options)):
                 raise OptionError(f"{type(self).__name__}: no option {', '.join(alien)}; use {', '.join(self.options)}")
 
+    def _begin(self, parameter: Parameter) -> dict[str, DistArray]:
+        slots = self.begin(parameter) | ({MASTER: parameter.master()} if parameter.half else {})
+        return {slot: park(array) for slot, array in slots.items()} if self.offload else slots
+
+    @contextmanager
+    def _slots(self, parameter: Parameter) -> Iterator[dict[str, DistArray]]:
+        """Give the state of a parameter where its weight is, and take it back as it then is."""
+        kept = self.moments[parameter.name]
+        if not self.offload:
+            yield kept
+            return
+        here = {slot: fetch(array, parameter.value.local) for slot, array in kept.items()}
+        yield here
+        for slot, array in here.items():
+            put_back(array, kept[slot])
+
     def begin(self, parameter: Parameter) -> dict[str, DistArray]:
         """Return a parameter's slots before the first step."""
         return {slot: parameter.zeros() for slot in self.slots}
@@ -114,13 +148,19 @@ class Optimizer:
     def step(self, lr: float | None = None) -> float:
         """Update all weights, forget the gradients, and return the norm that they had.
 
+        Where weights are of 16 bits and the norm is not finite, on all ranks alike, nothing but the loss scale changes.
+
         **Communication:** the deferred reductions of the gradients and one allreduce of a single word; what `update`
         needs besides.
         """
         reduced = [parameter.reduce() for parameter in self.parameters]
         counted = [g for g, parameter in zip(reduced, self.parameters, strict=True) if parameter.counted]
-        norm = gradient_norm(counted, self.parameters[0].world)
-        scale = 1.0 if self.clip is None or norm <= self.clip else self.clip / norm
+        norm = gradient_norm(counted, self.parameters[0].world) / (given := self.loss_scale)
+        if self.scaling is not None and not self.scaling.follow(norm):
+            for parameter in self.parameters:
+                parameter.grad = None
+            return norm
+        scale = (1.0 if self.clip is None or norm <= self.clip else self.clip / norm) / given
         self.steps += 1
         for group in self.groups:
             rate, options = group.rate * (self.lr if lr is None else lr), self.options | group.options
@@ -132,9 +172,10 @@ class Optimizer:
         assert parameter.grad is not None
         own = options if self.decays(parameter) else options | {"weight_decay": 0.0}
         gradient = parameter.grad if scale == 1.0 else parameter.grad * scale
-        w = parameter.share()
-        self.update(parameter, w, gradient, self.moments[parameter.name], lr, **own)
-        parameter.refresh(w)
+        with self._slots(parameter) as slots:
+            w = slots[MASTER] if parameter.half else parameter.share()
+            self.update(parameter, w, gradient, slots, lr, **own)
+            parameter.refresh(w)
         parameter.grad = None
 
     def update(
@@ -155,7 +196,26 @@ class Optimizer:
         """
         raise NotImplementedError
 
+    def weights(self, parameters: Iterable[Parameter] | None = None) -> Mapping[str, DistArray]:
+        """Return the weights of some parameters or all by name, those of 16 bits as their masters.
+
+        What is read into masters counts after `refresh`.
+        """
+        chosen = self.parameters if parameters is None else parameters
+        return {p.name: self.moments[p.name][MASTER] if p.half else p.value for p in chosen}
+
+    def refresh(self) -> None:
+        """Let 16-bit weights be their masters, rounded. **Communication:** that of `Parameter.refresh`."""
+        for parameter in self.parameters:
+            if parameter.half:
+                with self._slots(parameter) as slots:
+                    parameter.refresh(slots[MASTER])
+
     def state(self, parameters: Iterable[Parameter] | None = None) -> Mapping[str, DistArray]:
-        """Return the slots, of some parameters or all, by ``<slot>/<parameter>``; `steps` is the rest of the state."""
+        """Return the slots but masters, of some parameters or all, by ``<slot>/<parameter>``.
+
+        `weights`, `steps` and `scaling` are the rest of the state.
+        """
         names = [p.name for p in (self.parameters if parameters is None else parameters)]
-        return {f"{slot}/{name}": array for name in names for slot, array in self.moments[name].items()}
+        slots = ((slot, name, array) for name in names for slot, array in self.moments[name].items())
+        return {f"{slot}/{name}": array for slot, name, array in slots if slot != MASTER}

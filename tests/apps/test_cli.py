@@ -1,10 +1,14 @@
-"""The command line: help that fits a screen, examples, and launching."""
+"""The command line: help of every command that fits a screen, with an example; launching."""
 
 import re
 import subprocess
 import sys
 
 import pytest
+import typer
+from typer.testing import CliRunner
+
+from colossal_mpi.apps import cli
 
 CLI = [sys.executable, "-m", "colossal_mpi.apps.cli"]
 
@@ -13,15 +17,24 @@ def call(*arguments):
     return subprocess.run([*CLI, *arguments], capture_output=True, text=True, timeout=60, check=False)
 
 
-@pytest.mark.parametrize(
-    "command", [[], ["run"], ["train"], ["convert"], ["bench", "gemm"]], ids=lambda c: c[-1] if c else "root"
-)
-def test_help_fits_a_screen(command):
-    result = call(*command, "--help")
-    assert result.returncode == 0
-    assert len(result.stdout.splitlines()) <= 40
-    assert max(map(len, result.stdout.splitlines())) <= 80
-    assert not command or "Example:" in result.stdout
+def commands(group, *names):
+    """Return the words of every command, groups included."""
+    found = [list(names)]
+    for name, command in getattr(group, "commands", {}).items():
+        found += commands(command, *names, name)
+    return found
+
+
+@pytest.mark.parametrize("width", [80, 100])
+@pytest.mark.parametrize("command", commands(typer.main.get_command(cli.app)), ids=lambda c: "-".join(c) or "root")
+def test_help_fits_a_screen_and_has_an_example(command, width):
+    result = CliRunner().invoke(cli.app, [*command, "--help"], env={"COLUMNS": str(width), "TERMINAL_WIDTH": ""})
+    assert result.exit_code == 0
+    lines = result.output.splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= width
+    example = " ".join(" ".join(lines).partition("Example: ")[2].split())
+    assert "colossal-mpi " + " ".join(command) in example
 
 
 def test_run_prints_the_plain_line():

@@ -71,6 +71,9 @@ def test_a_run_leaves_its_files_and_resumes_bitwise(folder):
     assert [row["step"] for row in rows(run)] == [1, 2, 3, 4, 5, 6]
     assert rows(run)[2]["val_loss"] > 0
     assert (run / "report" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "row=2, col=2" in (run / "report" / "index.html").read_text()
+    assert {event["pid"] for event in json.loads((run / "trace.json").read_text())["traceEvents"]} == {0, 1, 2, 3}
+    assert [len(row["ranks"]["memory"]) for row in rows(run) if "ranks" in row] == [4, 4]
     assert len((run / "sample.txt").read_bytes()) == len(b"\nThe ") + 5
     assert (run / "checkpoints" / "latest").resolve().name == "step-0000006"
     assert "tokens/s" in whole.stdout
@@ -108,6 +111,29 @@ def test_a_run_resumes_on_another_grid(folder, grid, settings):
     other = start(3, "--resume", "run", "--grid", "data=3", "--tensor", "none", *plain)
     assert other.returncode == 0, other.stderr
     assert np.allclose([row["loss"] for row in rows(run)], losses, rtol=1e-9, atol=0)
+
+
+def test_half_precision_trains_and_resumes_at_any_dtype(folder):
+    """With recomputed blocks, too; a run of float16 goes on as it was, bitwise, and as one of float32."""
+    losses = {}
+    for dtype in ("float32", "float16"):
+        words = ["parallel.recompute=full", f"parallel.dtype={dtype}", f"run.directory={dtype}"]
+        done = start(2, "small.toml", "--grid", "row=1,col=2", *[word for x in words for word in ("--set", x)])
+        assert done.returncode == 0, done.stderr
+        losses[dtype] = [row["loss"] for row in rows(folder / dtype)]
+    assert np.allclose(losses["float16"], losses["float32"], rtol=2.0**-9, atol=0)
+    run = folder / "float16"
+    assert {row["loss_scale"] for row in rows(run)} == {2.0**16}
+    exact = final_state(run)
+    assert {array.dtype.name for array in exact.values()} == {"float32"}
+    for dtype, same in (("float16", True), ("float32", False)):
+        (run / "checkpoints" / "latest").unlink()
+        (run / "checkpoints" / "latest").symlink_to("step-0000003")
+        again = start(2, "--resume", "float16", "--set", f"parallel.dtype={dtype}")
+        assert again.returncode == 0, again.stderr
+        resumed = final_state(run)
+        assert all(np.array_equal(resumed[name], exact[name]) for name in exact) == same
+        assert np.allclose([row["loss"] for row in rows(run)], losses["float32"], rtol=2.0**-9, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -160,15 +186,20 @@ def test_a_run_is_not_overwritten_unless_asked(folder):
         "training.sample=0",
     ]
     assert start(1, *quick).returncode == 0
-    (folder / "run" / "notes.txt").write_text("the user's own")
+    run = folder / "run"
+    (run / "notes.txt").write_text("the user's own")
+    (run / "report" / "mine.png").write_text("the user's own")
     refused = start(1, *quick)
     assert refused.returncode != 0
     assert "go on with --resume run, replace it with --overwrite" in refused.stderr
+    (run / "report" / "words.png").write_bytes(b"of another grid")
     again = start(1, *quick, "--overwrite", "--kernels", "torch")
     assert again.returncode == 0, again.stderr
     assert ", torch kernels; " in again.stdout
     assert 'kernels = "torch"' in (folder / "run" / "config.toml").read_text()
-    assert (folder / "run" / "notes.txt").exists()
+    assert (run / "notes.txt").exists()
+    assert (run / "report" / "mine.png").exists()
+    assert not (run / "report" / "words.png").exists()
 
 
 def test_a_config_that_is_no_runs_is_never_overwritten(folder):

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -9,9 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+from mpi4py import MPI
 
 from colossal_mpi.apps.launch import mpiexec_command
 
+OPEN_MPI = MPI.get_vendor()[0] == "Open MPI"
 ROOT = Path(__file__).parents[2]
 PREPARE = """
 import os, signal, sys, time
@@ -120,6 +123,18 @@ HEALTHY = {
     "exit-none": "sys.exit()",
     "one-exits-0": "if rank == 0: sys.exit(0)\ntime.sleep(0.3)",
     "caught": "try:\n    if rank == 0: sys.exit(3)\nexcept SystemExit as e:\n    assert e.code == 3",
+    "signals": """
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(1)
+except KeyboardInterrupt:
+    time.sleep(0.8)  # longer than the thread waits for it
+child = os.fork()
+if child == 0:
+    time.sleep(20)
+os.kill(child, signal.SIGUSR1)
+assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGUSR1
+""",
     "thread": "import threading\nt = threading.Thread(target=sys.exit, args=(3,)); t.start(); t.join()",
 }
 
@@ -148,6 +163,41 @@ def test_interrupt_is_quiet(tmp_path):
     code, _, err, _ = job(tmp_path, 2, "if rank == 0: raise KeyboardInterrupt\nworld.Barrier()")
     assert code == 130
     assert "Traceback" not in err
+
+
+BLOCKED = """
+import threading
+threading.Thread(target=time.sleep, args=(20,), daemon=True, name="idle").start()
+open(f"{sys.argv[0]}.{rank}", "w").close()
+world.recv(source=rank)
+"""
+
+
+def test_a_rank_inside_mpi_answers_and_is_interrupted(tmp_path):
+    process = start(tmp_path, 2, BLOCKED)
+    wait_for(lambda: len(list(tmp_path.glob("job.py.*"))) == 2)
+    time.sleep(0.1)  # for the call
+    process.send_signal(signal.SIGUSR1)
+    told = []
+    while sum("the last 0 collectives" in line for line in told) < 2:
+        told.append(process.stderr.readline())
+        assert told[-1], told
+    begin = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    assert process.returncode == (1 if OPEN_MPI else 130)
+    assert time.monotonic() - begin < 3
+    for rank in (0, 1):
+        own = "".join(line for line in told if line.startswith(f"rank {rank} of 2 on "))
+        assert "thread MainThread:" in own
+        assert "thread idle:" in own
+        assert "world.recv(source=rank)" in own
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 20
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 COUNT = """
@@ -196,6 +246,8 @@ def test_missing_mpi4py_is_an_import_error(tmp_path):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_foreign_launcher_is_told_by_rank_0_only(rank):
     told = {"PMI_SIZE": "4", "PMI_RANK": str(rank)}
+    if not OPEN_MPI:  # what Open MPI's sets; MPICH would abort
+        told = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": str(rank), "PMIX_RANK": "0", "PRTE_LAUNCHED": "1"}
     done = alone("import colossal_mpi.guards as g; g.install()", **told)
     assert done.returncode == 1
     assert ("the launcher started 4 processes" in done.stderr) == (rank == 0)
@@ -212,9 +264,7 @@ def test_no_rank_outlives_a_killed_mpiexec(tmp_path):
     process = start(tmp_path, 2, "sys.stdout.write(f'{os.getpid()}\\n'); sys.stdout.flush()\ntime.sleep(60)")
     pids = [int(process.stdout.readline()) for _ in range(2)]
     process.kill()
-    deadline = time.monotonic() + 5
-    while any(running(pid) for pid in pids) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for(lambda: not any(running(pid) for pid in pids))
     assert not [pid for pid in pids if running(pid)]
 
 

@@ -113,6 +113,7 @@ def test_every_schedule_on_every_number_of_stages(grid, prepared, schedule, micr
 @pytest.mark.grids(
     {"pipe": 2, "data": 2},
     {"pipe": 2, "col": 3},
+    {"pipe": 2, "seq": 3},
     {"pipe": 2, "row": 2, "col": 2},
     {"pipe": 2, "data": 2, "depth": 2},
     {"pipe": 2, "depth": 2, "row": 1, "col": 2},

@@ -11,7 +11,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from colossal_mpi.backend import Block, is_half, namespace
+from colossal_mpi.backend import Block, namespace
+from colossal_mpi.layers.kernels.reference.wide import wide
 from colossal_mpi.layout import part
 
 Positions = tuple[Block, Block] | None
@@ -65,12 +66,6 @@ class Tile:
         """Put a part ``[b, g, t, d]`` into ``[b, t, g, d]``."""
         xp = namespace(x)
         x[self.samples, keys, self.groups, :] = xp.astype(xp.permute_dims(part, (0, 2, 1, 3)), x.dtype, copy=False)
-
-
-def wide(x: Block) -> Block:
-    """Return 16-bit floats as float32, in which they are summed."""
-    xp = namespace(x)
-    return xp.astype(x, xp.float32) if is_half(x.dtype) else x
 
 
 def tiles(q: Block, k: Block, causal: bool) -> tuple[Iterator[list[Tile]], list[slice]]:

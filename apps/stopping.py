@@ -1,0 +1,93 @@
+"""Stop a run in good order: a signal to any rank, one decision of all ranks, a checkpoint, an exit code of its own.
+
+Slurm sends SIGTERM when it takes a job's nodes for another, and before the time is up if asked
+(``--signal=TERM@120``); MPICH's and Intel's mpiexec hand it on. Open MPI's kills its ranks half a second after SIGTERM,
+and hands on SIGUSR1: ``COLOSSAL_MPI_STOP_SIGNAL=USR1`` makes that one stop a run, in place of telling what it is doing.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from typing import Any, Self
+
+import numpy as np
+from mpi4py import MPI
+
+from colossal_mpi.errors import ConfigError
+from colossal_mpi.grid import Grid
+
+WORD = "COLOSSAL_MPI_STOP_SIGNAL"
+CODE = 85
+"""The exit code of a run that was stopped and can go on: a job script starts it again."""
+_NAMES = ("TERM", "USR1", "USR2", "HUP")
+
+
+class Stop:
+    """Within the ``with`` block, SIGTERM (or what `WORD` names) no longer ends this rank, but asks all to stop.
+
+    Parameters
+    ----------
+    grid : Grid
+        All ranks of the run.
+
+    Raises
+    ------
+    ConfigError
+        If `WORD` names another signal.
+
+    Examples
+    --------
+    >>> with Stop(grid) as stop:
+    ...     for step in range(steps):
+    ...         gradients(step)
+    ...         stop.vote()
+    ...         update(step)
+    ...         if stop.decided():
+    ...             break
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self._comm = grid.comm(tuple(grid.axes))
+        self._numbers = _numbers(os.environ.get(WORD) or "TERM")
+        self._before: dict[int, Any] = {}
+        self.asked = 0
+        """The signal that this rank has received, 0 if none."""
+        self._request: MPI.Request = MPI.REQUEST_NULL
+        self._most = np.zeros(1, np.uint8)
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in self._numbers:
+                self._before[number] = signal.signal(number, self._ask)
+                signal.siginterrupt(number, False)  # the system calls of a library that writes go on
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, action in self._before.items():
+            signal.signal(number, signal.SIG_DFL if action is None else action)
+
+    def _ask(self, number: int, _frame: object) -> None:
+        self.asked = number
+
+    def vote(self) -> None:
+        """Begin to ask all ranks.
+
+        **Communication:** a nonblocking allreduce of one byte over all ranks.
+        """
+        mine, self._most = np.array([self.asked], np.uint8), np.zeros(1, np.uint8)
+        self._request = self._comm.Iallreduce([mine, MPI.UINT8_T], [self._most, MPI.UINT8_T], MPI.MAX)
+
+    def decided(self) -> int:
+        """Wait for the answer to `vote`, the same on all ranks: the signal that one of them has received, or 0."""
+        self._request.Wait()
+        return int(self._most[0])
+
+
+def _numbers(words: str) -> list[int]:
+    names = [word.strip().upper().removeprefix("SIG") for word in words.split(",")]
+    alien = [name for name in names if name not in _NAMES]
+    if alien:
+        raise ConfigError(f"{WORD}={words!r}: use {', '.join(_NAMES)}, or some of them with commas between")
+    return [int(signal.Signals[f"SIG{name}"]) for name in names]
