@@ -205,6 +205,28 @@ def bench_train(
     raise typer.Exit(benchmark.main(benchmark.checked(sizes, grid, tensor, kernels or [], repeat, json)))
 
 
+@bench.command("pipeline", epilog="Example: colossal-mpi bench pipeline --microbatches 8 --plot pipeline.png")
+def bench_pipeline(
+    stages: Annotated[int, typer.Option(help="Ranks, one stage each.")] = 2,
+    microbatches: Annotated[int, typer.Option(help="Parts of a step's sequences.")] = 4,
+    layers: Annotated[int, typer.Option(help="Transformer blocks.")] = 8,
+    hidden: Annotated[int, typer.Option(help="Width of the stream.")] = 256,
+    heads: Annotated[int, typer.Option(help="Attention heads.")] = 4,
+    sequence: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 128,
+    batch: Annotated[int, typer.Option(help="Sequences of a step.")] = 8,
+    vocabulary: Annotated[int, typer.Option(help="Kinds of tokens.")] = 256,
+    simulate: Annotated[int, typer.Option(help="Stages that are simulated with the times.")] = 8,
+    repeat: Annotated[int, typer.Option(help="Rounds of all schedules.")] = 10,
+    json: Annotated[Path | None, typer.Option(help="Write the rows here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw what the stages do when here (PNG, PDF, SVG).")] = None,
+) -> None:
+    """Measure how long the stages of a GPT wait by every pipeline schedule, and simulate more stages."""
+    from colossal_mpi.apps.bench import pipeline as benchmark
+
+    sizes = benchmark.Sizes(layers, hidden, heads, sequence, batch, vocabulary, stages, microbatches, simulate)
+    raise typer.Exit(benchmark.main(benchmark.checked(sizes, repeat, json, plot)))
+
+
 @bench.command("checkpoint", epilog="Example: colossal-mpi bench checkpoint --size 2 --directory /scratch/me")
 def bench_checkpoint(
     size: Annotated[float, typer.Option(help="GiB of the state, of all ranks together.")] = 1.0,

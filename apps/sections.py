@@ -148,6 +148,9 @@ class Parallel(Section):
         0,
         description="stored once over data, seq, ulysses: 1 the optimizer's state, 2 also gradients, 3 also weights",
     )
+    bucket: int = Field(
+        1 << 20, ge=0, description="bytes of gradients reduced together, while the backward pass goes on"
+    )
     keep_gathered: bool = Field(True, description="keep gathered operands for the backward pass: faster, more memory")
     offload: bool = Field(False, description="keep the optimizer's state in host memory; of GPUs, on CPUs it is there")
     recompute: Literal["none", "selective", "full"] = Field(

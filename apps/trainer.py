@@ -42,7 +42,7 @@ class Trainer:
         chunks = cut(
             recompute(self.model, parallel.recompute, parallel.schedule == "zero-bubble"), grid, parallel.virtual_stages
         )
-        self.pipeline = Pipeline(chunks, grid, parallel.schedule)
+        self.pipeline = Pipeline(chunks, grid, parallel.schedule, parallel.bucket)
         self.optimizer = OPTIMIZERS[training.optimizer](
             self.pipeline.parameters(), weight_decay=training.weight_decay, clip=training.clip, offload=parallel.offload
         )
