@@ -28,12 +28,9 @@ def test_rows_table_and_picture(tmp_path):
         assert 0 < row["seconds"] <= row["median_seconds"]
         f, b, w = (row[f"{kind}_seconds"] for kind in ("forward", "backward", "weight"))
         assert min(f, b, w) > 0
-        waits = {"gpipe": f + b, "1f1b": f + b, "zero-bubble": f + b - w}.get(row["schedule"])
-        if waits is not None and b + f >= w:  # 6 stages, 12 microbatches, in the closed form of alike stages
-            closed = 5 * waits / (12 * (f + b + w) + 5 * waits)
-            exact = row["schedule"] != "zero-bubble" or f == b == w
-            assert row["simulated_bubble_of_more"] >= closed * (1 - 1e-9)
-            assert not exact or row["simulated_bubble_of_more"] == pytest.approx(closed)
+        if row["schedule"] == "gpipe":  # 6 stages, 12 microbatches, in the closed form of alike stages
+            waits = 5 * (f + b)
+            assert row["simulated_bubble_of_more"] == pytest.approx(waits / (12 * (f + b + w) + waits))
     assert "GPT of 4 layers, width 20, 5 x 7 tokens in 4 microbatches on 2 stages, 2 interleaved repeats" in done.stdout
     assert (tmp_path / "stages.png").read_bytes().startswith(b"\x89PNG")
 
