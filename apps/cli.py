@@ -11,7 +11,7 @@ import typer
 
 from colossal_mpi.apps import config as configs
 from colossal_mpi.errors import ColossalError, ConfigError
-from colossal_mpi.grid import world_size
+from colossal_mpi.grid import world_rank, world_size
 
 # typer brings a click of its own in newer versions and takes the installed one in older ones.
 _ClickException: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -61,6 +61,9 @@ def train(
     resume: Annotated[str | None, typer.Option(help="Go on with the run in this directory.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run in the run directory.")] = False,
     trace: Annotated[int, typer.Option(min=0, help="Trace so many steps from the second on into trace.json.")] = 0,
+    show_config: Annotated[
+        bool, typer.Option("--show-config", help="Print the file with every key and what it means, and do nothing.")
+    ] = False,
 ) -> None:
     """Train a model on text or images. Run it under mpiexec or srun, or alone on one rank."""
     from colossal_mpi.apps import train as training
@@ -71,6 +74,11 @@ def train(
         settings.append(configs.grid_setting(configs.parse_grid(grid)))
     if (config is None) == (resume is None):
         raise ConfigError("train: give a configuration, or --resume and the directory of a run")
+    if show_config:
+        shown = configs.load(config if config is not None else f"{resume}/config.toml", settings)
+        if world_rank() == 0:
+            sys.stdout.write(configs.commented(shown))
+        return
     if config is None:
         raise typer.Exit(training.resume(str(resume), settings, trace))
     raise typer.Exit(training.start(configs.load(config, settings), overwrite, trace))
@@ -78,7 +86,7 @@ def train(
 
 @app.command(epilog="Example: colossal-mpi report runs/demo runs/other --output comparison")
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Directories of runs, one or several.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Directories of runs, one or several.")],
     output: Annotated[
         Path | None, typer.Option(help="Directory to write to. [RUN/report, of several RUN/report/comparison]")
     ] = None,
@@ -234,6 +242,28 @@ def bench_optimizers(
     from colossal_mpi.apps.bench import optimizers as benchmark
 
     raise typer.Exit(benchmark.main(benchmark.cases(config, setting, steps, every, seed, optimizer), json, plot))
+
+
+@bench.command("pipeline", epilog="Example: colossal-mpi bench pipeline --microbatches 8 --plot pipeline.png")
+def bench_pipeline(
+    stages: Annotated[int, typer.Option(help="Ranks, one stage each.")] = 2,
+    microbatches: Annotated[int, typer.Option(help="Parts of a step's sequences.")] = 4,
+    layers: Annotated[int, typer.Option(help="Transformer blocks.")] = 8,
+    hidden: Annotated[int, typer.Option(help="Width of the stream.")] = 256,
+    heads: Annotated[int, typer.Option(help="Attention heads.")] = 4,
+    sequence: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 128,
+    batch: Annotated[int, typer.Option(help="Sequences of a step.")] = 8,
+    vocabulary: Annotated[int, typer.Option(help="Kinds of tokens.")] = 256,
+    simulate: Annotated[int, typer.Option(help="Stages that are simulated with the times.")] = 8,
+    repeat: Annotated[int, typer.Option(help="Rounds of all schedules.")] = 10,
+    json: Annotated[Path | None, typer.Option(help="Write the rows here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw what the stages do when here (PNG, PDF, SVG).")] = None,
+) -> None:
+    """Measure how long the stages of a GPT wait by every pipeline schedule, and simulate more stages."""
+    from colossal_mpi.apps.bench import pipeline as benchmark
+
+    sizes = benchmark.Sizes(layers, hidden, heads, sequence, batch, vocabulary, stages, microbatches, simulate)
+    raise typer.Exit(benchmark.main(benchmark.checked(sizes, repeat, json, plot)))
 
 
 @bench.command("checkpoint", epilog="Example: colossal-mpi bench checkpoint --size 2 --directory /scratch/me")

@@ -49,7 +49,7 @@ class _Mixture(Text):
 class GPT(_Mixture):
     """GPT-2, which predicts the next byte of a text."""
 
-    kind: Literal["gpt"] = "gpt"
+    kind: Literal["gpt"] = Field("gpt", description="of the model: gpt, llama, bert or vit")
     dropout: float = Field(0.0, ge=0, lt=1, description="rate at which elements are dropped")
     vocabulary: int = Field(256, ge=256, description="tokens; bytes need 256")
 
@@ -57,7 +57,7 @@ class GPT(_Mixture):
 class Llama(_Mixture):
     """Llama, which predicts the next byte of a text: rotary positions, grouped queries and a gated MLP."""
 
-    kind: Literal["llama"] = "llama"
+    kind: Literal["llama"] = Field("llama", description="of the model: gpt, llama, bert or vit")
     vocabulary: int = Field(256, ge=256, description="tokens; bytes need 256")
     groups: int = Field(2, ge=1, description="groups of heads that share keys and values; must divide heads")
     inner: int = Field(352, ge=1, description="width of the gated MLP; Llama has 8/3 x hidden")
@@ -67,7 +67,7 @@ class Llama(_Mixture):
 class Bert(Text):
     """BERT, which fills in hidden bytes of a text."""
 
-    kind: Literal["bert"] = "bert"
+    kind: Literal["bert"] = Field("bert", description="of the model: gpt, llama, bert or vit")
     context: int = Field(64, ge=5, description="tokens per sequence, with two or three marks among them")
     vocabulary: int = Field(259, ge=259, description="tokens: 256 bytes and three marks")
     masked: float = Field(0.15, gt=0, lt=1, description="share of the tokens that are hidden")
@@ -78,7 +78,7 @@ class Bert(Text):
 class ViT(_Transformer):
     """A Vision Transformer, which names the class of an image."""
 
-    kind: Literal["vit"] = "vit"
+    kind: Literal["vit"] = Field("vit", description="of the model: gpt, llama, bert or vit")
     patch: int = Field(2, ge=1, description="side of a patch in pixels")
     pool: Literal["first", "mean"] = Field("first", description="classify a class token, or the mean of the patches")
     dropout: float = Field(0.0, ge=0, lt=1, description="rate at which elements are dropped")
@@ -111,10 +111,12 @@ class Data(Section):
 class Training(Section):
     """The optimisation."""
 
-    steps: int = Field(400, ge=1)
+    steps: int = Field(400, ge=1, description="of the optimizer")
     batch: int = Field(16, ge=1, description="samples per step, over all ranks and microbatches")
     microbatches: int = Field(1, ge=1, description="parts of the batch whose gradients are accumulated")
-    optimizer: Literal["adamw", "sgd", "lamb", "lars", "adafactor", "muon"] = "adamw"
+    optimizer: Literal["adamw", "sgd", "lamb", "lars", "adafactor", "muon"] = Field(
+        "adamw", description="how gradients change weights"
+    )
     lr: float = Field(1e-3, gt=0, allow_inf_nan=False, description="greatest learning rate")
     warmup: int = Field(20, ge=0, description="steps of linear warm-up")
     rate: Literal["constant", "linear", "cosine", "polynomial", "wsd", "multi-step", "one-cycle"] = Field(
@@ -122,7 +124,7 @@ class Training(Section):
     )
     floor: float = Field(0.1, ge=0, le=1, description="share of lr at the end")
     milestones: list[int] = Field([], description="of rate multi-step: from each of these steps on a tenth")
-    weight_decay: float = Field(0.1, ge=0, allow_inf_nan=False)
+    weight_decay: float = Field(0.1, ge=0, allow_inf_nan=False, description="of weights and tables")
     clip: float = Field(1.0, gt=0, description="greatest norm of the gradient")
     average: float = Field(
         0.0,
@@ -130,7 +132,7 @@ class Training(Section):
         lt=1,
         description="decay of a moving average of the weights, of which validations are; 0: none",
     )
-    seed: int = 0
+    seed: int = Field(0, description="of the initial weights, dropout and the order of the samples")
     evaluate_every: int = Field(100, ge=1, description="steps between validations")
     evaluate_batches: int = Field(8, ge=1, description="batches of text per validation; of images, all are taken")
     checkpoint_every: int = Field(200, ge=1, description="steps between checkpoints")
@@ -155,7 +157,9 @@ class Parallel(Section):
     grid: dict[Literal["pipe", "data", "seq", "ulysses", "depth", "row", "col"], Annotated[int, Field(ge=1)]] = Field(
         {}, description="size of each axis, outermost first; empty: data over all ranks"
     )
-    tensor: Literal["none", "1d", "2d", "2.5d", "3d"] = "none"
+    tensor: Literal["none", "1d", "2d", "2.5d", "3d"] = Field(
+        "none", description="how weights and activations are cut over col, row and depth"
+    )
     sequence: Literal["ring", "ulysses"] = Field(
         "ring",
         description="what attention does over seq: keys and values travel round it, or it cuts heads instead, as an "
@@ -169,7 +173,11 @@ class Parallel(Section):
         0,
         description="stored once over data, seq, ulysses: 1 the optimizer's state, 2 also gradients, 3 also weights",
     )
+    bucket: int = Field(
+        1 << 20, ge=0, description="bytes of gradients reduced together, while the backward pass goes on"
+    )
     keep_gathered: bool = Field(True, description="keep gathered operands for the backward pass: faster, more memory")
+    offload: bool = Field(False, description="keep the optimizer's state in host memory; of GPUs, on CPUs it is there")
     recompute: Literal["none", "selective", "full"] = Field(
         "none",
         description="made again in the backward pass: selective, outputs of norms and activations; full, whole blocks",
@@ -177,7 +185,7 @@ class Parallel(Section):
     dtype: Literal["float32", "float64", "float16", "bfloat16"] = Field(
         "float32", description="of weights and activations; with 16 bits, the optimizer has float32 masters"
     )
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where CuPy finds one")
     kernels: Literal["auto", "reference", "torch"] = Field(
         "auto", description="local maths: PyTorch's kernels where it is installed, or the formulas in NumPy and CuPy"
     )

@@ -47,6 +47,8 @@ class Trace:
         self.grid, self.path, self.steps = grid, path, frozenset(steps)
         self._events: list[dict[str, Any]] = []
         self._begun: float | None = None
+        self._offsets: dict[str, float] = {}
+        """Of the nodes' clocks, by host."""
 
     def add(self, step: int, record: ledger.Record, begun: float, ended: float) -> None:
         """Take a step into the trace, if it is one of those that are wanted; times are of ``time.perf_counter``.
@@ -62,14 +64,16 @@ class Trace:
             self._write()
 
     def _take(self, told: Sequence[Any]) -> None:
-        """Put the ranks' slices on one clock: that of their node's first rank, whose ranks share a counter."""
-        offsets: dict[str, float] = {}
+        """Put the ranks' slices on one clock: the counter of the first rank, which the ranks of a node share."""
         for host, offset, *_ in told:
-            offsets.setdefault(host, offset)
+            self._offsets.setdefault(host, offset)
+        first = self._offsets[told[0][0]]
+        # Differences of offsets: the time of day itself, in seconds, has no digits for nanoseconds.
+        shifts = [self._offsets[host] - first for host, *_ in told]
         if self._begun is None:
-            self._begun = min(offsets[host] + begun for host, _, _, begun, *_ in told)
-        for rank, (host, _, step, begun, ended, made, under_way) in enumerate(told):
-            shift = offsets[host] - self._begun
+            self._begun = min(shift + begun for shift, (_, _, _, begun, *_) in zip(shifts, told, strict=True))
+        for rank, (_, _, step, begun, ended, made, under_way) in enumerate(told):
+            shift = shifts[rank] - self._begun
             self._events.append(_complete(rank, shift, (f"step {step}", "step", begun, ended, {"step": step})))
             self._events += [_complete(rank, shift, one) for one in made]
             for one in under_way:

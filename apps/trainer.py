@@ -45,10 +45,12 @@ class Trainer:
         )
         self.task = tasks.make(config, place)
         self.model, self.task.run = self.task.model, self.run
-        chunks = cut(recompute(self.model, parallel.recompute), grid, parallel.virtual_stages)
-        self.pipeline = self.task.pipeline = Pipeline(chunks, grid, parallel.schedule)
+        chunks = cut(
+            recompute(self.model, parallel.recompute, parallel.schedule == "zero-bubble"), grid, parallel.virtual_stages
+        )
+        self.pipeline = self.task.pipeline = Pipeline(chunks, grid, parallel.schedule, parallel.bucket)
         self.optimizer = OPTIMIZERS[training.optimizer](
-            self.pipeline.parameters(), weight_decay=training.weight_decay, clip=training.clip
+            self.pipeline.parameters(), weight_decay=training.weight_decay, clip=training.clip, offload=parallel.offload
         )
         self.average = MovingAverage(self.optimizer.parameters, training.average) if training.average else None
         self.own: dict[str, float] = {}

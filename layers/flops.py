@@ -131,7 +131,8 @@ def _(layer: Linear, shape: Shape, hardware: bool) -> Flop:
 def _(layer: Convolution, shape: Shape, hardware: bool) -> Flop:
     if not isinstance(layer, PatchEmbedding):
         raise OptionError(f"{layer.name}: only of transformers, whose images come as patches, are the flop known")
-    return _in_full(_product(shape.samples * (shape.length - (layer.token is not None)), layer.weight.shape))
+    lead = 0 if hardware else layer.lead  # the positions before the patches have windows of zeros
+    return _in_full(_product(shape.samples * (shape.length - lead), layer.weight.shape))
 
 
 @_flop.register

@@ -56,7 +56,7 @@ def words(runs: Sequence[Run]) -> Picture:
     places = [y + 0.4 * labels.index(label) for y, (label, *_) in enumerate(rows)]
     colors = [style.look(i)[0] for _, i, _ in rows]
     counts = [run.words()[label] for label, _, run in rows]
-    times = [run.seconds()[label] for label, _, run in rows]
+    times = [run.seconds().get(label, 0.0) for label, _, run in rows]
     _bars(panels[0][0], places, counts, [f"{count:,}" for count in counts], colors)
     _bars(panels[0][1], places, [1e3 * time for time in times], list(map(text.duration, times)), colors)
     panels[0][0].set(xlabel="words received in a step, all ranks together")

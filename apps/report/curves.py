@@ -62,7 +62,7 @@ def loss(runs: Sequence[Run]) -> Picture:
     axes.set(ylabel=f"loss (nats per {units.pop()})" if len(units) == 1 else "loss (nats)")
     _legend(axes, runs, [_mark("training", "-"), _mark("validation", "o")])
     return Picture(
-        "loss", "Loss", figure, "Line: training, as a running median where it is long. Dots: validation.", True
+        "loss", "Loss", figure, "Line: training, as a running median where it is long. Marks: validation.", True
     )
 
 
@@ -89,7 +89,7 @@ def measures(runs: Sequence[Run]) -> Picture:
             if len(runs) == 1:
                 _say(axes, steps[-1], 100 * values[-1], f"{100 * values[-1]:.1f} %")
         _steps(axes)
-        axes.set_title(name)
+        axes.set_title(name, loc="right")
     panels[0][0].set(ylabel="of the held-out (%)")
     _legend(panels[0][0], runs)
     return Picture("measures", "Validation measures", figure)
@@ -126,7 +126,7 @@ def utilisation(runs: Sequence[Run]) -> Picture:
     _legend(axes, [run for _, run in found] if len(runs) > 1 else runs, marks)
     note = (
         "MFU: the flop of the mathematics (PaLM's 6 N + 12 L s a d of a token). HFU, dotted: those that are done, "
-        "masked scores left out and recomputation included. "
+        "without tiles of scores that are masked, with what is done again in the backward pass. "
     )
     return Picture("utilisation", "Utilisation", figure, without(runs, found) + note)
 
@@ -207,9 +207,9 @@ def _legend(axes: Any, runs: Sequence[Run], others: Sequence[Any] = ()) -> None:
 
 def _line(axes: Any, steps: Sequence[int], values: Sequence[float], color: str, dashes: Any) -> None:
     if len(steps) < _SMOOTHED:
-        axes.plot(steps, values, color=color, ls=dashes, lw=1.5)
+        axes.plot(steps, values, color=color, ls=dashes, lw=1.5, marker="." if len(steps) == 1 else None)
         return
-    axes.plot(steps, values, color=color, lw=0.7, alpha=0.3)
+    axes.plot(steps, values, color=color, lw=0.7, alpha=0.4)
     axes.plot(steps, running_median(values, max(5, len(values) // 40)), color=color, ls=dashes, lw=1.6)
 
 

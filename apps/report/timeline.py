@@ -32,6 +32,8 @@ def timeline(runs: Sequence[Run]) -> Picture:
     whole = max(_span(events)[1] - _span(events)[0] for _, (_, events) in found) / 1e3
     for axes, (run, (number, events)), count in zip(panels[:, 0], found, lanes, strict=True):
         _lanes(axes, events, count, whole)
+        places = {event["pid"]: event["args"]["name"] for event in run.trace if event["name"] == "process_name"}
+        axes.set_yticks(range(count), [places.get(rank, f"rank {rank}") for rank in range(count)])
         axes.set_title(f"{run.name}, step {number}" if len(runs) > 1 else f"step {number}", loc="left")
     panels[-1, 0].set(xlabel="ms", xlim=(0, whole))
     _legend(figure, {event.get("cat") for _, (_, events) in found for event in events})
@@ -84,7 +86,6 @@ def _lanes(axes: Any, events: Events, count: int, whole: float) -> None:
         band = (rank + 0.08, 0.36) if kind in _LOWER else (rank - 0.42, 0.48)
         axes.broken_barh(bars, band, color=style.KIND_COLORS[kind], alpha=_FAINT.get(kind, 1.0), lw=0)
     axes.set(ylim=(count - 0.4, -0.6))
-    axes.set_yticks(range(count), [f"rank {rank}" for rank in range(count)])
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tomli_w
 from mpi4py import MPI
+from reference.modes import mode_of
 from typer.testing import CliRunner
 
 from colossal_mpi import Grid, comm
@@ -18,7 +19,7 @@ from colossal_mpi.apps.meter import Meter
 from colossal_mpi.apps.report import text
 from colossal_mpi.apps.report.curves import running_median
 from colossal_mpi.apps.rundir import PLOTS, RunDirectory
-from colossal_mpi.apps.trace import KINDS
+from colossal_mpi.apps.trace import KINDS, Trace
 from colossal_mpi.apps.trainer import Trainer
 from colossal_mpi.errors import ConfigError
 from colossal_mpi.layers.flops import hardware_flop, model_flop
@@ -28,7 +29,8 @@ SMALL = {"model": {"layers": 2, "hidden": 20, "heads": 5, "context": 12}}
 
 def metered(grid, path, peak=1e9, steps=(2,)):
     """Return the rows of two steps of a small run, measured, and the run."""
-    parallel = {"grid": dict(grid.axes), "kernels": "reference", "schedule": "zero-bubble"}
+    parallel = {"grid": dict(grid.axes), "tensor": mode_of(grid) or "none", "schedule": "zero-bubble"}
+    parallel["kernels"] = "reference"
     training, run = {"batch": 5, "microbatches": 2}, {"peak_flops": peak}
     trainer = Trainer(configs.validate(SMALL | {"training": training, "parallel": parallel, "run": run}, "x"), grid)
     meter, rows = Meter(trainer, RunDirectory(path), steps), []
@@ -97,6 +99,13 @@ def check_track(events):
     ends = {end: {event["id"]: event["ts"] for event in events if event["ph"] == end} for end in "be"}
     assert ends["b"].keys() == ends["e"].keys()
     assert all(ends["b"][i] <= ends["e"][i] for i in ends["b"])
+
+
+def test_nodes_whose_counters_differ_are_put_on_one_clock(tmp_path):
+    trace, wait = Trace(Grid(MPI.COMM_SELF), tmp_path / "trace.json"), ("wait", "comm", 66.25, 66.5, {})
+    trace._take([("a", 1.7e9, 1, 5.0, 6.0, [], []), ("b", 1.7e9 - 60, 1, 66.0, 67.0, [wait], [])])
+    times = [(event["pid"], event["ts"], event["dur"]) for event in trace._events]
+    assert times == [(0, 0, 1e6), (1, 1e6, 1e6), (1, 1.25e6, 0.25e6)]
 
 
 def test_the_peak_is_measured_once_for_a_machine(tmp_path, monkeypatch):
