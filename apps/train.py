@@ -71,7 +71,8 @@ def _train(trainer: Trainer, directory: RunDirectory, done: int, trace: int) -> 
                 if report:
                     report.stop(stopped)
                 return CODE
-            text = trainer.task.sample(training.sample) if training.sample else b""
+            with trainer.averaged():
+                text = trainer.task.sample(training.sample) if training.sample else b""
             if report:
                 report.finish(text)
             return 0

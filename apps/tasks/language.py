@@ -7,17 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from colossal_mpi import random
 from colossal_mpi.apps import data, sections
 from colossal_mpi.apps.config import Config
-from colossal_mpi.apps.tasks.task import Batch, Task, whole
-from colossal_mpi.distarray import DistArray, from_global
-from colossal_mpi.layers import Context, Parallelism
+from colossal_mpi.apps.tasks.task import Batch, Task
+from colossal_mpi.distarray import DistArray
+from colossal_mpi.layers import Parallelism, generate
 from colossal_mpi.layers.loss import CrossEntropy
 from colossal_mpi.layers.models import GPT, GPTConfig, Llama, LlamaConfig
 
 PROMPT = b"\nThe "
-
+BYTES = 256
+"""Tokens that are bytes; a vocabulary may have more, which are never drawn."""
 
 MODELS: dict[str, tuple[str, type, type]] = {"gpt": ("GPT", GPT, GPTConfig), "llama": ("Llama", Llama, LlamaConfig)}
 """Of each ``model.kind`` its name, the model and its sizes, which are those of its section and the common ones."""
@@ -72,17 +72,8 @@ class CausalLanguage(Task):
 
     def generate(self, prompt: bytes, count: int, temperature: float = 0.8) -> bytes:
         """Return `prompt` continued by `count` bytes drawn at a temperature."""
-        tokens = list(prompt)
-        for i in range(count):
-            window = np.array([tokens[-self.context :]])
-            x = from_global(window, self.grid, self.parallelism.tokens())
-            logits = self.run(x, Context(train=False))
-            draw = random.uniform_block(((i, i + 1),), (count,), self.config.training.seed, "sample")[0]
-            tokens.append(_choose(whole(logits)[0, -1, :256] / temperature, draw))
-        return bytes(tokens)
-
-
-def _choose(logits: np.ndarray, draw: float) -> int:
-    """Return the index at which the cumulative softmax of `logits` passes `draw`."""
-    weights = np.cumsum(np.exp(logits.astype(np.float64) - logits.max()))
-    return int(min(np.searchsorted(weights, draw * weights[-1], side="right"), len(weights) - 1))
+        seed, through = self.config.training.seed, self.pipeline
+        made = generate(
+            self.model, [prompt], count, temperature=temperature, seed=seed, vocabulary=BYTES, pipeline=through
+        )
+        return prompt + bytes(made[0])
