@@ -26,6 +26,8 @@ bench = typer.Typer(
     epilog="Example: colossal-mpi bench gemm --size 2048",
 )
 app.add_typer(bench, name="bench")
+data = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Turn texts to tokens, and look at these.")
+app.add_typer(data, name="data")
 
 
 @app.callback(invoke_without_command=True, epilog="Example: colossal-mpi run -n 4 colossal-mpi train demo")
@@ -278,6 +280,33 @@ def bench_checkpoint(
     from colossal_mpi.apps.bench import checkpoint as benchmark
 
     raise typer.Exit(benchmark.main(benchmark.checked(size, ranks, directory, repeat, json)))
+
+
+@data.command("prepare", epilog="Example: colossal-mpi data prepare --tokenizer gpt2.json *.txt corpus.h5")
+def data_prepare(
+    files: Annotated[list[Path], typer.Argument(help="INPUT... OUT.h5: texts, or .jsonl with a document a line.")],
+    tokenizer: Annotated[str, typer.Option(help="bytes, or a JSON file of the package tokenizers.")] = "bytes",
+    end: Annotated[str | None, typer.Option(help="Put this token (of bytes: this text) behind each document.")] = None,
+    key: Annotated[str, typer.Option(help="Of the text in a line of .jsonl.")] = "text",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.h5.")] = False,
+) -> None:
+    """Write the tokens of texts of any size to a store, which data.files takes."""
+    from colossal_mpi.apps import prepare
+
+    if len(files) < 2 or files[-1].suffix != ".h5":
+        raise ConfigError("data prepare: give one or more inputs and then a store to write, which ends in .h5")
+    prepare.prepare(files[:-1], files[-1], tokenizer, end, key, overwrite)
+
+
+@data.command("inspect", epilog="Example: colossal-mpi data inspect corpus.h5")
+def data_inspect(
+    store: Annotated[Path, typer.Argument(help="A token store.")],
+    shown: Annotated[int, typer.Option("--tokens", help="Show so many tokens of some documents, as text.")] = 60,
+) -> None:
+    """Show tokens, documents, vocabulary and some text of a store."""
+    from colossal_mpi.apps import prepare
+
+    prepare.inspect(store, shown)
 
 
 def main() -> None:

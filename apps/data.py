@@ -1,34 +1,47 @@
-"""Bytes of text, split into training and validation, and the order of samples by their global number."""
+"""Tokens, split into training and validation, and the order of samples by their global number."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from colossal_mpi import comm, random
+from colossal_mpi.apps.config import Config
+from colossal_mpi.apps.sections import GPT, Llama
+from colossal_mpi.apps.store import Store
+from colossal_mpi.apps.tokenizer import Bytes, Tokenizer
+from colossal_mpi.apps.tokens import Stretches, is_stored, open_files
 from colossal_mpi.distarray import DistArray, from_global
 from colossal_mpi.errors import ConfigError
 from colossal_mpi.grid import Grid
 from colossal_mpi.layout import Layout
 
 _STRETCH = 4096
-"""Bytes of text that are held out together."""
+"""Tokens that are held out together."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Token ids (bytes): those to train on and those held out."""
+    """Token ids: those to train on and those held out, as arrays or as what reads them from a disk."""
 
-    train: np.ndarray
-    validation: np.ndarray
+    train: Any
+    validation: Any
+    vocabulary: int = 256
+    """One more than the greatest token."""
+    tokenizer: Tokenizer = field(default_factory=Bytes)
+    words: str = ""
+    """What is known of tokens on a disk, for a reader."""
 
     @property
     def about(self) -> str:
         """Its size, and the loss of a guess from the frequencies of bytes alone, for a reader."""
+        if self.words:
+            return f"{len(self.train):,} tokens to train on, {len(self.validation):,} held out{self.words}"
         share = np.bincount(self.train) / len(self.train)
         entropy = -sum(p * np.log(p) for p in share if p)
         size = f"{len(self.train):,} bytes of text, {len(self.validation):,} held out"
@@ -36,25 +49,37 @@ class Corpus:
 
 
 def read_corpus(files: Sequence[str], validation: float, context: int, grid: Grid) -> Corpus:
-    """Return the corpus, read by rank 0 and sent to the others.
+    """Return the corpus: text read by rank 0 and sent to the others, or tokens that each rank reads when it needs them.
 
     Parameters
     ----------
     files : sequence of str
-        Text files, in order; none means CPython's own documentation, which every Python carries.
+        Text files, in order, or token stores (``.h5``) and NumPy files of tokens (``.npy``); none means CPython's own
+        documentation, which every Python carries.
     validation : float
         Share that is held out.
     context : int
         Tokens per sequence; both parts must hold one and its next token.
     grid : Grid
 
-    **Communication:** one bcast of the corpus, in bytes.
+    **Communication:** of texts, one bcast of the corpus, in bytes; of tokens on a disk small messages.
 
     Raises
     ------
     ConfigError
         On all ranks, if a file cannot be read or the corpus is too short.
     """
+    corpus = _stored(files, validation, grid) if is_stored(files) else _texts(files, validation, grid)
+    if min(len(corpus.train), len(corpus.validation)) <= context:
+        size, unit = len(corpus.train) + len(corpus.validation), "tokens" if corpus.words else "bytes"
+        raise ConfigError(
+            f"the corpus has {size} {unit}, {len(corpus.validation)} of them for validation: both parts must have more "
+            f"than model.context={context}; give more text or a smaller context"
+        )
+    return corpus
+
+
+def _texts(files: Sequence[str], validation: float, grid: Grid) -> Corpus:
     text = b""
     with comm.agreed(grid):
         if grid.rank == 0:
@@ -62,13 +87,14 @@ def read_corpus(files: Sequence[str], validation: float, context: int, grid: Gri
     size = comm.share(len(text), grid)
     tokens = np.frombuffer(text, np.uint8) if grid.rank == 0 else np.empty(size, np.uint8)
     tokens = comm.bcast(tokens, grid, tuple(grid.axes))
-    corpus = split(tokens, validation)
-    if min(len(corpus.train), len(corpus.validation)) <= context:
-        raise ConfigError(
-            f"the corpus has {size} bytes, {len(corpus.validation)} of them for validation: both parts must have more "
-            f"than model.context={context}; give more text or a smaller context"
-        )
-    return corpus
+    return split(tokens, validation)
+
+
+def _stored(files: Sequence[str], validation: float, grid: Grid) -> Corpus:
+    tokens, vocabulary, tokenizer, words = open_files(files, grid)
+    stretch, held = _held(len(tokens), validation)
+    train, kept = (Stretches(tokens, np.flatnonzero(some), stretch) for some in (~held, held))
+    return Corpus(train, kept, vocabulary, tokenizer, words)
 
 
 def split(tokens: np.ndarray, validation: float) -> Corpus:
@@ -77,11 +103,44 @@ def split(tokens: np.ndarray, validation: float) -> Corpus:
     The end alone would be a sample of its own: that of CPython's documentation has a bigram entropy of 2.14 nats
     per byte against 2.45 of the whole.
     """
-    stretch = max(1, min(_STRETCH, int(len(tokens) * validation)))
-    number = np.arange(len(tokens)) // stretch
+    stretch, held = _held(len(tokens), validation)
+    mask = held[np.arange(len(tokens)) // stretch]
+    return Corpus(tokens[~mask], tokens[mask])
+
+
+def _held(count: int, validation: float) -> tuple[int, np.ndarray]:
+    """Return the length of a stretch, and of each whether it is held out."""
+    stretch = max(1, min(_STRETCH, int(count * validation)))
+    number = np.arange(-(-count // stretch))
     # Stretch i is held out where the whole part of (i + 1) x share steps up; the tiny term is for shares like 0.1.
-    held = np.floor((number + 1) * validation + 1e-9) > np.floor(number * validation + 1e-9)
-    return Corpus(tokens[~held], tokens[held])
+    return stretch, np.floor((number + 1) * validation + 1e-9) > np.floor(number * validation + 1e-9)
+
+
+def require_vocabulary(corpus: Corpus, most: int, remedy: str) -> None:
+    """Refuse a corpus that has more kinds of tokens than a model.
+
+    Raises
+    ------
+    ConfigError
+    """
+    if corpus.vocabulary > most:
+        raise ConfigError(f"data.files: tokens of a vocabulary of {corpus.vocabulary}, and {remedy}")
+
+
+def fitted(config: Config) -> Config:
+    """Return a configuration whose model has the vocabulary of its stores, where the file does not give one.
+
+    Raises
+    ------
+    ConfigError
+        If a store cannot be read.
+    """
+    model, files = config.model, config.data.files
+    if "vocabulary" in model.model_fields_set or not isinstance(model, GPT | Llama) or not is_stored(files):
+        return config
+    stores = [Store(name).vocabulary for name in files if name.endswith(".h5")]
+    wanted = max([*stores, model.vocabulary if not stores else 1])
+    return config.model_copy(update={"model": model.model_copy(update={"vocabulary": wanted})})
 
 
 def _read(files: Sequence[str]) -> bytes:

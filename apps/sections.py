@@ -51,14 +51,14 @@ class GPT(_Mixture):
 
     kind: Literal["gpt"] = Field("gpt", description="of the model: gpt, llama, bert or vit")
     dropout: float = Field(0.0, ge=0, lt=1, description="rate at which elements are dropped")
-    vocabulary: int = Field(256, ge=256, description="tokens; bytes need 256")
+    vocabulary: int = Field(256, ge=1, description="tokens; bytes need 256; by default that of a token store")
 
 
 class Llama(_Mixture):
     """Llama, which predicts the next byte of a text: rotary positions, grouped queries and a gated MLP."""
 
     kind: Literal["llama"] = Field("llama", description="of the model: gpt, llama, bert or vit")
-    vocabulary: int = Field(256, ge=256, description="tokens; bytes need 256")
+    vocabulary: int = Field(256, ge=1, description="tokens; bytes need 256; by default that of a token store")
     groups: int = Field(2, ge=1, description="groups of heads that share keys and values; must divide heads")
     inner: int = Field(352, ge=1, description="width of the gated MLP; Llama has 8/3 x hidden")
     theta: float = Field(10000.0, gt=0, allow_inf_nan=False, description="base of the rotary frequencies")
@@ -101,8 +101,9 @@ class Data(Section):
 
     files: list[str] = Field(
         [],
-        description="text files; of a vit .npz files with arrays images and labels. None: CPython's own documentation "
-        "(pydoc_data.topics), or scikit-learn's digits",
+        description="text files, or token stores (.h5, of `colossal-mpi data prepare`) and arrays of tokens (.npy); of "
+        "a vit .npz files with arrays images and labels. None: CPython's own documentation (pydoc_data.topics), or "
+        "scikit-learn's digits",
     )
     shift: int = Field(0, ge=0, description="images: greatest number of pixels that one is moved by before each use")
     validation: float = Field(0.1, gt=0, le=0.5, description="share that is held out: stretches of a text, any images")

@@ -8,6 +8,7 @@ from typing import Any
 
 from colossal_mpi import comm, signals
 from colossal_mpi.apps.config import Config, load
+from colossal_mpi.apps.data import fitted
 from colossal_mpi.apps.meter import Meter
 from colossal_mpi.apps.progress import Report, check
 from colossal_mpi.apps.rundir import RunDirectory
@@ -29,12 +30,13 @@ def start(config: Config, overwrite: bool = False, trace: int = 0) -> int:
 
     Returns the exit code, 0 or that of a run that was stopped.
     """
+    config = fitted(config)
     grid = make_grid(config)
     trainer, directory = Trainer(config, grid), RunDirectory(config.run.directory)
     with comm.agreed(grid):
         if grid.rank == 0:
             check(config)
-            directory.create(config, overwrite)
+            directory.create(config, overwrite, trainer.task.tokenizer)
     return _train(trainer, directory, 0, trace)
 
 

@@ -19,7 +19,8 @@ from colossal_mpi.grid import Grid
 from colossal_mpi.layout import Layout
 
 _ARRAYS, _COLUMNS = 48, 1024
-_STEPS = 6  # without a checkpoint, to compare with
+_TOKENS = 128  # of a step
+_STEPS = 2  # without a checkpoint, to compare with
 
 
 @dataclass
@@ -108,7 +109,8 @@ class Saving:
     def behind(self) -> dict[str, float]:
         """Do steps while a checkpoint is written; return seconds: of the save, its stall and a step beside and alone.
 
-        A step multiplies matrices for a while and then changes the whole state, as an optimizer does.
+        A step multiplies matrices as training does on `_TOKENS` tokens of a model whose weights and moments of Adam are
+        the state, 6 flop for each token and weight, and then changes the whole state.
         """
         saving, directory = checkpoint.Background(self.grid), self.directory / "behind"
         self._step(saving)
@@ -136,8 +138,10 @@ class Saving:
 
     def _step(self, saving: Any) -> None:
         a = np.ones((512, 512), np.float32)
-        for _ in range(40):
+        flop = 6 * _TOKENS * self.bytes / 12 / self.grid.size
+        for _ in range(max(1, round(flop / (2 * 512**3)))):
             a @ a
+        MPI.COMM_WORLD.Barrier()  # as the reduction of gradients
         saving.settle()
         for block in self.blocks:
             block *= 1.0

@@ -16,9 +16,6 @@ from colossal_mpi.layers.loss import CrossEntropy
 from colossal_mpi.layers.models import GPT, GPTConfig, Llama, LlamaConfig
 
 PROMPT = b"\nThe "
-BYTES = 256
-"""Tokens that are bytes; a vocabulary may have more, which are never drawn."""
-
 MODELS: dict[str, tuple[str, type, type]] = {"gpt": ("GPT", GPT, GPTConfig), "llama": ("Llama", Llama, LlamaConfig)}
 """Of each ``model.kind`` its name, the model and its sizes, which are those of its section and the common ones."""
 
@@ -33,12 +30,14 @@ class CausalLanguage(Task):
         assert isinstance(config.model, sections.Text)
         self.context, training = config.model.context, config.training
         self.corpus = data.read_corpus(config.data.files, config.data.validation, self.context, self.grid)
+        vocabulary = config.model.model_dump()["vocabulary"]
+        data.require_vocabulary(self.corpus, vocabulary, f"model.vocabulary={vocabulary}: give it that many")
         self.name, model, sizes = MODELS[config.model.kind]
         given = config.model.model_dump(exclude={"kind", "context"})
         sizes = sizes(**given, positions=self.context, seed=training.seed, dtype=config.parallel.dtype)
         self.model, self.cross_entropy = model(sizes, parallelism), CrossEntropy(parallelism)
         self.length, self.per_sample, self.held = self.context, self.context, training.evaluate_batches * training.batch
-        self.about = self.corpus.about
+        self.about, self.tokenizer = self.corpus.about, self.corpus.tokenizer.text
         self.order = parallelism.order(self.context)
         """Of the tokens of a sequence in its arrays: all ranks of a ring then have as much to attend to."""
 
@@ -71,9 +70,13 @@ class CausalLanguage(Task):
         return self.generate(PROMPT, count)
 
     def generate(self, prompt: bytes, count: int, temperature: float = 0.8) -> bytes:
-        """Return `prompt` continued by `count` bytes drawn at a temperature."""
-        seed, through = self.config.training.seed, self.pipeline
-        made = generate(
-            self.model, [prompt], count, temperature=temperature, seed=seed, vocabulary=BYTES, pipeline=through
-        )
-        return prompt + bytes(made[0])
+        """Return `prompt` continued by `count` tokens drawn at a temperature."""
+        words = self.corpus.tokenizer
+        tokens = words.encode([prompt])[0].tolist()
+        options: dict[str, Any] = {
+            "temperature": temperature,
+            "seed": self.config.training.seed,
+            "vocabulary": self.corpus.vocabulary,
+        }
+        made = generate(self.model, [tokens], count, **options, pipeline=self.pipeline)
+        return words.decode([*tokens, *made[0]])

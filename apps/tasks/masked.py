@@ -33,6 +33,9 @@ class MaskedLanguage(Task):
         assert isinstance(config.model, sections.Bert)
         m, training = config.model, config.training
         self.corpus = data.read_corpus(config.data.files, config.data.validation, m.context, self.grid)
+        data.require_vocabulary(
+            self.corpus, BYTES, f"a bert reads bytes, {BYTES} of them: prepare with --tokenizer bytes"
+        )
         self.pairs, self.form = m.next_sentence, Form(m.context, m.next_sentence, m.masked)
         sizes = m.model_dump(exclude={"kind", "context", "masked"})
         seed, dtype = training.seed, config.parallel.dtype

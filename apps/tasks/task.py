@@ -44,6 +44,8 @@ class Task:
         What the loss is a mean over, in the singular.
     length : int
         Positions of the residual stream.
+    tokenizer : str
+        The JSON of what its text was made into tokens with, ``""`` for bytes.
     held : int
         Samples that a validation takes, all together.
     """
@@ -53,6 +55,7 @@ class Task:
     about: str
     unit: str
     per: str
+    tokenizer: str = ""
     per_sample: int
     length: int
     held: int

@@ -5,7 +5,7 @@
 ``index.h5``        every array as one plain global dataset (virtual, pointing into the rank files) with its
                     layout, and single values: the step, the learning rate, ...
 ``manifest.json``   format version, shape, dtype and layout of every array, the values, what the caller adds,
-                    and the SHA-256 of every part of every file; written last
+                    and a checksum of every part of every file; written last
 ==================  ====================================================================================
 
 A checkpoint is written under a temporary name, flushed to disk and renamed, so that a directory of its final name is

@@ -30,7 +30,7 @@ def size_of(entry: dict[str, Any]) -> int:
 
 def missing(directory: Path, files: dict[str, Any]) -> list[str]:
     """Say which files are missing or of another size, in a line each; no checksum is made."""
-    return list(parts.damage(directory, files, [parts.Part(name, 0, 0, parts.digest(b"")) for name in sorted(files)]))
+    return list(parts.damage(directory, files, [parts.Part(name, 0, 0, parts.checksum(b"")) for name in sorted(files)]))
 
 
 def verify(directory: Path, grid: Grid) -> list[str]:

@@ -3,9 +3,9 @@
 Versions of the format
 ----------------------
 2
-    Files have ``parts``, each with its SHA-256, in place of one; the manifest has a SHA-256 of itself and ``values``.
+    Files have ``parts``, each with its checksum; the manifest has a SHA-256 of itself and ``values``.
 1
-    Files have one ``sha256``.
+    Files have one ``sha256`` each.
 
 The number rises when a reader of the one before would misread or refuse what is written. A newer version of
 colossal_mpi reads all older formats: `_UPGRADES` holds, of each, how its manifest becomes one of the next format. What
@@ -14,13 +14,13 @@ is newer than the reader is refused by its number.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from colossal_mpi.checkpoint.entries import Entry
-from colossal_mpi.checkpoint.parts import digest
 from colossal_mpi.checkpoint.place import INDEX, MANIFEST, flush
 from colossal_mpi.errors import CheckpointError
 
@@ -47,7 +47,7 @@ def head(entries: Mapping[str, Entry], metadata: Mapping[str, Any], values: Mapp
 
 
 def _own_digest(table: Mapping[str, Any]) -> str:
-    return digest(json.dumps({**table, "sha256": None}, sort_keys=True).encode())
+    return hashlib.sha256(json.dumps({**table, "sha256": None}, sort_keys=True).encode()).hexdigest()
 
 
 def write_manifest(directory: Path, table: dict[str, Any]) -> None:
@@ -91,7 +91,7 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
 def _from_1(path: Path, table: dict[str, Any]) -> dict[str, Any]:
     try:
         files = {
-            name: {"bytes": file["bytes"], "parts": [[0, file["bytes"], file["sha256"], ""]]}
+            name: {"bytes": file["bytes"], "parts": [[0, file["bytes"], f"sha256:{file['sha256']}", ""]]}
             for name, file in table["files"].items()
         }
     except (AttributeError, KeyError, TypeError):

@@ -1,7 +1,7 @@
 """The file of one rank: HDF5 lays it out, and the blocks go to their places in it past the library.
 
-So each block is hashed from memory while it is written, no byte is read again, and a full disk is an error of ``write``
-and not of HDF5, which can crash when it closes a file that it could not write.
+So checksums are made from memory while the blocks are written, no byte is read again, and a full disk is an error of
+``write`` and not of HDF5, which can crash when it closes a file that it could not write.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import numpy as np
 
 from colossal_mpi import backend
 from colossal_mpi.checkpoint.entries import stored
-from colossal_mpi.checkpoint.parts import cover, digest, digest_of
+from colossal_mpi.checkpoint.parts import checksum, checksum_of, cover
 from colossal_mpi.checkpoint.place import flush
 from colossal_mpi.errors import CheckpointError
 
 _SMALL = 1 << 16  # bytes below which a thread costs more than it saves
 
 Parts = list[list[Any]]
-"""Offset, bytes, SHA-256 and dataset of each part, as the manifest has them."""
+"""Offset, bytes, checksum and dataset of each part, as the manifest has them."""
 
 
 def write(path: Path, blocks: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,11 +93,11 @@ def _fill(descriptor: int, blocks: Mapping[str, Any], offsets: Mapping[str, int]
             hashes = []
             for start, size in cover(offsets[name], flat.nbytes):
                 piece = flat[start - offsets[name] :][:size]
-                later = hasher.submit(digest, piece) if size > _SMALL else None
+                later = hasher.submit(checksum, piece) if size > _SMALL else None
                 _write(descriptor, piece, start)
                 hashes.append((start, size, later, piece))
             for start, size, later, piece in hashes:
-                parts.append([start, size, later.result() if later else digest(piece), name])
+                parts.append([start, size, later.result() if later else checksum(piece), name])
     return parts
 
 
@@ -116,6 +116,6 @@ def _between(descriptor: int, parts: Parts, size: int) -> Parts:
     found, at = [], 0
     for start, length, *_ in [*sorted(parts), [size, 0]]:
         if start > at:
-            found.append([at, start - at, digest_of(descriptor, at, start - at), ""])
+            found.append([at, start - at, checksum_of(descriptor, at, start - at), ""])
         at = start + length
     return found

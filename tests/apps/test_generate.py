@@ -73,7 +73,7 @@ def test_a_directory_of_hugging_face_with_its_tokenizer(tmp_path):
     ("arguments", "message"),
     [
         (["nowhere"], b"no checkpoint at nowhere"),
-        (["RUN", "--tokenizer", "nowhere.json"], b"cannot read the tokenizer nowhere.json"),
+        (["RUN", "--tokenizer", "nowhere.json"], b"tokenizer nowhere.json: No such file or directory"),
         (["RUN", "--top-p", "0"], b"top_p above 0 and at most 1"),
         (["RUN", "--grid", "data=3"], b"Grid"),
     ],

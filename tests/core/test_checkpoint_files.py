@@ -145,7 +145,7 @@ def hide(directory, other):
 
 
 DAMAGES = [
-    (flip_data, r"rank00000.h5 is not the file that was written, in w/b \(SHA-256 of bytes \d+ to \d+ differs\)"),
+    (flip_data, r"rank00000.h5 is not the file that was written, in w/b \(the checksum of bytes \d+ to \d+ differs\)"),
     (flip_structure, "rank00000.h5 is not the file that was written, in what describes its datasets"),
     (truncate, r"rank00000.h5 has \d+ of its \d+ bytes, with w/b"),
     (lengthen, r"index.h5 has \d+ bytes and was written with \d+"),
