@@ -147,6 +147,26 @@ def convert(
     conversion.convert(source, target, to, most)
 
 
+@app.command(epilog="Example: mpiexec -n 2 colossal-mpi generate runs/demo --prompt 'The ' --top-p 0.9 --grid pipe=2")
+def generate(
+    source: Annotated[Path, typer.Argument(help="A run, a checkpoint, or a directory of Hugging Face.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="Text to continue; may be repeated. ['The ']")] = None,
+    count: Annotated[int, typer.Option("-n", help="Tokens to draw after each.")] = 160,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Draw from so many of the likeliest.")] = None,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest of this probability together.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text on any grid.")] = 0,
+    grid: Annotated[str | None, typer.Option(help="Axes of the grid, outermost first: pipe=2,col=2.")] = None,
+    tensor: Annotated[str, typer.Option(help="Tensor mode: none, 1d, 2d, 2.5d, 3d.")] = "none",
+    tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.json; of what was trained here: bytes.")] = None,
+) -> None:
+    """Continue text by a GPT or a Llama, on any grid."""
+    from colossal_mpi.apps import generate as generation
+
+    how = generation.How(grid, tensor, temperature, top_k, top_p, seed)
+    generation.main(source, prompt or ["The "], count, how, tokenizer)
+
+
 @bench.command(epilog="Example: colossal-mpi bench gemm --size 2048 --size 8192,512,512 --plot gemm.png")
 def gemm(
     size: Annotated[
@@ -210,6 +230,47 @@ def bench_train(
 
     sizes = Sizes(layers, hidden, heads, sequence, batch, vocabulary)
     raise typer.Exit(benchmark.main(benchmark.checked(sizes, grid, tensor, kernels or [], repeat, json)))
+
+
+@bench.command("optimizers", epilog="Example: colossal-mpi bench optimizers --optimizer adamw --optimizer muon=2e-3")
+def bench_optimizers(
+    optimizer: Annotated[
+        list[str] | None, typer.Option(help="name, or name=rate,rate; may be repeated. [adamw and muon, five rates]")
+    ] = None,
+    config: Annotated[str, typer.Option(help="A TOML file, or a shipped one.")] = "demo",
+    steps: Annotated[int, typer.Option(help="Steps of each run.")] = 400,
+    every: Annotated[int, typer.Option(help="Steps between validations.")] = 25,
+    seed: Annotated[list[int] | None, typer.Option(help="Seeds; may be repeated. [0]")] = None,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Keep the losses here; those that it has are not redone.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw them here (PNG, PDF, SVG).")] = None,
+) -> None:
+    """Train one model by several optimizers and learning rates, and compare validation losses at equal steps."""
+    from colossal_mpi.apps.bench import optimizers as benchmark
+
+    raise typer.Exit(benchmark.main(benchmark.cases(config, setting, steps, every, seed, optimizer), json, plot))
+
+
+@bench.command("pipeline", epilog="Example: colossal-mpi bench pipeline --microbatches 8 --plot pipeline.png")
+def bench_pipeline(
+    stages: Annotated[int, typer.Option(help="Ranks, one stage each.")] = 2,
+    microbatches: Annotated[int, typer.Option(help="Parts of a step's sequences.")] = 4,
+    layers: Annotated[int, typer.Option(help="Transformer blocks.")] = 8,
+    hidden: Annotated[int, typer.Option(help="Width of the stream.")] = 256,
+    heads: Annotated[int, typer.Option(help="Attention heads.")] = 4,
+    sequence: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 128,
+    batch: Annotated[int, typer.Option(help="Sequences of a step.")] = 8,
+    vocabulary: Annotated[int, typer.Option(help="Kinds of tokens.")] = 256,
+    simulate: Annotated[int, typer.Option(help="Stages that are simulated with the times.")] = 8,
+    repeat: Annotated[int, typer.Option(help="Rounds of all schedules.")] = 10,
+    json: Annotated[Path | None, typer.Option(help="Write the rows here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw what the stages do when here (PNG, PDF, SVG).")] = None,
+) -> None:
+    """Measure how long the stages of a GPT wait by every pipeline schedule, and simulate more stages."""
+    from colossal_mpi.apps.bench import pipeline as benchmark
+
+    sizes = benchmark.Sizes(layers, hidden, heads, sequence, batch, vocabulary, stages, microbatches, simulate)
+    raise typer.Exit(benchmark.main(benchmark.checked(sizes, repeat, json, plot)))
 
 
 @bench.command("checkpoint", epilog="Example: colossal-mpi bench checkpoint --size 2 --directory /scratch/me")

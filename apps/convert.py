@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 
 from colossal_mpi import checkpoint
-from colossal_mpi.apps.rundir import RunDirectory
-from colossal_mpi.distarray import DistArray
-from colossal_mpi.errors import CheckpointError, OptionError
+from colossal_mpi.apps import saved
+from colossal_mpi.errors import OptionError
 from colossal_mpi.grid import Grid, world_size
-from colossal_mpi.layers import Layer, Parallelism, models
+from colossal_mpi.layers import Parallelism, models
 
 
 def convert(source: Path, target: Path, to: str, most: int) -> None:
@@ -40,24 +39,16 @@ def convert(source: Path, target: Path, to: str, most: int) -> None:
         raise OptionError(f"convert --to {to!r}: use 'hf' or 'cm'")
 
 
-def _weights(model: Layer) -> dict[str, DistArray]:
-    """Return the weights by the names that the trainer gives them."""
-    return {f"weights/{p.name}": p.value for p in model.parameters()}
-
-
 def _to_checkpoint(source: Path, target: Path, parallelism: Parallelism) -> None:
     model = models.from_pretrained(source, parallelism)
     table = json.loads((source / "config.json").read_text(encoding="utf-8"))
     metadata = {"model": models.describe(model), "huggingface": table}
-    checkpoint.save(target, _weights(model), metadata, parallelism.grid)
+    checkpoint.save(target, saved.weights(model.parameters()), metadata, parallelism.grid)
 
 
 def _to_hugging_face(source: Path, target: Path, parallelism: Parallelism, most: int) -> None:
-    if (source / "checkpoints").is_dir():
-        source = RunDirectory(source).latest()
-    metadata = checkpoint.read_manifest(source)["metadata"]
-    if "model" not in metadata:
-        raise CheckpointError(f"{source} does not say of which model it is: its metadata have no 'model'")
+    source = saved.checkpoint_of(source)
+    metadata = saved.metadata_of(source)
     model = models.make(metadata["model"], parallelism)
-    checkpoint.load(source, _weights(model), parallelism.grid, besides=True)
+    saved.load(source, model.parameters(), parallelism.grid)
     models.save_pretrained(model, target, most=most, extra=metadata.get("huggingface"))

@@ -39,7 +39,7 @@ def main() -> int:
         f"{summary['max_gradient_difference']:.1e}"
     )
     console.print(
-        f"plot {directory.plot}\nmetrics {directory.metrics}\ncheckpoint "
+        f"report {directory.page}\nplot {directory.plot}\nmetrics {directory.metrics}\ncheckpoint "
         f"{directory.checkpoints / directory.latest().name}\nsummary {path}"
     )
     return 0 if good else 1

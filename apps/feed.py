@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -26,6 +27,8 @@ class StepFeed:
         training, self.scale = task.config.training, scale
         self.task, self.step, self.size, self.microbatches = task, step, training.batch, training.microbatches
         self._batch = lru_cache(maxsize=1)(self._made)
+        self.own: list[dict[str, float]] = []
+        """Of each forward pass of a microbatch through some layers the losses that these have added."""
 
     def _made(self, microbatch: int) -> Batch:
         low, high = self._range(microbatch)
@@ -39,7 +42,9 @@ class StepFeed:
         """Return step, samples and what the task's batch has besides."""
         low, high = self._range(microbatch)
         share, rest = (high - low) / self.size, self._batch(microbatch).context
-        return Context(step=self.step, microbatch=microbatch, sample=low, share=share, scale=self.scale, **rest)
+        self.own.append({})
+        given = Context(step=self.step, microbatch=microbatch, sample=low, losses=self.own[-1])
+        return replace(given, share=share, scale=self.scale, **rest)
 
     def inputs(self, microbatch: int) -> Any:
         """Return the inputs of the model."""

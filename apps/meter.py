@@ -41,8 +41,9 @@ class Meter:
             self.flop = {}
         facts = self._facts(directory)
         self.peak = float(facts["peak_flops"])
-        if self.grid.rank == 0:
-            directory.write_facts(facts)
+        with comm.agreed(self.grid):
+            if self.grid.rank == 0:
+                directory.write_facts(facts)
         self.moved = ledger.Record()
         """Of the last step."""
         self.trace = Trace(self.grid, directory.trace, steps)

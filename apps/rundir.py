@@ -25,11 +25,11 @@ class RunDirectory:
         self.checkpoints, self.page = self.path / "checkpoints", self.path / "report" / "index.html"
         self.plot = self.page.with_name("loss.png")
         self.sample, self.trace = self.path / "sample.txt", self.path / "trace.json"
-        self.about = self.path / "run.json"
+        self.about, self.tokenizer = self.path / "run.json", self.path / "tokenizer.json"
         self.events = self.path / "events"
 
-    def create(self, config: configs.Config, overwrite: bool) -> None:
-        """Make the directory of a new run.
+    def create(self, config: configs.Config, overwrite: bool, tokenizer: str = "") -> None:
+        """Make the directory of a new run; it holds the JSON of its tokenizer, unless tokens are bytes.
 
         Raises
         ------
@@ -49,6 +49,8 @@ class RunDirectory:
             self.page.parent.mkdir(parents=True, exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
             self.write_config(config)
+            if tokenizer:
+                self.tokenizer.write_text(tokenizer, encoding="utf-8")
         except (OSError, ValueError) as problem:
             reason = getattr(problem, "strerror", None) or problem
             raise ConfigError(f"run.directory={str(self.path)!r} cannot be written: {reason}") from None
@@ -64,8 +66,17 @@ class RunDirectory:
         self._sweep()
         for file in self.events.glob("events.out.tfevents.*"):
             file.unlink()
-        files = (self.config, self.about, self.metrics, self.sample, self.trace, self.page, self.checkpoints / "latest")
-        for file in (*files, *(self.page.parent / f"{name}.png" for name in PLOTS)):
+        files = (
+            self.config,
+            self.about,
+            self.tokenizer,
+            self.metrics,
+            self.sample,
+            self.trace,
+            self.page,
+            self.checkpoints / "latest",
+        )
+        for file in (*files, self.checkpoints / "latest", *(self.page.parent / f"{name}.png" for name in PLOTS)):
             file.unlink(missing_ok=True)
 
     def _saved(self) -> list[tuple[int, Path]]:

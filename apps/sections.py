@@ -27,7 +27,26 @@ class Text(_Transformer):
     context: int = Field(64, ge=1, description="tokens per sequence")
 
 
-class GPT(Text):
+class _Mixture(Text):
+    """A model whose MLPs may be mixtures of experts."""
+
+    experts: int = Field(0, ge=0, description="experts of each MLP; 0: one MLP for all tokens")
+    experts_per_token: int = Field(2, ge=1, description="experts that a token goes through")
+    expert_balance: float = Field(
+        0.01, ge=0, allow_inf_nan=False, description="coefficient of the loss that balances the experts"
+    )
+    expert_z_loss: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="coefficient of the loss that keeps the router's logits small"
+    )
+
+    @model_validator(mode="after")
+    def _experts_fit(self) -> _Mixture:
+        if 0 < self.experts < self.experts_per_token:
+            raise ValueError(f"experts_per_token={self.experts_per_token} must be at most experts={self.experts}")
+        return self
+
+
+class GPT(_Mixture):
     """GPT-2, which predicts the next byte of a text."""
 
     kind: Literal["gpt"] = Field("gpt", description="of the model: gpt, llama, bert or vit")
@@ -35,7 +54,7 @@ class GPT(Text):
     vocabulary: int = Field(256, ge=1, description="tokens; bytes need 256; by default that of a token store")
 
 
-class Llama(Text):
+class Llama(_Mixture):
     """Llama, which predicts the next byte of a text: rotary positions, grouped queries and a gated MLP."""
 
     kind: Literal["llama"] = Field("llama", description="of the model: gpt, llama, bert or vit")
@@ -108,6 +127,12 @@ class Training(Section):
     milestones: list[int] = Field([], description="of rate multi-step: from each of these steps on a tenth")
     weight_decay: float = Field(0.1, ge=0, allow_inf_nan=False, description="of weights and tables")
     clip: float = Field(1.0, gt=0, description="greatest norm of the gradient")
+    average: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="decay of a moving average of the weights, of which validations are; 0: none",
+    )
     seed: int = Field(0, description="of the initial weights, dropout and the order of the samples")
     evaluate_every: int = Field(100, ge=1, description="steps between validations")
     evaluate_batches: int = Field(8, ge=1, description="batches of text per validation; of images, all are taken")
@@ -148,6 +173,9 @@ class Parallel(Section):
     zero: Literal[0, 1, 2, 3] = Field(
         0,
         description="stored once over data, seq, ulysses: 1 the optimizer's state, 2 also gradients, 3 also weights",
+    )
+    bucket: int = Field(
+        1 << 20, ge=0, description="bytes of gradients reduced together, while the backward pass goes on"
     )
     keep_gathered: bool = Field(True, description="keep gathered operands for the backward pass: faster, more memory")
     offload: bool = Field(False, description="keep the optimizer's state in host memory; of GPUs, on CPUs it is there")

@@ -22,8 +22,8 @@ class Tokenizer(Protocol):
     text: str
     """Its definition as JSON, ``""`` where the name says all."""
 
-    def encode(self, pieces: Sequence[bytes]) -> list[np.ndarray]:
-        """Return the tokens of each piece of UTF-8."""
+    def encode(self, pieces: Sequence[bytes], special: bool = False) -> list[np.ndarray]:
+        """Return the tokens of each piece of UTF-8, with those that belong around a text if `special`."""
 
     def decode(self, tokens: Iterable[int]) -> bytes:
         """Return the text of tokens."""
@@ -34,7 +34,7 @@ class Bytes:
 
     name, vocabulary, text = BYTES, 256, ""
 
-    def encode(self, pieces: Sequence[bytes]) -> list[np.ndarray]:
+    def encode(self, pieces: Sequence[bytes], special: bool = False) -> list[np.ndarray]:
         """Return the bytes themselves."""
         return [np.frombuffer(piece, np.uint8) for piece in pieces]
 
@@ -71,10 +71,10 @@ class Subwords:
             raise ConfigError(f"{name} is no file of the package tokenizers: {problem}") from None
         self.text, self.name, self.vocabulary = text, name, int(self._library.get_vocab_size())
 
-    def encode(self, pieces: Sequence[bytes]) -> list[np.ndarray]:
-        """Return the tokens of each piece, without those that the tokenizer would put around it."""
+    def encode(self, pieces: Sequence[bytes], special: bool = False) -> list[np.ndarray]:
+        """Return the tokens of each piece, with those that the tokenizer puts around a text if `special`."""
         texts = [piece.decode("utf-8", errors="replace") for piece in pieces]
-        encoded = self._library.encode_batch(texts, add_special_tokens=False)
+        encoded = self._library.encode_batch(texts, add_special_tokens=special)
         return [np.array(one.ids, np.int64) for one in encoded]
 
     def decode(self, tokens: Iterable[int]) -> bytes:

@@ -36,7 +36,7 @@ def start(config: Config, overwrite: bool = False, trace: int = 0) -> int:
     with comm.agreed(grid):
         if grid.rank == 0:
             check(config)
-            directory.create(config, overwrite)
+            directory.create(config, overwrite, trainer.task.tokenizer)
     return _train(trainer, directory, 0, trace)
 
 
@@ -73,7 +73,8 @@ def _train(trainer: Trainer, directory: RunDirectory, done: int, trace: int) -> 
                 if report:
                     report.stop(stopped)
                 return CODE
-            text = trainer.task.sample(training.sample) if training.sample else b""
+            with trainer.averaged():
+                text = trainer.task.sample(training.sample) if training.sample else b""
             if report:
                 report.finish(text)
             return 0

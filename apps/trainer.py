@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from colossal_mpi import checkpoint, comm, ledger
+import numpy as np
+
+from colossal_mpi import backend, checkpoint, comm, ledger
 from colossal_mpi.apps import tasks
 from colossal_mpi.apps.config import Config
 from colossal_mpi.apps.feed import StepFeed
 from colossal_mpi.grid import Grid
 from colossal_mpi.layers import Context, Parallelism, kernels, models, precision, recompute
-from colossal_mpi.layers.optim import OPTIMIZERS
+from colossal_mpi.layers.optim import OPTIMIZERS, MovingAverage
 from colossal_mpi.layers.pipeline import Pipeline, cut, place_of
 from colossal_mpi.layers.rates import Rate
+from colossal_mpi.layers.stage import PIPE
+
+OWN_LOSSES = ("balance", "z_loss")
+"""What mixtures of experts add to the loss, by the ends of the names that they report."""
 
 
 class Trainer:
@@ -42,10 +48,13 @@ class Trainer:
         chunks = cut(
             recompute(self.model, parallel.recompute, parallel.schedule == "zero-bubble"), grid, parallel.virtual_stages
         )
-        self.pipeline = Pipeline(chunks, grid, parallel.schedule)
+        self.pipeline = self.task.pipeline = Pipeline(chunks, grid, parallel.schedule, parallel.bucket)
         self.optimizer = OPTIMIZERS[training.optimizer](
             self.pipeline.parameters(), weight_decay=training.weight_decay, clip=training.clip, offload=parallel.offload
         )
+        self.average = MovingAverage(self.optimizer.parameters, training.average) if training.average else None
+        self.own: dict[str, float] = {}
+        """What experts have added to the loss of the last step."""
         self.learning_rate = Rate(
             training.rate,
             training.lr,
@@ -63,9 +72,27 @@ class Trainer:
         return sum(math.prod(parameter.shape) for parameter in self.model.parameters())
 
     def gradients(self, step: int) -> float:
-        """Leave the gradients of a step in the parameters and return its loss, in nats."""
+        """Leave the gradients of a step in the parameters and return its loss, in nats, with what experts add."""
+        feed = StepFeed(self.task, step, self.optimizer.loss_scale)
         with precision.overflowing() if self.optimizer.scaling else nullcontext():
-            return self.pipeline.step(StepFeed(self.task, step, self.optimizer.loss_scale))
+            loss = self.pipeline.step(feed)
+        self.own = self._of_experts(feed.own)
+        return loss + sum(self.own.values())
+
+    def _of_experts(self, reported: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """Return the sums of the losses of all stages' experts. **Communication:** two words along ``pipe``."""
+        if not getattr(self.config.model, "experts", 0):
+            return {}
+        each = [(name.rpartition(".")[2], value) for one in reported for name, value in one.items()]
+        sums = [sum(x for found, x in each if found == kind) for kind in OWN_LOSSES]
+        stages = (PIPE,) if PIPE in self.grid.axes else ()
+        own = self.grid.own(np.array(sums, np.float64))  # without experts on a stage the sums are integers
+        totals = backend.to_host(comm.allreduce(own, self.grid, stages))
+        return {f"expert_{kind}": float(total) for kind, total in zip(OWN_LOSSES, totals, strict=True)}
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Return a context in which the weights are their moving averages, if these are kept."""
+        return nullcontext() if self.average is None else self.average.applied()
 
     def run(self, x: Any, ctx: Context) -> Any:
         """Return the outputs of the model, on all stages."""
@@ -73,10 +100,11 @@ class Trainer:
         return self.pipeline.outputs(x, ctx, self.task.stream(x.shape[0], length))
 
     def step(self, step: int, meanwhile: Callable[[], None] | None = None) -> dict[str, float | None]:
-        """Do a training step and return its loss, gradient norm and learning rate, with 16-bit floats the loss scale.
+        """Do a training step and return its loss, what experts have added to it, gradient norm and learning rate.
 
-        A norm of None is that of a step which was left out, because scaled gradients were too large. `meanwhile` is
-        called between gradients and update, whose reductions hide a message that it begins.
+        With 16-bit floats it returns the loss scale, too, and a norm of None is that of a step which was left out,
+        because scaled gradients were too large. `meanwhile` is called between gradients and update, whose reductions
+        hide a message that it begins.
         """
         loss, lr, scale = self.gradients(step), self.learning_rate(step), self.optimizer.loss_scale
         if meanwhile:
@@ -84,17 +112,23 @@ class Trainer:
         self.saving.settle()
         with ledger.span("update"):
             norm = self.optimizer.step(lr)
+            if self.average is not None:
+                self.average.update()
         left_out = scale > 1 and not math.isfinite(norm)
-        row = {"loss": loss, "gradient_norm": None if left_out else norm, "learning_rate": lr}
+        row = {"loss": loss, **self.own, "gradient_norm": None if left_out else norm, "learning_rate": lr}
         return row if self.optimizer.scaling is None else row | {"loss_scale": scale}
 
     def validate(self) -> dict[str, float]:
-        """Return the loss over the held-out samples, and the share of them that meets each measure of the task."""
+        """Return the loss over the held-out samples, and the share of them that meets each measure of the task.
+
+        Of the averages of the weights, where these are kept.
+        """
         loss, shares, held = 0.0, Counter[str](), self.task.held
-        for batch in self.task.held_out():
-            outputs = self.run(batch.inputs, Context(train=False, **batch.context))
-            loss += self.task.loss(outputs, batch.labels, held)[0]
-            shares.update(self.task.measures(outputs, batch.labels, held))
+        with self.averaged():
+            for batch in self.task.held_out():
+                outputs = self.run(batch.inputs, Context(train=False, **batch.context))
+                loss += self.task.loss(outputs, batch.labels, held)[0]
+                shares.update(self.task.measures(outputs, batch.labels, held))
         return {"val_loss": loss, **{f"val_{name.replace(' ', '_')}": share for name, share in shares.items()}}
 
     def save(
@@ -158,10 +192,14 @@ class Trainer:
         if self.optimizer.scaling is not None and optimizer["loss_scale"]:
             self.optimizer.scaling.restore(optimizer["loss_scale"])
         self.optimizer.refresh()
+        if self.average is not None:
+            self.average.updates = int(metadata["step"])
         return int(metadata["step"])
 
     def _state(self, counted: bool = False) -> dict[str, Any]:
         """Return this stage's arrays by name; without copies of weights that another stage has, if `counted`."""
         parameters = [p for p in self.optimizer.parameters if p.counted or not counted]
         weights = {f"weights/{name}": array for name, array in self.optimizer.weights(parameters).items()}
+        if self.average is not None:
+            weights |= {f"average/{p.name}": self.average.averages[p.name] for p in parameters}
         return weights | {f"optimizer/{name}": array for name, array in self.optimizer.state(parameters).items()}

@@ -11,12 +11,15 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from array_api_compat import array_namespace
 from numpy.lib.stride_tricks import as_strided
 
+_NUMPY = array_namespace(np.empty(0))
 _UNREAD = {n: np.zeros(1, f"u{n}") for n in (1, 2, 4, 8)} | {16: np.zeros(1, "c16")}
 
 
@@ -86,10 +89,10 @@ class Ghost:
 
     def reshape(self, shape: int | Sequence[int], copy: bool | None = None) -> Ghost:
         """Return the array in another shape; a view where NumPy has one."""
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
         try:
-            return self._view(self._unread.reshape(shape, copy=False))
-        except ValueError:
-            shape = (shape,) if isinstance(shape, int) else tuple(shape)
+            return self._view(_NUMPY.reshape(self._unread, shape, copy=False))
+        except (AttributeError, ValueError):
             known = -math.prod(shape) if -1 in shape else 0
             whole = tuple(self.size // known if n == -1 and known else n for n in shape)
             if copy is False or math.prod(whole) != self.size:
@@ -99,6 +102,11 @@ class Ghost:
     def transpose(self, order: Sequence[int]) -> Ghost:
         """Return a view with the dims in another order."""
         return self._view(self._unread.transpose(order))
+
+    @property
+    def T(self) -> Ghost:  # noqa: N802
+        """The array with its dims reversed, as a view."""
+        return self.transpose(tuple(reversed(range(self.ndim))))
 
     def broadcast(self, shape: Sequence[int]) -> Ghost:
         """Return a view of a larger shape."""
@@ -149,12 +157,17 @@ class Ghost:
 
 def empty(shape: Sequence[int], dtype: Any) -> Ghost:
     """Return an array in C order."""
-    kind, shape = np.dtype(dtype), tuple(int(n) for n in shape)
-    strides, step = [0] * len(shape), kind.itemsize
+    kind, unread = np.dtype(dtype), _unread(tuple(shape), np.dtype(dtype).itemsize)
+    return Ghost(unread, kind, Memory(math.prod(unread.shape) * kind.itemsize))
+
+
+@lru_cache(maxsize=4096)
+def _unread(shape: tuple[int, ...], itemsize: int) -> np.ndarray:
+    """Return an array of any size in C order that must not be read: it has the memory of one element."""
+    strides, step = [0] * len(shape), itemsize
     for d in reversed(range(len(shape))):
-        strides[d], step = step, step * max(1, shape[d])
-    unread = as_strided(_UNREAD[kind.itemsize], shape, strides, writeable=False)
-    return Ghost(unread, kind, Memory(math.prod(shape) * kind.itemsize))
+        strides[d], step = step, step * max(1, int(shape[d]))
+    return as_strided(_UNREAD[itemsize], shape, strides, writeable=False)
 
 
 def elsewhere(x: Ghost) -> Ghost:

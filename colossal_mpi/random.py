@@ -102,6 +102,21 @@ def uniform_block(box: Box, shape: Sequence[int], seed: int, stream: str) -> np.
     return _interleave([_unit(word) for word in lanes], keep, box)
 
 
+def uniform_at(rows: np.ndarray, columns: np.ndarray, seed: int, stream: str) -> np.ndarray:
+    """Return float64 numbers in [0, 1) at places of the endless matrix of which `uniform_block` gives blocks.
+
+    Parameters
+    ----------
+    rows, columns : arrays of int
+        Of one shape, from 0.
+    seed, stream
+        As `uniform` takes them.
+    """
+    places = np.asarray(columns, np.uint64)
+    a, b, c, d = philox(_counter(np.asarray(rows, np.uint64), places // np.uint64(_LANES)), _key(seed, stream))
+    return np.where(places % np.uint64(_LANES) == 0, _unit((a << _SHIFT) | b), _unit((c << _SHIFT) | d))
+
+
 def kept_block(box: Box, shape: Sequence[int], seed: int, stream: str, rate: float, xp: Any = np) -> Block:
     """Return the bool block at `box` of the global array that is false with probability `rate`, as a dropout mask is.
 

@@ -14,6 +14,7 @@ release = version = installed("colossal-mpi")
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build", "_pictures"]
 default_role = "py:obj"
+suppress_warnings = ["ref.python"]  # the type "dtype" of a parameter is no reference to an attribute of that name
 highlight_language = "python"
 
 autodoc_member_order = "bysource"

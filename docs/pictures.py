@@ -15,6 +15,7 @@ from colossal_mpi.layout import coords_of
 SIZES = {"b": 8, "s": 8, "h": 8, "f": 16}
 MODES = {
     "data": ("none", {"data": 4}),
+    "seq": ("none", {"seq": 4}),
     "1d": ("1d", {"col": 4}),
     "2d": ("2d", {"row": 2, "col": 2}),
     "2.5d": ("2.5d", {"depth": 2, "row": 2, "col": 2}),

@@ -5,6 +5,7 @@ from colossal_mpi.layers.attention import Attention, GroupedAttention, SelfAtten
 from colossal_mpi.layers.block import TransformerBlock
 from colossal_mpi.layers.dropout import Dropout, DropPath
 from colossal_mpi.layers.embedding import Embedding, PositionEmbedding, SegmentEmbedding
+from colossal_mpi.layers.generate import generate
 from colossal_mpi.layers.layer import Chain, Context, Each, Heads, Layer, Parameter, Residual
 from colossal_mpi.layers.linear import Linear, Linears
 from colossal_mpi.layers.loss import CrossEntropy, MeanSquaredError
@@ -69,5 +70,6 @@ __all__ = [
     "Softmax",
     "TransformerBlock",
     "backpropagate",
+    "generate",
     "recompute",
 ]

@@ -57,6 +57,8 @@ class Attention(Layer):
             If the mask is not bool, or the positions are no integers.
         """
         packed, (b, s, _, a, d) = x.redistribute(self.layout), x.shape
+        if ctx.cache is not None:
+            return ctx.cache.attend(self, packed[:, :, 0], packed[:, :, 1:], ctx), None
         sight = Sight(packed, self.causal, ctx)
         q, k, v = (_own(packed.local[:, :, t, ...], sight) for t in range(3))
         out, statistics = ring.attend(q, (k, v), sight)
@@ -105,6 +107,8 @@ class GroupedAttention(Layer):
     def forward(self, x: tuple[DistArray, DistArray], ctx: Context) -> tuple[DistArray, Any]:
         """Return the attention of each head, for queries, and keys and values."""
         q, kv = (part.redistribute(layout) for part, layout in zip(x, (self.q, self.kv), strict=True))
+        if ctx.cache is not None:
+            return ctx.cache.attend(self, q, kv, ctx), None
         sight, (b, s, g, r, d) = Sight(q, self.causal, ctx), q.local.shape
         xp = backend.namespace(q.local)
         heads, (k, v) = xp.reshape(q.local, (b, s, g * r, d)), (_own(kv.local[:, :, t, ...], sight) for t in range(2))

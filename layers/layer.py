@@ -46,6 +46,11 @@ class Context:
     """Factor of all cotangents, that of the loss included: the loss scale of 16-bit floats."""
     losses: dict[str, float] | None = None
     """Where layers report those losses, times `share`, by name; None: they do not."""
+    cache: Any = None
+    """The `KeyValues` of the tokens before these, to which attention appends; None: these tokens are all."""
+    wanted: Any = None
+    """Integers ``[b]``, on every rank in NumPy: the index in s of the one token of each sample whose logits are wanted,
+    None: those of all."""
 
 
 class Reduction(Protocol):
@@ -100,6 +105,8 @@ class Parameter:
     dtype : optional
     inputs : int
         How many of the leading dims are those of the layer's input, for optimizers that take weights as matrices.
+    batch : int
+        How many dims before these number weights that are matrices of their own: those of experts.
     """
 
     def __init__(
@@ -114,8 +121,10 @@ class Parameter:
         seed: int | None = 0,
         dtype: Any = "float32",
         inputs: int = 1,
+        batch: int = 0,
     ) -> None:
-        self.name, self.shape, self.parallelism, self.inputs = name, tuple(shape), parallelism, inputs
+        self.name, self.shape, self.parallelism = name, tuple(shape), parallelism
+        self.inputs, self.batch = inputs, batch
         self.deferred = parallelism.deferred
         layout, grid = parallelism.store(used, shape), parallelism.grid
         self.owned = parallelism.own(layout, shape).on(grid.axes, len(shape))

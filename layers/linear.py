@@ -63,6 +63,7 @@ class Linear(Layer):
         self.product: Product = parallelism.product(subscripts, inner)
         self.keep, self.keep_weight = parallelism.keep_gathered, parallelism.keep_weights
         x, w, y = parse(subscripts).a, parse(subscripts).b, parse(subscripts).c
+        batch = len(list(takewhile(lambda letter: letter in x and letter in y, w)))
         self.weight = weight or Parameter(
             f"{name}.weight",
             [sizes[letter] for letter in w],
@@ -71,7 +72,8 @@ class Linear(Layer):
             std=std,
             seed=seed,
             dtype=dtype,
-            inputs=max(1, len(list(takewhile(lambda letter: letter in x and letter not in y, w)))),
+            inputs=max(1, len(list(takewhile(lambda letter: letter in x and letter not in y, w[batch:])))),
+            batch=batch,
         )
         self.batch_dims = [d for d, x in enumerate(y) if x not in w]
         self.bias_dims = [d for d, x in enumerate(y) if x in w]

@@ -152,8 +152,8 @@ class Pipeline(Stage):
                 buckets.counted(parameter)
         return loss
 
-    def outputs(self, x: Any, ctx: Context, stream: Stream) -> Any:
-        """Return what the model makes of `x`, on all stages.
+    def forward(self, x: Any, ctx: Context, stream: Stream) -> Any:
+        """Return what the model makes of `x`, on the last stage; None on the others.
 
         Parameters
         ----------
@@ -163,7 +163,7 @@ class Pipeline(Stage):
         stream : (shape, layout, dtype)
             As `Feed.stream` gives it.
 
-        **Communication:** the stream once over each border, and a bcast of the outputs along ``pipe``.
+        **Communication:** the stream once over each border, and a word.
         """
         feed = Once(x, ctx, stream)
         kinds = (Forward, ReceiveActivation, SendActivation)
@@ -173,7 +173,14 @@ class Pipeline(Stage):
             for step in forwards:
                 run.do(step)
             run.finish()
-        return self._everywhere(feed.made)
+        return feed.made
+
+    def outputs(self, x: Any, ctx: Context, stream: Stream) -> Any:
+        """Return what the model makes of `x`, on all stages; parameters are those of `forward`.
+
+        **Communication:** the stream once over each border, and a bcast of the outputs along ``pipe``.
+        """
+        return self._everywhere(self.forward(x, ctx, stream))
 
     def _everywhere(self, made: Any) -> Any:
         """Return the arrays of the last stage on all stages."""

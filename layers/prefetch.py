@@ -37,8 +37,8 @@ class Prefetch:
     """Gathers the weights of the layer that comes next while one computes, where they are gathered for each use.
 
     Layers are those of chains, blocks of a model say. Which weights a layer takes, in which layout, is learnt when it
-    first goes forward and backward; what a layer takes against expectation is gathered when it does. At most the
-    weights of two layers are there: of the one that computes and of the next.
+    first goes forward and backward; what a layer takes against expectation, or a second time in a pass, is gathered
+    when it does. At most the weights of two layers are there: of the one that computes and of the next.
 
     **Communication:** that of the gathers at once, of a layer's weights in the same messages.
 
@@ -107,7 +107,8 @@ class Prefetch:
         """Return a weight in the layout of its use."""
         if parameter.value.layout == layout.on(parameter.value.grid.axes, parameter.value.ndim):
             return parameter.value
-        self._seen.append((parameter, layout))
+        if (parameter, layout) not in self._seen:  # a weight that recompute takes twice would be there twice
+            self._seen.append((parameter, layout))
         coming = self._coming[id(parameter), layout]
         exchange.progress(parameter.value.grid)
         if not coming:

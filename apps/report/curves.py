@@ -126,7 +126,7 @@ def utilisation(runs: Sequence[Run]) -> Picture:
     _legend(axes, [run for _, run in found] if len(runs) > 1 else runs, marks)
     note = (
         "MFU: the flop of the mathematics (PaLM's 6 N + 12 L s a d of a token). HFU, dotted: those that are done, "
-        "masked scores left out and recomputation included. "
+        "without tiles of scores that are masked, with what is done again in the backward pass. "
     )
     return Picture("utilisation", "Utilisation", figure, without(runs, found) + note)
 
@@ -209,7 +209,7 @@ def _line(axes: Any, steps: Sequence[int], values: Sequence[float], color: str, 
     if len(steps) < _SMOOTHED:
         axes.plot(steps, values, color=color, ls=dashes, lw=1.5, marker="." if len(steps) == 1 else None)
         return
-    axes.plot(steps, values, color=color, lw=0.7, alpha=0.3)
+    axes.plot(steps, values, color=color, lw=0.7, alpha=0.4)
     axes.plot(steps, running_median(values, max(5, len(values) // 40)), color=color, ls=dashes, lw=1.6)
 
 

@@ -7,18 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from colossal_mpi import random
 from colossal_mpi.apps import data, sections
 from colossal_mpi.apps.config import Config
-from colossal_mpi.apps.tasks.task import Batch, Task, whole
-from colossal_mpi.distarray import DistArray, from_global
-from colossal_mpi.layers import Context, Parallelism
+from colossal_mpi.apps.tasks.task import Batch, Task
+from colossal_mpi.distarray import DistArray
+from colossal_mpi.layers import Parallelism, generate
 from colossal_mpi.layers.loss import CrossEntropy
 from colossal_mpi.layers.models import GPT, GPTConfig, Llama, LlamaConfig
 
 PROMPT = b"\nThe "
-
-
 MODELS: dict[str, tuple[str, type, type]] = {"gpt": ("GPT", GPT, GPTConfig), "llama": ("Llama", Llama, LlamaConfig)}
 """Of each ``model.kind`` its name, the model and its sizes, which are those of its section and the common ones."""
 
@@ -40,7 +37,7 @@ class CausalLanguage(Task):
         sizes = sizes(**given, positions=self.context, seed=training.seed, dtype=config.parallel.dtype)
         self.model, self.cross_entropy = model(sizes, parallelism), CrossEntropy(parallelism)
         self.length, self.per_sample, self.held = self.context, self.context, training.evaluate_batches * training.batch
-        self.about = self.corpus.about
+        self.about, self.tokenizer = self.corpus.about, self.corpus.tokenizer.text
         self.order = parallelism.order(self.context)
         """Of the tokens of a sequence in its arrays: all ranks of a ring then have as much to attend to."""
 
@@ -73,18 +70,13 @@ class CausalLanguage(Task):
         return self.generate(PROMPT, count)
 
     def generate(self, prompt: bytes, count: int, temperature: float = 0.8) -> bytes:
-        """Return `prompt` continued by `count` bytes drawn at a temperature."""
-        tokens = self.corpus.tokenizer.encode([prompt])[0].tolist()
-        for i in range(count):
-            window = np.array([tokens[-self.context :]])
-            x = from_global(window, self.grid, self.parallelism.tokens())
-            logits = self.run(x, Context(train=False))
-            draw = random.uniform_block(((i, i + 1),), (count,), self.config.training.seed, "sample")[0]
-            tokens.append(_choose(whole(logits)[0, -1, : self.corpus.vocabulary] / temperature, draw))
-        return self.corpus.tokenizer.decode(tokens)
-
-
-def _choose(logits: np.ndarray, draw: float) -> int:
-    """Return the index at which the cumulative softmax of `logits` passes `draw`."""
-    weights = np.cumsum(np.exp(logits.astype(np.float64) - logits.max()))
-    return int(min(np.searchsorted(weights, draw * weights[-1], side="right"), len(weights) - 1))
+        """Return `prompt` continued by `count` tokens drawn at a temperature."""
+        words = self.corpus.tokenizer
+        tokens = words.encode([prompt])[0].tolist()
+        options: dict[str, Any] = {
+            "temperature": temperature,
+            "seed": self.config.training.seed,
+            "vocabulary": self.corpus.vocabulary,
+        }
+        made = generate(self.model, [tokens], count, **options, pipeline=self.pipeline)
+        return words.decode([*tokens, *made[0]])

@@ -11,6 +11,7 @@ import numpy as np
 from colossal_mpi.apps.config import Config
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.layers import Chain, Context, Parallelism
+from colossal_mpi.layers.pipeline import Pipeline
 from colossal_mpi.layers.stage import Stream
 
 
@@ -43,6 +44,8 @@ class Task:
         What the loss is a mean over, in the singular.
     length : int
         Positions of the residual stream.
+    tokenizer : str
+        The JSON of what its text was made into tokens with, ``""`` for bytes.
     held : int
         Samples that a validation takes, all together.
     """
@@ -52,6 +55,7 @@ class Task:
     about: str
     unit: str
     per: str
+    tokenizer: str = ""
     per_sample: int
     length: int
     held: int
@@ -60,6 +64,8 @@ class Task:
         self.config, self.parallelism, self.grid = config, parallelism, parallelism.grid
         self.run: Callable[[Any, Context], Any] = lambda x, ctx: self.model.forward(x, ctx)[0]
         """The model without its backward pass; the trainer puts its own here where the model is cut into stages."""
+        self.pipeline: Pipeline | None = None
+        """Where the model is cut into stages, the trainer's."""
 
     def stream(self, samples: int, length: int | None = None) -> Stream:
         """Return global shape, layout and dtype of the residual stream of some samples, of all positions by default."""

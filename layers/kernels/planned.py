@@ -5,6 +5,7 @@ What a tile takes, a megabyte or so, is not counted.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 from colossal_mpi.backend import Block, is_half, namespace
@@ -17,10 +18,13 @@ def __getattr__(name: str) -> Any:
     return getattr(reference, name)
 
 
+_scores = lru_cache(scores)
+
+
 def _products(q: Block, k: Block, causal: bool) -> int:
     """Return the multiplications of one product of queries and keys, of the tiles of which a key is seen."""
     (b, s, a, d), (_, t, g, _) = q.shape, k.shape
-    return b * a * d * scores(s, t, max(1, a // max(1, g)), causal) if b * s * a * t * g else 0
+    return b * a * d * _scores(s, t, a // g, causal) if b * s * a * t * g else 0
 
 
 def attention(q: Block, k: Block, v: Block, causal: bool = True, mask: Any = None, positions: Any = None) -> Any:

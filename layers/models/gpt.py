@@ -9,8 +9,9 @@ from typing import Any
 from colossal_mpi.layers.block import TransformerBlock
 from colossal_mpi.layers.dropout import Dropout
 from colossal_mpi.layers.embedding import Embedding, PositionEmbedding
+from colossal_mpi.layers.head import Head
 from colossal_mpi.layers.layer import Chain
-from colossal_mpi.layers.linear import Linear
+from colossal_mpi.layers.models.experts import mixture
 from colossal_mpi.layers.norm import LayerNorm
 from colossal_mpi.layers.parallelism import Parallelism
 
@@ -33,6 +34,14 @@ class GPTConfig:
     """Whether the head is the embedding."""
     dropout: float = 0.0
     """Rate at which elements of the embedded tokens and of what attention and MLP add are dropped."""
+    experts: int = 0
+    """MLPs of a mixture of experts in each block; 0: one MLP for all tokens."""
+    experts_per_token: int = 2
+    """Experts of a token."""
+    expert_balance: float = 0.01
+    """Coefficient of the loss that balances them."""
+    expert_z_loss: float = 0.0
+    """Coefficient of the loss that keeps the router's logits small."""
     std: float = 0.02
     """Standard deviation of the initial weights."""
     seed: int | None = 0
@@ -63,6 +72,7 @@ class GPT(Chain):
         sizes, shared = {"v": config.vocabulary, "h": hidden}, tokens.table if config.tied else None
         drop, rate = Dropout(config.dropout, "dropout", config.seed or 0), config.dropout
         options = {"eps": config.eps, "activation": config.activation, "dropout": rate, "out_std": out_std, **common}
+        options["experts"] = mixture(config)
         super().__init__(
             tokens,
             PositionEmbedding(config.positions, hidden, parallelism, "positions", **common),
@@ -72,5 +82,5 @@ class GPT(Chain):
                 for i in range(config.layers)
             ],
             LayerNorm(hidden, parallelism, "norm", eps=config.eps, dtype=config.dtype),
-            Linear("bsh,vh->bsv", sizes, "v", parallelism, "head", bias=False, weight=shared, **common),
+            Head("bsh,vh->bsv", sizes, "v", parallelism, "head", bias=False, weight=shared, **common),
         )

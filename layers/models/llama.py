@@ -8,8 +8,9 @@ from typing import Any
 
 from colossal_mpi.layers.block import TransformerBlock
 from colossal_mpi.layers.embedding import Embedding
+from colossal_mpi.layers.head import Head
 from colossal_mpi.layers.layer import Chain
-from colossal_mpi.layers.linear import Linear
+from colossal_mpi.layers.models.experts import mixture
 from colossal_mpi.layers.norm import RMSNorm
 from colossal_mpi.layers.parallelism import Parallelism
 from colossal_mpi.layers.rotary import Rotary
@@ -44,6 +45,14 @@ class LlamaConfig:
     """Whether those of the MLP have."""
     tied: bool = False
     """Whether the head is the embedding."""
+    experts: int = 0
+    """MLPs of a mixture of experts in each block; 0: one MLP for all tokens."""
+    experts_per_token: int = 2
+    """Experts of a token."""
+    expert_balance: float = 0.01
+    """Coefficient of the loss that balances them."""
+    expert_z_loss: float = 0.0
+    """Coefficient of the loss that keeps the router's logits small."""
     std: float = 0.02
     """Standard deviation of the initial weights."""
     seed: int | None = 0
@@ -53,6 +62,8 @@ class LlamaConfig:
 
 class Llama(Chain):
     """Llama (Touvron et al. 2023): token ids ``[b, s]`` to logits ``[b, s, v]``. Mistral's is the same architecture.
+
+    With experts it is Mixtral's (Jiang et al. 2024).
 
     Parameters
     ----------
@@ -76,6 +87,7 @@ class Llama(Chain):
             "bias": c.mlp_bias,
             "attention": {"groups": c.groups, "width": c.width, "rotary": rotary, "bias": c.bias},
             "out_std": c.std,
+            "experts": mixture(c),
         }
         super().__init__(
             tokens,
@@ -84,7 +96,7 @@ class Llama(Chain):
                 for i in range(c.layers)
             ],
             RMSNorm(c.hidden, parallelism, "norm", eps=c.eps, dtype=c.dtype),
-            Linear(
+            Head(
                 "bsh,vh->bsv",
                 {"v": c.vocabulary, "h": c.hidden},
                 "v",

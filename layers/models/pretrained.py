@@ -132,6 +132,8 @@ def save_pretrained(
     fitting = {known.name: known for known, kind in KNOWN if type(model) is KINDS[kind][0]}
     if not fitting:
         raise CheckpointError(f"a {type(model).__name__} is no model of transformers: colossal_mpi.checkpoint saves it")
+    if getattr(model.config, "experts", 0):  # type: ignore[attr-defined]
+        raise CheckpointError("a mixture of experts is no model of transformers here: colossal_mpi.checkpoint saves it")
     architecture = fitting.get(str((extra or {}).get("model_type")), next(iter(fitting.values())))
     parameters = list(model.parameters())
     config, grid = model.config, parameters[0].value.grid  # type: ignore[attr-defined]

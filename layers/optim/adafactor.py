@@ -10,7 +10,7 @@ from colossal_mpi import backend, distarray
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.layers.layer import Parameter
 from colossal_mpi.layers.optim.base import Group, Optimizer, is_weight
-from colossal_mpi.layers.optim.matrices import as_matrix, from_matrix
+from colossal_mpi.layers.optim.matrices import as_matrix, each, from_matrix
 from colossal_mpi.layout import Layout
 
 
@@ -18,6 +18,7 @@ class Adafactor(Optimizer):
     """Adam without a first moment, whose second moment of a matrix is the product of its rows' and columns' means.
 
     The state of a weight of r rows and c columns has r + c elements. Steps are relative to a weight's root mean square.
+    Each expert's weight of W[e, h, f] is one by itself.
 
     Parameters
     ----------
@@ -63,18 +64,25 @@ class Adafactor(Optimizer):
         w = parameter.value
         if not is_weight(parameter):
             return {"v": parameter.zeros()}
-        sizes = {
-            "rows": math.prod(w.shape[: parameter.inputs]),
-            "columns": math.prod(w.shape[parameter.inputs :]),
-        }
-        return {slot: distarray.zeros([n], w.grid, Layout(None), parameter.zeros().dtype) for slot, n in sizes.items()}
+        batch, at = parameter.batch, parameter.batch + parameter.inputs
+        sizes = {"rows": math.prod(w.shape[batch:at]), "columns": math.prod(w.shape[at:])}
+        layout = Layout(*parameter.owned.dims[:batch], None)
+        dtype = parameter.zeros().dtype
+        return {slot: distarray.zeros([*w.shape[:batch], n], w.grid, layout, dtype) for slot, n in sizes.items()}
 
     def update(
         self, parameter: Parameter, w: DistArray, g: DistArray, slots: dict[str, DistArray], lr: float, **options: Any
     ) -> None:
         """Step by the gradient over the root of the second moment, relative to the weight."""
+        names, batch = list(slots), parameter.batch if "rows" in slots else 0
+        for weight, gradient, *own in zip(*(each(x, batch) for x in (w, g, *slots.values())), strict=True):
+            self._step(weight, gradient, dict(zip(names, own, strict=True)), parameter.inputs, lr, options)
+
+    def _step(
+        self, w: DistArray, g: DistArray, slots: dict[str, DistArray], at: int, lr: float, options: dict[str, Any]
+    ) -> None:
         keep = 1 - self.steps ** options["decay"]
-        update = self._vector(g, slots["v"], keep) if "v" in slots else self._matrix(g, slots, keep, parameter.inputs)
+        update = self._vector(g, slots["v"], keep) if "v" in slots else self._matrix(g, slots, keep, at)
         rate = min(lr, 1 / math.sqrt(self.steps)) * max(options["eps"], _rms(w))
         update *= rate / max(1.0, _rms(w.like(update)) / options["threshold"])
         w.local[...] *= 1 - lr * options["weight_decay"]

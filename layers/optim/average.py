@@ -11,7 +11,7 @@ from colossal_mpi.layers.precision import rounded, widened
 
 
 class MovingAverage:
-    """Exponential moving averages of parameters, each rank of the blocks that it stores.
+    """Exponential moving averages of parameters, each rank of the blocks that it stores; of 16-bit floats in 32.
 
     Parameters
     ----------
@@ -29,7 +29,7 @@ class MovingAverage:
 
     def __init__(self, parameters: Iterable[Parameter], decay: float = 0.999) -> None:
         self.parameters, self.decay, self.updates = list(parameters), decay, 0
-        self.averages = {p.name: widened(p.value.copy()) for p in self.parameters}
+        self.averages = {p.name: widened(p.value).copy() for p in self.parameters}
 
     def update(self) -> None:
         """Take in the weights as they are now."""
@@ -38,23 +38,19 @@ class MovingAverage:
         for parameter in self.parameters:
             average = self.averages[parameter.name].local
             average *= keep
-            average += (1 - keep) * parameter.value.local
+            average += (1 - keep) * widened(parameter.value).local
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Put the averages in the place of the weights, for an evaluation, until the context ends."""
-        self._swap()
+        kept = [parameter.value.copy() for parameter in self.parameters]
+        for parameter in self.parameters:
+            parameter.value.local[...] = rounded(self.averages[parameter.name], parameter.value.dtype).local
         try:
             yield
         finally:
-            self._swap()
-
-    def _swap(self) -> None:
-        for parameter in self.parameters:
-            average = self.averages[parameter.name]
-            kept = widened(parameter.value.copy())
-            parameter.value.local[...] = rounded(average, parameter.value.dtype).local
-            average.local[...] = kept.local
+            for parameter, value in zip(self.parameters, kept, strict=True):
+                parameter.value.local[...] = value.local
 
     def state(self) -> Mapping[str, DistArray]:
         """Return the averages by ``average/<parameter>``; `updates` is the rest of the state."""

@@ -1,12 +1,28 @@
-"""Weights as matrices: of W[h, 3, a, d] the rows h and the columns (3, a, d)."""
+"""Weights as matrices: of W[h, 3, a, d] the rows h and the columns (3, a, d), of experts W[e, h, f] e matrices."""
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 
 from colossal_mpi import backend
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.layout import Layout
+
+
+def each(array: DistArray, batch: int) -> Iterator[DistArray]:
+    """Yield, as views, the arrays that the first `batch` dims number and of which this rank has a block.
+
+    They lie on the grid of the ranks that have a block of the same ones. **Communication:** none.
+    """
+    if not batch:
+        yield array
+        return
+    dims, coords = array.layout.dims, array.grid.coords
+    place = array.grid.at(**{axis: coords[axis] for axes in dims[:batch] for axis in axes})
+    for index in itertools.product(*map(range, array.local.shape[:batch])):
+        yield DistArray(array.local[(*index, ...)], array.shape[batch:], Layout(*dims[batch:]), place)
 
 
 def as_matrix(w: DistArray, at: int) -> DistArray:

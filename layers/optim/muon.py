@@ -11,7 +11,7 @@ from colossal_mpi.errors import OptionError
 from colossal_mpi.layers.layer import Parameter
 from colossal_mpi.layers.optim.adam import AdamW
 from colossal_mpi.layers.optim.base import Group, is_weight
-from colossal_mpi.layers.optim.matrices import as_matrix, from_matrix
+from colossal_mpi.layers.optim.matrices import as_matrix, each, from_matrix
 from colossal_mpi.linalg.newton_schulz import newton_schulz
 
 _SCALES: dict[str, Callable[[int, int], float]] = {
@@ -28,7 +28,8 @@ def is_hidden(parameter: Parameter) -> bool:
 class Muon(AdamW):
     """Steps that are orthogonal matrices: the momentum of each hidden weight, orthogonalised where it lies.
 
-    Weights are matrices of inputs by outputs: W[h, 3, a, d] has h rows. The others (tables, heads, gains, biases) go
+    Weights are matrices of inputs by outputs: W[h, 3, a, d] has h rows; those of experts, W[e, h, f], are e matrices,
+    done one after the other where they lie. The others (tables, heads, gains, biases) go
     by AdamW, with the same learning rate if the scale is ``rms``.
 
     Parameters
@@ -92,11 +93,15 @@ class Muon(AdamW):
         if "velocity" not in slots:
             super().update(parameter, w, g, slots, lr, **options)
             return
-        velocity = slots["velocity"]
+        arrays = (each(array, parameter.batch) for array in (w, g, slots["velocity"]))
+        for weight, gradient, velocity in zip(*arrays, strict=True):
+            self._step(weight, gradient, velocity, parameter.inputs, lr, options["weight_decay"])
+
+    def _step(self, w: DistArray, g: DistArray, velocity: DistArray, at: int, lr: float, decay: float) -> None:
         velocity.local[...] *= self.momentum
         velocity.local[...] += (1 - self.momentum) * g.local
         ahead = g * (1 - self.momentum) + velocity * self.momentum if self.nesterov else velocity
-        matrix = as_matrix(ahead, parameter.inputs)
-        direction = from_matrix(newton_schulz(matrix, self.iterations), w, parameter.inputs)
-        w.local[...] *= 1 - lr * options["weight_decay"]
+        matrix = as_matrix(ahead, at)
+        direction = from_matrix(newton_schulz(matrix, self.iterations), w, at)
+        w.local[...] *= 1 - lr * decay
         w.local[...] -= lr * self.scale(*matrix.shape) * direction.local

@@ -239,3 +239,8 @@ def test_a_run_on_subwords_ends_with_text(tmp_path, monkeypatch, subwords):
     assert "held out of 1 documents, vocabulary 300" in result.stdout
     assert configs.load("run/config.toml").model.vocabulary == 300
     assert (tmp_path / "run" / "sample.txt").read_bytes().startswith(b"\nThe ")
+    command = [*CLI[:-1], "generate", "run", "--prompt", "Line 7", "-n", "4"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("Line 7")
+    assert json.loads((tmp_path / "run" / "tokenizer.json").read_text()) == json.loads(subwords.read_text())

@@ -1,4 +1,4 @@
-"""AdamW against PyTorch's, and its distributed steps against one rank's."""
+"""AdamW against PyTorch's, and its distributed steps, and those of Muon, against one rank's."""
 
 import math
 
@@ -11,15 +11,15 @@ from colossal_mpi import Grid, Layout, from_global
 from colossal_mpi.layers import Context, Parallelism, Parameter
 from colossal_mpi.layers.loss import CrossEntropy
 from colossal_mpi.layers.models import GPT
-from colossal_mpi.layers.optim import AdamW, gradient_norm
+from colossal_mpi.layers.optim import AdamW, Muon, gradient_norm
 from tests.cases import host
 
 
-def five_steps(grid, tensor):
+def five_steps(grid, tensor, kind=AdamW):
     """Return the norms of the gradients and the model after five clipped steps."""
     p = Parallelism(grid, tensor)
     model, loss = GPT(case.CONFIG, p), CrossEntropy(p)
-    optimizer, norms = AdamW(model.parameters(), lr=1e-2, clip=0.5), []
+    optimizer, norms = kind(model.parameters(), lr=1e-2, clip=0.5), []
     for step in range(5):
         tokens = (case.TOKENS + step) % case.CONFIG.vocabulary
         ids, labels = (from_global(a, grid, p.tokens()) for a in (tokens, case.LABELS))
@@ -30,13 +30,15 @@ def five_steps(grid, tensor):
 
 
 def prepare(path):
-    norms, model = five_steps(Grid(MPI.COMM_SELF), None)
-    np.savez(path / "steps.npz", norms=norms, **{p.name: host(p.value) for p in model.parameters()})
+    for kind in (AdamW, Muon):
+        norms, model = five_steps(Grid(MPI.COMM_SELF), None, kind)
+        weights = {p.name: host(p.value) for p in model.parameters()}
+        np.savez(path / f"{kind.__name__}.npz", norms=norms, **weights)
 
 
-def check(grid, tensor, prepared):
-    exact = dict(np.load(prepared / "steps.npz"))
-    norms, model = five_steps(grid, tensor)
+def check(grid, tensor, prepared, kind=AdamW):
+    exact = dict(np.load(prepared / f"{kind.__name__}.npz"))
+    norms, model = five_steps(grid, tensor, kind)
     assert np.allclose(norms, exact.pop("norms"), rtol=1e-10, atol=0)
     mine = {p.name: case.block_and_index(p.value) for p in model.parameters()}
     # Adam divides by the root of the second moment, which turns the noise of an exactly zero gradient, that of
@@ -48,6 +50,13 @@ def check(grid, tensor, prepared):
         kept = [t - (index[0].start or 0) for t in (0, 2) if index[0].start <= t < index[0].stop]
         whole = exact[name][index]
         assert np.max(abs(block[kept] - whole[kept]), initial=0) <= 1e-9 * abs(exact[name][[0, 2]]).max()
+
+
+@pytest.mark.prepare(prepare)
+@pytest.mark.parametrize("tensor", ["2.5d", "3d"])
+@pytest.mark.grids({"row": 2, "col": 2}, {"depth": 2, "row": 2, "col": 2})
+def test_five_steps_of_muon(grid, tensor, prepared):
+    check(grid, tensor, prepared, Muon)
 
 
 @pytest.mark.prepare(prepare)

@@ -22,6 +22,11 @@ SHAPES = {
     "blocks.1.norm.gain": ((10,), "h", None),
 }
 TABLE = {"tokens.weight": ((13, 6), "bsv,vh->bsh", 1)}
+EXPERTS = {
+    "blocks.1.mlp.up.weight": ((5, 7, 2, 3), "epch,ehtf->epctf", 1),
+    "blocks.1.mlp.down.weight": ((3, 4, 7), "epcf,efh->epch", 1),
+}
+ALL = SHAPES | TABLE | EXPERTS
 STEPS, LR, DECAY = 4, 0.02, 0.1
 OPTIMIZERS = {
     "adamw": (optim.AdamW, {}, formulas.adamw, False),
@@ -45,10 +50,11 @@ def values(name, shape, number):
 
 def parameters(p):
     made = []
-    for name, (shape, letters, inputs) in (SHAPES | TABLE).items():
-        inner = next((x for x in letters if x in "fav"), "f")
-        used = p.product(letters, inner).w if "," in letters else p.inside(letters, inner)
-        parameter = Parameter(name, shape, used, p, std=1.0, dtype="float64", inputs=inputs or 1)
+    for name, (shape, letters, inputs) in ALL.items():
+        inner, own = next((x for x in letters if x in "fav"), "f"), p.experts() if name in EXPERTS else p
+        used = own.product(letters, inner).w if "," in letters else p.inside(letters, inner)
+        sizes = {"inputs": inputs or 1, "batch": int(name in EXPERTS)}
+        parameter = Parameter(name, shape, used, own, std=1.0, dtype="float64", **sizes)
         parameter.value.local[...] = from_global(values(name, shape, 0), p.grid, parameter.value.layout).local
         made.append(parameter)
     return made
@@ -56,18 +62,23 @@ def parameters(p):
 
 def whole_steps(formula, factored, clip):
     """Return the weights after the steps of the formula, each gradient clipped by the norm of all."""
-    arrays = {name: values(name, shape, 0) for name, (shape, _, _) in (SHAPES | TABLE).items()}
+    arrays = {name: values(name, shape, 0) for name, (shape, _, _) in ALL.items()}
     states, norms = {name: {} for name in arrays}, []
     for step in range(1, STEPS + 1):
         gradients = {name: values(name, w.shape, step) for name, w in arrays.items()}
         norms.append(math.sqrt(sum((g**2).sum() for g in gradients.values())))
         for name, w in arrays.items():
-            inputs = (SHAPES | TABLE)[name][2]
+            inputs = ALL[name][2]
             options = {"lr": LR, "decay": DECAY if inputs else 0.0}
             if factored and not (formula is formulas.muon and name in TABLE):
-                options["rows"] = None if inputs is None else math.prod(w.shape[:inputs])
+                matrix = w.shape[1:] if name in EXPERTS else w.shape
+                options["rows"] = None if inputs is None else math.prod(matrix[:inputs])
             g = gradients[name] * min(1.0, clip / norms[-1])
-            arrays[name] = formula(w, g, states[name], step, **options)
+            if factored and name in EXPERTS:  # each is a weight by itself
+                each = [formula(w[e], g[e], states[name].setdefault(e, {}), step, **options) for e in range(len(w))]
+                arrays[name] = np.stack(each)
+            else:
+                arrays[name] = formula(w, g, states[name], step, **options)
     return arrays, norms
 
 
@@ -80,7 +91,8 @@ def test_steps_equal_the_formula(grid, name):
     optimizer = make(parameters(p), lr=LR, weight_decay=DECAY, clip=20.0, **options)
     for step in range(1, STEPS + 1):
         for parameter in optimizer.parameters:
-            g, partial = values(parameter.name, parameter.value.shape, step), p.deferred
+            g, cut = values(parameter.name, parameter.value.shape, step), parameter.value.layout.cut
+            partial = [axis for axis in p.deferred if axis not in cut]
             parameter.accumulate(spread(g, grid, parameter.value.layout.with_partial(*partial)))
         assert optimizer.step() == pytest.approx(norms[step - 1], rel=1e-13)
     for parameter in optimizer.parameters:

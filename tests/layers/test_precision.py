@@ -9,8 +9,8 @@ from mpi4py import MPI
 from reference.gpt_case import block_and_index, difference
 from reference.modes import mode_of
 
-from colossal_mpi import Grid, comm, distarray, from_global
-from colossal_mpi.layers import Context, Parallelism, backpropagate, kernels
+from colossal_mpi import Grid, OptionError, comm, distarray, from_global
+from colossal_mpi.layers import Context, Parallelism, backpropagate, kernels, precision
 from colossal_mpi.layers.loss import CrossEntropy, MeanSquaredError
 from colossal_mpi.layers.models import GPT, GPTConfig, Llama, LlamaConfig
 from colossal_mpi.layers.moe import MoE
@@ -290,3 +290,12 @@ def test_experts_within_the_roundings(grid):
     exact = {name: array.gather() for name, array in results[1].items()}
     mine = {name: block_and_index(array) for name, array in results[0].items()}
     assert difference(mine, exact) <= 16 * float(np.finfo("float16").eps)
+
+
+def test_bfloat16_needs_its_package(monkeypatch):
+    monkeypatch.setattr(precision, "find_spec", lambda name: None)
+    with pytest.raises(
+        OptionError, match="needs the package ml_dtypes: install the extra 'bfloat16', or use 'float16'"
+    ):
+        MODELS["gpt"](Parallelism(Grid(MPI.COMM_SELF)), "bfloat16")
+    assert precision.require_dtype(np.float32) == "float32"

@@ -11,7 +11,7 @@ from colossal_mpi.layers import Parallelism, kernels, recompute
 from colossal_mpi.layers.flops import hardware_flop
 from colossal_mpi.layers.memory import TokenFeed, one_microbatch, predict_memory, saved_bytes
 from colossal_mpi.layers.models import GPT, GPTConfig, Llama, LlamaConfig
-from colossal_mpi.layers.optim import SGD, AdamW
+from colossal_mpi.layers.optim import SGD, AdamW, Muon
 from colossal_mpi.layers.pipeline import PIPE, Pipeline, cut, place_of
 
 SIZES = {"vocabulary": 61, "layers": 3, "hidden": 40, "heads": 10, "inner": 77, "positions": 19}
@@ -26,7 +26,7 @@ CASES = [
     ("gpt", {"kinds": "full", "zero": 1}),
     ("llama", {"kinds": "selective", "zero": 2}),
     ("gpt", {"zero": 3, "dtype": "float16"}),
-    ("llama", {"kinds": ("attention", "mlp"), "dtype": "bfloat16", "zero": 1}),
+    ("llama", {"kinds": ("attention", "mlp"), "dtype": "bfloat16", "zero": 1, "optimizer": Muon}),
 ]
 
 
@@ -34,13 +34,13 @@ def feed_of(dtype):
     return lambda p: TokenFeed(p, SIZES["hidden"], BATCH, LENGTH, MICROBATCHES, dtype)
 
 
-def measured(grid, tensor, model, dtype, kinds="none", schedule="1f1b", chunks=1, **modes):
+def measured(grid, tensor, model, dtype, kinds="none", schedule="1f1b", chunks=1, optimizer=AdamW, **modes):
     """Return by name what a step takes on this rank."""
     p = Parallelism(place_of(grid), tensor, **modes)
     pipeline = Pipeline(
         cut(recompute(MODELS[model](dtype)(p), kinds, schedule == "zero-bubble"), grid, chunks), grid, schedule
     )
-    optimizer, feed = AdamW(pipeline.parameters()), feed_of(dtype)(p)
+    optimizer, feed = optimizer(pipeline.parameters()), feed_of(dtype)(p)
     weights = [q.value for q in optimizer.parameters]
     state = [*optimizer.state().values(), *(w for w in optimizer.weights().values() if w.dtype != dtype)]
     saved, gradients = one_microbatch(pipeline, feed)
@@ -65,9 +65,7 @@ def check(grid, model, dtype="float32", **options):
             assert prediction.flops == hardware_flop(MODELS[model](dtype)(Parallelism(grid)), BATCH, LENGTH)
 
 
-@pytest.mark.grids(
-    {}, {"col": 3}, {"row": 2, "col": 2}, {"depth": 2, "row": 1, "col": 2}, {"data": 2, "row": 2, "depth": 2}
-)
+@pytest.mark.grids({}, {"col": 3}, {"row": 2, "col": 2}, {"depth": 2, "row": 1, "col": 2}, {"data": 2, "row": 2})
 def test_memory_and_words_of_a_step(grid):
     for model, options in CASES:
         check(grid, model, **options)

@@ -1,0 +1,60 @@
+"""The benchmark of the pipelines' bubbles: its rows, its picture, what it refuses. No time is asserted."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from colossal_mpi.apps.bench.timeline import Bar, bubble, makespan
+
+CLI = [sys.executable, "-m", "colossal_mpi.apps.cli", "bench", "pipeline"]
+SMALL = ["--layers", "4", "--hidden", "20", "--heads", "5", "--sequence", "7", "--batch", "5", "--vocabulary", "19"]
+
+
+def bench(*arguments):
+    return subprocess.run([*CLI, *arguments], capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_rows_table_and_picture(tmp_path):
+    files = ["--json", str(tmp_path / "rows.json"), "--plot", str(tmp_path / "stages.png")]
+    done = bench(*SMALL, "--microbatches", "4", "--simulate", "6", "--repeat", "2", *files)
+    assert done.returncode == 0, done.stderr
+    rows = {row["schedule"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
+    assert list(rows) == ["gpipe", "1f1b", "interleaved", "zero-bubble"]
+    for row in rows.values():
+        assert (row["error"], row["repeats"], row["stages"], row["hidden"]) == (None, 2, 2, 20)
+        assert 0 < row["bubble"] <= row["median_bubble"] < 1
+        assert 0 < row["seconds"] <= row["median_seconds"]
+        f, b, w = (row[f"{kind}_seconds"] for kind in ("forward", "backward", "weight"))
+        assert min(f, b, w) > 0
+        if row["schedule"] == "gpipe":  # 6 stages, 12 microbatches, in the closed form of alike stages
+            waits = 5 * (f + b)
+            assert row["simulated_bubble_of_more"] == pytest.approx(waits / (12 * (f + b + w) + waits))
+    assert "GPT of 4 layers, width 20, 5 x 7 tokens in 4 microbatches on 2 stages, 2 interleaved repeats" in done.stdout
+    assert (tmp_path / "stages.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_bubble_is_the_share_in_which_nothing_is_computed():
+    bars = [Bar(0, "forward", 0, 1.0, 2.0), Bar(1, "forward", 0, 2.0, 3.0), Bar(0, "backward", 0, 4.0, 5.0)]
+    assert makespan(bars) == 4
+    assert bubble(bars) == 1 - 3 / 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--stages", "1"], "--stages 1: at least 2, for example --stages 2"),
+        (["--layers", "3"], "--layers 3: at least 4"),
+        (["--heads", "3"], "--heads 3 do not divide --hidden 256"),
+        (["--microbatches", "9"], "--microbatches 9: at most --batch, 8"),
+        (["--repeat", "0"], "--repeat 0: at least one round"),
+        (["--json", "/dev/null/rows.json"], "cannot write /dev/null/rows.json"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_bad_option_is_one_message(arguments, message):
+    done = bench(*arguments)
+    assert done.returncode == 1
+    assert done.stderr.count("colossal_mpi: error:") == 1
+    assert message in done.stderr
