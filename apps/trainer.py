@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from colossal_mpi.apps import tasks
 from colossal_mpi.apps.config import Config
 from colossal_mpi.apps.feed import StepFeed
 from colossal_mpi.grid import Grid
-from colossal_mpi.layers import Context, Parallelism, kernels, models, recompute
+from colossal_mpi.layers import Context, Parallelism, kernels, models, precision, recompute
 from colossal_mpi.layers.optim import OPTIMIZERS
 from colossal_mpi.layers.pipeline import Pipeline, cut, place_of
 from colossal_mpi.layers.rates import Rate
@@ -59,22 +60,27 @@ class Trainer:
 
     def gradients(self, step: int) -> float:
         """Leave the gradients of a step in the parameters and return its loss, in nats."""
-        return self.pipeline.step(StepFeed(self.task, step))
+        with precision.overflowing() if self.optimizer.scaling else nullcontext():
+            return self.pipeline.step(StepFeed(self.task, step, self.optimizer.loss_scale))
 
     def run(self, x: Any, ctx: Context) -> Any:
         """Return the outputs of the model, on all stages."""
         length = x.shape[1] if x.ndim == 2 else None
         return self.pipeline.outputs(x, ctx, self.task.stream(x.shape[0], length))
 
-    def step(self, step: int, meanwhile: Callable[[], None] | None = None) -> dict[str, float]:
-        """Do a training step and return its loss, gradient norm and learning rate.
+    def step(self, step: int, meanwhile: Callable[[], None] | None = None) -> dict[str, float | None]:
+        """Do a training step and return its loss, gradient norm and learning rate, with 16-bit floats the loss scale.
 
-        `meanwhile` is called between gradients and update, whose reductions hide a message that it begins.
+        A norm of None is that of a step which was left out, because scaled gradients were too large. `meanwhile` is
+        called between gradients and update, whose reductions hide a message that it begins.
         """
-        loss, lr = self.gradients(step), self.learning_rate(step)
+        loss, lr, scale = self.gradients(step), self.learning_rate(step), self.optimizer.loss_scale
         if meanwhile:
             meanwhile()
-        return {"loss": loss, "gradient_norm": self.optimizer.step(lr), "learning_rate": lr}
+        norm = self.optimizer.step(lr)
+        left_out = scale > 1 and not math.isfinite(norm)
+        row = {"loss": loss, "gradient_norm": None if left_out else norm, "learning_rate": lr}
+        return row if self.optimizer.scaling is None else row | {"loss_scale": scale}
 
     def validate(self) -> dict[str, float]:
         """Return the loss over the held-out samples, and the share of them that meets each measure of the task."""
@@ -87,7 +93,18 @@ class Trainer:
 
     def save(self, directory: Path, step: int) -> None:
         """Write a checkpoint of the state after `step` steps."""
-        metadata = {"step": step, "config": self.config.model_dump(), "model": models.describe(self.model)}
+        model = models.describe(self.model)
+        if self.optimizer.scaling is not None:
+            model["dtype"] = "float32"  # that of the masters, which are what is saved
+        metadata = {
+            "step": step,
+            "config": self.config.model_dump(),
+            "model": model,
+            "optimizer": {
+                "steps": self.optimizer.steps,
+                "loss_scale": self.optimizer.scaling and self.optimizer.scaling.state(),
+            },
+        }
         checkpoint.save(directory, self._state(counted=True), metadata, self.grid)
         with comm.agreed(self.grid):
             if self.grid.rank == 0:
@@ -96,11 +113,15 @@ class Trainer:
     def restore(self, directory: Path) -> int:
         """Take the state of a checkpoint, of any grid and mode, and return the number of steps behind it."""
         metadata = checkpoint.load(directory, self._state(), self.grid)
-        self.optimizer.steps = int(metadata["step"])
-        return self.optimizer.steps
+        optimizer = metadata.get("optimizer", {"steps": metadata["step"], "loss_scale": None})
+        self.optimizer.steps = int(optimizer["steps"])
+        if self.optimizer.scaling is not None and optimizer["loss_scale"]:
+            self.optimizer.scaling.restore(optimizer["loss_scale"])
+        self.optimizer.refresh()
+        return int(metadata["step"])
 
     def _state(self, counted: bool = False) -> dict[str, Any]:
         """Return this stage's arrays by name; without copies of weights that another stage has, if `counted`."""
         parameters = [p for p in self.optimizer.parameters if p.counted or not counted]
-        weights = {f"weights/{p.name}": p.value for p in parameters}
+        weights = {f"weights/{name}": array for name, array in self.optimizer.weights(parameters).items()}
         return weights | {f"optimizer/{name}": array for name, array in self.optimizer.state(parameters).items()}

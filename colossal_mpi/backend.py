@@ -190,10 +190,11 @@ def zeros_like(block: Block, shape: Sequence[int], dtype: Any = None) -> Block:
 
 
 def sum_over(block: Block, dims: Sequence[int]) -> Block:
-    """Return the sum over some dims, not negative, in the dtype of the block.
+    """Return the sum over some dims, not negative, in the dtype of the block; of 16-bit floats in float32.
 
     One dim after the other: NumPy adds the rows of a block one by one, and shorter sums lose fewer digits.
     """
+    block = namespace(block).astype(block, wide_dtype(block)) if is_half(block.dtype) else block
     for d in sorted(dims, reverse=True):
         block = namespace(block).sum(block, axis=d, dtype=block.dtype)
     return block

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from array_api_compat import is_cupy_array
 
-from colossal_mpi import backend
+from colossal_mpi import backend, ghost
 from colossal_mpi.backend import Block
+from colossal_mpi.ghost import Ghost
 
 _LETTERS = {"float32": "s", "float64": "d", "complex64": "c", "complex128": "z"}
 _ROW_MAJOR, _COLUMN_MAJOR = 101, 102
@@ -43,6 +44,9 @@ def gemm(
     fits = a.shape[1] and a.dtype == b.dtype == c.dtype
     if fits and type(c) is np.ndarray and _cblas(a, b, c, alpha, beta, conj):
         return
+    if fits and isinstance(c, Ghost):
+        ghost.work(2 * c.size * a.shape[1])
+        return
     if fits and is_cupy_array(c) and c.dtype.name in _LETTERS:
         _cublas(a, b, c, alpha, beta, conj)
         return
@@ -60,6 +64,8 @@ def product(a: Block, b: Block, dtype: Any, conj: tuple[bool, bool] = (False, Fa
         a, b = xp.astype(a, dtype), xp.astype(b, dtype)
     if backend.numpy_dtype(dtype).kind == "c":
         a, b = (xp.conj(x) if flip else x for x, flip in zip((a, b), conj, strict=True))
+    if isinstance(a, Ghost):
+        ghost.work(2 * a.size * b.shape[-1])
     return xp.matmul(a, b)
 
 

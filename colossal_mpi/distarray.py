@@ -201,10 +201,14 @@ class DistArray:
         **Communication:** one allreduce of a single word over the axes that cut the array or hold partial sums.
         """
         xp = backend.namespace(self.local)
-        return _total(self, xp.sum(self.local), (*self.layout.cut, *self.layout.partial))
+        dtype = backend.wide_dtype(self.local) if backend.is_half(self.dtype) else None
+        return _total(self, xp.sum(self.local, dtype=dtype), (*self.layout.cut, *self.layout.partial))
 
     def sum_over(self, dims: Sequence[int]) -> DistArray:
-        """Return the sum over some dims, left partial over the axes that cut them. **Communication:** none."""
+        """Return the sum over some dims, left partial over the axes that cut them; of 16-bit floats in float32.
+
+        **Communication:** none.
+        """
         kept = [d for d in range(self.ndim) if d not in dims]
         summed = [axis for d in dims for axis in self.layout.dims[d]]
         layout = Layout(*[self.layout.dims[d] for d in kept], partial=(*self.layout.partial, *summed))

@@ -107,6 +107,11 @@ def start(
     return Pending(requests, landings, entry)
 
 
+def progress(grid: Grid) -> None:
+    """Let MPI get on with what is under way: many move large messages only while they are called."""
+    grid.comm(tuple(grid.axes)).Iprobe(MPI.ANY_SOURCE, _TAG)
+
+
 def _into(block: Block, grid: Grid) -> Any:
     """Return the buffer that MPI writes for `block`: its own memory if it is the host's, else one to copy from."""
     own = type(block) is np.ndarray and not backend.is_half(block.dtype)

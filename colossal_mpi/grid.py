@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from colossal_mpi import awareness, backend, layout, shared
+from colossal_mpi import awareness, backend, layout, planned, shared
 from colossal_mpi.errors import GridError
 
 
@@ -82,6 +82,45 @@ class Grid:
         node.Free()
         self._part = False
         self._settle({axis: operator.index(size) for axis, size in axes.items()})
+
+    @classmethod
+    def planned(cls, rank: int = 0, **axes: int) -> Grid:
+        """Return a grid of any number of ranks as one of them sees it, without the others and without memory.
+
+        What runs on it is a dry run: blocks have shapes and dtypes alone (`colossal_mpi.ghost`), messages come and go
+        without effect and are entered into the ledger as ever. What all ranks collect is as if all had told the same.
+
+        Parameters
+        ----------
+        rank : int
+        **axes : int
+            Size of each axis.
+
+        Raises
+        ------
+        GridError
+            If a size is not a positive integer or there is no such rank.
+
+        Examples
+        --------
+        >>> grid = Grid.planned(data=64, row=8, col=8)
+        """
+        total = math.prod(axes.values())
+        _check(axes, total)
+        if not 0 <= rank < total:
+            raise GridError(f"Grid.planned({_text(axes)}): the rank must be from 0 to {total - 1}, not {rank}")
+        grid = cls.__new__(cls)
+        coords = layout.coords_of(rank, axes)
+        grid._cart = planned.Communicator(list(axes.values()), list(coords.values()), MPI.REQUEST_NULL)
+        grid.device, grid._node, grid.shares, grid._part = f"{planned.NAME}:0", 0, False, True
+        grid.awareness = awareness.Awareness(True, "a planned grid sends nothing")
+        grid._settle({axis: operator.index(size) for axis, size in axes.items()})
+        return grid
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether its blocks have no memory."""
+        return self.device.startswith(planned.NAME)
 
     def _settle(self, axes: dict[str, int]) -> None:
         self.axes = MappingProxyType(axes)

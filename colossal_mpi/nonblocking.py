@@ -11,6 +11,7 @@ begin.
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from colossal_mpi import backend, comm, exchange
@@ -53,11 +54,21 @@ class _Started:
         return self.blocks
 
 
+@dataclass(frozen=True)
+class _Place:
+    """What an array is to be, and its number among those that move."""
+
+    number: int
+    shape: tuple[int, ...]
+    layout: Layout
+    grid: Grid
+
+
 class Moving:
     """Arrays on their way into other layouts; `wait` returns them."""
 
-    def __init__(self, arrays: list[DistArray], routes: Sequence[tuple[list[tuple[int, Layout]], _Started]]) -> None:
-        self._arrays, self._routes = arrays, list(routes)
+    def __init__(self, places: dict[int, DistArray], routes: list[tuple[list[_Place], _Started]]) -> None:
+        self._there, self._routes = places, routes
 
     def done(self) -> bool:
         """Say, without waiting, whether all are there; what has to follow messages that have come is begun."""
@@ -66,11 +77,10 @@ class Moving:
     def wait(self) -> list[DistArray]:
         """Wait for the messages and return the arrays, in the order in which they were given."""
         for places, started in self._routes:
-            for (i, layout), block in zip(places, started.wait(), strict=True):
-                array = self._arrays[i]
-                self._arrays[i] = DistArray(block, array.shape, layout, array.grid)
+            for place, block in zip(places, started.wait(), strict=True):
+                self._there[place.number] = DistArray(block, place.shape, place.layout, place.grid)
         self._routes = []
-        return self._arrays
+        return [self._there[i] for i in range(len(self._there))]
 
 
 def redistribute(arrays: Sequence[DistArray], layouts: Sequence[Layout]) -> Moving:
@@ -88,23 +98,21 @@ def redistribute(arrays: Sequence[DistArray], layouts: Sequence[Layout]) -> Movi
     **Communication:** that of `DistArray.redistribute`, all as messages from rank to rank.
     **Adjoint:** the redistributions of the cotangents back.
     """
-    moving, routes = list(arrays), dict[Any, list[tuple[int, Layout, Plan]]]()
+    there, routes = dict[int, DistArray](), dict[Any, list[tuple[_Place, Plan, Block]]]()
     for i, (array, layout) in enumerate(zip(arrays, layouts, strict=True)):
         layout = layout.on(array.grid.axes, array.ndim)
-        if layout != array.layout:
-            plan = plan_of(array.shape, array.layout, layout, array.grid)
-            key = _route(plan), str(array.dtype)
-            routes.setdefault(key, []).append((i, layout, plan))
-    return Moving(
-        moving,
-        [
-            (
-                [(i, layout) for i, layout, _ in members],
-                _Started(_steps([moving[i].local for i, *_ in members], [m[2] for m in members], moving[0].grid)),
-            )
-            for members in routes.values()
-        ],
-    )
+        if layout == array.layout:
+            there[i] = array
+            continue
+        plan = plan_of(array.shape, array.layout, layout, array.grid)
+        place = _Place(i, array.shape, layout, array.grid)
+        routes.setdefault((_route(plan), str(array.dtype)), []).append((place, plan, array.local))
+    return Moving(there, [_begun(members) for members in routes.values()])
+
+
+def _begun(members: list[tuple[_Place, Plan, Block]]) -> tuple[list[_Place], _Started]:
+    places, plans, blocks = (list(side) for side in zip(*members, strict=True))
+    return places, _Started(_steps(blocks, plans, places[0].grid))
 
 
 def _route(plan: Plan) -> Any:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from colossal_mpi import backend
+from colossal_mpi import backend, ghost_namespace
 from colossal_mpi.backend import Block
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import LayoutError, ShapeError
@@ -122,6 +122,8 @@ def kept_block(box: Box, shape: Sequence[int], seed: int, stream: str, rate: flo
     xp : array namespace
         Of the library that makes the block.
     """
+    if xp is ghost_namespace:
+        return xp.empty(box_shape(box), dtype=xp.bool)
     rows, columns, keep = _counters(box, shape, 4)
     rows, columns, key = xp.asarray(rows), xp.asarray(columns), _key(seed, stream)
     count, threshold = columns.shape[1], round(rate * 2**32)
@@ -149,6 +151,9 @@ def _distributed(maker: Any, shape: Any, grid: Grid, layout: Layout, seed: int, 
         raise ShapeError(f"random numbers of shape {shape}: the leading dims may have 2**64 rows together")
     if layout.partial:
         raise LayoutError(f"random numbers in {layout}: make them without partial sums and redistribute")
+    if grid.is_planned:
+        box = layout.box(shape, grid.axes, grid.coords)
+        return DistArray(grid.empty(box_shape(box), "float64"), shape, layout, grid)
     box = layout.box(shape, grid.axes, grid.coords) if shape else ((0, 1),)
     block = maker(box, shape or (1,), seed, stream)
     return DistArray(grid.own(block if shape else block[0]), shape, layout, grid)

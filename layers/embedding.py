@@ -50,7 +50,7 @@ class Embedding(Layer):
         """Return the rows of the table at the integer ids `x`, in the layout of the stream."""
         ids = x.redistribute(self.ids)
         kernels.require_ids(ids.local, self.table.value.shape[0])
-        table = self.table.value.redistribute(self.used)
+        table = self.table.use(self.used)
         rows = kernels.lookup(table.local, ids.local, table.box[0][0])
         partial = map_layout("bsh", self.axes, "v")
         y = DistArray(rows, (*x.shape, table.shape[1]), partial, x.grid)
@@ -98,7 +98,7 @@ class PositionEmbedding(Layer):
         count = self.table.value.shape[0]
         if given is None and x.shape[1] > count:
             raise ShapeError(f"a sequence of {x.shape[1]} needs as many positions; the table has {count}")
-        table = self.table.value.redistribute(Layout(None, x.layout.dims[2])).local
+        table = self.table.use(Layout(None, x.layout.dims[2])).local
         if given is None:
             return x.like(x.local + table[slice(*x.box[1]), :]), (x.layout, None)
         kernels.require_ids(given, count)
@@ -160,7 +160,7 @@ class SegmentEmbedding(Layer):
     def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
         """Return ``x + table[segments]``, in the layout of `x` with its partial sums reduced."""
         layout, x = x.layout.with_partial(), x.redistribute(Layout(*x.layout.dims[:2], *self.used.dims[1:]))
-        table, ids = self.table.value.redistribute(self.used), self._ids(x, ctx)
+        table, ids = self.table.use(self.used), self._ids(x, ctx)
         return x.like(x.local + kernels.lookup(table.local, ids, 0)), (layout, x.layout, ids)
 
     def _ids(self, x: DistArray, ctx: Context) -> Any:

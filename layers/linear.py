@@ -59,6 +59,7 @@ class Linear(Layer):
         seed: int = 0,
         dtype: Any = "float32",
     ) -> None:
+        self.name = name
         self.product: Product = parallelism.product(subscripts, inner)
         self.keep, self.keep_weight = parallelism.keep_gathered, parallelism.keep_weights
         x, w, y = parse(subscripts).a, parse(subscripts).b, parse(subscripts).c
@@ -89,17 +90,15 @@ class Linear(Layer):
     def again(self, x: DistArray, ctx: Context) -> Any:
         """Return the operands that are kept. **Communication:** they are gathered, if they are kept so."""
         gathered = x.redistribute(self.product.x) if self.keep else x
-        return kept(x, gathered), self._gathered_weight() if self.keep_weight else None, x.layout.with_partial()
-
-    def _gathered_weight(self) -> DistArray:
-        return self.weight.value.redistribute(self.product.w)
+        w = self.weight.use(self.product.w) if self.keep_weight else None
+        return kept(x, gathered), w, x.layout.with_partial()
 
     def apply(self, x: DistArray) -> tuple[DistArray, DistArray | None]:
         """Return ``x w + bias`` of an input as the map takes it, and the weight if it is kept as the map takes it."""
-        p, w = self.product, self._gathered_weight()
+        p, w = self.product, self.weight.use(self.product.w)
         y = contract(p.subscripts, x, w, p.axes, out=p.y)
         if self.bias is not None:
-            bias = self.bias.value.redistribute(self.bias_layout)
+            bias = self.bias.use(self.bias_layout)
             shape = [1 if d in self.batch_dims else n for d, n in enumerate(y.local.shape)]
             y.local += backend.namespace(y.local).reshape(bias.local, tuple(shape))
         return y, w if self.keep_weight else None
@@ -121,9 +120,9 @@ class Linear(Layer):
             dy = dy.redistribute(p.y)
             self.bias.accumulate(dy.sum_over(self.batch_dims))
         gathered = dy.redistribute(p.dy)
-        w = self._gathered_weight() if w is None else w
+        w = self.weight.use(p.w) if w is None else w
         dx = contract(dx_subscripts, gathered, w, p.axes, out)
-        return dx, lambda x: self.weight.accumulate(contract(dw_subscripts, x, gathered, p.axes))
+        return dx, lambda x: self.weight.accumulate(contract(dw_subscripts, x, gathered, p.axes, wide=True))
 
 
 class Linears(Layer):

@@ -9,6 +9,7 @@ from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import OptionError, ShapeError
 from colossal_mpi.layers import kernels
 from colossal_mpi.layers.parallelism import Parallelism
+from colossal_mpi.layers.precision import rounded, widened
 from colossal_mpi.layout import Layout
 
 
@@ -101,9 +102,10 @@ class CrossEntropy:
         xp = backend.namespace(labels.local)
         return labels.like(xp.where(labels.local == self.ignore, -xp.ones_like(labels.local), labels.local))
 
-    def backward(self, cache: Any) -> DistArray:
-        """Return the cotangent of the logits, in the layout of the inside of a block."""
+    def backward(self, cache: Any, scale: float = 1.0) -> DistArray:
+        """Return the cotangent of the logits, times a loss scale, in the layout of the inside of a block."""
         logits, labels, top, total, start, options = cache
+        options = {**options, "scale": scale * options["scale"]}
         return logits.like(kernels.cross_entropy_backward(logits.local, labels.local, top, total, start, **options))
 
 
@@ -134,10 +136,10 @@ class MeanSquaredError:
                 f"mean squared error of {x.shape} and a target of {target.shape}, {count} elements: the shapes must be "
                 "equal and one element must count"
             )
-        difference = x.redistribute(x.layout.with_partial()) - target
-        return (difference * difference).sum() / count, (difference, 2.0 / count)
+        difference = widened(x.redistribute(x.layout.with_partial())) - widened(target)
+        return (difference * difference).sum() / count, (difference, 2.0 / count, x.dtype)
 
-    def backward(self, cache: Any) -> DistArray:
-        """Return the cotangent of x, in its layout with partial sums made replicated."""
-        difference, scale = cache
-        return difference * scale
+    def backward(self, cache: Any, scale: float = 1.0) -> DistArray:
+        """Return the cotangent of x, times a loss scale, in its layout with partial sums made replicated."""
+        difference, factor, dtype = cache
+        return rounded(difference * (scale * factor), dtype)

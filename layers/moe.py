@@ -7,6 +7,7 @@ another: all_to_alls, each the adjoint of the other. In between stands an ordina
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from colossal_mpi.backend import Block
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import OptionError
 from colossal_mpi.layers import kernels
+from colossal_mpi.layers.kernels.reference.wide import like, wide
 from colossal_mpi.layers.layer import Context, Later, Layer
 from colossal_mpi.layers.linear import Linear
 from colossal_mpi.layers.mlp import MLP
@@ -161,7 +163,7 @@ class MoE(Layer):
     def _in_slots(self, x: DistArray, routing: Routing, weights: Block | None = None) -> DistArray:
         """Return the tokens of all ranks in their slots ``[e, p, c, h]``. **Communication:** none."""
         e, grid = routing.probabilities.shape[1], x.grid
-        block = kernels.fill_slots(_flat(x), routing.source, self.top_k, weights)
+        block = like(x.local, kernels.fill_slots(_flat(x), routing.source, self.top_k, weights))
         capacity, p = block.shape[0] // e, grid.extent(self.slots.dims[1])
         block = backend.namespace(block).reshape(block, (e, 1, capacity, block.shape[1]))
         return DistArray(block, (e, p, capacity, x.shape[-1]), self.slots, grid)
@@ -180,6 +182,9 @@ class MoE(Layer):
 
         Every capacity has its own plans of redistributions, which are kept: the rounding bounds their number.
         """
+        if logits.grid.is_planned:  # nothing is routed: all experts have as many
+            rows = math.prod(logits.local.shape[:-1])
+            return -(-rows * self.top_k // logits.shape[-1])
         xp = backend.namespace(starts)
         most = xp.reshape(xp.max(starts[1:] - starts[:-1]), (1,))
         most = int(backend.to_host(comm.allreduce(most, logits.grid, logits.layout.cut, comm.MAX))[0])
@@ -201,8 +206,9 @@ class MoE(Layer):
             balance = e * float(backend.to_host(xp.sum(assigned * mass))) / count**2
             ctx.losses[f"{self.name}.balance"] = ctx.share * self.balance * balance
             ctx.losses[f"{self.name}.z_loss"] = ctx.share * self.z_loss * float(squares) / count
-        pull = xp.astype(ctx.share * self.balance * e / count**2 * assigned, log.dtype)
-        pull, push = xp.broadcast_to(pull, probabilities.shape), 2 * ctx.share * self.z_loss / count * log
+        share = ctx.share * ctx.scale
+        pull = xp.astype(share * self.balance * e / count**2 * assigned, log.dtype)
+        pull, push = xp.broadcast_to(pull, probabilities.shape), 2 * share * self.z_loss / count * log
         if valid is not None:
             factor = xp.astype(valid, log.dtype)
             pull, push = pull * factor[:, None], push * factor
@@ -211,7 +217,8 @@ class MoE(Layer):
     def _dlogits(self, dy: DistArray, routing: Routing, rows: Block) -> DistArray:
         """Return the cotangent of the logits. **Communication:** ``[b, s, k]`` is summed over the axes that cut h."""
         xp = backend.namespace(rows)
-        dweights = xp.stack([xp.sum(_flat(dy) * rows[j, ...], axis=-1) for j in range(self.top_k)], axis=-1)
+        d, rows = wide(_flat(dy)), wide(rows)
+        dweights = xp.stack([xp.sum(d * rows[j, ...], axis=-1) for j in range(self.top_k)], axis=-1)
         dweights = comm.allreduce(dweights, dy.grid, dy.layout.dims[-1])
         block = kernels.route_backward(
             dweights,
@@ -223,7 +230,7 @@ class MoE(Layer):
             routing.push,
         )
         e = block.shape[1]
-        block = xp.reshape(block, (*dy.local.shape[:2], e))
+        block = like(dy.local, xp.reshape(block, (*dy.local.shape[:2], e)))
         return DistArray(block, (*dy.shape[:2], e), Layout(*dy.layout.dims[:2], None), dy.grid)
 
 
@@ -236,4 +243,4 @@ def _flat(x: DistArray) -> Block:
 
 
 def _like(x: DistArray, rows: Any) -> DistArray:
-    return x.like(backend.namespace(rows).reshape(rows, x.local.shape))
+    return x.like(like(x.local, backend.namespace(rows).reshape(rows, x.local.shape)))

@@ -64,7 +64,7 @@ class RMSNorm(Layer):
         return x.like(y), (kept(x, x), gain, statistics)
 
     def _vector(self, parameter: Parameter, x: DistArray) -> Any:
-        return parameter.value.redistribute(Layout(x.layout.dims[-1])).local
+        return parameter.use(Layout(x.layout.dims[-1])).local
 
     def _total(self, x: DistArray) -> Any:
         """Return what finishes a sum over h; None where h is not cut."""

@@ -182,9 +182,14 @@ class Parallelism:
         self.ring, self._heads = (self._present(axes) for axes in SEQUENCES[sequence])
 
     @property
+    def copies(self) -> Axes:
+        """Axes over which tokens are cut and weights replicated, unless ZeRO stores them cut."""
+        return self._present(_COPIES)
+
+    @property
     def deferred(self) -> Axes:
         """Axes over which gradients stay partial until the last microbatch."""
-        return self._present(_COPIES) if self.zero < 2 else ()
+        return self.copies if self.zero < 2 else ()
 
     @property
     def keep_weights(self) -> bool:

@@ -90,7 +90,7 @@ class Convolution(Layer):
     def _apply(self, x: DistArray) -> tuple[DistArray, Any]:
         """Return the product, without bias, as the map leaves it, and what `_adjoint` needs."""
         p, image = self.product, x.redistribute(self.images)
-        w = self.weight.value.redistribute(p.w)
+        w = self.weight.use(p.w)
         y = contract(p.subscripts, self._windows(image), w, p.axes)
         return y, (image if self.keep else x, w if self.keep_weight else None, x.layout.with_partial())
 
@@ -98,14 +98,14 @@ class Convolution(Layer):
         """Return the cotangent of the images for one of the product as the map takes it."""
         p, (x, w, layout) = self.product, cache
         dx_subscripts, dw_subscripts = adjoints(p.subscripts)
-        w = self.weight.value.redistribute(p.w) if w is None else w
+        w = self.weight.use(p.w) if w is None else w
         d = contract(dx_subscripts, dy, w, p.axes)
         image = kernels.fold(self._all_windows(d), x.shape[2:], self.stride, self.padding)
         partial = Layout(*d.layout.dims[:2], None, None, partial=(*d.layout.partial, *d.layout.dims[4]))
 
         def weight_product() -> None:
             windows = self._windows(x.redistribute(self.images))
-            self.weight.accumulate(contract(dw_subscripts, windows, dy, p.axes))
+            self.weight.accumulate(contract(dw_subscripts, windows, dy, p.axes, wide=True))
 
         weight_product() if later is None else later.append(weight_product)
         return DistArray(image, x.shape, partial, x.grid).redistribute(layout)
@@ -185,7 +185,7 @@ class Conv2d(Convolution):
         xp, shape = backend.namespace(y.local), (*y.shape[:2], *count)
         block = xp.reshape(y.local, (*y.local.shape[:2], *count))
         if self.bias is not None:
-            bias = self.bias.value.redistribute(Layout(self.y.dims[1]))
+            bias = self.bias.use(Layout(self.y.dims[1]))
             block = block + bias.local[None, :, None, None]
         return DistArray(block, shape, self.y, x.grid), cache
 
@@ -249,9 +249,9 @@ class PatchEmbedding(Convolution):
         y, cache = self._apply(x)
         first = all(y.grid.coords[axis] == 0 for axis in y.layout.partial)
         if self.bias is not None and first:
-            y = y.like(y.local + self.bias.value.redistribute(self.bias_layout).local)
+            y = y.like(y.local + self.bias.use(self.bias_layout).local)
         if self.token is not None:
-            token = self.token.value.redistribute(self.bias_layout)
+            token = self.token.use(self.bias_layout)
             y.local[:, : self._held(y), :] = token.local if first else 0
         return y.redistribute(self.y), cache
 

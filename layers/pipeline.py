@@ -10,7 +10,9 @@ from colossal_mpi import backend, comm, exchange
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import GridError
 from colossal_mpi.grid import Grid
+from colossal_mpi.layers.buckets import SIZE, GradientBuckets
 from colossal_mpi.layers.layer import Chain, Context, Layer, Parameter
+from colossal_mpi.layers.prefetch import Prefetch
 from colossal_mpi.layers.schedule import Forward, Instruction, ReceiveActivation, SendActivation, balanced, program
 from colossal_mpi.layers.stage import PIPE, Feed, Once, Run, Stage, Stream
 from colossal_mpi.layout import box_shape, rank_of
@@ -42,12 +44,17 @@ def cut(model: Chain, grid: Grid, chunks: int = 1, costs: Sequence[float] | None
         If there are more pieces than layers.
     """
     stages, stage = grid.axes.get(PIPE, 1), grid.coords.get(PIPE, 0)
+    return [Chain(*layers) for layers in pieces(model, stages, chunks, costs)[stage]]
+
+
+def pieces(model: Chain, stages: int, chunks: int = 1, costs: Sequence[float] | None = None) -> list[list[list[Layer]]]:
+    """Return the layers of each chunk of each stage, as `cut` gives them to a stage."""
     if costs is None:
         costs = [
             sum(math.prod(q.shape) for q in layer.parameters()) if i else 0 for i, layer in enumerate(model.layers)
         ]
-    pieces = balanced(list(costs), stages * chunks)
-    return [Chain(*[model.layers[i] for i in pieces[c * stages + stage]]) for c in range(chunks)]
+    found = balanced(list(costs), stages * chunks)
+    return [[[model.layers[i] for i in found[c * stages + stage]] for c in range(chunks)] for stage in range(stages)]
 
 
 class Pipeline(Stage):
@@ -61,6 +68,10 @@ class Pipeline(Stage):
     grid : Grid
         With an axis ``pipe``; without one it is one stage.
     schedule : {"gpipe", "1f1b", "interleaved", "zero-bubble"}
+    bucket : int
+        Bytes of gradients that are reduced over ``data`` together, begun while the step goes on.
+    held : sequence of sequence of str, optional
+        The names of each stage's parameters; by default the stages tell one another.
 
     Raises
     ------
@@ -75,11 +86,18 @@ class Pipeline(Stage):
     cotangent back: ``2 b s h`` words for each border between pieces, summed over ranks; one word for the loss.
     """
 
-    def __init__(self, chunks: Sequence[Layer], grid: Grid, schedule: str = "1f1b") -> None:
+    def __init__(
+        self,
+        chunks: Sequence[Layer],
+        grid: Grid,
+        schedule: str = "1f1b",
+        bucket: int = SIZE,
+        held: Sequence[Sequence[str]] | None = None,
+    ) -> None:
         super().__init__(list(chunks), grid, place_of(grid), grid.coords.get(PIPE, 0), grid.axes.get(PIPE, 1))
-        self.schedule = schedule
+        self.schedule, self.bucket, self.prefetch = schedule, bucket, Prefetch()
         self._program(1)
-        self.tied = self._tie()
+        self.tied = self._tie(held)
 
     def _program(self, microbatches: int) -> list[Instruction]:
         return list(program(self.schedule, self.stages, microbatches, self.number, len(self.chunks)))
@@ -89,10 +107,11 @@ class Pipeline(Stage):
         found = {id(q): q for chunk in self.chunks for q in chunk.parameters()}
         return list(found.values())
 
-    def _tie(self) -> list[tuple[Parameter, int]]:
+    def _tie(self, held_by: Sequence[Sequence[str]] | None) -> list[tuple[Parameter, int]]:
         """Tell parameters of the whole model; return those that another stage has, too, by name, and that stage."""
         mine = {q.name: q for q in self.parameters()}
-        names = comm.collect((self.number, sorted(mine)), self.grid)
+        told = (self.number, sorted(mine))
+        names = comm.collect(told, self.grid) if held_by is None else list(enumerate(held_by))
         empty = sorted({stage for stage, held in names if not held})
         if empty:
             raise GridError(f"stages without weights: {', '.join(map(str, empty))} of {self.stages}; use fewer stages")
@@ -113,16 +132,24 @@ class Pipeline(Stage):
     def step(self, feed: Feed) -> float:
         """Leave the gradients of all microbatches in the parameters; return the loss, the same on all ranks.
 
-        The gradient of a weight that two stages hold is their sum on both, before it is reduced over data. A step is
-        all that adds to gradients between two steps of an optimizer.
+        Their reductions over data are under way: `Parameter.reduce` waits for them. The gradient of a weight that two
+        stages hold is their sum on both, before it is reduced over data. A step is all that adds to gradients between
+        two steps of an optimizer.
         """
         steps = self._program(feed.microbatches)
         run = Run(self, feed, steps)
-        for step in steps:
-            run.do(step)
-        loss = run.finish()
-        for parameter, other in self.tied:
-            self._sum(parameter, other)
+        with (
+            GradientBuckets(self.chunks, feed.microbatches, self.bucket) as buckets,
+            self.prefetch.over(self.chunks, run.passes(steps)),
+        ):
+            for parameter, _ in self.tied:
+                buckets.hold(parameter)
+            for step in steps:
+                run.do(step)
+            loss = run.finish()
+            for parameter, other in self.tied:
+                self._sum(parameter, other)
+                buckets.counted(parameter)
         return loss
 
     def outputs(self, x: Any, ctx: Context, stream: Stream) -> Any:
@@ -142,9 +169,10 @@ class Pipeline(Stage):
         kinds = (Forward, ReceiveActivation, SendActivation)
         forwards = [step for step in self._program(1) if isinstance(step, kinds)]
         run = Run(self, feed, forwards)
-        for step in forwards:
-            run.do(step)
-        run.finish()
+        with self.prefetch.over(self.chunks, run.passes(forwards)):
+            for step in forwards:
+                run.do(step)
+            run.finish()
         return self._everywhere(feed.made)
 
     def _everywhere(self, made: Any) -> Any:
@@ -168,6 +196,8 @@ class Pipeline(Stage):
         return DistArray(comm.bcast(block, self.grid, (PIPE,), self.stages - 1), shape, layout, self.place)
 
     def _sum(self, parameter: Parameter, other: int) -> None:
+        if not parameter.deferred:
+            parameter.reduce()
         assert parameter.grad is not None
         layout = parameter.value.layout if parameter.deferred else parameter.owned
         mine = parameter.grad.redistribute(layout.with_partial(*parameter.deferred))

@@ -14,6 +14,7 @@ from colossal_mpi.layers.layer import Chain, Context, Later, Layer
 from colossal_mpi.layers.linear import Linear
 from colossal_mpi.layers.parallelism import Parallelism
 from colossal_mpi.layers.patch import Pair, pair
+from colossal_mpi.layers.precision import rounded
 from colossal_mpi.layout import Layout, box_shape
 
 
@@ -33,7 +34,7 @@ class MeanPool(Layer):
 
     def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
         """Return the mean of the positions."""
-        return (x.sum_over([1]) / x.shape[1]).redistribute(self.y), (x.shape, x.layout.with_partial())
+        return rounded((x.sum_over([1]) / x.shape[1]).redistribute(self.y), x.dtype), (x.shape, x.layout.with_partial())
 
     def backward(self, dy: DistArray, cache: Any, later: Later = None) -> DistArray:
         """Return ``dy / s`` at every position."""

@@ -38,7 +38,7 @@ def attend(q: Block, kv: Blocks, sight: Sight) -> Blocks:
         This rank's keys and values, contiguous if there are others.
     sight : Sight
 
-    **Communication:** all_to_alls over the ring of c ranks: the keys and values of all others, ``2 (c - 1) b n g d``
+    **Communication:** messages round the ring of c ranks: the keys and values of all others, ``2 (c - 1) b n g d``
     words where blocks are equal.
     """
     rows = sight.blocks(sight.rank)
@@ -46,6 +46,7 @@ def attend(q: Block, kv: Blocks, sight: Sight) -> Blocks:
     for source, block in _round(kv, sight):
         for piece in sight.pieces(source):
             parts[piece.row] = _merged(parts[piece.row], attend_piece(q, block, piece))
+            _progress(sight)
     nothing = attend_piece(q, kv, Piece(0, slice(None), slice(0), False)) if None in parts else (q, q)
     return _joined([part or _rows(nothing, some) for part, some in zip(parts, rows, strict=True)], q)
 
@@ -85,7 +86,7 @@ def attend_backward(
 
     Parameters are those of `attend`, what it returned, and the cotangent of its output.
 
-    **Communication:** all_to_alls over the ring of c ranks: the keys and values of all others again, and in c messages
+    **Communication:** messages round the ring of c ranks: the keys and values of all others again, and in c messages
     the cotangents of keys and values, ``(4 c - 2) b n g d`` words where blocks are equal. Cotangents of 16 bits travel
     as of 32, in which they are summed.
     """
@@ -99,6 +100,7 @@ def attend_backward(
             x, y, z = kernels.attention_backward(do[rows], q[rows], k, v, *known, *seen)
             dq = _plus(dq, piece.queries, x, q)
             dk, dv = _plus(dk, piece.keys, y, block[0]), _plus(dv, piece.keys, z, block[1])
+            _progress(sight)
         home.add(source, [_filled(dk, block[0]), _filled(dv, block[1])])
     dq, dk, dv = (backend.namespace(q).astype(x, q.dtype, copy=False) for x in (_filled(dq, q), *home.arrived()))
     return dq, dk, dv
@@ -165,7 +167,13 @@ def _empty(kv: Blocks, sight: Sight, source: int) -> Blocks:
 def _pass_on(send: Sequence[Block], recv: Sequence[Block], sight: Sight, stream: int) -> exchange.Pending:
     """Send blocks to the next rank of the ring while those of the one before arrive."""
     after, before = ((sight.rank + by) % sight.ranks for by in (1, -1))
-    return exchange.start(sight.grid, sight.axes, [(after, x) for x in send], [(before, x) for x in recv], stream)
+    there, back = [(after, x) for x in send], [(before, x) for x in recv]
+    return exchange.start(sight.grid, sight.axes, there, back, stream, op="receive")
+
+
+def _progress(sight: Sight) -> None:
+    if sight.ranks > 1:
+        exchange.progress(sight.grid)
 
 
 def _wide(block: Block) -> Block:

@@ -98,9 +98,11 @@ class Rotary:
     def angles(self, x: DistArray, positions: Block | None) -> tuple[Block, Block]:
         """Return cosine and sine of the angles of this rank's part of ``x [b, s, ..., d]``, in its dtype.
 
-        Computed in float64. Those of given positions ``[s]`` or ``[b, s]`` are ``[s, d/2]`` or ``[b, s, d/2]``.
+        Computed in float64; in float32 for 16-bit floats.
+        Those of given positions ``[s]`` or ``[b, s]`` are ``[s, d/2]`` or ``[b, s, d/2]``.
         """
         frequencies, dtype = self.frequencies(x.shape[-1]), x.local.dtype
+        dtype = backend.wide_dtype(x.local) if backend.is_half(dtype) else dtype
         if positions is None:
             table = _table(frequencies.tobytes(), x.box[1], backend.numpy_dtype(dtype))
             cos, sin = (backend.to_block(part, x.local) for part in table)

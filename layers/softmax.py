@@ -7,6 +7,7 @@ from typing import Any
 from colossal_mpi import backend, comm
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.layers import kernels
+from colossal_mpi.layers.kernels.reference.wide import like, wide
 from colossal_mpi.layers.layer import Context, Later, Layer
 
 
@@ -24,13 +25,14 @@ class Softmax(Layer):
         x = x.reduced()
         xp, grid, axes = backend.namespace(x.local), x.grid, x.layout.dims[-1]
         top = comm.allreduce(kernels.peak(x.local), grid, axes, comm.MAX)
-        y = xp.exp(x.local - top[..., None])
+        y = xp.exp(wide(x.local) - wide(top)[..., None])
         y /= comm.allreduce(xp.sum(y, axis=-1), grid, axes)[..., None]
+        y = like(x.local, y)
         return x.like(y), x.like(y)
 
     def backward(self, dy: DistArray, cache: Any, later: Later = None) -> DistArray:
         """Return ``y (dy - sum(y dy))``."""
         y = cache
-        xp, d = backend.namespace(y.local), dy.redistribute(y.layout).local
-        total = comm.allreduce(xp.sum(y.local * d, axis=-1), y.grid, y.layout.dims[-1])
-        return y.like(y.local * (d - total[..., None]))
+        xp, d, p = backend.namespace(y.local), wide(dy.redistribute(y.layout).local), wide(y.local)
+        total = comm.allreduce(xp.sum(p * d, axis=-1), y.grid, y.layout.dims[-1])
+        return y.like(like(y.local, p * (d - total[..., None])))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import singledispatchmethod
 from typing import Any, Protocol
 
 import numpy as np
 
-from colossal_mpi import backend, comm, exchange
+from colossal_mpi import backend, comm, exchange, ledger
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.grid import Grid
 from colossal_mpi.layers.layer import Context, Layer
@@ -126,31 +126,34 @@ class Run:
     @do.register
     def _(self, step: Forward) -> None:
         mb, c, p = step.microbatch, step.chunk, self.stage
-        x = self.feed.inputs(mb) if c == p.number == 0 else self.coming.pop(("x", mb, c))
-        y, cache = p.chunks[c].forward(x, self.feed.context(mb))
-        saved = None
-        if self._is_last(c):
-            value, saved = self.feed.loss(y, mb)
-            self.total += value
-        else:
-            self._hand_on("x", mb, c, 1, y)
+        with ledger.span("forward", microbatch=mb, chunk=c):
+            x = self.feed.inputs(mb) if c == p.number == 0 else self.coming.pop(("x", mb, c))
+            y, cache = p.chunks[c].forward(x, self.feed.context(mb))
+            saved = None
+            if self._is_last(c):
+                value, saved = self.feed.loss(y, mb)
+                self.total += value
         self.caches[mb, c] = cache, saved
+        if not self._is_last(c):
+            self._hand_on("x", mb, c, 1, y)
 
     @do.register
     def _(self, step: BackwardInput) -> None:
         mb, c, p = step.microbatch, step.chunk, self.stage
         cache, saved = self.caches.pop((mb, c))
-        dy = self.feed.loss_backward(saved) if self._is_last(c) else self.coming.pop(("dy", mb, c))
         # Alone, a stage makes nobody wait: its weight products are done at once, and free what they need.
         later = self.later.setdefault((mb, c), [])
-        dx = p.chunks[c].backward(dy, cache, None if p.stages == 1 else later)
+        with ledger.span("backward", microbatch=mb, chunk=c):
+            dy = self.feed.loss_backward(saved) if self._is_last(c) else self.coming.pop(("dy", mb, c))
+            dx = p.chunks[c].backward(dy, cache, None if p.stages == 1 else later)
         if not c == p.number == 0:
             self._hand_on("dy", mb, c, -1, dx)
 
     @do.register
     def _(self, step: BackwardWeight) -> None:
-        for work in self.later.pop((step.microbatch, step.chunk)):
-            work()
+        with ledger.span("weight", microbatch=step.microbatch, chunk=step.chunk):
+            for work in self.later.pop((step.microbatch, step.chunk)):
+                work()
 
     def _hand_on(self, what: str, microbatch: int, chunk: int, by: int, array: DistArray) -> None:
         """Give an array to the piece before or behind: a stage alone has it itself."""
@@ -166,7 +169,7 @@ class Run:
         array = self.going.pop((_what(step), step.microbatch, step.chunk)).redistribute(layout)
         self.sending = [pending for pending in self.sending if not pending.done()]
         send = [(step.peer, backend.contiguous(array.local))]
-        self.sending.append(exchange.start(self.stage.grid, (PIPE,), send, [], _STREAMS[_what(step)]))
+        self.sending.append(exchange.start(self.stage.grid, (PIPE,), send, [], _STREAMS[_what(step)], "send"))
 
     @do.register(ReceiveActivation)
     @do.register(ReceiveGradient)
@@ -183,8 +186,14 @@ class Run:
         shape, layout, dtype = self.feed.stream(step.microbatch)
         layout, place = layout.on(self.place.axes, len(shape)), self.place
         block = place.empty(box_shape(layout.box(shape, place.axes, place.coords)), dtype)
-        pending = exchange.start(self.stage.grid, (PIPE,), [], [(step.peer, block)], _STREAMS[_what(step)])
+        recv = [(step.peer, block)]
+        pending = exchange.start(self.stage.grid, (PIPE,), [], recv, _STREAMS[_what(step)], "receive")
         self.posted.append((DistArray(block, shape, layout, place), pending))
+
+    def passes(self, steps: Sequence[Instruction]) -> Iterator[tuple[str, Layer]]:
+        """Yield the passes through the pieces of the model, ``forward`` and ``backward``, in order."""
+        kinds = {Forward: "forward", BackwardInput: "backward"}
+        return ((kinds[type(step)], self.stage.chunks[step.chunk]) for step in steps if type(step) in kinds)
 
     def _is_last(self, chunk: int) -> bool:
         return chunk == len(self.stage.chunks) - 1 and self.stage.number == self.stage.stages - 1

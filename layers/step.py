@@ -15,8 +15,8 @@ class Loss(Protocol):
     def forward(self, x: DistArray, target: DistArray, count: int | None) -> tuple[float, Any]:
         """Return the loss, the same bits on every rank, and what `backward` needs."""
 
-    def backward(self, cache: Any) -> DistArray:
-        """Return the cotangent of x."""
+    def backward(self, cache: Any, scale: float = 1.0) -> DistArray:
+        """Return the cotangent of x, times a loss scale."""
 
 
 def backpropagate(
@@ -48,7 +48,7 @@ def backpropagate(
     ctx, own = ctx or Context(), dict[str, float]()
     y, cache = model.forward(x, replace(ctx, losses=own))
     value, kept = loss.forward(y, target, count)
-    model.backward(loss.backward(kept), cache)
+    model.backward(loss.backward(kept, ctx.scale), cache)
     if ctx.losses is not None:
         ctx.losses.update(own)
     return value + sum(own.values())

@@ -13,6 +13,7 @@ from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import DTypeError, OptionError, ShapeError, SharingError
 from colossal_mpi.grid import Grid
 from colossal_mpi.layers.layer import Context, Layer, Parameter
+from colossal_mpi.layers.precision import rounded
 from colossal_mpi.layout import Layout, box_shape
 
 
@@ -112,7 +113,7 @@ class _Last(torch.autograd.Function):
 
 
 def _gradient(parameter: Parameter, *others: torch.Tensor) -> torch.Tensor:
-    grad = parameter.reduce()
+    grad = rounded(parameter.reduce(), parameter.value.dtype)
     return Place(grad.shape, grad.layout, grad.grid).tensor(grad, *others)
 
 

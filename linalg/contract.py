@@ -45,6 +45,7 @@ def contract(
     conj: str = "",
     stream: str | None = None,
     panel: int = 256,
+    wide: bool = False,
 ) -> DistArray:
     """Return ``alpha op(a) op(b) + beta out`` by the algorithm that a map of grid axes describes.
 
@@ -71,6 +72,8 @@ def contract(
         ``k`` keeps C in place (SUMMA), ``n`` keeps A, ``m`` keeps B.
     panel : int
         Greatest number of indices of a panel.
+    wide : bool
+        Return the product of 16-bit floats in float32, as it was summed. An array `out` keeps its dtype.
 
     Returns
     -------
@@ -101,7 +104,7 @@ def contract(
         return product
     product = product if layout is None else product.redistribute(layout)
     if target is None:
-        return product if product.dtype == a.dtype else product.astype(a.dtype)
+        return product if wide or product.dtype == a.dtype else product.astype(a.dtype)
     blas.blend(target.local, product.local, 1, beta)
     return target
 

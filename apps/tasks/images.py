@@ -74,9 +74,9 @@ class ImageClassification(Task):
         """Return the cross-entropy, a mean over the images."""
         return self.cross_entropy.forward(outputs, labels, samples)
 
-    def backward(self, saved: Any) -> DistArray:
-        """Return the cotangent of the logits."""
-        return self.cross_entropy.backward(saved)
+    def backward(self, saved: Any, scale: float = 1.0) -> DistArray:
+        """Return the cotangent of the logits, times a loss scale."""
+        return self.cross_entropy.backward(saved, scale)
 
     def measures(self, outputs: DistArray, labels: DistArray, samples: int) -> Mapping[str, float]:
         """Return this batch's part of the share of the images that are given their class."""

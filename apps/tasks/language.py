@@ -62,9 +62,9 @@ class CausalLanguage(Task):
         """Return the cross-entropy, a mean over all tokens."""
         return self.cross_entropy.forward(outputs, labels, samples * self.context)
 
-    def backward(self, saved: Any) -> DistArray:
-        """Return the cotangent of the logits."""
-        return self.cross_entropy.backward(saved)
+    def backward(self, saved: Any, scale: float = 1.0) -> DistArray:
+        """Return the cotangent of the logits, times a loss scale."""
+        return self.cross_entropy.backward(saved, scale)
 
     def sample(self, count: int) -> bytes:
         """Return a prompt continued by `count` sampled bytes, the same on any grid up to rounding."""

@@ -78,9 +78,9 @@ class MaskedLanguage(Task):
         results = [self.cross_entropy.forward(x, y, samples * n) for x, y, n in self._each(outputs, labels)]
         return sum(value for value, _ in results), [saved for _, saved in results]
 
-    def backward(self, saved: Any) -> Any:
-        """Return the cotangents of the logits."""
-        cotangents = tuple(self.cross_entropy.backward(one) for one in saved)
+    def backward(self, saved: Any, scale: float = 1.0) -> Any:
+        """Return the cotangents of the logits, times a loss scale."""
+        cotangents = tuple(self.cross_entropy.backward(one, scale) for one in saved)
         return cotangents if self.pairs else cotangents[0]
 
     def measures(self, outputs: Any, labels: Any, samples: int) -> Mapping[str, float]:

@@ -78,8 +78,8 @@ class Task:
         """Return this batch's part of the mean loss over `samples` samples, in nats, and what `backward` needs."""
         raise NotImplementedError
 
-    def backward(self, saved: Any) -> Any:
-        """Return the cotangent of the outputs."""
+    def backward(self, saved: Any, scale: float = 1.0) -> Any:
+        """Return the cotangent of the outputs, times a loss scale."""
         raise NotImplementedError
 
     def measures(self, outputs: Any, labels: Any, samples: int) -> Mapping[str, float]:

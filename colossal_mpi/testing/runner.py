@@ -19,7 +19,7 @@ PHASES = ("setup", "call", "teardown")
 def rank_count(item: pytest.Item) -> int:
     """Return the number of ranks that the item's markers ask for."""
     params = item.callspec.params if hasattr(item, "callspec") else {}
-    if item.get_closest_marker("grids"):
+    if isinstance(params.get("grid"), dict):
         return math.prod(params["grid"].values())
     marker = item.get_closest_marker("ranks")
     return params.get("ranks", marker.args[0]) if marker else 1

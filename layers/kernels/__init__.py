@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from colossal_mpi import comm
@@ -51,6 +53,17 @@ def use(provider: str, grid: Grid | None = None) -> str:
     taken = "reference" if provider == "reference" or lacking is not None else "torch"
     _active = importlib.import_module(f"{__name__}.{taken}")
     return taken
+
+
+@contextmanager
+def as_planned() -> Iterator[None]:
+    """Take the kernels of planned grids until the context ends."""
+    global _active
+    before, _active = _active, importlib.import_module(f"{__name__}.planned")
+    try:
+        yield
+    finally:
+        _active = before
 
 
 def _missing() -> str | None:

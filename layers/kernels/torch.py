@@ -63,6 +63,11 @@ def _share(result: Any) -> Any:
     return from_torch(result) if isinstance(result, torch.Tensor) else result
 
 
+def _is_half(x: Tensor) -> bool:
+    """Say whether sums over a block are those of 16-bit floats, which ATen returns in 16 bits."""
+    return bool(x.dtype.itemsize == 2)
+
+
 @_kernel
 def gelu(x: Tensor) -> Any:
     if x.device.type == "cpu" and torch.get_num_threads() == 1:
@@ -107,7 +112,7 @@ def relu_backward(dy: Tensor, x: Tensor) -> Tensor:
 
 @_kernel
 def norm(x: Tensor, gain: Tensor, bias: Tensor | None, centred: bool, eps: float, size: int, total: Any = None) -> Any:
-    if total is not None or not x.numel():
+    if total is not None or not x.numel() or _is_half(x):
         return NotImplemented
     if centred:
         y, mean, rstd = _aten.native_layer_norm(x, [size], gain, bias, eps)
@@ -121,7 +126,7 @@ def norm(x: Tensor, gain: Tensor, bias: Tensor | None, centred: bool, eps: float
 @_kernel
 def norm_backward(dy: Tensor, x: Tensor, gain: Tensor, statistics: Any, size: int, total: Any = None) -> Any:
     mean, rstd = statistics
-    if total is not None or not x.numel():
+    if total is not None or not x.numel() or _is_half(x):
         return NotImplemented
     if mean is not None:
         parts = mean[..., None], rstd[..., None], gain, gain, [True] * 3
@@ -134,6 +139,8 @@ def norm_backward(dy: Tensor, x: Tensor, gain: Tensor, statistics: Any, size: in
 @_kernel
 def lookup_backward(dy: Tensor, ids: Tensor, start: int, count: int) -> Tensor:
     """Ids of other pieces are padding, in a row more than there are."""
+    if _is_half(dy):
+        return NotImplemented
     local = ids - start
     local = torch.where((local >= 0) & (local < count), local, count).long()
     return _aten.embedding_dense_backward(dy, local, count + 1, count, False)[:count]

@@ -116,7 +116,7 @@ def save_pretrained(
         Bytes of weights in one file; more go into several, with an index.
     extra : mapping, optional
         Further keys of ``config.json``, such as ``eos_token_id``; those that say what is computed are the model's own.
-        Of several ``model_type``s for one architecture, such as llama and mistral, the one here is written.
+        Of several kinds of ``model_type`` for one architecture, such as llama and mistral, the one here is written.
 
     Raises
     ------

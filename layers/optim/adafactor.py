@@ -67,7 +67,7 @@ class Adafactor(Optimizer):
             "rows": math.prod(w.shape[: parameter.inputs]),
             "columns": math.prod(w.shape[parameter.inputs :]),
         }
-        return {slot: distarray.zeros([n], w.grid, Layout(None), w.dtype) for slot, n in sizes.items()}
+        return {slot: distarray.zeros([n], w.grid, Layout(None), parameter.zeros().dtype) for slot, n in sizes.items()}
 
     def update(
         self, parameter: Parameter, w: DistArray, g: DistArray, slots: dict[str, DistArray], lr: float, **options: Any

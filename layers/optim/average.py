@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.layers.layer import Parameter
+from colossal_mpi.layers.precision import rounded, widened
 
 
 class MovingAverage:
@@ -28,7 +29,7 @@ class MovingAverage:
 
     def __init__(self, parameters: Iterable[Parameter], decay: float = 0.999) -> None:
         self.parameters, self.decay, self.updates = list(parameters), decay, 0
-        self.averages = {p.name: p.value.copy() for p in self.parameters}
+        self.averages = {p.name: widened(p.value.copy()) for p in self.parameters}
 
     def update(self) -> None:
         """Take in the weights as they are now."""
@@ -51,8 +52,8 @@ class MovingAverage:
     def _swap(self) -> None:
         for parameter in self.parameters:
             average = self.averages[parameter.name]
-            kept = parameter.value.copy()
-            parameter.value.local[...] = average.local
+            kept = widened(parameter.value.copy())
+            parameter.value.local[...] = rounded(average, parameter.value.dtype).local
             average.local[...] = kept.local
 
     def state(self) -> Mapping[str, DistArray]:

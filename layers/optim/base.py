@@ -11,6 +11,7 @@ from colossal_mpi.distarray import DistArray, squares
 from colossal_mpi.errors import OptionError
 from colossal_mpi.grid import Grid
 from colossal_mpi.layers.layer import Parameter
+from colossal_mpi.layers.precision import MASTER, LossScale
 
 
 def gradient_norm(gradients: Sequence[DistArray], grid: Grid | None = None) -> float:
@@ -68,6 +69,8 @@ class Optimizer:
         Of the parameters that decay.
     decays : callable
         Says which do; by default weights and tables, not biases and gains.
+    scaling : LossScale, optional
+        Of the losses whose gradients come; by default what the weights' dtypes need.
     **options
         Of the subclass.
 
@@ -87,6 +90,7 @@ class Optimizer:
         clip: float | None,
         weight_decay: float,
         decays: Callable[[Parameter], bool] = is_weight,
+        scaling: LossScale | None = None,
         **options: Any,
     ) -> None:
         given = list(parameters)
@@ -96,7 +100,17 @@ class Optimizer:
         self.lr, self.clip, self.decays, self.steps = lr, clip, decays, 0
         self.options = {"weight_decay": weight_decay, **options}
         self._check()
+        self.scaling = scaling or LossScale.of({p.dtype for p in self.parameters})
         self.moments = {p.name: self.begin(p) for p in self.parameters}
+        """The state of each parameter by slots: those of `begin`, and the master of a 16-bit weight."""
+        for p in self.parameters:
+            if p.half:
+                self.moments[p.name][MASTER] = p.master()
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss of the next step is to be multiplied by before its backward pass (`Context.scale`)."""
+        return 1.0 if self.scaling is None else self.scaling.value
 
     def _check(self) -> None:
         names = [parameter.name for parameter in self.parameters]
@@ -114,13 +128,19 @@ class Optimizer:
     def step(self, lr: float | None = None) -> float:
         """Update all weights, forget the gradients, and return the norm that they had.
 
+        Where weights are of 16 bits and the norm is not finite, on all ranks alike, nothing but the loss scale changes.
+
         **Communication:** the deferred reductions of the gradients and one allreduce of a single word; what `update`
         needs besides.
         """
         reduced = [parameter.reduce() for parameter in self.parameters]
         counted = [g for g, parameter in zip(reduced, self.parameters, strict=True) if parameter.counted]
-        norm = gradient_norm(counted, self.parameters[0].world)
-        scale = 1.0 if self.clip is None or norm <= self.clip else self.clip / norm
+        norm = gradient_norm(counted, self.parameters[0].world) / (given := self.loss_scale)
+        if self.scaling is not None and not self.scaling.follow(norm):
+            for parameter in self.parameters:
+                parameter.grad = None
+            return norm
+        scale = (1.0 if self.clip is None or norm <= self.clip else self.clip / norm) / given
         self.steps += 1
         for group in self.groups:
             rate, options = group.rate * (self.lr if lr is None else lr), self.options | group.options
@@ -132,8 +152,9 @@ class Optimizer:
         assert parameter.grad is not None
         own = options if self.decays(parameter) else options | {"weight_decay": 0.0}
         gradient = parameter.grad if scale == 1.0 else parameter.grad * scale
-        w = parameter.share()
-        self.update(parameter, w, gradient, self.moments[parameter.name], lr, **own)
+        slots = self.moments[parameter.name]
+        w = slots[MASTER] if parameter.half else parameter.share()
+        self.update(parameter, w, gradient, slots, lr, **own)
         parameter.refresh(w)
         parameter.grad = None
 
@@ -155,7 +176,25 @@ class Optimizer:
         """
         raise NotImplementedError
 
+    def weights(self, parameters: Iterable[Parameter] | None = None) -> Mapping[str, DistArray]:
+        """Return the weights of some parameters or all by name, those of 16 bits as their masters.
+
+        What is read into masters counts after `refresh`.
+        """
+        chosen = self.parameters if parameters is None else parameters
+        return {p.name: self.moments[p.name][MASTER] if p.half else p.value for p in chosen}
+
+    def refresh(self) -> None:
+        """Let 16-bit weights be their masters, rounded. **Communication:** that of `Parameter.refresh`."""
+        for parameter in self.parameters:
+            if parameter.half:
+                parameter.refresh(self.moments[parameter.name][MASTER])
+
     def state(self, parameters: Iterable[Parameter] | None = None) -> Mapping[str, DistArray]:
-        """Return the slots, of some parameters or all, by ``<slot>/<parameter>``; `steps` is the rest of the state."""
+        """Return the slots but masters, of some parameters or all, by ``<slot>/<parameter>``.
+
+        `weights`, `steps` and `scaling` are the rest of the state.
+        """
         names = [p.name for p in (self.parameters if parameters is None else parameters)]
-        return {f"{slot}/{name}": array for name in names for slot, array in self.moments[name].items()}
+        slots = ((slot, name, array) for name in names for slot, array in self.moments[name].items())
+        return {f"{slot}/{name}": array for slot, name, array in slots if slot != MASTER}

@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mpi4py import MPI
-from reference.modes import few, mode_of
+from reference.modes import FEW, mode_of
 
 from colossal_mpi import Grid
 from colossal_mpi.apps import config as configs
 from colossal_mpi.apps.trainer import Trainer
+from colossal_mpi.layers.pipeline import place_of
 from tests.cases import host
 
 TRAINING = {"steps": 6, "batch": 5, "microbatches": 2, "warmup": 2, "evaluate_batches": 2, "lr": 1e-2}
@@ -25,7 +26,12 @@ TASKS = {
 
 
 def trainer(name, grid, dtype="float64", **training):
-    parallel = {"grid": dict(grid.axes), "tensor": mode_of(grid) or "none", "dtype": dtype, "kernels": "reference"}
+    parallel = {
+        "grid": dict(grid.axes),
+        "tensor": mode_of(place_of(grid)) or "none",
+        "dtype": dtype,
+        "kernels": "reference",
+    }
     table = {**TASKS[name], "training": TRAINING | training, "parallel": parallel}
     return Trainer(configs.validate(table, name), grid)
 
@@ -43,7 +49,7 @@ def prepare(path: Path):
 
 
 @pytest.mark.prepare(prepare)
-@few
+@pytest.mark.grids(*FEW, {"seq": 3}, {"data": 2, "seq": 2, "ulysses": 2}, {"pipe": 2, "seq": 2})
 def test_three_steps_are_the_same_on_any_grid(grid, prepared):
     for name in TASKS:
         exact, mine = json.loads((prepared / f"{name}.json").read_text()), three_steps(name, grid)
@@ -89,7 +95,7 @@ LEARNS = {"patch": 4, "layers": 2, "hidden": 64, "heads": 4, "std": 0.1}
 @pytest.mark.grids({}, {"row": 2, "col": 2})
 def test_a_vit_names_the_digits(grid):
     training = {"steps": 150, "batch": 64, "microbatches": 1, "warmup": 30, "lr": 2e-3}
-    parallel = {"grid": dict(grid.axes), "tensor": mode_of(grid) or "none"}
+    parallel = {"grid": dict(grid.axes), "tensor": mode_of(place_of(grid)) or "none"}
     table = {"model": {"kind": "vit", **LEARNS}, "data": {"validation": 0.2}, "training": training}
     run = Trainer(configs.validate({**table, "parallel": parallel}, "digits"), grid)
     for step in range(150):

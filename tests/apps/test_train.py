@@ -110,6 +110,29 @@ def test_a_run_resumes_on_another_grid(folder, grid, settings):
     assert np.allclose([row["loss"] for row in rows(run)], losses, rtol=1e-9, atol=0)
 
 
+def test_half_precision_trains_and_resumes_at_any_dtype(folder):
+    """With recomputed blocks, too; a run of float16 goes on as it was, bitwise, and as one of float32."""
+    losses = {}
+    for dtype in ("float32", "float16"):
+        words = ["parallel.recompute=full", f"parallel.dtype={dtype}", f"run.directory={dtype}"]
+        done = start(2, "small.toml", "--grid", "row=1,col=2", *[word for x in words for word in ("--set", x)])
+        assert done.returncode == 0, done.stderr
+        losses[dtype] = [row["loss"] for row in rows(folder / dtype)]
+    assert np.allclose(losses["float16"], losses["float32"], rtol=2.0**-9, atol=0)
+    run = folder / "float16"
+    assert {row["loss_scale"] for row in rows(run)} == {2.0**16}
+    exact = final_state(run)
+    assert {array.dtype.name for array in exact.values()} == {"float32"}
+    for dtype, same in (("float16", True), ("float32", False)):
+        (run / "checkpoints" / "latest").unlink()
+        (run / "checkpoints" / "latest").symlink_to("step-0000003")
+        again = start(2, "--resume", "float16", "--set", f"parallel.dtype={dtype}")
+        assert again.returncode == 0, again.stderr
+        resumed = final_state(run)
+        assert all(np.array_equal(resumed[name], exact[name]) for name in exact) == same
+        assert np.allclose([row["loss"] for row in rows(run)], losses["float32"], rtol=2.0**-9, atol=0)
+
+
 @pytest.mark.parametrize(
     ("ranks", "arguments", "message"),
     [

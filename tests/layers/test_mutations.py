@@ -70,7 +70,7 @@ def check(grid, tensor, monkeypatch, gradients=gradients):
         assert seen > 1e-10, f"reduction {victim} of the backward pass, {reduction}, is not missed"
 
 
-@pytest.mark.grids({"col": 2}, {"data": 2, "col": 2})
+@pytest.mark.grids({"col": 2}, {"data": 2, "col": 2}, {"seq": 2, "ulysses": 2})
 def test_1d(grid, monkeypatch):
     check(grid, "1d", monkeypatch)
 
@@ -91,7 +91,7 @@ def test_3d(grid, monkeypatch):
     check(grid, "3d", monkeypatch)
 
 
-@pytest.mark.grids({"col": 2}, {"row": 2, "col": 2}, {"depth": 2, "col": 2}, {"col": 2, "depth": 2})
+@pytest.mark.grids({"col": 2}, {"row": 2, "col": 2}, {"depth": 2, "col": 2}, {"col": 2, "depth": 2}, {"ulysses": 2})
 def test_keys_and_values_of_every_rank(grid, monkeypatch):
     check(grid, mode_of(grid), monkeypatch, attention_gradients)
 

@@ -5,6 +5,7 @@ import pytest
 from mpi4py import MPI
 from reference import gpt_case as gpt
 from reference.gpt_case import block_and_index, difference
+from reference.gpt_feed import GPTFeed
 from reference.modes import mode_of
 
 from colossal_mpi import Grid, GridError, comm, from_global, ledger
@@ -112,6 +113,7 @@ def test_every_schedule_on_every_number_of_stages(grid, prepared, schedule, micr
 @pytest.mark.grids(
     {"pipe": 2, "data": 2},
     {"pipe": 2, "col": 3},
+    {"pipe": 2, "seq": 3},
     {"pipe": 2, "row": 2, "col": 2},
     {"pipe": 2, "data": 2, "depth": 2},
     {"pipe": 2, "depth": 2, "row": 1, "col": 2},
@@ -132,20 +134,6 @@ def test_words_between_stages(grid, prepared, schedule, microbatches):
     words = sum(event.words for event in moved.events if event.axes == ("pipe",))
     total = sum(comm.collect(words, grid))
     assert total == 2 * (2 * chunks - 1) * B * S * H + grid.size // 2  # and the loss
-
-
-class GPTFeed(Feed):
-    def _cut(self, whole, microbatch):
-        whole = gpt.TOKENS if whole is TOKENS else gpt.LABELS
-        rows = slice(*part(gpt.BATCH, self.microbatches, microbatch))
-        return from_global(whole[rows], self.p.grid, self.p.tokens())
-
-    def loss(self, y, microbatch):
-        return self.cross_entropy.forward(y, self._cut(LABELS, microbatch), gpt.COUNT)
-
-    def stream(self, microbatch):
-        first, stop = part(gpt.BATCH, self.microbatches, microbatch)
-        return (stop - first, gpt.CONFIG.positions, gpt.CONFIG.hidden), self.p.stream(), "float64"
 
 
 @pytest.mark.prepare(gpt.prepare)

@@ -24,7 +24,8 @@ SEQUENCE = ({"seq": 3}, {"ulysses": 2, "row": 2}, {"seq": 2, "ulysses": 2, "col"
 """With the sequence cut, too."""
 every_mode = pytest.mark.grids(*GRIDS)
 every_cut = pytest.mark.grids(*GRIDS, *SEQUENCE)
-few = pytest.mark.grids({}, {"col": 2}, {"row": 2, "col": 2}, {"depth": 2, "row": 1, "col": 2}, {"col": 2, "depth": 2})
+FEW = ({}, {"col": 2}, {"row": 2, "col": 2}, {"depth": 2, "row": 1, "col": 2}, {"col": 2, "depth": 2})
+few = pytest.mark.grids(*FEW)
 
 
 def mode_of(grid):

@@ -1,4 +1,4 @@
-"""Elementwise formulas."""
+"""Elementwise formulas; those of 16-bit floats are computed in float32 and rounded once."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import math
 
 from colossal_mpi.backend import Block, namespace
 from colossal_mpi.layers.kernels.reference.normal import normal_cdf, normal_pdf
+from colossal_mpi.layers.kernels.reference.wide import in_wide
 
 _GELU = math.sqrt(2.0 / math.pi)
 _CUBIC = 0.044715
 
 
+@in_wide
 def gelu(x: Block) -> Block:
     """Return the tanh form of GELU (Hendrycks & Gimpel 2016)."""
     xp = namespace(x)
@@ -25,6 +27,7 @@ def gelu(x: Block) -> Block:
     return t
 
 
+@in_wide
 def gelu_backward(dy: Block, x: Block) -> Block:
     """Return the cotangent of the input of `gelu`."""
     xp = namespace(x)
@@ -46,6 +49,7 @@ def gelu_backward(dy: Block, x: Block) -> Block:
     return slope
 
 
+@in_wide
 def gelu_erf(x: Block) -> Block:
     """Return GELU as it is defined, ``x`` times the distribution function of the normal (Hendrycks & Gimpel 2016)."""
     y = normal_cdf(x)
@@ -53,6 +57,7 @@ def gelu_erf(x: Block) -> Block:
     return y
 
 
+@in_wide
 def gelu_erf_backward(dy: Block, x: Block) -> Block:
     """Return the cotangent of the input of `gelu_erf`."""
     slope = normal_pdf(x)
@@ -70,6 +75,7 @@ def sigmoid(x: Block) -> Block:
     return s
 
 
+@in_wide
 def silu(x: Block) -> Block:
     """Return ``x sigmoid(x)``, also called swish."""
     y = sigmoid(x)
@@ -77,6 +83,7 @@ def silu(x: Block) -> Block:
     return y
 
 
+@in_wide
 def silu_backward(dy: Block, x: Block) -> Block:
     """Return the cotangent of the input of `silu`: dy times ``s (1 + x (1 - s))``."""
     s = sigmoid(x)
@@ -98,11 +105,13 @@ def relu_backward(dy: Block, x: Block) -> Block:
     return dy * namespace(x).astype(x > 0, dy.dtype)
 
 
+@in_wide
 def tanh(x: Block) -> Block:
     """Return the hyperbolic tangent."""
     return namespace(x).tanh(x)
 
 
+@in_wide
 def tanh_backward(dy: Block, x: Block) -> Block:
     """Return the cotangent of the input of `tanh`."""
     slope = tanh(x)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from itertools import repeat
 
 from colossal_mpi.backend import Block, namespace
+from colossal_mpi.layers.kernels.reference.wide import in_wide
 
 Pair = tuple[int, int]
 
@@ -29,6 +30,7 @@ def unfold(x: Block, kernel: Pair, stride: Pair, padding: Pair) -> Block:
     return xp.reshape(out, (*x.shape[:2], *kernel, count[0] * count[1]))
 
 
+@in_wide
 def fold(windows_of: Block, size: Pair, stride: Pair, padding: Pair) -> Block:
     """Return the images of which each element is the sum of all that `unfold` made of it: its adjoint."""
     b, c, ky, kx = windows_of.shape[:4]
@@ -66,6 +68,7 @@ def max_pool(x: Block, kernel: Pair, stride: Pair, padding: Pair) -> tuple[Block
     return best, which
 
 
+@in_wide
 def max_pool_backward(dy: Block, which: Block, size: Pair, kernel: Pair, stride: Pair, padding: Pair) -> Block:
     """Return the cotangent of the images of `max_pool`: dy at the elements that were the greatest."""
     xp, numbers = namespace(dy), range(kernel[0] * kernel[1])
@@ -73,6 +76,7 @@ def max_pool_backward(dy: Block, which: Block, size: Pair, kernel: Pair, stride:
     return _added(parts, dy, size, kernel, stride, padding)
 
 
+@in_wide
 def mean_pool(x: Block, kernel: Pair, stride: Pair, padding: Pair) -> Block:
     """Return the mean ``[b, c, i, j]`` of each window between zeros, which count."""
     count, padded = windows(x.shape[2:], kernel, stride, padding), _padded(x, padding)
@@ -84,6 +88,7 @@ def mean_pool(x: Block, kernel: Pair, stride: Pair, padding: Pair) -> Block:
     return y
 
 
+@in_wide
 def mean_pool_backward(dy: Block, size: Pair, kernel: Pair, stride: Pair, padding: Pair) -> Block:
     """Return the cotangent of the images of `mean_pool`."""
     area = kernel[0] * kernel[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from colossal_mpi.backend import Block, namespace
+from colossal_mpi.layers.kernels.reference.wide import like, wide
 
 
 def peak(logits: Block) -> Block:
@@ -20,10 +21,11 @@ def cross_entropy_sums(
 ) -> Block:
     """Return, stacked ``[2, ...]``, a piece's sums of ``exp(logits - top)`` and of ``target (logits - top)``.
 
-    The target distribution is `off` for every class and `on` more for the label: 1 and 0 without smoothing.
+    The target distribution is `off` for every class and `on` more for the label: 1 and 0 without smoothing. The sums of
+    16-bit logits are float32.
     """
     xp = namespace(logits)
-    shifted = logits - top[..., None]
+    shifted = wide(logits) - wide(top)[..., None]
     target = _at_labels(shifted, labels, start)
     if off:
         target = on * target + off * xp.sum(shifted, axis=-1)
@@ -45,7 +47,7 @@ def cross_entropy_losses(top: Block, sums: Block, valid: Block, z_loss: float = 
 
     `sums` are those of `cross_entropy_sums` over the whole vocabulary, and ``log Z`` is that of the logits themselves.
     """
-    xp = namespace(sums)
+    xp, top = namespace(sums), wide(top)
     total, target = sums[0, ...], sums[1, ...]
     log = xp.log(total)
     losses = log - target
@@ -70,7 +72,8 @@ def cross_entropy_backward(
     `top` and `total` are the maximum and the sum of ``exp(logits - top)`` over the whole vocabulary; a label is
     valid if it is not negative.
     """
-    xp = namespace(logits)
+    xp, given = namespace(logits), logits
+    logits, top = wide(logits), wide(top)
     weight = scale * xp.astype(labels >= 0, logits.dtype)
     factor = weight / total
     if z_loss:
@@ -82,4 +85,4 @@ def cross_entropy_backward(
         d -= (off * weight)[..., None]
     hit = labels[..., None] == xp.arange(start, start + logits.shape[-1], dtype=labels.dtype)
     d[hit] -= on * weight[xp.any(hit, axis=-1)]
-    return d
+    return like(given, d)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from colossal_mpi.backend import Block, namespace, sum_over
+from colossal_mpi.layers.kernels.reference.wide import like, wide
 
 Total = Callable[[Block], Block] | None
 """Adds up an array over the ranks among which h is cut; None where it is not."""
@@ -29,9 +30,15 @@ def norm(
     size : int
         The whole of h.
     total : callable, optional
+
+    Returns
+    -------
+    array, ``[..., h]``
+    Statistics
+        In float32 where x is of 16 bits.
     """
-    xp, mean = namespace(x), None
-    y = x
+    xp, mean, given = namespace(x), None, x
+    y = x = wide(x)
     if centred:
         mean = _whole(xp.sum(x, axis=-1), total) / size
         y = x - mean[..., None]
@@ -40,7 +47,7 @@ def norm(
     y *= gain
     if bias is not None:
         y += bias
-    return y, (mean, rstd)
+    return like(given, y), (mean, rstd)
 
 
 def _whole(local: Block, total: Total) -> Block:
@@ -60,9 +67,10 @@ def norm_backward(
 ) -> tuple[Block, Block, Block | None]:
     """Return the cotangents of x, of the gain and, if the mean was subtracted, of the bias.
 
-    Those of gain and bias are sums over the rows that are here.
+    Those of gain and bias are sums over the rows that are here, in float32 where x is of 16 bits.
     """
-    xp, (mean, rstd), rows = namespace(x), statistics, range(x.ndim - 1)
+    xp, (mean, rstd), rows, given = namespace(x), statistics, range(x.ndim - 1), x
+    dy, x, gain = wide(dy), wide(x), wide(gain)
     y = _scaled(x, x if mean is None else x - mean[..., None], rstd)
     product = dy * y
     dgain = sum_over(product, rows)
@@ -74,4 +82,4 @@ def norm_backward(
     if mean is not None:
         dx -= means[1, ..., None]
     dx *= rstd[..., None]
-    return dx, dgain, None if mean is None else sum_over(dy, rows)
+    return like(given, dx), dgain, None if mean is None else sum_over(dy, rows)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from colossal_mpi.backend import Block, namespace
+from colossal_mpi.layers.kernels.reference.wide import in_wide
 
 
+@in_wide
 def rotate(x: Block, cos: Block, sin: Block) -> Block:
     """Return ``[b, s, ..., d]`` with the pairs (i, i + d/2) turned, as Llama and Hugging Face pair them.
 

@@ -7,6 +7,7 @@ assignments are matched one to one but for empty slots, so that gathering from o
 from __future__ import annotations
 
 from colossal_mpi.backend import Block, namespace
+from colossal_mpi.layers.kernels.reference.wide import wide
 
 
 def route(logits: Block, k: int, renormalise: bool) -> tuple[Block, Block, Block, Block]:
@@ -26,9 +27,10 @@ def route(logits: Block, k: int, renormalise: bool) -> tuple[Block, Block, Block
     weights : array, ``[n, k]``
     probabilities : array, ``[n, e]``
     log : array, ``[n]``
-        The logarithm of the sum of ``exp(logits)``.
+        The logarithm of the sum of ``exp(logits)``. Like weights and probabilities in float32 where logits are of 16
+        bits.
     """
-    xp = namespace(logits)
+    xp, logits = namespace(logits), wide(logits)
     chosen = xp.argsort(-logits, axis=-1, stable=True)[:, :k]
     top = xp.max(logits, axis=-1, keepdims=True)
     probabilities = xp.exp(logits - top)

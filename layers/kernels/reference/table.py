@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from colossal_mpi.backend import Block, namespace
 from colossal_mpi.errors import ShapeError
+from colossal_mpi.layers.kernels.reference.wide import wide
 
 STRETCH = 128
 """Ids whose rows are added by one product."""
@@ -37,7 +38,11 @@ def _rows(ids: Block, start: int, count: int) -> tuple[Block, Block]:
 
 
 def lookup_backward(dy: Block, ids: Block, start: int, count: int) -> Block:
-    """Return the cotangent ``[count, h]`` of the table of `lookup`. Equal rows are added in a fixed order."""
+    """Return the cotangent ``[count, h]`` of the table of `lookup`. Equal rows are added in a fixed order.
+
+    That of 16-bit floats is float32.
+    """
+    dy = wide(dy)
     xp, h = namespace(dy), dy.shape[-1]
     flat, here = _rows(ids, start, count)
     if not flat.size or not count:

@@ -11,7 +11,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from colossal_mpi.backend import Block, is_half, namespace
+from colossal_mpi.backend import Block, namespace
+from colossal_mpi.layers.kernels.reference.wide import wide
 from colossal_mpi.layout import part
 
 Positions = tuple[Block, Block] | None
@@ -67,12 +68,6 @@ class Tile:
         x[self.samples, keys, self.groups, :] = xp.astype(xp.permute_dims(part, (0, 2, 1, 3)), x.dtype, copy=False)
 
 
-def wide(x: Block) -> Block:
-    """Return 16-bit floats as float32, in which they are summed."""
-    xp = namespace(x)
-    return xp.astype(x, xp.float32) if is_half(x.dtype) else x
-
-
 def tiles(q: Block, k: Block, causal: bool) -> tuple[Iterator[list[Tile]], list[slice]]:
     """Return how queries ``[b, s, g, r, d]`` and keys ``[b, t, g, d]`` are cut.
 
@@ -84,8 +79,7 @@ def tiles(q: Block, k: Block, causal: bool) -> tuple[Iterator[list[Tile]], list[
         The parts of the keys.
     """
     (b, s, g, r, _), t = q.shape, k.shape[1]
-    width, height = _length(t, causal), _length(s, causal)
-    height = min(height, max(1, SCORES // (r * width)))
+    height, width = _sides(s, t, r, causal)
     groups = max(1, SCORES // (r * height * width))
     queries = parts(s, height)
     found = (
@@ -94,6 +88,26 @@ def tiles(q: Block, k: Block, causal: bool) -> tuple[Iterator[list[Tile]], list[
         for some in parts(g, groups)
     )
     return found, parts(t, width)
+
+
+def scores(s: int, t: int, r: int = 1, causal: bool = True) -> int:
+    """Return how many scores of a head are made, of s queries and t keys at positions 0, 1, 2, ..., r heads to a group.
+
+    A tile of which a query sees a key is made whole.
+    """
+    height, width = _sides(s, t, r, causal)
+    pairs = ((rows, keys) for rows in parts(s, height) for keys in parts(t, width))
+    return sum(
+        (rows.stop - rows.start) * (keys.stop - keys.start)
+        for rows, keys in pairs
+        if not causal or keys.start < rows.stop
+    )
+
+
+def _sides(s: int, t: int, r: int, causal: bool) -> tuple[int, int]:
+    """Return the most queries and the most keys of a tile."""
+    width = _length(t, causal)
+    return min(_length(s, causal), max(1, SCORES // (r * width))), width
 
 
 def _length(n: int, causal: bool) -> int:

@@ -1,0 +1,205 @@
+"""Arrays that have a shape, a dtype and strides, and no memory: a program that runs on them is a dry run.
+
+The array library of planned grids (`Grid.planned`), whose other ranks do not exist. Views and copies are NumPy's, since
+they are taken of a NumPy array that is never read; of values there are none: what is asked for a number says 0. `tally`
+adds up what the arrays would take, at any time and at most, and the flop of their products.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+_UNREAD = {n: np.zeros(1, f"u{n}") for n in (1, 2, 4, 8)} | {16: np.zeros(1, "c16")}
+
+
+@dataclass
+class Tally:
+    """Bytes of the arrays that are alive and that were made since the tally began, and most of them; flop (2 m n k)."""
+
+    now: int = 0
+    peak: int = 0
+    flops: int = 0
+
+
+_open: list[Tally] = []
+
+
+@contextmanager
+def tally() -> Iterator[Tally]:
+    """Count arrays and products until the block ends."""
+    mine = Tally()
+    _open.append(mine)
+    try:
+        yield mine
+    finally:
+        _open.remove(mine)
+
+
+def work(flops: int) -> None:
+    """Enter the flop of products into the open tallies."""
+    for one in _open:
+        one.flops += flops
+
+
+class Memory:
+    """What an array and its views would take."""
+
+    __slots__ = ("nbytes", "tallies")
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes, self.tallies = nbytes, tuple(_open)
+        for one in self.tallies:
+            one.now += nbytes
+            one.peak = max(one.peak, one.now)
+
+    def __del__(self) -> None:
+        for one in self.tallies:
+            one.now -= self.nbytes
+
+
+class Ghost:
+    """An array without memory."""
+
+    __array_ufunc__ = None
+
+    def __init__(self, unread: np.ndarray, dtype: np.dtype, memory: Memory) -> None:
+        self._unread, self.dtype, self.memory = unread, dtype, memory
+        self.shape, self.ndim, self.size = unread.shape, unread.ndim, math.prod(unread.shape)
+        self.nbytes = self.size * dtype.itemsize
+        self.flags = SimpleNamespace(c_contiguous=unread.flags.c_contiguous)
+
+    def __array_namespace__(self, **_: Any) -> Any:
+        from colossal_mpi import ghost_namespace
+
+        return ghost_namespace
+
+    def _view(self, unread: np.ndarray) -> Ghost:
+        return Ghost(unread, self.dtype, self.memory)
+
+    def reshape(self, shape: int | Sequence[int], copy: bool | None = None) -> Ghost:
+        """Return the array in another shape; a view where NumPy has one."""
+        try:
+            return self._view(self._unread.reshape(shape, copy=False))
+        except ValueError:
+            shape = (shape,) if isinstance(shape, int) else tuple(shape)
+            known = -math.prod(shape) if -1 in shape else 0
+            whole = tuple(self.size // known if n == -1 and known else n for n in shape)
+            if copy is False or math.prod(whole) != self.size:
+                raise
+            return empty(whole, self.dtype)
+
+    def transpose(self, order: Sequence[int]) -> Ghost:
+        """Return a view with the dims in another order."""
+        return self._view(self._unread.transpose(order))
+
+    def broadcast(self, shape: Sequence[int]) -> Ghost:
+        """Return a view of a larger shape."""
+        return self._view(np.broadcast_to(self._unread, tuple(shape)))
+
+    def copy(self, order: str = "C") -> Ghost:
+        """Return a copy in C order."""
+        return empty(self.shape, self.dtype)
+
+    def view(self, dtype: Any) -> Ghost:
+        """Return the same memory in a dtype of the same size."""
+        return Ghost(self._unread, np.dtype(dtype), self.memory)
+
+    def __getitem__(self, index: Any) -> Ghost:
+        parts = index if isinstance(index, tuple) else (index,)
+        if any(isinstance(part, Ghost) for part in parts):
+            return empty((0,), self.dtype)  # a mask chooses elements, of which there are none
+        whole = parts if any(part is Ellipsis for part in parts) else (*parts, ...)
+        return self._view(self._unread[whole])  # with the ellipsis it is a view, never an element
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        pass
+
+    def __iter__(self) -> Iterator[Ghost]:
+        return (self[i] for i in range(self.shape[0]))
+
+    def item(self) -> int:
+        """Return the number that it has not."""
+        return 0
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __int__(self) -> int:
+        return 0
+
+    def __float__(self) -> float:
+        return 0.0
+
+    def __index__(self) -> int:
+        return 0
+
+    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+        raise TypeError("an array of a planned grid has no values")
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def empty(shape: Sequence[int], dtype: Any) -> Ghost:
+    """Return an array in C order."""
+    kind, shape = np.dtype(dtype), tuple(int(n) for n in shape)
+    strides, step = [0] * len(shape), kind.itemsize
+    for d in reversed(range(len(shape))):
+        strides[d], step = step, step * max(1, shape[d])
+    unread = as_strided(_UNREAD[kind.itemsize], shape, strides, writeable=False)
+    return Ghost(unread, kind, Memory(math.prod(shape) * kind.itemsize))
+
+
+def elementwise(*values: Any, dtype: Any = None) -> Ghost:
+    """Return an array of the shape to which others are broadcast and of the dtype to which they are promoted."""
+    shape = np.broadcast_shapes(*(np.shape(x) if not isinstance(x, Ghost) else x.shape for x in values))
+    if dtype is None:
+        known = {x.dtype for x in values if isinstance(x, Ghost)}
+        dtype = known.pop() if len(known) == 1 and all(_weak(x) for x in values) else _promoted(values)
+    return empty(shape, dtype)
+
+
+def _weak(x: Any) -> bool:
+    return isinstance(x, Ghost | bool | int | float)
+
+
+def _promoted(values: Sequence[Any]) -> np.dtype:
+    return np.result_type(*[x.dtype if isinstance(x, Ghost) else x for x in values])
+
+
+def _operator(self: Ghost, other: Any = 0) -> Ghost:
+    if isinstance(other, float) and self.dtype.kind in "iu":
+        return elementwise(self, other, dtype="float64")
+    return elementwise(self, other)
+
+
+def _division(self: Ghost, other: Any) -> Ghost:
+    return elementwise(self, other, dtype="float64") if self.dtype.kind in "iu" else _operator(self, other)
+
+
+def _comparison(self: Ghost, other: Any) -> Ghost:
+    return elementwise(self, other, dtype="bool")
+
+
+def _in_place(self: Ghost, other: Any) -> Ghost:
+    return self
+
+
+for _name in ("add", "sub", "mul", "pow", "floordiv", "mod", "and", "or", "xor", "lshift", "rshift"):
+    setattr(Ghost, f"__{_name}__", _operator)
+    setattr(Ghost, f"__r{_name}__", _operator)
+    setattr(Ghost, f"__i{_name}__", _in_place)
+for _name in ("truediv", "rtruediv"):
+    setattr(Ghost, f"__{_name}__", _division)
+Ghost.__itruediv__ = _in_place  # type: ignore[attr-defined]
+for _name in ("neg", "pos", "abs", "invert"):
+    setattr(Ghost, f"__{_name}__", _operator)
+for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
+    setattr(Ghost, f"__{_name}__", _comparison)

@@ -1,0 +1,212 @@
+"""The functions of the array API on arrays without memory: what shape, dtype and memory their results would have."""
+
+from __future__ import annotations
+
+import builtins
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy import (
+    bool_ as bool,
+)
+from numpy import (
+    complex64,
+    complex128,
+    finfo,
+    float16,
+    float32,
+    float64,
+    int8,
+    int16,
+    int32,
+    int64,
+    uint8,
+    uint16,
+    uint32,
+    uint64,
+)
+
+from colossal_mpi.ghost import Ghost, elementwise
+from colossal_mpi.ghost import empty as _empty
+
+__all__ = [
+    "bool",
+    "complex64",
+    "complex128",
+    "finfo",
+    "float16",
+    "float32",
+    "float64",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+]
+
+Shape = int | Sequence[int]
+
+
+def _tuple(shape: Shape) -> tuple[int, ...]:
+    return (shape,) if isinstance(shape, int) else tuple(shape)
+
+
+def empty(shape: Shape, *, dtype: Any = None, device: Any = None) -> Ghost:
+    return _empty(_tuple(shape), dtype or float64)
+
+
+zeros = ones = empty
+
+
+def full(shape: Shape, fill_value: Any, *, dtype: Any = None, device: Any = None) -> Ghost:
+    return _empty(_tuple(shape), dtype or np.result_type(fill_value))
+
+
+def empty_like(x: Ghost, *, dtype: Any = None, device: Any = None) -> Ghost:
+    return _empty(x.shape, dtype or x.dtype)
+
+
+zeros_like = ones_like = empty_like
+
+
+def full_like(x: Ghost, fill_value: Any, *, dtype: Any = None, device: Any = None) -> Ghost:
+    return _empty(x.shape, dtype or x.dtype)
+
+
+def arange(start: float, stop: float | None = None, step: float = 1, *, dtype: Any = None, device: Any = None) -> Ghost:
+    first, last = (0, start) if stop is None else (start, stop)
+    return _empty((builtins.max(0, math.ceil((last - first) / step)),), dtype or np.result_type(first, last, step))
+
+
+def asarray(value: Any, /, *, dtype: Any = None, copy: builtins.bool | None = None, device: Any = None) -> Ghost:
+    if isinstance(value, Ghost):
+        return astype(value, dtype or value.dtype, copy=builtins.bool(copy))
+    host = np.asarray(value)
+    return _empty(host.shape, dtype or host.dtype)
+
+
+def astype(x: Ghost, dtype: Any, /, *, copy: builtins.bool = True, device: Any = None) -> Ghost:
+    return x if not copy and x.dtype == np.dtype(dtype) else _empty(x.shape, dtype)
+
+
+def reshape(x: Ghost, shape: Shape, /, *, copy: builtins.bool | None = None) -> Ghost:
+    return x.reshape(shape, copy)
+
+
+def permute_dims(x: Ghost, axes: Sequence[int]) -> Ghost:
+    return x.transpose(axes)
+
+
+def matrix_transpose(x: Ghost) -> Ghost:
+    *rest, row, column = range(x.ndim)
+    return x.transpose((*rest, column, row))
+
+
+def broadcast_to(x: Ghost, shape: Sequence[int]) -> Ghost:
+    return x.broadcast(shape)
+
+
+def broadcast_arrays(*arrays: Ghost) -> list[Ghost]:
+    shape = np.broadcast_shapes(*(x.shape for x in arrays))
+    return [x.broadcast(shape) for x in arrays]
+
+
+def stack(arrays: Sequence[Ghost], *, axis: int = 0) -> Ghost:
+    shape = list(arrays[0].shape)
+    shape.insert(axis % (len(shape) + 1), len(arrays))
+    return _empty(shape, np.result_type(*(x.dtype for x in arrays)))
+
+
+def concat(arrays: Sequence[Ghost], *, axis: int = 0) -> Ghost:
+    shape = list(arrays[0].shape)
+    shape[axis] = builtins.sum(x.shape[axis] for x in arrays)
+    return _empty(shape, np.result_type(*(x.dtype for x in arrays)))
+
+
+def take(x: Ghost, indices: Ghost, *, axis: int = 0) -> Ghost:
+    axis %= x.ndim
+    return _empty((*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]), x.dtype)
+
+
+def take_along_axis(x: Ghost, indices: Ghost, *, axis: int = -1) -> Ghost:
+    return _empty(indices.shape, x.dtype)
+
+
+def where(condition: Ghost, x: Any, y: Any, /) -> Ghost:
+    return elementwise(condition, x, y, dtype=elementwise(*(z for z in (x, y) if isinstance(z, Ghost))).dtype)
+
+
+def clip(x: Ghost, min: Any = None, max: Any = None) -> Ghost:
+    return elementwise(*(z for z in (x, min, max) if z is not None))
+
+
+def searchsorted(x: Ghost, values: Ghost, **_: Any) -> Ghost:
+    return _empty(values.shape, int64)
+
+
+def argsort(x: Ghost, /, **_: Any) -> Ghost:
+    return _empty(x.shape, int64)
+
+
+class Unique(NamedTuple):
+    """As many distinct values as there can be."""
+
+    values: Ghost
+    inverse_indices: Ghost
+
+
+def unique_inverse(x: Ghost) -> Unique:
+    return Unique(_empty((x.size,), x.dtype), _empty(x.shape, int64))
+
+
+def matmul(a: Ghost, b: Ghost, /) -> Ghost:
+    batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    rows, columns = a.shape[-2:-1], b.shape[-1:] if b.ndim > 1 else ()
+    return _empty((*batch, *rows, *columns), np.result_type(a.dtype, b.dtype))
+
+
+def vecdot(a: Ghost, b: Ghost, /, *, axis: int = -1) -> Ghost:
+    return _reduced(a, axis, False, np.result_type(a.dtype, b.dtype))
+
+
+def _reduced(x: Ghost, axis: Any, keepdims: builtins.bool, dtype: Any) -> Ghost:
+    dims = {d % x.ndim for d in (range(x.ndim) if axis is None else _tuple(axis))} if x.ndim else set()
+    kept = (1 if d in dims else n for d, n in enumerate(x.shape) if keepdims or d not in dims)
+    return _empty(tuple(kept), dtype)
+
+
+def _reduction(dtype_of: Callable[[np.dtype], Any]) -> Callable[..., Ghost]:
+    def reduction(x: Ghost, /, *, axis: Any = None, dtype: Any = None, keepdims: builtins.bool = False) -> Ghost:
+        return _reduced(x, axis, keepdims, dtype or dtype_of(x.dtype))
+
+    return reduction
+
+
+sum = prod = _reduction(lambda dtype: np.dtype(int64) if dtype.kind in "ib" else dtype)
+max = min = mean = _reduction(lambda dtype: dtype)
+any = all = _reduction(lambda dtype: bool)
+argmax = argmin = _reduction(lambda dtype: int64)
+
+
+def _same(*values: Any) -> Ghost:
+    return elementwise(*values)
+
+
+exp = log = log1p = sqrt = tanh = sin = cos = conj = maximum = minimum = subtract = add = multiply = divide = _same
+square = sign = _same
+
+
+def abs(x: Ghost, /) -> Ghost:
+    return elementwise(x, dtype=float64 if x.dtype == complex128 else float32 if x.dtype == complex64 else x.dtype)
+
+
+def isfinite(x: Ghost, /) -> Ghost:
+    return elementwise(x, dtype=bool)
+
+
+isnan = isinf = isfinite

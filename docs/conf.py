@@ -1,0 +1,65 @@
+"""Settings of Sphinx; ``make docs`` builds what is here and takes warnings as errors."""
+
+import sys
+from importlib.metadata import version as installed
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+project = "colossal_mpi"
+author = "the colossal_mpi authors"
+release = version = installed("colossal-mpi")
+
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+exclude_patterns = ["_build", "_pictures"]
+default_role = "py:obj"
+highlight_language = "python"
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"
+autodoc_mock_imports = ["cupy", "torch"]
+autodoc_default_options = {"members": True, "show-inheritance": True}
+napoleon_use_ivar = True
+napoleon_preprocess_types = False
+
+html_theme = "furo"
+html_title = "colossal_mpi"
+
+_LISTS = {"Parameters", "Returns", "Raises", "Attributes"}
+
+
+def _notes(app, what, name, obj, options, lines):
+    """Make notes of the paragraphs that follow a list of parameters, results or errors without a heading."""
+    section = None
+    for i, line in enumerate(list(lines)):
+        heading = i + 1 < len(lines) and set(lines[i + 1]) == {"-"}
+        if heading:
+            section = line
+        elif section in _LISTS and line and not line.startswith(" ") and not lines[i - 1]:
+            lines[i] = f"\n\x00{line}"
+            section = None
+    lines[:] = [part for line in lines for part in line.replace("\n\x00", "Notes\x00-----\x00\x00").split("\x00")]
+
+
+_attributes = {}
+
+
+def _keep(app, what, name, obj, options, lines):
+    """Keep the lines of an attribute: napoleon takes what stands before a colon for its type."""
+    if what == "attribute":
+        _attributes[name] = list(lines)
+
+
+def _restore(app, what, name, obj, options, lines):
+    if name in _attributes:
+        lines[:] = _attributes[name]
+
+
+def setup(app):
+    """Draw the pictures; connect the hooks, those of napoleon in between."""
+    from pictures import draw_all
+
+    draw_all(HERE / "_pictures")
+    for hook, priority in ((_notes, 1), (_keep, 2), (_restore, 900)):
+        app.connect("autodoc-process-docstring", hook, priority=priority)

@@ -1,0 +1,100 @@
+"""Draw how each mode cuts a layer's arrays, from the layouts that the layers themselves ask for."""
+
+import math
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("svg")
+from matplotlib import pyplot as plt
+from matplotlib.patches import Rectangle
+
+from colossal_mpi.layers import Parallelism
+from colossal_mpi.layout import coords_of
+
+SIZES = {"b": 8, "s": 8, "h": 8, "f": 16}
+MODES = {
+    "data": ("none", {"data": 4}),
+    "1d": ("1d", {"col": 4}),
+    "2d": ("2d", {"row": 2, "col": 2}),
+    "2.5d": ("2.5d", {"depth": 2, "row": 2, "col": 2}),
+    "3d": ("3d", {"row": 2, "col": 2, "depth": 2}),
+}
+COLOURS = ["#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#8c8c8c"]
+TEXT = {"ha": "center", "va": "center", "color": "white", "fontsize": 9, "fontweight": "bold"}
+
+
+class Plan:
+    """As much of a grid as layouts need: no process has eight ranks."""
+
+    def __init__(self, axes):
+        self.axes = axes
+
+    def extent(self, axes):
+        """Return the number of ranks along some axes."""
+        return math.prod(self.axes.get(axis, 1) for axis in axes)
+
+    def __repr__(self):
+        return ",".join(f"{axis}={size}" for axis, size in self.axes.items())
+
+
+def blocks(layout, shape, axes):
+    """Return the ranks that hold each block, by its box."""
+    held = {}
+    for rank in range(math.prod(axes.values())):
+        held.setdefault(layout.on(axes, len(shape)).box(shape, axes, coords_of(rank, axes)), []).append(rank)
+    return held
+
+
+def span(rows, shape):
+    """Return where a block's tokens lie from 0 to 1: those of one block of samples and positions together."""
+    start, length = 0.0, 1.0
+    for (low, high), size in zip(rows, shape, strict=False):
+        start, length = start + length * low / size, length * (high - low) / size
+    return start, length
+
+
+def draw(ax, title, letters, layout, axes):
+    """Draw an array: its last dim from left to right, the others from top to bottom."""
+    shape = tuple(SIZES[x] for x in letters)
+    for (*rows, (left, right)), ranks in blocks(layout, shape, axes).items():
+        y, height = span(rows, shape)
+        x, width = left / shape[-1], (right - left) / shape[-1]
+        ax.add_patch(Rectangle((x, y), width, height, fc=COLOURS[min(ranks)], ec="white", lw=1.5))
+        ax.text(x + width / 2, y + height / 2, ",".join(map(str, ranks)), **TEXT)
+    ax.set(xlim=(0, 1), ylim=(1, 0), xticks=[], yticks=[])
+    ax.set_title(title, fontsize=10, family="monospace")
+    ax.set_xlabel(letters[-1])
+    ax.set_ylabel(" x ".join(letters[:-1]))
+    ax.spines[:].set_visible(False)
+
+
+def name(array, letters, layout):
+    """Return an array with its layout, as the guides write it."""
+    cut = ["".join(f"_{','.join(axes)}" if axes else "") for axes in layout.dims]
+    return f"{array}[" + ", ".join(f"{x}{c}" for x, c in zip(letters, cut, strict=True)) + "]"
+
+
+def picture(mode, path):
+    """Draw the stream, a weight as it is stored and the inside of a block."""
+    tensor, axes = MODES[mode]
+    p = Parallelism(Plan(axes), tensor)
+    product = p.product("bsh,hf->bsf", "f")
+    arrays = [
+        ("X", "bsh", p.stream("bsh")),
+        ("W", "hf", p.store(product.w, (SIZES["h"], SIZES["f"]))),
+        ("Y", "bsf", p.inside("bsf", "f")),
+    ]
+    figure, panels = plt.subplots(1, 3, figsize=(8.4, 2.6), width_ratios=[1, 1.4, 1.4])
+    for ax, (array, letters, layout) in zip(panels, arrays, strict=True):
+        draw(ax, name(array, letters, layout), letters, layout, axes)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def draw_all(directory):
+    """Draw every mode into a directory."""
+    Path(directory).mkdir(exist_ok=True)
+    for mode in MODES:
+        picture(mode, Path(directory) / f"mode-{mode.replace('.', '')}.svg")

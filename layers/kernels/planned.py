@@ -1,0 +1,50 @@
+"""Kernels of planned grids: shapes and flop of what the reference does tile by tile, and its own formulas.
+
+What a tile takes, a megabyte or so, is not counted.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from colossal_mpi.backend import Block, is_half, namespace
+from colossal_mpi.ghost import work
+from colossal_mpi.layers.kernels import reference
+from colossal_mpi.layers.kernels.reference.tiles import scores
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(reference, name)
+
+
+def _products(q: Block, k: Block, causal: bool) -> int:
+    """Return the multiplications of one product of queries and keys, of the tiles of which a key is seen."""
+    (b, s, a, d), (_, t, g, _) = q.shape, k.shape
+    return b * a * d * scores(s, t, max(1, a // max(1, g)), causal) if b * s * a * t * g else 0
+
+
+def attention(q: Block, k: Block, v: Block, causal: bool = True, mask: Any = None, positions: Any = None) -> Any:
+    xp, (b, s, a, _) = namespace(q), q.shape
+    work(2 * 2 * _products(q, k, causal))
+    statistics = xp.empty((2, b, a, s, 1), dtype=xp.float32 if is_half(q.dtype) else q.dtype)
+    return xp.empty(q.shape, dtype=q.dtype), statistics
+
+
+def attention_backward(
+    do: Block,
+    q: Block,
+    k: Block,
+    v: Block,
+    o: Block,
+    statistics: Block,
+    causal: bool = True,
+    mask: Any = None,
+    positions: Any = None,
+) -> Any:
+    work(5 * 2 * _products(q, k, causal))
+    return tuple(namespace(x).empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+
+
+def lookup_backward(dy: Block, ids: Block, start: int, count: int) -> Block:
+    xp = namespace(dy)
+    return xp.empty((count, dy.shape[-1]), dtype=xp.float32 if is_half(dy.dtype) else dy.dtype)

@@ -1,0 +1,92 @@
+"""The flop of a training step are those of the products that one rank does, and PaLM's formula."""
+
+import importlib
+import math
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from colossal_mpi import Grid, backend, blas
+from colossal_mpi.apps import config as configs
+from colossal_mpi.apps.trainer import Trainer
+from colossal_mpi.errors import OptionError
+from colossal_mpi.layers import Parallelism, flops
+from colossal_mpi.layers.patch import Conv2d
+
+WIDE = {"layers": 2, "hidden": 20, "heads": 4}
+MODELS = {
+    "gpt": {**WIDE, "context": 150},
+    "llama": {"kind": "llama", **WIDE, "heads": 10, "groups": 5, "inner": 7, "context": 70},
+    "bert": {"kind": "bert", **WIDE, "context": 67},
+    "bert-pairs": {"kind": "bert", **WIDE, "context": 13, "next_sentence": True},
+    "vit": {"kind": "vit", **WIDE, "patch": 3},
+    "vit-mean": {"kind": "vit", **WIDE, "patch": 3, "pool": "mean"},
+}
+
+
+def trainer(name, grid):
+    training = {"batch": 5, "microbatches": 2}
+    table = {"model": MODELS[name], "training": training, "parallel": {"kernels": "reference", "dtype": "float64"}}
+    return Trainer(configs.validate(table, name), grid)
+
+
+class Counting:
+    """An array namespace whose matrix products are counted; a product with a row of ones is a sum."""
+
+    def __init__(self, xp, done):
+        self.xp, self.done = xp, done
+
+    def __getattr__(self, name):
+        return getattr(self.xp, name)
+
+    def matmul(self, a, b):
+        c = self.xp.matmul(a, b)
+        if a.shape[-2] > 1 or np.any(a != 1):
+            self.done.append(2 * c.size * a.shape[-1])
+        return c
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Return where the flop of every product of blocks, by BLAS or not, and of attention go."""
+    done, cblas = [], blas._cblas
+    xp = Counting(backend._NUMPY, done)
+
+    def gemm(a, b, c, *rest):
+        fits = cblas(a, b, c, *rest)
+        done.append(2 * c.size * a.shape[1] if fits else 0)
+        return fits
+
+    monkeypatch.setattr(blas, "_cblas", gemm)
+    monkeypatch.setattr(blas, "product", lambda a, b, *_: xp.matmul(a, b))
+    attention = importlib.import_module("colossal_mpi.layers.kernels.reference.attention")
+    monkeypatch.setattr(attention, "namespace", lambda *_: xp)
+    return done
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_hardware_flop_are_those_of_the_products_of_a_step(name, counted):
+    run = trainer(name, Grid(MPI.COMM_SELF))
+    counted.clear()
+    run.gradients(0)
+    assert sum(counted) == flops.hardware_flop(run.model, 5, run.task.length)
+
+
+@pytest.mark.parametrize(("name", "tied"), [("gpt", True), ("llama", False)])
+def test_model_flop_are_those_of_palm(name, tied):
+    """6 N + 12 L s a d of a token, N without norms, biases, positions and a table that is only looked up."""
+    run = trainer(name, Grid(MPI.COMM_SELF))
+    multiplied = [p for p in run.model.parameters() if p.name.endswith(".weight") and len(p.shape) > 1]
+    looked_up = {"positions.weight"} if tied else {"tokens.weight"}
+    n = sum(math.prod(p.shape) for p in multiplied if p.name not in looked_up)
+    s, sizes = run.task.length, MODELS[name]
+    token = 6 * n + 12 * sizes["layers"] * s * sizes["hidden"]
+    assert flops.model_flop(run.model, 5, s) == 5 * s * token
+    assert flops.hardware_flop(run.model, 5, s) != flops.model_flop(run.model, 5, s)
+
+
+def test_the_windows_of_an_image_are_no_positions():
+    layer = Conv2d(3, 4, 2, Parallelism(Grid(MPI.COMM_SELF)), "conv")
+    with pytest.raises(OptionError, match="conv: only of transformers"):
+        flops.model_flop(layer, 2, 9)

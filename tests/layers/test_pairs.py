@@ -1,0 +1,114 @@
+"""Every compatible pair of ways to train, on one grid or another, takes the steps of one rank."""
+
+import itertools
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+from reference import pairs
+from reference.gpt_case import block_and_index, difference
+
+from colossal_mpi import Grid, from_global
+from colossal_mpi.layers import Context, Parallelism
+from colossal_mpi.layers.loss import CrossEntropy
+from colossal_mpi.layers.models import GPT, GPTConfig
+from colossal_mpi.layers.optim import AdamW
+from colossal_mpi.layers.pipeline import Pipeline, cut, place_of
+from colossal_mpi.layers.recompute import recompute
+from colossal_mpi.layout import part
+
+STEPS, BATCH, MICROBATCHES = 5, 7, 3
+CONFIG = GPTConfig(
+    vocabulary=29, layers=6, hidden=15, heads=5, positions=11, inner=23, dropout=0.1, std=0.2, dtype="float64"
+)
+_rng = np.random.default_rng(7)
+TOKENS, LABELS = _rng.integers(0, CONFIG.vocabulary, (2, STEPS, BATCH, CONFIG.positions))
+LABELS[:, 2, 3] = -1
+LABELS[:, 4, 7:] = -1
+COUNT = int((LABELS[0] >= 0).sum())
+
+CASES = pairs.chosen(least=32)
+SIXTEEN = [
+    pairs.Case((("pipe", 2), ("depth", 2), ("row", 2), ("col", 2)), "zero-bubble", tensor="2.5d", recompute=True),
+    pairs.Case((("data", 2), ("row", 2), ("col", 2), ("depth", 2)), tensor="3d", zero=2),
+]
+
+
+class Feed:
+    def __init__(self, p, step):
+        self.p, self.step, self.microbatches, self.cross_entropy = p, step, MICROBATCHES, CrossEntropy(p)
+        self.loss_backward = self.cross_entropy.backward
+        self.order = p.order(CONFIG.positions)
+
+    def _cut(self, whole, microbatch):
+        rows = whole[self.step, slice(*part(BATCH, MICROBATCHES, microbatch))]
+        return from_global(rows if self.order is None else rows[:, self.order], self.p.grid, self.p.tokens())
+
+    def context(self, microbatch):
+        first, _ = part(BATCH, MICROBATCHES, microbatch)
+        return Context(self.step, microbatch, first, order=self.order)
+
+    def inputs(self, microbatch):
+        return self._cut(TOKENS, microbatch)
+
+    def loss(self, y, microbatch):
+        return self.cross_entropy.forward(y, self._cut(LABELS, microbatch), COUNT)
+
+    def stream(self, microbatch):
+        first, stop = part(BATCH, MICROBATCHES, microbatch)
+        return (stop - first, CONFIG.positions, CONFIG.hidden), self.p.stream(), "float64"
+
+
+def train(grid, case):
+    """Return losses and gradient norms, the gradients of the first step and the weights after the last."""
+    p = Parallelism(place_of(grid), case.tensor, zero=case.zero, sequence=case.sequence)
+    model = GPT(CONFIG, p)
+    if case.recompute:
+        recompute(model, "full")
+    chunks = cut(model, grid, 2 if case.schedule == "interleaved" else 1)
+    pipeline = Pipeline(chunks, grid, case.schedule)
+    optimizer = AdamW(pipeline.parameters(), lr=1e-2, clip=0.5, eps=1e-3)  # the key bias has nothing but noise
+    numbers, first = [], {}
+    for step in range(STEPS):
+        loss = pipeline.step(Feed(p, step))
+        if not step:
+            first = {q.name: block_and_index(q.reduce()) for q in optimizer.parameters}
+            first = {name: (block.copy(), index) for name, (block, index) in first.items()}
+        numbers.append((loss, optimizer.step()))
+    return np.array(numbers), first, {q.name: block_and_index(q.value) for q in optimizer.parameters}
+
+
+def prepare(path):
+    numbers, first, weights = train(Grid(MPI.COMM_SELF), pairs.Case(()))
+    np.savez(path / "gradients.npz", **{name: block for name, (block, _) in first.items()})
+    np.savez(path / "weights.npz", numbers=numbers, **{name: block for name, (block, _) in weights.items()})
+
+
+def steps(cases):
+    """Parametrize by grid and way to train."""
+    arguments = [pytest.param(dict(case.axes), case, id=str(case)) for case in cases]
+    return pytest.mark.parametrize(("grid", "case"), arguments, indirect=["grid"])
+
+
+@pytest.mark.prepare(prepare)
+@steps([*CASES, *SIXTEEN])
+def test_five_steps_are_those_of_one_rank(grid, case, prepared):
+    numbers, first, weights = train(grid, case)
+    exact = dict(np.load(prepared / "weights.npz"))
+    reference = exact.pop("numbers")
+    assert np.all(reference[:, 1] > 0.5), "the gradients are to be clipped"
+    assert abs(numbers[0, 0] - reference[0, 0]) <= 1e-12 * reference[0, 0]
+    assert difference(first, dict(np.load(prepared / "gradients.npz"))) <= 1e-10
+    assert np.allclose(numbers, reference, rtol=1e-9, atol=0)
+    assert difference(weights, exact) <= 1e-9
+
+
+def test_every_compatible_pair_is_there():
+    names = ["pipe", "data", "ring", "ulysses", "1d", "2d", "2.5d", "3d", "zero1", "zero2", "zero3", "recompute"]
+    names += ["interleaved", "zero-bubble"]
+    tensors, zeros, schedules = names[4:8], names[8:11], names[12:]
+    have = set().union(*[case.groups(2) for case in CASES])
+    exclusive = [{*pair} for group in (tensors, zeros, schedules) for pair in itertools.combinations(group, 2)]
+    for pair in itertools.combinations(sorted(names), 2):
+        assert (pair in have) == ({*pair} not in exclusive), pair
+    assert len({case.axes for case in CASES}) >= 30

@@ -1,0 +1,221 @@
+"""What attention moves, keeps and computes where the sequence is cut: each equals its closed form."""
+
+import time
+import tracemalloc
+from importlib import import_module
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+from reference import sequence_case as case
+from reference.gpt_case import block_and_index, difference
+
+from colossal_mpi import Grid, Layout, OptionError, ShapeError, comm, from_global, ledger, random
+from colossal_mpi.layers import Context, Parallelism, ring
+from colossal_mpi.layers.attention import Attention, GroupedAttention, SelfAttention
+from colossal_mpi.layers.kernels import reference
+from colossal_mpi.layers.kernels.reference import tiles
+from colossal_mpi.layers.order import zigzag
+from colossal_mpi.layout import part
+from tests.cases import host
+
+formulas = import_module("colossal_mpi.layers.kernels.reference.attention")
+B, A, D = 2, 4, 3
+
+
+def words(layer, x, ctx=None):
+    """Return what this rank receives in a pass there and back, and in the pass there alone."""
+    with ledger.record() as moved:
+        y, cache = layer.forward(x, ctx or Context())
+        there = moved.words
+        layer.backward(y, cache)
+    return moved.words, there
+
+
+@pytest.mark.parametrize("s", [12, 11])
+@pytest.mark.grids({"seq": 2}, {"seq": 3}, {"seq": 4}, {"seq": 2, "col": 2})
+def test_words_of_a_ring(grid, s):
+    """Both ways (6 c - 4) b (s/c) h_kv words on each rank, h_kv the keys, or the values, of its own groups."""
+    p, c, col = case.parallelism(grid), grid.axes["seq"], grid.axes.get("col", 1)
+    start, stop = part(s, c, grid.coords["seq"])
+    own, others = (n * B * D * 2 // col for n in (stop - start, s - stop + start))
+    q, kv = (
+        random.normal((B, s, *n, D), grid, p.inside(x, "g"), 0, x) for x, n in (("bsgrd", (2, 2)), ("bstgd", (2, 2)))
+    )
+    order = {"order": p.order(s)}
+    for ctx in (Context(), Context(**order), Context(positions=np.arange(s)[::-1].copy())):
+        assert words(GroupedAttention(p, "g", "g"), (q, kv), ctx) == (2 * (3 * others + own), 2 * others)
+    if s % c == 0:
+        assert 2 * (3 * others + own) == (6 * c - 4) * own
+
+
+@pytest.mark.grids({"ulysses": 2}, {"ulysses": 4}, {"seq": 2, "ulysses": 2}, {"seq": 4})
+def test_words_of_a_layer_whose_heads_are_cut(grid):
+    """8 (c - 1) / c^2 of b s h words on each of c ranks, and those of a ring of what is left of both."""
+    sequence = "ulysses" if list(grid.axes) == ["seq"] else "ring"
+    p, s, h = case.parallelism(grid, sequence=sequence), 8, 2 * A
+    layer = SelfAttention(h, A, p, "attention", dtype="float64")
+    x = random.normal((B, s, h), grid, p.stream(), 0, "x")
+    r = grid.axes["seq"] if p.ring else 1
+    c = grid.size // r
+    expected = 8 * (c - 1) * B * (s // r) * h // c**2 + (r > 1) * (6 * r - 4) * B * (s // r) * h // c
+    assert words(layer, x)[0] == expected
+
+
+@pytest.mark.grids({"seq": 3}, {"seq": 2, "ulysses": 2})
+def test_a_mask_is_gathered_once(grid):
+    p, s = case.parallelism(grid), 12
+    x = random.normal((B, s, 3, A, D), grid, p.inside("bstad", "a"), 0, "x")
+    mask = from_global(np.arange(s) < np.array([[5], [12]]), grid, p.tokens())
+    plain, masked = (words(Attention(p, causal=False), x, Context(mask=mask if given else None)) for given in (0, 1))
+    extra = B * s - mask.local.size
+    assert [with_mask - without for with_mask, without in zip(masked, plain, strict=True)] == [extra, extra]
+
+
+@pytest.mark.grids({"data": 2, "seq": 2}, {"seq": 4})
+def test_memory_falls_with_the_ring(grid, monkeypatch):
+    """What is kept, and the most that is in use, on each of c ranks: a c-th of what one rank of a ring would need."""
+    for name, value in {"LENGTH": 32, "LEAST": 32, "SCORES": 1 << 10}.items():
+        monkeypatch.setattr(tiles, name, value)
+    data, c, s, width = grid.axes.get("data", 1), grid.axes["seq"], 2048, 64
+    p = case.parallelism(grid)
+    x = random.normal((data, s, 3, 1, width), grid, p.attention("bstad", "a", "a"), 0, "x")
+    array = 8 * s * width // c
+    layer, ctx = Attention(p), Context(order=p.order(s))
+    tracemalloc.start()
+    y, cache = layer.forward(x, ctx)
+    kept, there = tracemalloc.get_traced_memory()
+    tracemalloc.reset_peak()
+    layer.backward(y, cache)
+    back = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    arrays = [kept / array, there / array, back / array]
+    assert arrays[0] == pytest.approx(4, rel=0.05)  # q, k, v and the output
+    assert arrays[1] <= 12  # and keys and values of this step and the next, and parts of the output that are merged
+    assert arrays[2] <= 21  # and dq, and the cotangents of k and v: this step's, those that come and those that go
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8, 16])
+def test_zigzag_balances_what_contiguous_blocks_do_not(ranks):
+    for length in (64 * ranks, 64 * ranks + 1, 65 * ranks - 1, 2000, 2039):
+        order = zigzag(length, ranks)
+        assert np.array_equal(np.sort(order), np.arange(length))
+        blocks = [slice(*part(length, ranks, i)) for i in range(ranks)]
+        pairs, plain = (np.array([np.sum(x[b] + 1) for b in blocks]) for x in (order, np.arange(length)))
+        assert pairs.max() / pairs.mean() <= 1.02
+        assert plain.max() / plain.mean() == pytest.approx(2 - 1 / ranks, abs=2 * ranks / length)
+
+
+@pytest.mark.parametrize("zigzag", [True, False], ids=["zigzag", "contiguous"])
+@pytest.mark.grids({"seq": 3}, {"seq": 4})
+def test_work_is_balanced(grid, monkeypatch, zigzag):
+    """Scores that are computed, forward and backward, counted where the kernel computes them."""
+    for name, value in {"LENGTH": 8, "LEAST": 8}.items():
+        monkeypatch.setattr(tiles, name, value)
+    done, scores = [], formulas._scores
+    monkeypatch.setattr(formulas, "_scores", lambda q, k: done.append(k.shape[2] * q.shape[2]) or scores(q, k))
+    p, s, c = case.parallelism(grid), 1021, grid.axes["seq"]
+    x = random.normal((1, s, 3, 1, 2), grid, p.attention("bstad", "a", "a"), 0, "x")
+    y, cache = Attention(p).forward(x, Context(order=p.order(s) if zigzag else None))
+    Attention(p).backward(y, cache)
+    work = np.array(comm.collect(sum(done), grid))
+    balance = work.max() / work.mean()
+    assert balance <= 1.02 if zigzag else balance == pytest.approx(2 - 1 / c, abs=0.02)
+    assert work.sum() <= 1.03 * s * (s + 1)  # both passes of half a square, and the rest of tiles on its diagonal
+
+
+@pytest.mark.grids({"seq": 2}, {"seq": 3})
+def test_each_message_but_the_last_home_is_under_way_while_some_keys_are_attended_to(grid, monkeypatch):
+    spans = []
+
+    def timed(function):
+        def call(*values):
+            begun = time.perf_counter()
+            result = function(*values)
+            spans.append((begun, time.perf_counter()))
+            return result
+
+        return call
+
+    for name in ("attention", "attention_backward"):
+        monkeypatch.setattr(reference, name, timed(getattr(reference, name)))
+    p, c = case.parallelism(grid), grid.axes["seq"]
+    x = random.normal((1, 64, 3, 1, 8), grid, p.attention("bstad", "a", "a"), 0, "x")
+    with ledger.record() as moved:
+        words(Attention(p), x, Context(order=p.order(64)))
+    assert [event.op for event in moved.events] == ["receive"] * (3 * c - 2)
+    hidden = [any(e.posted <= begun and end <= e.waited for begun, end in spans) for e in moved.events]
+    assert hidden == [True] * (3 * c - 3) + [False]
+
+
+class Vandal:
+    """Lose what arrives with one of the messages round a ring while armed; the messages themselves go through."""
+
+    def __init__(self, monkeypatch):
+        self.armed, self.victim, self.seen = False, None, 0
+        pass_on = ring._pass_on
+
+        def wrapped(send, recv, sight, stream):
+            pending, lost = pass_on(send, recv, sight, stream), self.armed and self.seen == self.victim
+            self.seen += self.armed
+            return Lost(pending, recv) if lost else pending
+
+        monkeypatch.setattr(ring, "_pass_on", wrapped)
+
+    def arm(self, victim):
+        self.armed, self.victim, self.seen = True, victim, 0
+
+
+class Lost:
+    def __init__(self, pending, blocks):
+        self.pending, self.blocks = pending, blocks
+
+    def wait(self):
+        self.pending.wait()
+        for block in self.blocks:
+            block[...] = 0
+
+
+@pytest.mark.grids({"seq": 2}, {"seq": 3}, {"seq": 2, "ulysses": 2})
+def test_any_message_of_the_backward_pass_that_is_lost_is_missed(grid, monkeypatch):
+    """The last of them takes the cotangents of keys and values home."""
+    _, exact = case.run("bert", Parallelism(Grid(MPI.COMM_SELF)))
+    exact, p, vandal = {name: host(g) for name, g in exact.items()}, case.parallelism(grid), Vandal(monkeypatch)
+
+    def off(victim):
+        _, gradients = case.run("bert", p, armed=lambda: vandal.arm(victim))
+        vandal.armed = False
+        gradients = {name: block_and_index(g) for name, g in gradients.items()}
+        return max(comm.collect(difference(gradients, exact), grid))
+
+    assert off(None) <= 1e-10
+    c, layers = grid.axes["seq"], 2
+    assert vandal.seen == layers * (2 * c - 1)
+    assert min(off(victim) for victim in range(vandal.seen)) > 1e-10
+
+
+@pytest.mark.grids({"seq": 2, "col": 2}, {"seq": 2, "ulysses": 2})
+def test_more_ranks_than_tokens_or_heads_leave_blocks_empty(grid):
+    def results(p, s, a):
+        layer = SelfAttention(6, a, p, "attention", width=2, std=0.5, out_std=0.5, dtype="float64")
+        x = random.normal((B, s, 6), p.grid, p.stream(), 0, "x")
+        y, cache = layer.forward(x, Context())
+        dx = layer.backward(y, cache)
+        return {"y": y, "dx": dx, **{q.name: q.reduce() for q in layer.parameters()}}
+
+    for s, a in ((1, 1), (3, 1), (1, 3)):
+        exact = {name: host(array) for name, array in results(Parallelism(Grid(MPI.COMM_SELF)), s, a).items()}
+        mine = {name: block_and_index(array) for name, array in results(case.parallelism(grid), s, a).items()}
+        assert difference(mine, exact) <= 1e-10
+
+
+@pytest.mark.grids({"seq": 2})
+def test_what_cannot_be_is_refused(grid):
+    with pytest.raises(OptionError, match="sequence='zigzag': use one of 'ring', 'ulysses'"):
+        Parallelism(grid, sequence="zigzag")
+    p = Parallelism(grid)
+    x = random.normal((B, 6, 3, A, D), grid, p.inside("bstad", "a"), 0, "x")
+    with pytest.raises(ShapeError, match=r"positions must be of shape \[s\] = \[6\]"):
+        Attention(p).forward(x, Context(order=p.order(7)))
+    with pytest.raises(ShapeError, match="the mask must be of shape"):
+        Attention(p).forward(x, Context(mask=from_global(np.ones((B, 5), bool), grid, Layout(None, None))))
