@@ -11,7 +11,7 @@ import typer
 
 from colossal_mpi.apps import config as configs
 from colossal_mpi.errors import ColossalError, ConfigError
-from colossal_mpi.grid import world_size
+from colossal_mpi.grid import world_rank, world_size
 
 # typer brings a click of its own in newer versions and takes the installed one in older ones.
 _ClickException: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -60,6 +60,10 @@ def train(
     setting: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")] = None,
     resume: Annotated[str | None, typer.Option(help="Go on with the run in this directory.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run in the run directory.")] = False,
+    trace: Annotated[int, typer.Option(min=0, help="Trace so many steps from the second on into trace.json.")] = 0,
+    show_config: Annotated[
+        bool, typer.Option("--show-config", help="Print the file with every key and what it means, and do nothing.")
+    ] = False,
 ) -> None:
     """Train a model on text or images. Run it under mpiexec or srun, or alone on one rank."""
     from colossal_mpi.apps import train as training
@@ -70,9 +74,30 @@ def train(
         settings.append(configs.grid_setting(configs.parse_grid(grid)))
     if (config is None) == (resume is None):
         raise ConfigError("train: give a configuration, or --resume and the directory of a run")
+    if show_config:
+        shown = configs.load(config if config is not None else f"{resume}/config.toml", settings)
+        if world_rank() == 0:
+            sys.stdout.write(configs.commented(shown))
+        return
     if config is None:
-        raise typer.Exit(training.resume(str(resume), settings))
-    raise typer.Exit(training.start(configs.load(config, settings), overwrite))
+        raise typer.Exit(training.resume(str(resume), settings, trace))
+    raise typer.Exit(training.start(configs.load(config, settings), overwrite, trace))
+
+
+@app.command(epilog="Example: colossal-mpi report runs/demo runs/other --output comparison")
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Directories of runs, one or several.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Directory to write to. [RUN/report, of several RUN/report/comparison]")
+    ] = None,
+) -> None:
+    """Draw a run, or several on the same axes: PNG files and one HTML page that needs nothing else."""
+    from colossal_mpi.apps import report as reports
+
+    page, lacking = reports.write(runs, output)
+    for picture, reason in lacking:
+        typer.echo(f"not shown: {picture}: {reason}")
+    typer.echo(f"report {page}")
 
 
 @app.command(epilog="Example: mpiexec -n 4 colossal-mpi doctor --directory /scratch/me/runs")
@@ -88,6 +113,18 @@ def doctor(
     from colossal_mpi.apps.doctor import examine
 
     raise typer.Exit(examine.main(directory, seconds, json))
+
+
+@app.command(epilog="Example: mpiexec -n 4 colossal-mpi inspect runs/demo --verify")
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A checkpoint, or a run for its latest one.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Check every checksum, all ranks their share.")] = False,
+    diff: Annotated[Path | None, typer.Option(help="Compare with this one; exit code 1 if they differ.")] = None,
+) -> None:
+    """Show what a checkpoint holds and whether it is whole, or in what two of them differ."""
+    from colossal_mpi.apps import inspect as inspection
+
+    raise typer.Exit(inspection.inspect(path, verify, diff))
 
 
 @app.command(epilog="Example: mpiexec -n 4 colossal-mpi convert gpt2 gpt2.cm --to cm")
@@ -166,6 +203,20 @@ def bench_train(
 
     sizes = Sizes(layers, hidden, heads, sequence, batch, vocabulary)
     raise typer.Exit(benchmark.main(benchmark.checked(sizes, grid, tensor, kernels or [], repeat, json)))
+
+
+@bench.command("checkpoint", epilog="Example: colossal-mpi bench checkpoint --size 2 --directory /scratch/me")
+def bench_checkpoint(
+    size: Annotated[float, typer.Option(help="GiB of the state, of all ranks together.")] = 1.0,
+    ranks: Annotated[int | None, typer.Option(help="Ranks to start, 4 unless under mpiexec.")] = None,
+    directory: Annotated[Path, typer.Option(help="Where to write; on the disk that is to be measured.")] = Path("runs"),
+    repeat: Annotated[int, typer.Option(help="Rounds of all of them.")] = 5,
+    json: Annotated[Path | None, typer.Option(help="Write the rows here.")] = None,
+) -> None:
+    """Time saving and loading beside plain writing and reading of the same bytes, and the stall of training."""
+    from colossal_mpi.apps.bench import checkpoint as benchmark
+
+    raise typer.Exit(benchmark.main(benchmark.checked(size, ranks, directory, repeat, json)))
 
 
 def main() -> None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from textwrap import wrap
+from typing import Any, Literal, get_args, get_origin
 
 import tomli_w
 from pydantic import ValidationError
 
+from colossal_mpi.apps.combinations import problems
 from colossal_mpi.apps.sections import GPT, KINDS, Data, Model, Parallel, Run, Section, Training
 from colossal_mpi.errors import ConfigError
 
+_WIDTH = 110
 SHIPPED = Path(__file__).parent / "configs"
 
 
@@ -79,10 +82,13 @@ def _put(table: dict[str, Any], setting: str) -> None:
 def validate(table: Mapping[str, Any], source: str) -> Config:
     """Return the configuration that a table describes, or raise ConfigError naming `source`."""
     try:
-        return Config.model_validate(table)
+        config = Config.model_validate(table)
+        lines = problems(config)
     except ValidationError as problem:
         lines = [_explain(error) for error in problem.errors()]
-        raise ConfigError(f"{source}: " + "; ".join(lines)) from None
+    if lines:
+        raise ConfigError(f"{source}: " + "; ".join(lines))
+    return config
 
 
 def _explain(error: Any) -> str:
@@ -132,3 +138,36 @@ def grid_setting(axes: Mapping[str, int]) -> str:
 def dump(config: Config) -> str:
     """Return a configuration as TOML."""
     return tomli_w.dumps(config.model_dump())
+
+
+def commented(config: Config) -> str:
+    """Return a configuration as TOML with what each key means, as the file of a run can have it."""
+    lines = [
+        "# Every key of this run. Give the file to `colossal-mpi train`, or single keys with --set section.key=value."
+    ]
+    for name in Config.model_fields:
+        section = getattr(config, name)
+        lines += ["", f"[{name}]  # {(section.__doc__ or '').splitlines()[0]}"]
+        for key, field in type(section).model_fields.items():
+            lines += _explained(f"{key} = {_inline(getattr(section, key))}", _meaning(field))
+    return "\n".join(lines) + "\n"
+
+
+def _explained(line: str, meaning: str) -> list[str]:
+    """Return a key with its comment beside it, or above it where that is longer than a line."""
+    beside = f"{line}  # {meaning}"
+    return [beside] if len(beside) <= _WIDTH else [*(f"# {part}" for part in wrap(meaning, _WIDTH - 2)), line]
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_inline(item)}" for key, item in value.items()) + " }" if value else "{}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_inline, value))}]"
+    return tomli_w.dumps({"x": value}).removeprefix("x = ").rstrip("\n")
+
+
+def _meaning(field: Any) -> str:
+    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    options = [f"one of {', '.join(map(str, choices))}"] if len(choices) > 1 else []
+    return "; ".join([*([field.description] if field.description else []), *options])

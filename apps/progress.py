@@ -11,8 +11,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from colossal_mpi.apps import report as reports
 from colossal_mpi.apps.config import Config
-from colossal_mpi.apps.plot import plot_run, shares
+from colossal_mpi.apps.report.runs import shares
 from colossal_mpi.apps.rundir import RunDirectory
 from colossal_mpi.apps.trainer import Trainer
 from colossal_mpi.errors import ConfigError
@@ -39,7 +40,7 @@ class Report:
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="replace")  # the sample may hold what an ASCII terminal cannot show
         self.training, self.directory, self.done = trainer.config.training, directory, done
-        self.unit, self.per = trainer.task.unit, trainer.task.per
+        self.unit = trainer.task.unit
         self.console, self.begun = Console(soft_wrap=True), time.perf_counter()
         self.bar: Any
         self.task: Any
@@ -70,14 +71,14 @@ class Report:
             self._say(f"step {row['step']:5d}/{self.training.steps}  {text}  {_clock(left)} left")
 
     def finish(self, text: bytes) -> None:
-        """Write the plot and the sample, and say where everything is."""
+        """Write the report and the sample, and say where everything is."""
         self.close()
-        plot_run(self.directory.rows(), self.per, self.directory.plot)
+        reports.write([self.directory.path])
         self.directory.sample.write_bytes(text)
         if text:
             self._say("sample: " + text.decode(errors="replace").strip("\n"))
         checkpoint = self.directory.checkpoints / self.directory.latest().name
-        self._say(f"plot {self.directory.plot}, metrics {self.directory.metrics}, checkpoint {checkpoint}")
+        self._say(f"report {self.directory.page}, metrics {self.directory.metrics}, checkpoint {checkpoint}")
 
     def stop(self, number: int) -> None:
         """Say that a signal has stopped the run, and how it goes on."""
@@ -104,7 +105,7 @@ class _Events:
     def write(self, row: dict[str, Any]) -> None:
         """Write every number of a row."""
         for name, value in row.items():
-            if name != "step" and value is not None:
+            if name != "step" and isinstance(value, int | float):
                 self.writer.add_scalar(name, value, row["step"])
 
 

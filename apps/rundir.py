@@ -1,4 +1,4 @@
-"""A run directory: ``config.toml``, ``metrics.jsonl``, ``checkpoints/``, ``report/``, ``sample.txt``, ``events/``."""
+"""A run directory: ``config.toml``, ``run.json``, ``metrics.jsonl``, ``checkpoints/``, ``report/``, and others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from colossal_mpi.apps import config as configs
+from colossal_mpi.checkpoint import place
 from colossal_mpi.errors import CheckpointError, ConfigError
+
+PLOTS = ("loss", "measures", "speed", "utilisation", "rate", "gradient", "scale", "memory", "words", "timeline")
+"""Names of the pictures of a report."""
 
 
 class RunDirectory:
@@ -18,8 +22,11 @@ class RunDirectory:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config, self.metrics = self.path / "config.toml", self.path / "metrics.jsonl"
-        self.checkpoints, self.plot = self.path / "checkpoints", self.path / "report" / "loss.png"
-        self.sample, self.events = self.path / "sample.txt", self.path / "events"
+        self.checkpoints, self.page = self.path / "checkpoints", self.path / "report" / "index.html"
+        self.plot = self.page.with_name("loss.png")
+        self.sample, self.trace = self.path / "sample.txt", self.path / "trace.json"
+        self.about = self.path / "run.json"
+        self.events = self.path / "events"
 
     def create(self, config: configs.Config, overwrite: bool) -> None:
         """Make the directory of a new run.
@@ -39,7 +46,7 @@ class RunDirectory:
         try:
             if self.config.exists():
                 self._clear()
-            self.plot.parent.mkdir(parents=True, exist_ok=True)
+            self.page.parent.mkdir(parents=True, exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
             self.write_config(config)
         except (OSError, ValueError) as problem:
@@ -53,10 +60,12 @@ class RunDirectory:
     def _clear(self) -> None:
         """Remove what a former run wrote, and nothing else that may lie there."""
         for _, folder in self._saved():
-            shutil.rmtree(folder)
+            place.remove(folder)
+        self._sweep()
         for file in self.events.glob("events.out.tfevents.*"):
             file.unlink()
-        for file in (self.config, self.metrics, self.sample, self.plot, self.checkpoints / "latest"):
+        files = (self.config, self.about, self.metrics, self.sample, self.trace, self.page, self.checkpoints / "latest")
+        for file in (*files, *(self.page.parent / f"{name}.png" for name in PLOTS)):
             file.unlink(missing_ok=True)
 
     def _saved(self) -> list[tuple[int, Path]]:
@@ -85,6 +94,41 @@ class RunDirectory:
         """Return the place of the checkpoint after `step` steps."""
         return self.checkpoints / f"step-{step:07d}"
 
+    def write_facts(self, facts: dict[str, Any]) -> None:
+        """Write what does not change while the run goes on: machine, model, peak."""
+        self.about.write_text(json.dumps(facts, indent=1) + "\n")
+
+    def facts(self) -> dict[str, Any]:
+        """Return what `write_facts` has written; nothing of a run of a version that did not."""
+        try:
+            facts = json.loads(self.about.read_text())
+        except (OSError, ValueError):
+            return {}
+        return facts if isinstance(facts, dict) else {}
+
+    def made(self, step: int, keep_last: int, keep_every: int) -> None:
+        """Point ``latest`` to the checkpoint after `step` steps and remove those that need not be kept.
+
+        Parameters
+        ----------
+        step : int
+        keep_last : int
+            Newest checkpoints that stay; 0 keeps all.
+        keep_every : int
+            Those after a multiple of so many steps stay as well; 0 for none.
+        """
+        place.point_latest(self.checkpoint(step))
+        self._sweep()
+        older = self._saved()[:-keep_last] if keep_last else []
+        for old, directory in older:
+            if old != step and not (keep_every and old % keep_every == 0):
+                place.remove(directory)
+
+    def _sweep(self) -> None:
+        """Remove what a crash has left of checkpoints that were being written or removed."""
+        for left in (*self.checkpoints.glob(".step-*.partial"), *self.checkpoints.glob(".step-*.removed")):
+            shutil.rmtree(left, ignore_errors=True)
+
     def append(self, row: dict[str, Any]) -> None:
         """Add a row to the metrics."""
         with self.metrics.open("a") as file:
@@ -103,4 +147,5 @@ class RunDirectory:
         whole.replace(self.metrics)
         for step, later in self._saved():
             if step > steps:
-                shutil.rmtree(later)
+                place.remove(later)
+        self._sweep()

@@ -30,7 +30,7 @@ class Text(_Transformer):
 class GPT(Text):
     """GPT-2, which predicts the next byte of a text."""
 
-    kind: Literal["gpt"] = "gpt"
+    kind: Literal["gpt"] = Field("gpt", description="of the model: gpt, llama, bert or vit")
     dropout: float = Field(0.0, ge=0, lt=1, description="rate at which elements are dropped")
     vocabulary: int = Field(256, ge=256, description="tokens; bytes need 256")
 
@@ -38,7 +38,7 @@ class GPT(Text):
 class Llama(Text):
     """Llama, which predicts the next byte of a text: rotary positions, grouped queries and a gated MLP."""
 
-    kind: Literal["llama"] = "llama"
+    kind: Literal["llama"] = Field("llama", description="of the model: gpt, llama, bert or vit")
     vocabulary: int = Field(256, ge=256, description="tokens; bytes need 256")
     groups: int = Field(2, ge=1, description="groups of heads that share keys and values; must divide heads")
     inner: int = Field(352, ge=1, description="width of the gated MLP; Llama has 8/3 x hidden")
@@ -48,7 +48,7 @@ class Llama(Text):
 class Bert(Text):
     """BERT, which fills in hidden bytes of a text."""
 
-    kind: Literal["bert"] = "bert"
+    kind: Literal["bert"] = Field("bert", description="of the model: gpt, llama, bert or vit")
     context: int = Field(64, ge=5, description="tokens per sequence, with two or three marks among them")
     vocabulary: int = Field(259, ge=259, description="tokens: 256 bytes and three marks")
     masked: float = Field(0.15, gt=0, lt=1, description="share of the tokens that are hidden")
@@ -59,7 +59,7 @@ class Bert(Text):
 class ViT(_Transformer):
     """A Vision Transformer, which names the class of an image."""
 
-    kind: Literal["vit"] = "vit"
+    kind: Literal["vit"] = Field("vit", description="of the model: gpt, llama, bert or vit")
     patch: int = Field(2, ge=1, description="side of a patch in pixels")
     pool: Literal["first", "mean"] = Field("first", description="classify a class token, or the mean of the patches")
     dropout: float = Field(0.0, ge=0, lt=1, description="rate at which elements are dropped")
@@ -92,10 +92,12 @@ class Data(Section):
 class Training(Section):
     """The optimisation."""
 
-    steps: int = Field(400, ge=1)
+    steps: int = Field(400, ge=1, description="of the optimizer")
     batch: int = Field(16, ge=1, description="samples per step, over all ranks and microbatches")
     microbatches: int = Field(1, ge=1, description="parts of the batch whose gradients are accumulated")
-    optimizer: Literal["adamw", "sgd", "lamb", "lars", "adafactor", "muon"] = "adamw"
+    optimizer: Literal["adamw", "sgd", "lamb", "lars", "adafactor", "muon"] = Field(
+        "adamw", description="how gradients change weights"
+    )
     lr: float = Field(1e-3, gt=0, allow_inf_nan=False, description="greatest learning rate")
     warmup: int = Field(20, ge=0, description="steps of linear warm-up")
     rate: Literal["constant", "linear", "cosine", "polynomial", "wsd", "multi-step", "one-cycle"] = Field(
@@ -103,12 +105,17 @@ class Training(Section):
     )
     floor: float = Field(0.1, ge=0, le=1, description="share of lr at the end")
     milestones: list[int] = Field([], description="of rate multi-step: from each of these steps on a tenth")
-    weight_decay: float = Field(0.1, ge=0, allow_inf_nan=False)
+    weight_decay: float = Field(0.1, ge=0, allow_inf_nan=False, description="of weights and tables")
     clip: float = Field(1.0, gt=0, description="greatest norm of the gradient")
-    seed: int = 0
+    seed: int = Field(0, description="of the initial weights, dropout and the order of the samples")
     evaluate_every: int = Field(100, ge=1, description="steps between validations")
     evaluate_batches: int = Field(8, ge=1, description="batches of text per validation; of images, all are taken")
     checkpoint_every: int = Field(200, ge=1, description="steps between checkpoints")
+    keep_last: int = Field(0, ge=0, description="newest checkpoints that are kept; 0 keeps all")
+    keep_every: int = Field(0, ge=0, description="with keep_last: checkpoints after each so many steps stay, too")
+    background_checkpoints: bool = Field(
+        True, description="train on while a thread writes a copy of the state, which takes that much host memory"
+    )
     log_every: int = Field(20, ge=1, description="steps between lines of progress without a terminal")
     sample: int = Field(160, ge=0, description="bytes of text shown at the end; 0 shows nothing, of images either")
 
@@ -125,7 +132,9 @@ class Parallel(Section):
     grid: dict[Literal["pipe", "data", "seq", "ulysses", "depth", "row", "col"], Annotated[int, Field(ge=1)]] = Field(
         {}, description="size of each axis, outermost first; empty: data over all ranks"
     )
-    tensor: Literal["none", "1d", "2d", "2.5d", "3d"] = "none"
+    tensor: Literal["none", "1d", "2d", "2.5d", "3d"] = Field(
+        "none", description="how weights and activations are cut over col, row and depth"
+    )
     sequence: Literal["ring", "ulysses"] = Field(
         "ring",
         description="what attention does over seq: keys and values travel round it, or it cuts heads instead, as an "
@@ -140,6 +149,7 @@ class Parallel(Section):
         description="stored once over data, seq, ulysses: 1 the optimizer's state, 2 also gradients, 3 also weights",
     )
     keep_gathered: bool = Field(True, description="keep gathered operands for the backward pass: faster, more memory")
+    offload: bool = Field(False, description="keep the optimizer's state in host memory; of GPUs, on CPUs it is there")
     recompute: Literal["none", "selective", "full"] = Field(
         "none",
         description="made again in the backward pass: selective, outputs of norms and activations; full, whole blocks",
@@ -147,7 +157,7 @@ class Parallel(Section):
     dtype: Literal["float32", "float64", "float16", "bfloat16"] = Field(
         "float32", description="of weights and activations; with 16 bits, the optimizer has float32 masters"
     )
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where CuPy finds one")
     kernels: Literal["auto", "reference", "torch"] = Field(
         "auto", description="local maths: PyTorch's kernels where it is installed, or the formulas in NumPy and CuPy"
     )
@@ -156,5 +166,11 @@ class Parallel(Section):
 class Run(Section):
     """Where the results go."""
 
-    directory: str = Field("runs/run", description="config, metrics, plot and checkpoints")
+    directory: str = Field("runs/run", description="config, metrics, report and checkpoints")
+    peak_flops: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="flop/s of all ranks, for MFU; 0: that of products, as measured"
+    )
+    trace_steps: list[Annotated[int, Field(ge=1)]] = Field(
+        [3], description="steps of which trace.json has what each rank did when"
+    )
     tensorboard: bool = Field(False, description="write the metrics as event files, too, into events/ of the directory")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import time
+from functools import partial
 from typing import Any
 
-from colossal_mpi import comm, ledger, signals
+from colossal_mpi import comm, signals
 from colossal_mpi.apps.config import Config, load
+from colossal_mpi.apps.meter import Meter
 from colossal_mpi.apps.progress import Report, check
 from colossal_mpi.apps.rundir import RunDirectory
 from colossal_mpi.apps.stopping import CODE, Stop
@@ -23,18 +24,21 @@ def make_grid(config: Config) -> Grid:
     return Grid(None, parallel.device, **axes)
 
 
-def start(config: Config, overwrite: bool = False) -> int:
-    """Train from the beginning, into a new run directory; return the exit code, 0 or that of a run that was stopped."""
+def start(config: Config, overwrite: bool = False, trace: int = 0) -> int:
+    """Train from the beginning, into a new run directory, and trace so many steps from the second on.
+
+    Returns the exit code, 0 or that of a run that was stopped.
+    """
     grid = make_grid(config)
     trainer, directory = Trainer(config, grid), RunDirectory(config.run.directory)
     with comm.agreed(grid):
         if grid.rank == 0:
             check(config)
             directory.create(config, overwrite)
-    return _train(trainer, directory, 0)
+    return _train(trainer, directory, 0, trace)
 
 
-def resume(path: str, settings: list[str]) -> int:
+def resume(path: str, settings: list[str], trace: int = 0) -> int:
     """Go on with the run at `path` from its latest checkpoint, bitwise as if it had not stopped on the same grid.
 
     Returns an exit code as `start` does.
@@ -52,16 +56,17 @@ def resume(path: str, settings: list[str]) -> int:
             check(config)
             directory.rewind(done)
             directory.write_config(config)
-    return _train(trainer, directory, done)
+    return _train(trainer, directory, done, trace)
 
 
-def _train(trainer: Trainer, directory: RunDirectory, done: int) -> int:
+def _train(trainer: Trainer, directory: RunDirectory, done: int, trace: int) -> int:
     training, first = trainer.config.training, trainer.grid.rank == 0
+    meter = Meter(trainer, directory, {*trainer.config.run.trace_steps, *range(done + 2, done + 2 + trace)})
     report = Report(trainer, directory, done) if first else None
     signals.listen(interrupt=False)  # the guards of a job have done so with it
     with Stop(trainer.grid) as stop:
         try:
-            stopped = _steps(trainer, directory, done, report, stop)
+            stopped = _steps(trainer, directory, done, report, meter, stop)
             if stopped:
                 if report:
                     report.stop(stopped)
@@ -75,35 +80,42 @@ def _train(trainer: Trainer, directory: RunDirectory, done: int) -> int:
                 report.close()
 
 
-def _steps(trainer: Trainer, directory: RunDirectory, done: int, report: Report | None, stop: Stop) -> int:
+def _steps(
+    trainer: Trainer, directory: RunDirectory, done: int, report: Report | None, meter: Meter, stop: Stop
+) -> int:
     """Do the steps; return the signal that stopped them before the last, 0 if none did."""
     training = trainer.config.training
     for step in range(done, training.steps):
-        row, cut = _timed_step(trainer, step, stop)
+        row, cut = _timed_step(trainer, step, meter, stop)
         if not math.isfinite(row["loss"] + (row["gradient_norm"] or 0.0)):  # None: an overflow of scaled gradients
+            trainer.saving.finish()
             raise ColossalError(
                 f"step {step + 1}: loss {row['loss']}, gradient norm {row['gradient_norm']}; lower training.lr and go "
                 f"on from the last checkpoint with --resume {directory.path}"
             )
         last = step + 1 == training.steps
         if last or ((step + 1) % training.evaluate_every == 0 and not cut):  # there is no time for it in a stop
-            row |= trainer.validate()
+            row |= trainer.validate() | meter.ranks()
         if report:
             report.step(row)
         if last or cut or (step + 1) % training.checkpoint_every == 0:
-            trainer.save(directory.checkpoint(step + 1), step + 1)
+            _checkpoint(trainer, directory, step + 1, training.background_checkpoints and not (last or cut))
+        else:
+            trainer.saving.poll()
         if cut and not last:
             return cut
     return 0
 
 
-def _timed_step(trainer: Trainer, step: int, stop: Stop) -> tuple[dict[str, Any], int]:
+def _checkpoint(trainer: Trainer, directory: RunDirectory, step: int, background: bool) -> None:
+    training = trainer.config.training
+    after = partial(directory.made, step, training.keep_last, training.keep_every)
+    trainer.save(directory.checkpoint(step), step, after, background)
+
+
+def _timed_step(trainer: Trainer, step: int, meter: Meter, stop: Stop) -> tuple[dict[str, Any], int]:
     """Do a step; return its row of the metrics and the signal that is to stop the run after it, 0 if none."""
-    begun = time.perf_counter()
-    with ledger.record() as moved:
+    with meter.measure(step + 1) as measured:
         row: dict[str, Any] = {"step": step + 1, **trainer.step(step, stop.vote)}
-    cut = stop.decided()
-    row["seconds"] = time.perf_counter() - begun
-    task = trainer.task
-    speed = trainer.config.training.batch * task.per_sample / row["seconds"]
-    return row | {f"{task.unit}_per_second": speed, "words_received": moved.words}, cut
+        cut = stop.decided()
+    return row | measured, cut

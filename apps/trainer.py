@@ -6,10 +6,11 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from colossal_mpi import checkpoint, comm
+from colossal_mpi import checkpoint, comm, ledger
 from colossal_mpi.apps import tasks
 from colossal_mpi.apps.config import Config
 from colossal_mpi.apps.feed import StepFeed
@@ -38,10 +39,12 @@ class Trainer:
         )
         self.task = tasks.make(config, place)
         self.model, self.task.run = self.task.model, self.run
-        chunks = cut(recompute(self.model, parallel.recompute), grid, parallel.virtual_stages)
+        chunks = cut(
+            recompute(self.model, parallel.recompute, parallel.schedule == "zero-bubble"), grid, parallel.virtual_stages
+        )
         self.pipeline = Pipeline(chunks, grid, parallel.schedule)
         self.optimizer = OPTIMIZERS[training.optimizer](
-            self.pipeline.parameters(), weight_decay=training.weight_decay, clip=training.clip
+            self.pipeline.parameters(), weight_decay=training.weight_decay, clip=training.clip, offload=parallel.offload
         )
         self.learning_rate = Rate(
             training.rate,
@@ -52,6 +55,7 @@ class Trainer:
             milestones=tuple(training.milestones),
         )
         """Of a step."""
+        self.saving = checkpoint.Background(grid)
 
     @property
     def parameters(self) -> int:
@@ -77,7 +81,9 @@ class Trainer:
         loss, lr, scale = self.gradients(step), self.learning_rate(step), self.optimizer.loss_scale
         if meanwhile:
             meanwhile()
-        norm = self.optimizer.step(lr)
+        self.saving.settle()
+        with ledger.span("update"):
+            norm = self.optimizer.step(lr)
         left_out = scale > 1 and not math.isfinite(norm)
         row = {"loss": loss, "gradient_norm": None if left_out else norm, "learning_rate": lr}
         return row if self.optimizer.scaling is None else row | {"loss_scale": scale}
@@ -91,12 +97,37 @@ class Trainer:
             shares.update(self.task.measures(outputs, batch.labels, held))
         return {"val_loss": loss, **{f"val_{name.replace(' ', '_')}": share for name, share in shares.items()}}
 
-    def save(self, directory: Path, step: int) -> None:
-        """Write a checkpoint of the state after `step` steps."""
+    def save(
+        self, directory: Path, step: int, after: Callable[[], None] | None = None, background: bool = False
+    ) -> None:
+        """Write a checkpoint of the state after `step` steps.
+
+        Parameters
+        ----------
+        directory : path
+        step : int
+        after : callable, optional
+            What rank 0 does when the checkpoint is whole; ``latest`` points to it by default.
+        background : bool
+            Return at once, and write while the next steps are done: ``saving.poll()`` goes after each of them, and
+            ``saving.finish()`` after the last.
+        """
+        metadata, after = self._metadata(step), after or partial(checkpoint.point_latest, directory)
+        state, values = self._state(counted=True), self._values(step)
+        if background:
+            self.saving.begin(directory, state, metadata, values=values, after=after)
+            return
+        self.saving.finish()
+        checkpoint.save(directory, state, metadata, self.grid, values=values)
+        with comm.agreed(self.grid):
+            if self.grid.rank == 0:
+                after()
+
+    def _metadata(self, step: int) -> dict[str, Any]:
         model = models.describe(self.model)
         if self.optimizer.scaling is not None:
             model["dtype"] = "float32"  # that of the masters, which are what is saved
-        metadata = {
+        return {
             "step": step,
             "config": self.config.model_dump(),
             "model": model,
@@ -105,10 +136,19 @@ class Trainer:
                 "loss_scale": self.optimizer.scaling and self.optimizer.scaling.state(),
             },
         }
-        checkpoint.save(directory, self._state(counted=True), metadata, self.grid)
-        with comm.agreed(self.grid):
-            if self.grid.rank == 0:
-                checkpoint.point_latest(directory)
+
+    def _values(self, step: int) -> dict[str, tuple[Any, str]]:
+        """Return what besides the arrays the next steps depend on, and its units: all are functions of these."""
+        training = self.config.training
+        scaling = self.optimizer.scaling
+        scale = {} if scaling is None else {"training/loss_scale": (self.optimizer.loss_scale, "1")}
+        return scale | {
+            "training/step": (step, "steps"),
+            "training/samples": (step * training.batch, "samples"),
+            "training/seed": (training.seed, "1"),
+            "training/rate": (training.rate, "name of the schedule of the learning rate"),
+            "training/learning_rate": (self.learning_rate(step), "of the next step"),
+        }
 
     def restore(self, directory: Path) -> int:
         """Take the state of a checkpoint, of any grid and mode, and return the number of steps behind it."""

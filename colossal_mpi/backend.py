@@ -153,6 +153,15 @@ def describe_gpu() -> str:
     return f"{name}, CuPy {cupy.__version__}, CUDA runtime {cupy.cuda.runtime.runtimeGetVersion()}"
 
 
+def device_memory(device: str) -> int | None:
+    """Return the bytes that CuPy's pool has taken from a GPU, of which it gives none back; None for another device."""
+    if not device.startswith("cuda"):
+        return None
+    import cupy
+
+    return int(cupy.get_default_memory_pool().total_bytes())
+
+
 def visible_gpus() -> list[tuple[str, str]]:
     """Return the PCI address and the name of each GPU that this process sees, in order; none without CuPy."""
     count = _devices["cuda"].count()

@@ -157,6 +157,13 @@ def empty(shape: Sequence[int], dtype: Any) -> Ghost:
     return Ghost(unread, kind, Memory(math.prod(shape) * kind.itemsize))
 
 
+def elsewhere(x: Ghost) -> Ghost:
+    """Return an array like another in memory that no tally counts, the host's."""
+    away = Memory(0)
+    away.nbytes, away.tallies = x.nbytes, ()
+    return Ghost(empty(x.shape, x.dtype)._unread, x.dtype, away)
+
+
 def elementwise(*values: Any, dtype: Any = None) -> Ghost:
     """Return an array of the shape to which others are broadcast and of the dtype to which they are promoted."""
     shape = np.broadcast_shapes(*(np.shape(x) if not isinstance(x, Ghost) else x.shape for x in values))

@@ -83,7 +83,7 @@ class Span:
     """A computation of this rank, communication that it waits for included."""
 
     kind: str
-    """``forward``, ``backward`` or ``weight``."""
+    """``forward``, ``backward``, ``weight`` or ``update``."""
     begun: float
     ended: float
     depth: int
@@ -219,7 +219,7 @@ def span(kind: str, **what: Any) -> contextlib.AbstractContextManager[None]:
 
     Parameters
     ----------
-    kind : {"forward", "backward", "weight"}
+    kind : {"forward", "backward", "weight", "update"}
     **what
         ``microbatch``, ``chunk``, ``layer``.
 

@@ -193,7 +193,7 @@ class SelfAttention(Chain):
         dtype: Any = "float32",
     ) -> None:
         groups = heads if groups is None else groups
-        width = _width(hidden, heads, groups, width)
+        width = head_width(hidden, heads, groups, width)
         if rotary is not None:
             rotary.frequencies(width)  # refuses an odd width
         sizes = {"h": hidden, "a": heads, "g": groups, "r": heads // groups, "d": width}
@@ -227,7 +227,14 @@ def _grouped(
     return [products, *turn, GroupedAttention(p, inner, spread, causal=causal)], "bsgrd,grdh->bsh", inner
 
 
-def _width(hidden: int, heads: int, groups: int, width: int | None) -> int:
+def head_width(hidden: int, heads: int, groups: int, width: int | None = None) -> int:
+    """Return the width of a head, ``hidden / heads`` unless it is given.
+
+    Raises
+    ------
+    ShapeError
+        If the heads do not divide hidden, or the groups the heads.
+    """
     if width is None and hidden % heads:
         fitting = [str(n) for n in range(1, min(hidden, 4 * heads) + 1) if hidden % n == 0]
         raise ShapeError(f"{heads} heads do not divide hidden={hidden}: use heads in {{{', '.join(fitting)}}}")

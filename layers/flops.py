@@ -3,9 +3,9 @@
 *Model flop* are those that the mathematics asks for, whatever a program does: PaLM's ``6 N + 12 L s a d`` of a token, N
 the weights that it is multiplied with and L s a d the scores of its a heads of width d in L layers, those that a mask
 hides counted as well. *Hardware flop* are those that are done: hidden scores only where they share a tile with one that
-is seen, probabilities once more in the backward pass. In both a product of m x k and k x n counts 2 m k n, and only
-products count: biases, norms, activations, softmax, losses and the optimizer are left out. A product that ranks do
-redundantly counts once.
+is seen, probabilities once more in the backward pass, and what `recompute` makes again. In both a product of m x k and
+k x n counts 2 m k n, and only products count: biases, norms, activations, softmax, losses and the optimizer are left
+out. A product that ranks do redundantly counts once.
 
 References
 ----------
@@ -17,16 +17,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import singledispatch
 
 from colossal_mpi.errors import OptionError
 from colossal_mpi.layers.attention import SelfAttention
 from colossal_mpi.layers.kernels.reference.tiles import scores
-from colossal_mpi.layers.layer import Layer
+from colossal_mpi.layers.layer import Chain, Layer
 from colossal_mpi.layers.linear import Linear
 from colossal_mpi.layers.moe import MoE
 from colossal_mpi.layers.patch import Convolution, PatchEmbedding
+from colossal_mpi.layers.recompute import Discard, Recompute
 from colossal_mpi.linalg.subscripts import parse
 
 
@@ -44,9 +45,11 @@ class Flop:
 
     forward: int = 0
     backward: int = 0
+    again: int = 0
+    """Those of `Layer.again`."""
 
     def __add__(self, other: Flop) -> Flop:
-        return Flop(self.forward + other.forward, self.backward + other.backward)
+        return Flop(self.forward + other.forward, self.backward + other.backward, self.again + other.again)
 
 
 def model_flop(model: Layer, samples: int, length: int) -> int:
@@ -81,7 +84,12 @@ def hardware_flop(model: Layer, samples: int, length: int) -> int:
 @singledispatch
 def _flop(layer: Layer, shape: Shape, hardware: bool) -> Flop:
     """Return the operations of a layer; those of its parts, unless it is of a kind with a rule of its own."""
-    return sum((_flop(part, shape, hardware) for part in _parts(layer)), Flop())
+    return _in_full(sum((_flop(part, shape, hardware) for part in _parts(layer)), Flop()))
+
+
+def _in_full(flop: Flop) -> Flop:
+    """Return operations of a layer that does its whole forward pass again."""
+    return replace(flop, again=flop.forward)
 
 
 def _parts(layer: Layer) -> Iterator[Layer]:
@@ -90,8 +98,27 @@ def _parts(layer: Layer) -> Iterator[Layer]:
 
 
 def _product(rows: int, weight: tuple[int, ...]) -> Flop:
+    """Return the operations of a product, of which the backward pass needs the operands alone."""
     forward = 2 * rows * math.prod(weight)
     return Flop(forward, 2 * forward)
+
+
+@_flop.register
+def _(layer: Chain, shape: Shape, hardware: bool) -> Flop:
+    *parts, last = [_flop(part, shape, hardware) for part in layer.layers] or [Flop()]
+    return sum(map(_in_full, parts), last)
+
+
+@_flop.register
+def _(layer: Recompute, shape: Shape, hardware: bool) -> Flop:
+    inside = _flop(layer.layer, shape, hardware)
+    return Flop(inside.forward, inside.backward + inside.again)
+
+
+@_flop.register
+def _(layer: Discard, shape: Shape, hardware: bool) -> Flop:
+    inside = _flop(layer.layer, shape, hardware)
+    return replace(inside, backward=inside.backward + inside.forward)
 
 
 @_flop.register
@@ -104,7 +131,8 @@ def _(layer: Linear, shape: Shape, hardware: bool) -> Flop:
 def _(layer: Convolution, shape: Shape, hardware: bool) -> Flop:
     if not isinstance(layer, PatchEmbedding):
         raise OptionError(f"{layer.name}: only of transformers, whose images come as patches, are the flop known")
-    return _product(shape.samples * (shape.length - (layer.token is not None)), layer.weight.shape)
+    lead = 0 if hardware else layer.lead  # the positions before the patches have windows of zeros
+    return _in_full(_product(shape.samples * (shape.length - lead), layer.weight.shape))
 
 
 @_flop.register
@@ -112,15 +140,18 @@ def _(layer: MoE, shape: Shape, hardware: bool) -> Flop:
     """Count the slots that tokens fill; the others depend on how the router balances."""
     rows = shape.samples * shape.length * layer.top_k
     weights = [part.weight.shape for part in layer.experts.layers if isinstance(part, Linear)]
-    return sum((_product(rows, weight[1:]) for weight in weights), _flop(layer.router, shape, hardware))
+    return _in_full(sum((_product(rows, weight[1:]) for weight in weights), _flop(layer.router, shape, hardware)))
 
 
 @_flop.register
 def _(layer: SelfAttention, shape: Shape, hardware: bool) -> Flop:
-    *heads, width, _ = next(part for part in reversed(layer.layers) if isinstance(part, Linear)).weight.shape
-    causal = any(getattr(part, "causal", False) for part in layer.layers)
+    *before, out = layer.layers
+    assert isinstance(out, Linear)
+    *heads, width, _ = out.weight.shape
+    causal = any(getattr(part, "causal", False) for part in before)
     count, s = shape.samples * math.prod(heads) * width, shape.length
     made = scores(s, s, heads[-1] if len(heads) > 1 else 1, causal) if hardware else s * s
-    # Scores and output; backward dq, dk, dv, the cotangent of the probabilities and, if they are not kept, the scores.
+    # Scores and output; backward dq, dk, dv, the cotangent of the probabilities and, as they are not kept, the scores.
     own = Flop(2 * 2 * made * count, 2 * (5 if hardware else 4) * made * count)
-    return sum((_flop(part, shape, hardware) for part in layer.layers), own)
+    parts = [own, *(_flop(part, shape, hardware) for part in before)]
+    return sum(map(_in_full, parts), _flop(out, shape, hardware))

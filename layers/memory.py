@@ -146,12 +146,11 @@ def predict_memory(
     axes: Mapping[str, int],
     tensor: str | None = None,
     *,
-    keep_gathered: bool = True,
-    zero: int = 0,
     kinds: str | Sequence[str] = "none",
     schedule: str = "1f1b",
     chunks: int = 1,
     optimizer: Callable[[list[Parameter]], Optimizer] = AdamW,
+    **modes: Any,
 ) -> list[Prediction]:
     """Return what a training step takes on the first rank of each stage, whose blocks are the largest.
 
@@ -166,13 +165,15 @@ def predict_memory(
         Makes what the step computes on, such as `TokenFeed`.
     axes : mapping of str to int
         Of the grid, ``pipe`` included.
-    tensor, keep_gathered, zero
-        As `Parallelism` takes them.
+    tensor : str, optional
+        As `Parallelism` takes it.
     kinds
         As `recompute` takes them.
     schedule, chunks
         As `Pipeline` and `cut` take them.
     optimizer : callable
+    **modes
+        ``zero``, ``keep_gathered``, ``sequence``, as `Parallelism` takes them.
 
     Returns
     -------
@@ -194,9 +195,9 @@ def predict_memory(
     for stage in range(axes.get(PIPE, 1)):
         coords = {axis: stage if axis == PIPE else 0 for axis in axes}
         grid = Grid.planned(rank_of(coords, axes), **axes)
-        p = Parallelism(place_of(grid), tensor, keep_gathered, zero)
+        p = Parallelism(place_of(grid), tensor, **modes)
         with kernels.as_planned(), ghost.tally() as tally:
-            whole = recompute(model(p), kinds)
+            whole = recompute(model(p), kinds, schedule == "zero-bubble")
             held = [
                 sorted({q.name for piece in some for layer in piece for q in layer.parameters()})
                 for some in pieces(whole, axes.get(PIPE, 1), chunks)

@@ -177,8 +177,8 @@ class Parallelism:
         if sequence not in SEQUENCES:
             raise OptionError(f"sequence={sequence!r}: use one of {', '.join(map(repr, SEQUENCES))}")
         self.grid, self.tensor, self.keep_gathered, self.zero = grid, mode, keep_gathered, zero
-        self._template, axes = MODES[mode]
-        _check(grid, mode, axes)
+        self._template = MODES[mode][0]
+        require_axes(grid.axes, mode)
         self.ring, self._heads = (self._present(axes) for axes in SEQUENCES[sequence])
 
     @property
@@ -341,18 +341,24 @@ def _widest(sizes: Mapping[str, int], ranks: Mapping[str, int]) -> str:
     return enough[0] if enough else max(sizes, key=lambda letter: sizes[letter] / ranks[letter])
 
 
-def _check(grid: Grid, mode: str, axes: Axes) -> None:
-    alien = [axis for axis, size in grid.axes.items() if size > 1 and axis not in (*_COPIES, *axes)]
+def require_axes(sizes: Mapping[str, int], mode: str) -> None:
+    """Refuse a grid, without ``pipe``, that has an axis larger than 1 of which a mode makes no use.
+
+    Raises
+    ------
+    GridError
+        With the modes that use all of them.
+    """
+    axes = (*_COPIES, *MODES[mode][1])
+    large = [axis for axis, size in sizes.items() if size > 1]
+    alien = [axis for axis in large if axis not in axes]
     if not alien:
         return
-    fitting = [
-        name
-        for name, (_, used) in MODES.items()
-        if all(axis in (*_COPIES, *used) for axis, size in grid.axes.items() if size > 1)
-    ]
-    product = math.prod(grid.axes[axis] for axis in alien)
+    fitting = [name for name, (_, used) in MODES.items() if all(axis in (*_COPIES, *used) for axis in large)]
+    product = math.prod(sizes[axis] for axis in alien)
+    grid = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
     raise GridError(
-        f"tensor={mode!r} uses the axes {', '.join((*_COPIES, *axes))} and not {', '.join(alien)} of {grid}: "
+        f"tensor={mode!r} uses the axes {', '.join(axes)} and not {', '.join(alien)} of Grid({grid}): "
         + (f"use tensor={' or '.join(map(repr, fitting))}, " if fitting else "")
         + f"or give those {product} ranks to an axis that it uses"
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from colossal_mpi.errors import OptionError
@@ -21,12 +22,14 @@ AnyLayer = TypeVar("AnyLayer", bound=Layer)
 class Recompute(Layer):
     """A layer that keeps its input alone, and does its forward pass again in the backward pass.
 
-    The gradients have the same bits as without. The weight products may be put off: what they need is then kept until
-    they are done.
+    The gradients have the same bits as without.
 
     Parameters
     ----------
     layer : Layer
+    defer : bool
+        Whether weight products may be put off, as zero-bubble does to fill the bubble: what they need is then kept
+        until they are done. By default they are done at once.
 
     Notes
     -----
@@ -42,8 +45,8 @@ class Recompute(Layer):
     recomputation in large transformer models, 2022.
     """
 
-    def __init__(self, layer: Layer) -> None:
-        self.layer = layer
+    def __init__(self, layer: Layer, defer: bool = False) -> None:
+        self.layer, self.defer = layer, defer
 
     def forward(self, x: Any, ctx: Context) -> tuple[Any, Any]:
         """Return the layer's output."""
@@ -55,7 +58,7 @@ class Recompute(Layer):
 
     def backward(self, dy: Any, cache: Any, later: Later = None) -> Any:
         """Return the layer's cotangent of the input."""
-        return self.layer.backward(dy, cache.cache(), later)
+        return self.layer.backward(dy, cache.cache(), later if self.defer else None)
 
 
 class Discard(Layer):
@@ -94,9 +97,9 @@ class Discard(Layer):
         return self.layer.backward(dy, cache, later)
 
 
-Kind = tuple[type[Recompute] | type[Discard], tuple[type[Layer], ...]]
+Wrapper = Callable[[Layer], Layer]
 
-KINDS: dict[str, Kind] = {
+KINDS: dict[str, tuple[type[Layer], tuple[type[Layer], ...]]] = {
     "block": (Recompute, (TransformerBlock,)),
     "attention": (Recompute, (SelfAttention,)),
     "mlp": (Recompute, (MLP, MoE)),
@@ -109,7 +112,7 @@ MODES: dict[str, tuple[str, ...]] = {"none": (), "selective": ("norm", "activati
 """Kinds by the names of configurations."""
 
 
-def recompute(model: AnyLayer, kinds: str | Sequence[str]) -> AnyLayer:
+def recompute(model: AnyLayer, kinds: str | Sequence[str], defer: bool = False) -> AnyLayer:
     """Let a model make again, in the backward pass, what layers of some kinds would keep; return the model itself.
 
     Names of parameters, stages, checkpoints and descriptions of the model are what they were.
@@ -122,6 +125,8 @@ def recompute(model: AnyLayer, kinds: str | Sequence[str]) -> AnyLayer:
         ``"full"``: each transformer block keeps its input alone. ``"selective"``: the outputs of norms and activations
         are not kept, for less than a hundredth of the flops. Or any of the `KINDS`: ``"block"``, ``"attention"`` and
         ``"mlp"`` (or experts), of which only the input is kept, ``"norm"`` and ``"activation"``, whose outputs are not.
+    defer : bool
+        As `Recompute` takes it.
 
     Raises
     ------
@@ -137,11 +142,12 @@ def recompute(model: AnyLayer, kinds: str | Sequence[str]) -> AnyLayer:
         raise OptionError(
             f"recompute {kinds!r}: use one of {', '.join(map(repr, MODES))}, or some of the kinds {', '.join(KINDS)}"
         )
-    _wrap_parts(model, [KINDS[kind] for kind in chosen])
+    wrappers: dict[type, Wrapper] = {Recompute: partial(Recompute, defer=defer), Discard: Discard}
+    _wrap_parts(model, [(wrappers[wrapper], classes) for wrapper, classes in (KINDS[kind] for kind in chosen)])
     return model
 
 
-def _wrap_parts(layer: Layer, chosen: Sequence[Kind]) -> None:
+def _wrap_parts(layer: Layer, chosen: Sequence[tuple[Wrapper, tuple[type[Layer], ...]]]) -> None:
     """Put the parts of a layer that are of a chosen kind into their wrappers, none into one of its own kind.
 
     A gated activation has an activation that it does not call as a layer.

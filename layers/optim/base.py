@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from colossal_mpi import backend, comm
@@ -12,6 +13,7 @@ from colossal_mpi.errors import OptionError
 from colossal_mpi.grid import Grid
 from colossal_mpi.layers.layer import Parameter
 from colossal_mpi.layers.precision import MASTER, LossScale
+from colossal_mpi.parking import fetch, park, put_back
 
 
 def gradient_norm(gradients: Sequence[DistArray], grid: Grid | None = None) -> float:
@@ -71,6 +73,9 @@ class Optimizer:
         Says which do; by default weights and tables, not biases and gains.
     scaling : LossScale, optional
         Of the losses whose gradients come; by default what the weights' dtypes need.
+    offload : bool
+        Keep the state, masters included, in host memory, and bring it to the device for each parameter's step: the
+        same bits for less memory. Without a device it changes nothing.
     **options
         Of the subclass.
 
@@ -91,6 +96,7 @@ class Optimizer:
         weight_decay: float,
         decays: Callable[[Parameter], bool] = is_weight,
         scaling: LossScale | None = None,
+        offload: bool = False,
         **options: Any,
     ) -> None:
         given = list(parameters)
@@ -101,11 +107,9 @@ class Optimizer:
         self.options = {"weight_decay": weight_decay, **options}
         self._check()
         self.scaling = scaling or LossScale.of({p.dtype for p in self.parameters})
-        self.moments = {p.name: self.begin(p) for p in self.parameters}
+        self.offload = offload
+        self.moments = {p.name: self._begin(p) for p in self.parameters}
         """The state of each parameter by slots: those of `begin`, and the master of a 16-bit weight."""
-        for p in self.parameters:
-            if p.half:
-                self.moments[p.name][MASTER] = p.master()
 
     @property
     def loss_scale(self) -> float:
@@ -120,6 +124,22 @@ class Optimizer:
         for group in self.groups:
             if alien := sorted(set(group.options) - set(self.options)):
                 raise OptionError(f"{type(self).__name__}: no option {', '.join(alien)}; use {', '.join(self.options)}")
+
+    def _begin(self, parameter: Parameter) -> dict[str, DistArray]:
+        slots = self.begin(parameter) | ({MASTER: parameter.master()} if parameter.half else {})
+        return {slot: park(array) for slot, array in slots.items()} if self.offload else slots
+
+    @contextmanager
+    def _slots(self, parameter: Parameter) -> Iterator[dict[str, DistArray]]:
+        """Give the state of a parameter where its weight is, and take it back as it then is."""
+        kept = self.moments[parameter.name]
+        if not self.offload:
+            yield kept
+            return
+        here = {slot: fetch(array, parameter.value.local) for slot, array in kept.items()}
+        yield here
+        for slot, array in here.items():
+            put_back(array, kept[slot])
 
     def begin(self, parameter: Parameter) -> dict[str, DistArray]:
         """Return a parameter's slots before the first step."""
@@ -152,10 +172,10 @@ class Optimizer:
         assert parameter.grad is not None
         own = options if self.decays(parameter) else options | {"weight_decay": 0.0}
         gradient = parameter.grad if scale == 1.0 else parameter.grad * scale
-        slots = self.moments[parameter.name]
-        w = slots[MASTER] if parameter.half else parameter.share()
-        self.update(parameter, w, gradient, slots, lr, **own)
-        parameter.refresh(w)
+        with self._slots(parameter) as slots:
+            w = slots[MASTER] if parameter.half else parameter.share()
+            self.update(parameter, w, gradient, slots, lr, **own)
+            parameter.refresh(w)
         parameter.grad = None
 
     def update(
@@ -188,7 +208,8 @@ class Optimizer:
         """Let 16-bit weights be their masters, rounded. **Communication:** that of `Parameter.refresh`."""
         for parameter in self.parameters:
             if parameter.half:
-                parameter.refresh(self.moments[parameter.name][MASTER])
+                with self._slots(parameter) as slots:
+                    parameter.refresh(slots[MASTER])
 
     def state(self, parameters: Iterable[Parameter] | None = None) -> Mapping[str, DistArray]:
         """Return the slots but masters, of some parameters or all, by ``<slot>/<parameter>``.

@@ -27,6 +27,49 @@ def test_shipped_configurations_are_valid_and_survive_a_round_trip(tmp_path, nam
     assert configs.load(write(tmp_path, configs.dump(config))) == config
 
 
+@pytest.mark.parametrize("name", SHIPPED)
+def test_what_is_shown_has_a_comment_for_each_key_and_loads_again(tmp_path, name):
+    settings = ["training.milestones=[3, 4]", "training.rate=multi-step", "data.files=['x']"]
+    settings.append("run.directory=a 'b' \"c\" # d")
+    config = configs.load(name, settings)
+    shown = configs.commented(config)
+    assert configs.load(write(tmp_path, shown)) == config
+    lines = shown.splitlines()
+    keys = [i for i, line in enumerate(lines) if re.match(r"\w+ = ", line)]
+    assert len(keys) == sum(len(section) for section in config.model_dump().values())
+    bare = [lines[i] for i in keys if not re.search(r"  # \w", lines[i]) and not lines[i - 1].startswith("# ")]
+    assert not bare
+    assert max(map(len, lines)) <= 120
+
+
+@pytest.mark.parametrize(
+    ("settings", "messages"),
+    [
+        (["parallel.virtual_stages=2"], ["parallel.schedule='1f1b', parallel.virtual_stages=2: .*interleaved"]),
+        (
+            ["parallel.schedule=interleaved", "parallel.grid={ pipe = 2, row = 2 }", "parallel.tensor=1d"],
+            [
+                "parallel.tensor='1d': tensor='1d' uses .* and not row of Grid\\(row=2\\): use tensor='2d'",
+                "parallel.schedule='interleaved', parallel.virtual_stages=1",
+            ],
+        ),
+        (["model.heads=3"], ["model.heads=3: 3 heads do not divide hidden=128: use heads in {1, 2, 4"]),
+        (["training.keep_every=5"], ["training.keep_every=5: it keeps some of those that training.keep_last removes"]),
+        (["training.milestones=[5]"], ["training.milestones=\\[5\\]: these are of training.rate='multi-step'"]),
+        (["data.shift=1"], ["data.shift=1: images are moved"]),
+    ],
+    ids=["stages", "axes", "heads", "keep", "milestones", "shift"],
+)
+def test_impossible_combinations_are_refused_before_anything_starts(settings, messages):
+    with pytest.raises(ConfigError, match="demo.toml: " + ".*; ".join(messages)):
+        configs.load("demo", settings)
+
+
+def test_groups_that_do_not_divide_the_heads_are_refused():
+    with pytest.raises(ConfigError, match=r"model.heads=4, model.groups=3: 3 groups do not divide 4 heads: use groups"):
+        configs.load("llama", ["model.heads=4", "model.groups=3"])
+
+
 def test_there_is_one_of_every_kind():
     assert {configs.load(name).model.kind for name in SHIPPED} == set(KINDS) == set(tasks.KINDS)
 
@@ -40,8 +83,8 @@ def test_a_model_without_a_kind_is_a_gpt(tmp_path):
 
 def test_settings_overrule_the_file_and_may_be_strings(tmp_path):
     path = write(tmp_path, "[training]\nsteps = 7\n")
-    config = configs.load(path, ["training.steps=9", "run.directory=runs/x", "parallel.grid={row = 3}"])
-    assert (config.training.steps, config.run.directory, config.parallel.grid) == (9, "runs/x", {"row": 3})
+    config = configs.load(path, ["training.steps=9", "run.directory=runs/x", "parallel.grid={data = 3}"])
+    assert (config.training.steps, config.run.directory, config.parallel.grid) == (9, "runs/x", {"data": 3})
 
 
 @pytest.mark.parametrize(
@@ -53,7 +96,7 @@ def test_settings_overrule_the_file_and_may_be_strings(tmp_path):
         ("[training]\nsteps = 0\n", r"training.steps=0: input should be greater than or equal to 1"),
         (
             "[parallel]\ngrid = { comm = 2 }\n",
-            r"grid.comm.*='comm': input should be 'pipe', 'data', 'depth', 'row' or 'col'",
+            r"grid.comm.*='comm': input should be 'pipe', 'data', .*'row' or 'col'",
         ),
         ("[training]\nlr = inf\n", r"training.lr=inf: input should be a finite number"),
         ("[parallel]\nkernels = 'fast'\n", r"parallel.kernels='fast': input should be 'auto', 'reference' or 'torch'"),

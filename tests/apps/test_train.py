@@ -71,6 +71,9 @@ def test_a_run_leaves_its_files_and_resumes_bitwise(folder):
     assert [row["step"] for row in rows(run)] == [1, 2, 3, 4, 5, 6]
     assert rows(run)[2]["val_loss"] > 0
     assert (run / "report" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "row=2, col=2" in (run / "report" / "index.html").read_text()
+    assert {event["pid"] for event in json.loads((run / "trace.json").read_text())["traceEvents"]} == {0, 1, 2, 3}
+    assert [len(row["ranks"]["memory"]) for row in rows(run) if "ranks" in row] == [4, 4]
     assert len((run / "sample.txt").read_bytes()) == len(b"\nThe ") + 5
     assert (run / "checkpoints" / "latest").resolve().name == "step-0000006"
     assert "tokens/s" in whole.stdout
@@ -183,15 +186,20 @@ def test_a_run_is_not_overwritten_unless_asked(folder):
         "training.sample=0",
     ]
     assert start(1, *quick).returncode == 0
-    (folder / "run" / "notes.txt").write_text("the user's own")
+    run = folder / "run"
+    (run / "notes.txt").write_text("the user's own")
+    (run / "report" / "mine.png").write_text("the user's own")
     refused = start(1, *quick)
     assert refused.returncode != 0
     assert "go on with --resume run, replace it with --overwrite" in refused.stderr
+    (run / "report" / "words.png").write_bytes(b"of another grid")
     again = start(1, *quick, "--overwrite", "--kernels", "torch")
     assert again.returncode == 0, again.stderr
     assert ", torch kernels; " in again.stdout
     assert 'kernels = "torch"' in (folder / "run" / "config.toml").read_text()
-    assert (folder / "run" / "notes.txt").exists()
+    assert (run / "notes.txt").exists()
+    assert (run / "report" / "mine.png").exists()
+    assert not (run / "report" / "words.png").exists()
 
 
 def test_a_config_that_is_no_runs_is_never_overwritten(folder):

@@ -25,9 +25,9 @@ MODELS = {
 }
 
 
-def trainer(name, grid):
-    training = {"batch": 5, "microbatches": 2}
-    table = {"model": MODELS[name], "training": training, "parallel": {"kernels": "reference", "dtype": "float64"}}
+def trainer(name, grid, recompute="none"):
+    parallel = {"kernels": "reference", "dtype": "float64", "recompute": recompute}
+    table = {"model": MODELS[name], "training": {"batch": 5, "microbatches": 2}, "parallel": parallel}
     return Trainer(configs.validate(table, name), grid)
 
 
@@ -65,9 +65,12 @@ def counted(monkeypatch):
     return done
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_hardware_flop_are_those_of_the_products_of_a_step(name, counted):
-    run = trainer(name, Grid(MPI.COMM_SELF))
+@pytest.mark.parametrize(
+    ("name", "again"),
+    [*((name, "none") for name in MODELS), ("gpt", "full"), ("llama", "full"), ("bert", "full"), ("gpt", "selective")],
+)
+def test_hardware_flop_are_those_of_the_products_of_a_step(name, again, counted):
+    run = trainer(name, Grid(MPI.COMM_SELF), again)
     counted.clear()
     run.gradients(0)
     assert sum(counted) == flops.hardware_flop(run.model, 5, run.task.length)
@@ -84,6 +87,9 @@ def test_model_flop_are_those_of_palm(name, tied):
     token = 6 * n + 12 * sizes["layers"] * s * sizes["hidden"]
     assert flops.model_flop(run.model, 5, s) == 5 * s * token
     assert flops.hardware_flop(run.model, 5, s) != flops.model_flop(run.model, 5, s)
+    again = trainer(name, Grid(MPI.COMM_SELF), "full").model
+    assert flops.model_flop(again, 5, s) == flops.model_flop(run.model, 5, s)
+    assert flops.hardware_flop(again, 5, s) > flops.hardware_flop(run.model, 5, s)
 
 
 def test_the_windows_of_an_image_are_no_positions():

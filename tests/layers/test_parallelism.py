@@ -30,7 +30,8 @@ def test_unknown_mode_is_refused_with_the_known_ones(one_rank):
 
 @pytest.mark.grids({"row": 2, "col": 2})
 def test_axis_that_the_mode_does_not_use_is_refused(grid):
-    with pytest.raises(GridError, match=r"not row of Grid\(row=2, col=2\): use tensor='2d' or '2.5d' or '3d'"):
+    axes = "'1d' uses the axes data, seq, ulysses, col and"
+    with pytest.raises(GridError, match=rf"{axes} not row of Grid\(row=2, col=2\): use tensor='2d' or '2.5d' or '3d'"):
         Parallelism(grid, "1d")
 
 
@@ -47,6 +48,18 @@ def test_a_weight_is_stored_cut_evenly_where_it_can_be(grid):
     assert p.store(Layout(None, "col"), (7, 12)) == Layout(None, ("col", "row"))
     assert p.store(Layout(None, "col"), (7, 9)) == Layout("row", "col")  # neither divides: the larger blocks
     assert p.store(Layout("col"), (7,)) == Layout("col")
+
+
+@pytest.mark.grids({"seq": 2, "ulysses": 2, "col": 2})
+def test_heads_are_cut_by_the_axes_that_are_no_ring(grid):
+    """Of 4 groups the axis ulysses cuts the groups, too; of 2, which col has cut already, the heads in them."""
+    ring, heads = Parallelism(grid, "1d"), Parallelism(grid, "1d", sequence="ulysses")
+    assert ring.attention("bstad", "a", "a") == Layout(None, "seq", None, ("col", "ulysses"), None)
+    assert heads.attention("bstad", "a", "a") == Layout(None, None, None, ("col", "seq", "ulysses"), None)
+    assert [ring.spread({"g": g, "r": 2}, "g") for g in (4, 2)] == ["g", "r"]
+    assert ring.spread({"g": 2, "r": 4}, "r") == "g"
+    assert ring.attention("bsgrd", "g", "r") == Layout(None, "seq", "col", "ulysses", None)
+    assert ring.attention("bstgd", "g", "r") == Layout(None, "seq", None, "col", None)
 
 
 def test_heads_that_do_not_divide_are_refused(one_rank):

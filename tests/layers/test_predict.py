@@ -34,10 +34,12 @@ def feed_of(dtype):
     return lambda p: TokenFeed(p, SIZES["hidden"], BATCH, LENGTH, MICROBATCHES, dtype)
 
 
-def measured(grid, tensor, model, dtype, keep_gathered=True, zero=0, kinds="none", schedule="1f1b", chunks=1):
+def measured(grid, tensor, model, dtype, kinds="none", schedule="1f1b", chunks=1, **modes):
     """Return by name what a step takes on this rank."""
-    p = Parallelism(place_of(grid), tensor, keep_gathered, zero)
-    pipeline = Pipeline(cut(recompute(MODELS[model](dtype)(p), kinds), grid, chunks), grid, schedule)
+    p = Parallelism(place_of(grid), tensor, **modes)
+    pipeline = Pipeline(
+        cut(recompute(MODELS[model](dtype)(p), kinds, schedule == "zero-bubble"), grid, chunks), grid, schedule
+    )
     optimizer, feed = AdamW(pipeline.parameters()), feed_of(dtype)(p)
     weights = [q.value for q in optimizer.parameters]
     state = [*optimizer.state().values(), *(w for w in optimizer.weights().values() if w.dtype != dtype)]
@@ -130,6 +132,21 @@ def test_a_model_far_larger_than_this_machine():
 def len_of_stage(prediction, block):
     """Return the number of blocks of a stage that has nothing but blocks."""
     return round(prediction.weights / (2 * block / 8))
+
+
+@pytest.mark.grids({"seq": 3}, {"seq": 2, "col": 2})
+def test_memory_and_words_of_a_cut_sequence(grid):
+    for sequence in ("ring", "ulysses"):
+        check(grid, "llama", sequence=sequence)
+
+
+def test_recomputed_blocks_keep_nothing_for_later_unless_asked_to():
+    make, axes = MODELS["gpt"]("float32"), {"pipe": 2}
+    at_once, deferred = (
+        predict_memory(make, feed_of("float32"), axes, kinds="full", schedule=schedule)[1].peak
+        for schedule in ("1f1b", "zero-bubble")
+    )
+    assert at_once < 0.9 * deferred
 
 
 def test_an_optimizer_of_less_state():

@@ -101,7 +101,9 @@ def test_pipelines_have_the_same_bits(grid, schedule, zero):
     for kinds in ("none", "full", "selective"):
         p = Parallelism(place, mode_of(place), zero=zero)
         chunks = cut(
-            recompute(GPT(replace(gpt.CONFIG, dropout=0.2), p), kinds), grid, 2 if schedule == "interleaved" else 1
+            recompute(GPT(replace(gpt.CONFIG, dropout=0.2), p), kinds, schedule == "zero-bubble"),
+            grid,
+            2 if schedule == "interleaved" else 1,
         )
         pipeline = Pipeline(chunks, grid, schedule)
         loss = pipeline.step(GPTFeed(p, 3))

@@ -4,6 +4,7 @@ import time
 import tracemalloc
 from importlib import import_module
 
+import ml_dtypes
 import numpy as np
 import pytest
 from mpi4py import MPI
@@ -17,6 +18,7 @@ from colossal_mpi.layers.kernels import reference
 from colossal_mpi.layers.kernels.reference import tiles
 from colossal_mpi.layers.order import zigzag
 from colossal_mpi.layout import part
+from colossal_mpi.testing import fake
 from tests.cases import host
 
 formulas = import_module("colossal_mpi.layers.kernels.reference.attention")
@@ -207,6 +209,39 @@ def test_more_ranks_than_tokens_or_heads_leave_blocks_empty(grid):
         exact = {name: host(array) for name, array in results(Parallelism(Grid(MPI.COMM_SELF)), s, a).items()}
         mine = {name: block_and_index(array) for name, array in results(case.parallelism(grid), s, a).items()}
         assert difference(mine, exact) <= 1e-10
+
+
+def pass_of(p, ctx, dtype="float64"):
+    """Return output and cotangent of packed heads, rounded to a dtype."""
+    x = random.normal((B, 23, 3, A, 8), p.grid, p.inside("bstad", "a"), 0, "x").astype(dtype)
+    layer = Attention(p)
+    y, cache = layer.forward(x, ctx)
+    dx = layer.backward(random.normal(y.shape, p.grid, y.layout, 0, "dy").astype(dtype), cache)
+    return y, dx
+
+
+@pytest.mark.parametrize("dtype", ["float16", ml_dtypes.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.grids({"seq": 4})
+def test_16_bit_floats_are_summed_in_32_all_the_way_round(grid, dtype):
+    """As on one rank, results are rounded once, whatever the number of parts."""
+    alone = Parallelism(Grid(MPI.COMM_SELF))
+    mine, exact = (pass_of(p, Context(), dtype) for p in (case.parallelism(grid), alone))
+    eps = float(ml_dtypes.finfo(dtype).eps)
+    for array, whole in zip(mine, exact, strict=True):
+        assert array.dtype == np.dtype(dtype)
+        array, whole = (x.astype("float64") for x in (array, whole))
+        assert abs(array.gather() - host(whole)).max() <= 2 * eps * abs(host(whole)).max()
+
+
+@pytest.mark.parametrize("aware", [False, True], ids=["staged", "aware"])
+@pytest.mark.grids({"seq": 3})
+def test_a_ring_of_devices_has_the_bits_of_the_host(grid, monkeypatch, aware):
+    fake.install()
+    monkeypatch.setenv("COLOSSAL_MPI_CUDA_AWARE", str(int(aware)))
+    ours, theirs = case.parallelism(grid), case.parallelism(Grid(device="fake", **grid.axes))
+    for order in (None, ours.order(23)):
+        arrays = zip(*(pass_of(p, Context(order=order)) for p in (ours, theirs)), strict=True)
+        assert all(np.array_equal(host(mine), host(other)) for mine, other in arrays)
 
 
 @pytest.mark.grids({"seq": 2})

@@ -1,0 +1,126 @@
+"""What a report knows of a run: the files of its directory, whatever version wrote them."""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from colossal_mpi.apps.rundir import RunDirectory
+from colossal_mpi.errors import ConfigError
+
+Row = dict[str, Any]
+
+
+def shares(row: Row) -> dict[str, float]:
+    """Return the measures of a validation that are shares of the samples, by name."""
+    names = [name for name in row if name.startswith("val_") and name != "val_loss"]
+    return {name.removeprefix("val_").replace("_", " "): row[name] for name in names}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as it was recorded; what its version did not record is empty."""
+
+    name: str
+    rows: list[Row]
+    config: dict[str, Any]
+    """By ``section.key``."""
+    facts: dict[str, Any]
+    """See `apps.meter.Meter`."""
+    trace: list[dict[str, Any]]
+    """Events of ``trace.json``."""
+
+    @cached_property
+    def unit(self) -> str:
+        """What the speed counts, in the plural."""
+        names = [name for name in self.rows[-1] if name.endswith("_per_second")]
+        return names[0].removesuffix("_per_second") if names else str(self.facts.get("unit", "samples"))
+
+    @property
+    def per(self) -> str:
+        """What the loss is a mean over."""
+        return str(self.facts.get("per") or self.unit.removesuffix("s"))
+
+    def series(self, key: str) -> tuple[list[int], list[float]]:
+        """Return the steps that have a number under `key`, and the numbers."""
+        found = [(row["step"], row[key]) for row in self.rows if row.get(key) is not None]
+        return [step for step, _ in found], [value for _, value in found]
+
+    def last(self, key: str) -> Any:
+        """Return the last value under `key`, None if there is none."""
+        return next((row[key] for row in reversed(self.rows) if row.get(key) is not None), None)
+
+    def median(self, key: str) -> float | None:
+        """Return the median over the steps; the first, in which plans are made, does not count among several."""
+        values = self.series(key)[1]
+        return median(values[1:] or values) if values else None
+
+    @cached_property
+    def gathered(self) -> list[dict[str, list[Any]]]:
+        """What all ranks told, each time that they did."""
+        return [row["ranks"] for row in self.rows if "ranks" in row]
+
+    def words(self) -> dict[str, int]:
+        """Return the array elements that all ranks received in the last step that they told of, by axes."""
+        return {} if not self.gathered else _sums(self.gathered[-1]["words"])
+
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds that a rank spent on communication in a step, by axes: a mean over ranks and steps."""
+        sums = [_sums(told["seconds"]) for told in self.gathered]
+        ranks = len(self.gathered[-1]["seconds"]) if sums else 1
+        return {axis: fmean(one.get(axis, 0.0) for one in sums) / ranks for axis in (sums[-1] if sums else {})}
+
+
+def _sums(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the sums over ranks of numbers by axes; what was done over no axis moved nothing."""
+    axes = dict.fromkeys(axis for one in ranks for axis in one if axis)
+    return {axis: sum(one.get(axis, 0) for one in ranks) for axis in axes}
+
+
+def read(paths: Sequence[Path]) -> list[Run]:
+    """Return the runs in some directories.
+
+    Raises
+    ------
+    ConfigError
+        If one is not the directory of a run, or its run has not done a step, or a file cannot be read.
+    """
+    names = list(_names([Path(os.path.abspath(path)) for path in paths]))
+    return [_read(path, name) for path, name in zip(paths, names, strict=True)]
+
+
+def _names(paths: Sequence[Path]) -> Iterator[str]:
+    """Yield what tells the runs apart: the ends of their paths, as short as they may be."""
+    for path in paths:
+        ends = (str(Path(*path.parts[-n:])) for n in range(1, len(path.parts) + 1))
+        yield next((end for end in ends if sum(str(other).endswith(f"/{end}") for other in paths) == 1), str(path))
+
+
+def _read(path: Path, name: str) -> Run:
+    directory = RunDirectory(path)
+    try:
+        config = tomllib.loads(directory.config.read_text(encoding="utf-8"))
+        rows = [row for row in directory.rows() if "step" in row]
+        trace = json.loads(directory.trace.read_text())["traceEvents"] if directory.trace.exists() else []
+    except FileNotFoundError:
+        raise ConfigError(f"no run at {path}: it has no {directory.config.name}; give the directory of a run") from None
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise ConfigError(f"the run at {path} cannot be read: {problem}") from None
+    if not rows:
+        raise ConfigError(f"the run at {path} has done no step yet: {directory.metrics.name} has no rows")
+    return Run(name, rows, dict(_flat(config)), directory.facts(), trace)
+
+
+def _flat(table: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, dict) and key != "grid":
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value

@@ -1,0 +1,76 @@
+"""Write a report: every picture as a PNG, and the page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from colossal_mpi.apps.report import bars, curves, style, timeline
+from colossal_mpi.apps.report.curves import Lacking, Picture
+from colossal_mpi.apps.report.page import page
+from colossal_mpi.apps.report.runs import Run, read
+from colossal_mpi.apps.rundir import PLOTS, RunDirectory
+from colossal_mpi.errors import ConfigError
+
+PICTURES: dict[str, tuple[str, Callable[[Sequence[Run]], Picture]]] = {
+    "loss": ("Loss", curves.loss),
+    "measures": ("Validation measures", curves.measures),
+    "speed": ("Speed", curves.speed),
+    "utilisation": ("Utilisation", curves.utilisation),
+    "rate": ("Learning rate", curves.rate),
+    "gradient": ("Gradient norm", curves.gradient),
+    "scale": ("Loss scale", curves.scale),
+    "memory": ("Memory of each rank", bars.memory),
+    "words": ("Communication by axis", bars.words),
+    "timeline": ("Timeline", timeline.timeline),
+}
+assert tuple(PICTURES) == PLOTS
+
+
+def write(paths: Sequence[Path], output: Path | None = None) -> tuple[Path, list[tuple[str, str]]]:
+    """Write the report of a run, or of several on the same axes.
+
+    Parameters
+    ----------
+    paths : sequence of Path
+        Directories of runs.
+    output : Path, optional
+        The directory to write to; ``report`` in that of the run by default, ``report/comparison`` in that of the first
+        of several.
+
+    Returns
+    -------
+    Path
+        The page.
+    list of (str, str)
+        The pictures that could not be made, and why.
+
+    Raises
+    ------
+    ConfigError
+        If a run cannot be read or the report not be written.
+    """
+    runs = read(paths)
+    with style.styled():
+        pictures, lacking = _draw(runs)
+        report = RunDirectory(paths[0]).page.parent
+        target = output or (report if len(runs) == 1 else report / "comparison")
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+            for picture in pictures:
+                (target / f"{picture.name}.png").write_bytes(style.png(picture.figure))
+            file = target / "index.html"
+            file.write_text(page(runs, pictures, lacking), encoding="utf-8")
+        except OSError as problem:
+            raise ConfigError(f"the report cannot be written to {target}: {problem.strerror}") from None
+    return file, lacking
+
+
+def _draw(runs: Sequence[Run]) -> tuple[list[Picture], list[tuple[str, str]]]:
+    pictures, lacking = [], []
+    for title, draw in PICTURES.values():
+        try:
+            pictures.append(draw(runs))
+        except Lacking as problem:
+            lacking.append((title, str(problem)))
+    return pictures, lacking

@@ -1,0 +1,169 @@
+"""Checkpoints that are written while their arrays are being changed.
+
+A thread of each rank copies the blocks, and writes the copies; the caller waits for the copying, at the place where it
+would change the arrays, and for nothing else. In training that is the step of the optimizer: the forward and backward
+pass before it read the weights as the thread does, which hides the copying behind them [1]_. MPI is called by
+the caller's thread alone.
+
+References
+----------
+.. [1] J. Mohan, A. Phanishayee and V. Chidambaram, CheckFreq: Frequent, Fine-Grained DNN Checkpointing, FAST 2021.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from colossal_mpi import backend, comm
+from colossal_mpi.checkpoint.writing import Told, Writing
+from colossal_mpi.distarray import DistArray
+from colossal_mpi.errors import CheckpointError, ColossalError
+from colossal_mpi.grid import Grid
+
+
+class Background:
+    """Saves one checkpoint at a time, on a thread.
+
+    All methods are collective, and called by the main thread, except `settle`, which is local. Errors of any rank's
+    thread are raised on all ranks by the next `poll`, `begin` or `finish`; nothing is left of that checkpoint then.
+
+    Parameters
+    ----------
+    grid : Grid
+
+    Attributes
+    ----------
+    stalled : float
+        Seconds that the caller has spent in these methods.
+
+    Notes
+    -----
+    **Memory:** a copy of the blocks that this rank owns, in host memory, made for the first checkpoint and kept for the
+    next ones. `save` needs none.
+
+    Examples
+    --------
+    >>> saving = Background(grid)
+    >>> saving.begin("step-1", arrays, {"step": 1})
+    >>> compute_gradients()  # reads the arrays
+    >>> saving.settle()
+    >>> update_arrays()
+    >>> saving.poll()
+    >>> saving.finish()
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid, self.stalled = grid, 0.0
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._copies: dict[str, np.ndarray] = {}
+        self._job: _Job | None = None
+
+    def begin(
+        self,
+        directory: str | Path,
+        arrays: Mapping[str, DistArray],
+        metadata: Mapping[str, Any],
+        *,
+        values: Mapping[str, tuple[Any, str]] | None = None,
+        after: Callable[[], None] | None = None,
+    ) -> None:
+        """Start to save, as `save` does, after the checkpoint before is whole.
+
+        Parameters
+        ----------
+        directory, arrays, metadata, values
+            As of `save`.
+        after : callable, optional
+            What rank 0's thread does when the checkpoint is whole.
+        """
+        self.finish()
+        with self._timed():
+            writing = Writing(Path(directory), arrays, metadata, self.grid, values or {})
+            blocks = writing.blocks()
+            hosts = {name: block for name, block in blocks.items() if backend.device_of(block) is None}
+            # A GPU's current stream belongs to this thread: its blocks are copied here, at once.
+            self._copy({name: block for name, block in blocks.items() if name not in hosts})
+            copied = self._pool.submit(self._copy, hosts)
+            written = self._pool.submit(self._write, writing, list(blocks), copied)
+            self._job = _Job(writing, after, copied, written)
+
+    def _copy(self, blocks: Mapping[str, Any]) -> None:
+        for name, block in blocks.items():
+            host, kept = backend.to_host(block), self._copies.get(name)
+            if kept is None or (kept.shape, kept.dtype) != (host.shape, host.dtype):
+                kept = self._copies[name] = np.empty(host.shape, host.dtype)
+            np.copyto(kept, host)
+
+    def _write(self, writing: Writing, names: list[str], copied: Future[None]) -> Told | None:
+        copied.result()
+        return writing.write({name: self._copies[name] for name in names})
+
+    def settle(self) -> None:
+        """Wait until the arrays may be changed."""
+        with self._timed():
+            if self._job is not None:
+                self._job.copied.exception()  # waits; what failed is said when all ranks can
+
+    def poll(self) -> None:
+        """Move on with what needs all ranks, without waiting. Call it once for each step of the caller."""
+        with self._timed():
+            if self._job is not None:
+                self._advance(self._job)
+
+    def finish(self) -> None:
+        """Wait until the checkpoint is whole."""
+        with self._timed():
+            while self._job is not None:
+                self._job.now.exception()
+                self._advance(self._job)
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stalled += time.perf_counter() - begun
+
+    def _advance(self, job: _Job) -> None:
+        """Go to the next stage if all ranks have done the present one."""
+        if not all(comm.collect(job.now.done(), self.grid)):
+            return
+        try:
+            with comm.agreed(self.grid, CheckpointError):
+                outcome = job.now.result()
+            if job.closed is None:
+                told = comm.collect(outcome, self.grid)
+                job.closed = self._pool.submit(job.writing.close, told, job.after)
+            else:
+                self._job = None
+        except ColossalError:
+            self._job = None
+            job.writing.discard()
+            raise
+
+
+class _Job:
+    """A checkpoint under way, in two stages: the blocks of each rank, then what describes all of them."""
+
+    def __init__(
+        self,
+        writing: Writing,
+        after: Callable[[], None] | None,
+        copied: Future[None],
+        written: Future[Told | None],
+    ) -> None:
+        self.writing, self.after, self.copied, self.written = writing, after, copied, written
+        self.closed: Future[None] | None = None
+
+    @property
+    def now(self) -> Future[Any]:
+        """The stage that is under way."""
+        return self.written if self.closed is None else self.closed

@@ -1,0 +1,115 @@
+"""Checkpoints that are written while the arrays change: the state of the moment, whole or not at all."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from colossal_mpi import CheckpointError, Layout, checkpoint, comm, random, zeros
+from colossal_mpi.checkpoint import shard
+from tests.cases import host
+
+
+def arrays(grid):
+    return {name: random.normal((7, 5), grid, Layout("row", None), 1, name) for name in ("a", "b")}
+
+
+def loaded(directory, grid):
+    into = {name: zeros((7, 5), grid, Layout("row", None)) for name in ("a", "b")}
+    checkpoint.load(directory, into, grid)
+    return {name: host(array) for name, array in into.items()}
+
+
+def change(arrays):
+    for array in arrays.values():
+        array.local[...] = -1.0
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """Keep the writing of blocks waiting until it is opened."""
+    opened, write = threading.Event(), shard.write
+
+    def late(*arguments):
+        assert opened.wait(30)
+        return write(*arguments)
+
+    monkeypatch.setattr(shard, "write", late)
+    yield opened
+    opened.set()
+
+
+@pytest.mark.grids({"row": 2}, {"row": 8})
+def test_what_is_saved_is_the_state_at_the_beginning(grid, shared_path, gate):
+    state, saving = arrays(grid), checkpoint.Background(grid)
+    exact = {name: host(array).copy() for name, array in state.items()}
+    done = []
+    saving.begin(shared_path / "one", state, {}, after=lambda: done.append(grid.rank))
+    saving.settle()
+    change(state)
+    saving.poll()
+    assert not (shared_path / "one").exists()
+    gate.set()
+    saving.finish()
+    assert all(np.array_equal(array, exact[name]) for name, array in loaded(shared_path / "one", grid).items())
+    assert done == ([0] if grid.rank == 0 else [])
+    saving.begin(shared_path / "two", state, {})
+    saving.begin(shared_path / "three", state, {})  # after the second
+    saving.finish()
+    saving.finish()
+    for name in ("two", "three"):
+        assert all((array == -1).all() for array in loaded(shared_path / name, grid).values())
+    assert saving.stalled > 0
+
+
+@pytest.mark.grids({"row": 3})
+def test_polling_alone_makes_it_whole(grid, shared_path):
+    state, saving = arrays(grid), checkpoint.Background(grid)
+    saving.begin(shared_path / "one", state, {})
+    while not all(comm.collect((shared_path / "one").exists(), grid)):
+        saving.poll()
+    saving.poll()
+    loaded(shared_path / "one", grid)
+    saving.finish()
+
+
+def go_on(saving, moment, directory, state):
+    if moment == "begin":
+        saving.begin(directory, state, {})
+    elif moment == "finish":
+        saving.finish()
+    else:
+        while True:
+            saving.poll()
+
+
+@pytest.mark.grids({"row": 2})
+@pytest.mark.parametrize("moment", ["poll", "begin", "finish"])
+def test_an_error_of_one_rank_is_raised_on_all_and_leaves_nothing(grid, shared_path, monkeypatch, moment):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    state, saving = arrays(grid), checkpoint.Background(grid)
+    if grid.rank == 1:
+        monkeypatch.setattr(shard, "_fill", full)
+    saving.begin(shared_path / "one", state, {})
+    with pytest.raises(CheckpointError, match=r"rank00001.h5 cannot be written: No space left on device; it needs"):
+        go_on(saving, moment, shared_path / "two", state)
+    comm.collect(None, grid)
+    assert not list(shared_path.iterdir())
+    monkeypatch.undo()
+    saving.begin(shared_path / "one", state, {})
+    saving.finish()
+    loaded(shared_path / "one", grid)
+
+
+@pytest.mark.grids({"row": 2})
+def test_an_error_after_it_is_whole_is_raised_and_leaves_it(grid, shared_path):
+    def after():
+        raise OSError(30, "Read-only file system")
+
+    saving = checkpoint.Background(grid)
+    saving.begin(shared_path / "one", arrays(grid), {}, after=after)
+    with pytest.raises(CheckpointError, match="Read-only file system"):
+        saving.finish()
+    loaded(shared_path / "one", grid)
