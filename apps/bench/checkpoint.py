@@ -150,12 +150,13 @@ def _show(options: Options, size: int, rows: Sequence[dict[str, Any]]) -> None:
         )
     console.print(table)
     console.print("ratio: to the speed of the plain one; all that is written is on the disk (fsync) in its time")
-    last, saves = rows[-1], rows[1]
-    share, median = last["stall"] / saves["seconds"], last["median_stall"] / saves["median_seconds"]
+    last, save = rows[-1], rows[1]
+    own, other = (last["median_stall"] / row["median_seconds"] for row in (last, save))
     console.print(
-        f"in the background: whole after {last['median_seconds']:.2f} s; training waited {last['stall'] * 1e3:.0f} ms, "
-        f"{share:.1%} of the time of a save (median {last['median_stall'] * 1e3:.0f} ms, {median:.1%}); a step beside "
-        f"it took {last['step_beside']:.3f} s, alone {last['step_alone']:.3f} s",
+        f"in the background: whole after {last['median_seconds']:.2f} s, for which training waited "
+        f"{last['median_stall'] * 1e3:.0f} ms, {own:.1%} of it and {other:.1%} of the time of a save (best "
+        f"{last['stall'] * 1e3:.0f} ms); a step beside it took {last['step_beside']:.2f} s, alone "
+        f"{last['step_alone']:.2f} s",
         markup=False,
     )
     warn_of_noise(console, rows)
