@@ -13,7 +13,7 @@ from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import CheckpointError, GridError
 from colossal_mpi.grid import Grid
 from colossal_mpi.layers import Parallelism, models
-from colossal_mpi.layers.layer import Parameter
+from colossal_mpi.layers.parameter import Parameter
 from colossal_mpi.layers.pipeline import Pipeline, cut, place_of
 from colossal_mpi.layers.stage import PIPE
 

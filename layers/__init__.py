@@ -3,10 +3,11 @@
 from colossal_mpi.layers.activation import GELU, Gated, ReLU, SiLU
 from colossal_mpi.layers.attention import Attention, GroupedAttention, SelfAttention
 from colossal_mpi.layers.block import TransformerBlock
+from colossal_mpi.layers.chain import Chain, Each, Heads, Residual
 from colossal_mpi.layers.dropout import Dropout, DropPath
 from colossal_mpi.layers.embedding import Embedding, PositionEmbedding, SegmentEmbedding
 from colossal_mpi.layers.generate import generate
-from colossal_mpi.layers.layer import Chain, Context, Each, Heads, Layer, Parameter, Residual
+from colossal_mpi.layers.layer import Context, Layer
 from colossal_mpi.layers.linear import Linear, Linears
 from colossal_mpi.layers.loss import CrossEntropy, MeanSquaredError
 from colossal_mpi.layers.mlp import MLP
@@ -14,6 +15,7 @@ from colossal_mpi.layers.moe import MoE
 from colossal_mpi.layers.norm import LayerNorm, RMSNorm
 from colossal_mpi.layers.optim import LAMB, LARS, SGD, Adafactor, AdamW, Muon
 from colossal_mpi.layers.parallelism import MODES, Parallelism
+from colossal_mpi.layers.parameter import Parameter
 from colossal_mpi.layers.patch import Conv2d, PatchEmbedding
 from colossal_mpi.layers.pooling import AvgPool2d, ClassifierHead, FirstPool, MaxPool2d, MeanPool
 from colossal_mpi.layers.recompute import Recompute, recompute

@@ -8,7 +8,8 @@ from colossal_mpi import backend
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import ShapeError
 from colossal_mpi.layers import ring
-from colossal_mpi.layers.layer import Chain, Context, Each, Later, Layer
+from colossal_mpi.layers.chain import Chain, Each
+from colossal_mpi.layers.layer import Context, Later, Layer
 from colossal_mpi.layers.linear import Linear, Linears
 from colossal_mpi.layers.parallelism import Parallelism
 from colossal_mpi.layers.rotary import Rotary, Rotation

@@ -7,8 +7,9 @@ from typing import Any
 
 from colossal_mpi.errors import OptionError
 from colossal_mpi.layers.attention import SelfAttention
+from colossal_mpi.layers.chain import Chain, Residual
 from colossal_mpi.layers.dropout import Dropout, DropPath
-from colossal_mpi.layers.layer import Chain, Layer, Residual
+from colossal_mpi.layers.layer import Layer
 from colossal_mpi.layers.mlp import MLP
 from colossal_mpi.layers.moe import MoE
 from colossal_mpi.layers.norm import normalisation

@@ -10,7 +10,9 @@ from types import TracebackType
 
 from colossal_mpi import backend, exchange, nonblocking
 from colossal_mpi.distarray import DistArray
-from colossal_mpi.layers.layer import Chain, Layer, Parameter
+from colossal_mpi.layers.chain import Chain
+from colossal_mpi.layers.layer import Layer
+from colossal_mpi.layers.parameter import Parameter
 
 SIZE = 1 << 20
 """Bytes of a bucket by default."""

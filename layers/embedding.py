@@ -8,8 +8,9 @@ from colossal_mpi import backend, distarray
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import ShapeError
 from colossal_mpi.layers import kernels
-from colossal_mpi.layers.layer import Context, Later, Layer, Parameter
+from colossal_mpi.layers.layer import Context, Later, Layer
 from colossal_mpi.layers.parallelism import Parallelism
+from colossal_mpi.layers.parameter import Parameter
 from colossal_mpi.layers.positions import given_positions
 from colossal_mpi.layout import Layout
 from colossal_mpi.linalg.subscripts import map_layout

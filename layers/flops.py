@@ -22,8 +22,9 @@ from functools import singledispatch
 
 from colossal_mpi.errors import OptionError
 from colossal_mpi.layers.attention import SelfAttention
+from colossal_mpi.layers.chain import Chain
 from colossal_mpi.layers.kernels.reference.tiles import scores
-from colossal_mpi.layers.layer import Chain, Layer
+from colossal_mpi.layers.layer import Layer
 from colossal_mpi.layers.linear import Linear
 from colossal_mpi.layers.moe import MoE
 from colossal_mpi.layers.patch import Convolution, PatchEmbedding

@@ -9,8 +9,9 @@ from typing import Any
 from colossal_mpi import backend
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.layers.again import kept, taken
-from colossal_mpi.layers.layer import Context, Later, Layer, Parameter
+from colossal_mpi.layers.layer import Context, Later, Layer
 from colossal_mpi.layers.parallelism import Parallelism, Product
+from colossal_mpi.layers.parameter import Parameter
 from colossal_mpi.layout import Layout
 from colossal_mpi.linalg.contract import contract
 from colossal_mpi.linalg.subscripts import adjoints, parse

@@ -10,11 +10,13 @@ from colossal_mpi import distarray, ghost, ledger
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.grid import Grid
 from colossal_mpi.layers import kernels
-from colossal_mpi.layers.layer import Chain, Context, Parameter
+from colossal_mpi.layers.chain import Chain
+from colossal_mpi.layers.layer import Context
 from colossal_mpi.layers.loss import CrossEntropy
 from colossal_mpi.layers.optim.adam import AdamW
 from colossal_mpi.layers.optim.base import Optimizer
 from colossal_mpi.layers.parallelism import Parallelism
+from colossal_mpi.layers.parameter import Parameter
 from colossal_mpi.layers.pipeline import PIPE, Pipeline, cut, pieces, place_of
 from colossal_mpi.layers.recompute import recompute
 from colossal_mpi.layers.schedule import program

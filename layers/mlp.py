@@ -6,7 +6,7 @@ from typing import Any
 
 from colossal_mpi.errors import OptionError
 from colossal_mpi.layers.activation import ACTIVATIONS, GATED, Gated
-from colossal_mpi.layers.layer import Chain
+from colossal_mpi.layers.chain import Chain
 from colossal_mpi.layers.linear import Linear
 from colossal_mpi.layers.parallelism import Parallelism
 

@@ -11,7 +11,9 @@ from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import GridError
 from colossal_mpi.grid import Grid
 from colossal_mpi.layers.buckets import SIZE, GradientBuckets
-from colossal_mpi.layers.layer import Chain, Context, Layer, Parameter
+from colossal_mpi.layers.chain import Chain
+from colossal_mpi.layers.layer import Context, Layer
+from colossal_mpi.layers.parameter import Parameter
 from colossal_mpi.layers.prefetch import Prefetch
 from colossal_mpi.layers.schedule import Forward, Instruction, ReceiveActivation, SendActivation, balanced, program
 from colossal_mpi.layers.stage import PIPE, Feed, Once, Run, Stage, Stream

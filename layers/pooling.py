@@ -10,7 +10,8 @@ from colossal_mpi import backend
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import OptionError, ShapeError
 from colossal_mpi.layers import kernels
-from colossal_mpi.layers.layer import Chain, Context, Later, Layer
+from colossal_mpi.layers.chain import Chain
+from colossal_mpi.layers.layer import Context, Later, Layer
 from colossal_mpi.layers.linear import Linear
 from colossal_mpi.layers.parallelism import Parallelism
 from colossal_mpi.layers.patch import Pair, pair

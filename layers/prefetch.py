@@ -9,7 +9,9 @@ from typing import TypeAlias
 
 from colossal_mpi import exchange, nonblocking
 from colossal_mpi.distarray import DistArray
-from colossal_mpi.layers.layer import Chain, Layer, Parameter
+from colossal_mpi.layers.chain import Chain
+from colossal_mpi.layers.layer import Layer
+from colossal_mpi.layers.parameter import Parameter
 from colossal_mpi.layout import Layout
 
 Visit: TypeAlias = tuple[str, int, int]

@@ -21,12 +21,14 @@ from colossal_mpi import bridge
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import LayoutError, OptionError, ShapeError, SharingError
 from colossal_mpi.grid import Grid
+from colossal_mpi.layers.chain import Chain, Residual
 from colossal_mpi.layers.dropout import Dropout
 from colossal_mpi.layers.embedding import Embedding
-from colossal_mpi.layers.layer import Chain, Context, Layer, Parameter, Residual
+from colossal_mpi.layers.layer import Context, Layer
 from colossal_mpi.layers.linear import Linear
 from colossal_mpi.layers.optim import gradient_norm
 from colossal_mpi.layers.parallelism import Parallelism
+from colossal_mpi.layers.parameter import Parameter
 from colossal_mpi.layers.torch_call import Call, agree
 from colossal_mpi.layers.torch_weights import SequenceFirst, from_module
 from colossal_mpi.layout import Layout, index_of

@@ -12,7 +12,7 @@ from colossal_mpi.layers.huggingface.architecture import Architecture
 from colossal_mpi.layers.huggingface.axes import Entry, Piece
 from colossal_mpi.layers.huggingface.sink import Sink, Tensors
 from colossal_mpi.layers.huggingface.source import Source
-from colossal_mpi.layers.layer import Parameter
+from colossal_mpi.layers.parameter import Parameter
 from colossal_mpi.layout import Box, box_shape, slices
 
 Pairs = list[tuple[Parameter, Entry]]

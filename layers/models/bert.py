@@ -7,9 +7,10 @@ from typing import Any
 
 from colossal_mpi.layers.activation import ACTIVATIONS, Tanh
 from colossal_mpi.layers.block import TransformerBlock
+from colossal_mpi.layers.chain import Chain, Heads
 from colossal_mpi.layers.dropout import Dropout
 from colossal_mpi.layers.embedding import Embedding, PositionEmbedding, SegmentEmbedding
-from colossal_mpi.layers.layer import Chain, Heads, Layer
+from colossal_mpi.layers.layer import Layer
 from colossal_mpi.layers.linear import Linear
 from colossal_mpi.layers.norm import LayerNorm
 from colossal_mpi.layers.parallelism import Parallelism

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from colossal_mpi.layers.block import TransformerBlock
+from colossal_mpi.layers.chain import Chain
 from colossal_mpi.layers.dropout import Dropout
 from colossal_mpi.layers.embedding import Embedding, PositionEmbedding
 from colossal_mpi.layers.head import Head
-from colossal_mpi.layers.layer import Chain
 from colossal_mpi.layers.models.experts import mixture
 from colossal_mpi.layers.norm import LayerNorm
 from colossal_mpi.layers.parallelism import Parallelism

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from colossal_mpi.layers.block import TransformerBlock
+from colossal_mpi.layers.chain import Chain
 from colossal_mpi.layers.embedding import Embedding
 from colossal_mpi.layers.head import Head
-from colossal_mpi.layers.layer import Chain
 from colossal_mpi.layers.models.experts import mixture
 from colossal_mpi.layers.norm import RMSNorm
 from colossal_mpi.layers.parallelism import Parallelism

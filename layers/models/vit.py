@@ -8,9 +8,10 @@ from typing import Any
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import OptionError, ShapeError
 from colossal_mpi.layers.block import TransformerBlock
+from colossal_mpi.layers.chain import Chain
 from colossal_mpi.layers.dropout import Dropout
 from colossal_mpi.layers.embedding import PositionEmbedding
-from colossal_mpi.layers.layer import Chain, Context
+from colossal_mpi.layers.layer import Context
 from colossal_mpi.layers.norm import LayerNorm
 from colossal_mpi.layers.parallelism import Parallelism
 from colossal_mpi.layers.patch import PatchEmbedding

@@ -8,9 +8,9 @@ from typing import Any
 
 from colossal_mpi import backend, distarray
 from colossal_mpi.distarray import DistArray
-from colossal_mpi.layers.layer import Parameter
 from colossal_mpi.layers.optim.base import Group, Optimizer, is_weight
 from colossal_mpi.layers.optim.matrices import as_matrix, each, from_matrix
+from colossal_mpi.layers.parameter import Parameter
 from colossal_mpi.layout import Layout
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.layers import kernels
-from colossal_mpi.layers.layer import Parameter
 from colossal_mpi.layers.optim.base import Group, Optimizer
+from colossal_mpi.layers.parameter import Parameter
 
 
 class AdamW(Optimizer):

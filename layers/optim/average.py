@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from colossal_mpi.distarray import DistArray
-from colossal_mpi.layers.layer import Parameter
+from colossal_mpi.layers.parameter import Parameter
 from colossal_mpi.layers.precision import rounded, widened
 
 

@@ -11,7 +11,7 @@ from colossal_mpi import backend, comm
 from colossal_mpi.distarray import DistArray, squares
 from colossal_mpi.errors import OptionError
 from colossal_mpi.grid import Grid
-from colossal_mpi.layers.layer import Parameter
+from colossal_mpi.layers.parameter import Parameter
 from colossal_mpi.layers.precision import MASTER, LossScale
 from colossal_mpi.parking import fetch, park, put_back
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import OptionError
-from colossal_mpi.layers.layer import Parameter
 from colossal_mpi.layers.optim.adam import AdamW
 from colossal_mpi.layers.optim.base import Group, is_weight
 from colossal_mpi.layers.optim.matrices import as_matrix, each, from_matrix
+from colossal_mpi.layers.parameter import Parameter
 from colossal_mpi.linalg.newton_schulz import newton_schulz
 
 _SCALES: dict[str, Callable[[int, int], float]] = {

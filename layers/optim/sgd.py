@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from colossal_mpi.distarray import DistArray
-from colossal_mpi.layers.layer import Parameter
 from colossal_mpi.layers.optim.base import Group, Optimizer
+from colossal_mpi.layers.parameter import Parameter
 
 
 class SGD(Optimizer):

@@ -9,9 +9,9 @@ from reference.modes import GRIDS, SEQUENCE, mode_of
 
 from colossal_mpi import ColossalError, Grid, OptionError, ShapeError, backend, comm, from_global, ledger, random
 from colossal_mpi.layers import Context, Parallelism, SelfAttention, generate
+from colossal_mpi.layers.chain import Chain
 from colossal_mpi.layers.decode import KeyValues
 from colossal_mpi.layers.head import Head
-from colossal_mpi.layers.layer import Chain
 from colossal_mpi.layers.models import GPT, GPTConfig, Llama, LlamaConfig
 from colossal_mpi.layers.pipeline import Pipeline, cut, place_of
 from tests.cases import host, inner, totals

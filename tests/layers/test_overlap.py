@@ -12,7 +12,7 @@ from reference.modes import mode_of
 from colossal_mpi import comm, from_global, ledger, nonblocking, random
 from colossal_mpi.layers import Context, Parallelism, TransformerBlock
 from colossal_mpi.layers.buckets import GradientBuckets
-from colossal_mpi.layers.layer import Chain, Heads
+from colossal_mpi.layers.chain import Chain, Heads
 from colossal_mpi.layers.models import GPT
 from colossal_mpi.layers.norm import LayerNorm
 from colossal_mpi.layers.pipeline import Pipeline, cut, place_of

@@ -11,8 +11,8 @@ from reference.modes import mode_of
 from colossal_mpi import Grid, GridError, comm, from_global, ledger
 from colossal_mpi.layers import Context, Parallelism
 from colossal_mpi.layers.block import TransformerBlock
+from colossal_mpi.layers.chain import Chain
 from colossal_mpi.layers.embedding import Embedding, PositionEmbedding
-from colossal_mpi.layers.layer import Chain
 from colossal_mpi.layers.linear import Linear
 from colossal_mpi.layers.loss import CrossEntropy
 from colossal_mpi.layers.models import GPT

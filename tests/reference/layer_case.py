@@ -13,9 +13,9 @@ from colossal_mpi import Layout, from_global, random
 from colossal_mpi.layers import Context, Layer, Parallelism
 from colossal_mpi.layers.activation import GELU, Gated, ReLU, SiLU, Tanh
 from colossal_mpi.layers.block import MLP, TransformerBlock
+from colossal_mpi.layers.chain import Chain
 from colossal_mpi.layers.dropout import Dropout, DropPath
 from colossal_mpi.layers.embedding import Embedding, PositionEmbedding
-from colossal_mpi.layers.layer import Chain
 from colossal_mpi.layers.linear import Linear
 from colossal_mpi.layers.norm import LayerNorm, RMSNorm
 from colossal_mpi.layers.patch import Conv2d, PatchEmbedding

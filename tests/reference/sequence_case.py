@@ -6,8 +6,8 @@ from mpi4py import MPI
 from colossal_mpi import Grid, from_global
 from colossal_mpi.layers import Context, Parallelism
 from colossal_mpi.layers.block import TransformerBlock
+from colossal_mpi.layers.chain import Chain
 from colossal_mpi.layers.embedding import Embedding
-from colossal_mpi.layers.layer import Chain
 from colossal_mpi.layers.linear import Linear
 from colossal_mpi.layers.loss import CrossEntropy
 from colossal_mpi.layers.models import GPT, Bert, BertConfig, GPTConfig, Llama, LlamaConfig, ViT, ViTConfig
