@@ -102,29 +102,6 @@ def test_nothing_that_could_be_run_is_a_failure(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--size", "8,8"], "--size '8,8': write M,N,K"),
-        (["--size", "0"], "--size '0': write M,N,K"),
-        (["--size", "big"], "--size 'big': write M,N,K"),
-        (["--ranks", "0"], "--ranks 0: a job has at least one rank"),
-        (["--dtype", "int8"], "--dtype int8: use one of float64"),
-        (["--algorithm", "cannon"], "--algorithm cannon: use one of numpy, scalapack, 1d-column"),
-        (["--repeat", "0"], "--repeat 0: at least one round"),
-        (["--json", "/dev/null/rows.json"], "cannot write /dev/null/rows.json"),
-        (["--nonsense"], "nonsense"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_a_bad_option_is_one_message(arguments, message):
-    done = bench(*arguments)
-    assert done.returncode == 1
-    assert done.stderr.count("colossal_mpi: error:") == 1
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize(
     ("name", "m", "ranks", "expected"),
     [
         ("summa", 4000, 4, {"row": 2, "col": 2}),

@@ -39,22 +39,3 @@ def test_the_bubble_is_the_share_in_which_nothing_is_computed():
     bars = [Bar(0, "forward", 0, 1.0, 2.0), Bar(1, "forward", 0, 2.0, 3.0), Bar(0, "backward", 0, 4.0, 5.0)]
     assert makespan(bars) == 4
     assert bubble(bars) == 1 - 3 / 8
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--stages", "1"], "--stages 1: at least 2, for example --stages 2"),
-        (["--layers", "3"], "--layers 3: at least 4"),
-        (["--heads", "3"], "--heads 3 do not divide --hidden 256"),
-        (["--microbatches", "9"], "--microbatches 9: at most --batch, 8"),
-        (["--repeat", "0"], "--repeat 0: at least one round"),
-        (["--json", "/dev/null/rows.json"], "cannot write /dev/null/rows.json"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_a_bad_option_is_one_message(arguments, message):
-    done = bench(*arguments)
-    assert done.returncode == 1
-    assert done.stderr.count("colossal_mpi: error:") == 1
-    assert message in done.stderr

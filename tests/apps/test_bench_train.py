@@ -43,24 +43,3 @@ def test_another_model_is_reported(monkeypatch, capsys):
     options = train.checked(Sizes(1, 6, 2, 5, 2, 11), None, "none", ["reference", "pytorch"], 1, None)
     assert train.main(options) == 1
     assert "reference: wrong: its losses differ from PyTorch's by 1.0e-02" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--heads", "3"], "--heads 3 do not divide --hidden 256: use"),
-        (["--layers", "0"], "--layers 0: at least 1, for example --layers 4"),
-        (["--kernels", "numpy"], "--kernels numpy: use one of pytorch, reference, torch"),
-        (["--repeat", "0"], "--repeat 0: at least one round"),
-        (["--json", "/dev/null/rows.json"], "cannot write /dev/null/rows.json"),
-        (["--grid", "row:2"], "--grid 'row:2': write axis=size"),
-        (["--tensor", "4d"], "tensor='4d': use one of"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_a_bad_option_is_one_message(arguments, message):
-    done = bench(*arguments)
-    assert done.returncode == 1
-    assert done.stderr.count("colossal_mpi: error:") == 1
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
