@@ -11,9 +11,9 @@ from colossal_mpi.apps import cli
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.rst", *sorted((ROOT / "docs").rglob("*.rst"))]
-RUN = {"colossal-mpi", "mpiexec", "python", "srun"}
-"""Programs whose lines can be run on any machine that runs the tests; srun with one that is an mpiexec."""
-FOREIGN = {"apt", "git", "jobs/mpirun.sh", "make", "module", "mpirun", "pip", "sbatch", "scancel", "ssh"}
+RUN = {"colossal-mpi", "mpiexec", "python", "sbatch", "srun"}
+"""Programs whose lines can be run on any machine that runs the tests; Slurm's are those of `fakes`."""
+FOREIGN = {"apt", "git", "jobs/mpirun.sh", "make", "module", "mpirun", "pip", "scancel", "ssh"}
 """Programs that need a network, a cluster or more rights, or that the tests are run by."""
 _FOUND = re.compile(
     r"(?:::|code-block:: (?P<language>\w+))\n\n(?P<block>(?: {4}.*\n|\n)+)|``(?P<literal>[^`]+)``|`(?P<path>[\w./-]+)`"

@@ -14,7 +14,14 @@ echo "$*" >> called
 env | grep -E '^(OMP|SRUN|COLOSSAL|MPIR)_' >> called
 [ -n "$FAKE_CODE" ] && exit $FAKE_CODE
 [ $# -gt 0 ] || exit 0
-exec mpiexec -n 4 "$@"
+exec mpiexec -n "${SLURM_NTASKS:-4}" "$@"
+"""
+SBATCH = """#!/bin/sh
+# at once, and with no more of what the script asks for than ranks
+nodes=$(sed -n 's/^#SBATCH --nodes=//p' "$1")
+tasks=$(sed -n 's/^#SBATCH --ntasks-per-node=//p; s/^#SBATCH --ntasks=//p' "$1")
+export SLURM_JOB_ID=7 SLURM_CPUS_PER_TASK=1 SLURM_NTASKS=$((${nodes:-1} * tasks))
+exec bash "$@"
 """
 _SET = "training.batch=8 training.evaluate_batches=1 training.sample=1 run.peak_flops=1 parallel.kernels=reference"
 SMALL = {
@@ -58,6 +65,7 @@ def environment(folder, small=False):
     executable(folder / "colossal-mpi", short if small else plain)
     executable(folder / "mpiexec", f'#!/bin/sh\nexec {" ".join(start[:-3])} "$@"\n')
     executable(folder / "srun", SRUN)
+    executable(folder / "sbatch", SBATCH)
     executable(folder / "scontrol", '#!/bin/sh\necho "scontrol $*" >> called\n')
     if small:
         executable(folder / "python", PYTHON.format(python=sys.executable))

@@ -26,9 +26,10 @@ TEXT = "\n".join(topics[name] for name in sorted(topics))[:60000]
 
 @pytest.fixture
 def folder(tmp_path):
-    """Give the files that a reader has: texts, and a tokenizer."""
+    """Give the files that a reader has: texts, a tokenizer, the scripts of the repository."""
     tokenizers = pytest.importorskip("tokenizers")
     (tmp_path / "corpus").mkdir()
+    (tmp_path / "jobs").symlink_to(ROOT / "jobs")
     for name, text in {"corpus/a.txt": TEXT[:30000], "corpus/b.txt": TEXT[30000:], "my.txt": TEXT}.items():
         (tmp_path / name).write_text(text)
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
