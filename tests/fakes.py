@@ -14,7 +14,7 @@ echo "$*" >> called
 env | grep -E '^(OMP|SRUN|COLOSSAL|MPIR)_' >> called
 [ -n "$FAKE_CODE" ] && exit $FAKE_CODE
 [ $# -gt 0 ] || exit 0
-exec mpiexec -n "${SLURM_NTASKS:-4}" "$@"
+exec MPIEXEC -n "${SLURM_NTASKS:-4}" "$@"
 """
 SBATCH = """#!/bin/sh
 # at once, and with no more of what the script asks for than ranks
@@ -59,12 +59,14 @@ def environment(folder, small=False):
     These are written to `folder`. With `small` ``colossal-mpi`` and the examples do little of what they are told.
     """
     folder.mkdir(exist_ok=True)
-    start, extra = mpiexec_command(8, ["true"])
+    many, extra = mpiexec_command(8, ["true"])
+    few, _ = mpiexec_command(2, ["true"])
+    start = many if small else few  # a script that gives options of its own must not give them twice
     plain = f'#!/bin/sh\nexec {sys.executable} -m colossal_mpi.apps.cli "$@"\n'
     short = COLOSSAL_MPI.format(python=sys.executable, small=json.dumps(SMALL))
     executable(folder / "colossal-mpi", short if small else plain)
     executable(folder / "mpiexec", f'#!/bin/sh\nexec {" ".join(start[:-3])} "$@"\n')
-    executable(folder / "srun", SRUN)
+    executable(folder / "srun", SRUN.replace("MPIEXEC", " ".join(many[:-3])))
     executable(folder / "sbatch", SBATCH)
     executable(folder / "scontrol", '#!/bin/sh\necho "scontrol $*" >> called\n')
     if small:
