@@ -1,7 +1,9 @@
 """Checkpoints that are written while the arrays change: the state of the moment, whole or not at all."""
 
+import resource
 import threading
 import time
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
@@ -142,6 +144,38 @@ def test_polling_waits_for_no_rank_that_is_late(grid, shared_path, gate):
     gate.set()
     saving.finish()
     loaded(shared_path / "one", grid)
+
+
+def point(directory):
+    return lambda: checkpoint.point_latest(directory)
+
+
+@contextmanager
+def files_of_at_most(size):
+    """Let this process write no file beyond some bytes, as where a file system is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.grids({"row": 2})
+@pytest.mark.parametrize(("rank", "size"), [(1, 0), (1, 1000), (1, 2200), (0, 4000)])
+def test_a_full_disk_is_one_error_at_any_byte_and_latest_stays_good(grid, shared_path, rank, size):
+    state, saving = arrays(grid), checkpoint.Background(grid)
+    saving.begin(shared_path / "one", state, {}, after=point(shared_path / "one"))
+    saving.finish()
+    with files_of_at_most(size) if grid.rank == rank else nullcontext():
+        with pytest.raises(CheckpointError, match=r"\S+ cannot be written: File too large; .*bytes are free"):
+            checkpoint.save(shared_path / "two", state, {}, grid)
+        saving.begin(shared_path / "two", state, {}, after=point(shared_path / "two"))
+        with pytest.raises(CheckpointError, match=r"\S+ cannot be written: File too large; .*bytes are free"):
+            go_on(saving, "poll", None, None)
+        comm.collect(None, grid)
+    assert sorted(path.name for path in shared_path.iterdir()) == ["latest", "one"]
+    loaded(shared_path / "latest", grid)
 
 
 @pytest.mark.grids({"row": 2})
