@@ -261,6 +261,19 @@ def collect(value: Any, grid: Grid) -> list[Any]:
     return grid.comm(tuple(grid.axes)).allgather(value)
 
 
+def collect_later(value: int, grid: Grid) -> Callable[[], list[int]]:
+    """Begin to collect integers from 0 to 255, as `collect`, and return what waits for those of all ranks."""
+    comm = grid.comm(tuple(grid.axes))
+    own, every = np.array([value], np.uint8), np.zeros(comm.size, np.uint8)
+    request = comm.Iallgather([own, mpi_type(own.dtype)], [every, mpi_type(every.dtype)])
+
+    def wait() -> list[int]:
+        request.Wait()
+        return every.tolist()
+
+    return wait
+
+
 @contextmanager
 def agreed(grid: Grid, kind: type[ColossalError] = ColossalError) -> Iterator[None]:
     """Turn a failure that only some ranks see inside the block into the same error on all of them.

@@ -112,7 +112,7 @@ def _row(turn: Turn, turns: Sequence[Turn], size: int) -> dict[str, Any]:
 
 
 def _behind(found: Sequence[dict[str, float]], size: int) -> dict[str, Any]:
-    """Return the row of saving in the background; of its first time, which takes the memory, nothing is left out."""
+    """Return the row of saving in the background; its first time, which takes the memory, is told apart too."""
     best, median = min(one["save"] for one in found), statistics.median(one["save"] for one in found)
     return {
         "name": "save in the background",
@@ -123,6 +123,7 @@ def _behind(found: Sequence[dict[str, float]], size: int) -> dict[str, Any]:
         "median_rate": size / median,
         "stall": min(one["stall"] for one in found),
         "median_stall": statistics.median(one["stall"] for one in found),
+        "first_stall": found[0]["stall"],
         "step_alone": statistics.median(one["alone"] for one in found),
         "step_beside": statistics.median(one["beside"] for one in found),
     }
@@ -155,8 +156,8 @@ def _show(options: Options, size: int, rows: Sequence[dict[str, Any]]) -> None:
     console.print(
         f"in the background: whole after {last['median_seconds']:.2f} s, for which training waited "
         f"{last['median_stall'] * 1e3:.0f} ms, {own:.1%} of it and {other:.1%} of the time of a save (best "
-        f"{last['stall'] * 1e3:.0f} ms); a step beside it took {last['step_beside']:.2f} s, alone "
-        f"{last['step_alone']:.2f} s",
+        f"{last['stall'] * 1e3:.0f} ms, the first time {last['first_stall'] * 1e3:.0f} ms); a step beside it took "
+        f"{last['step_beside']:.2f} s, alone {last['step_alone']:.2f} s",
         markup=False,
     )
     warn_of_noise(console, rows)

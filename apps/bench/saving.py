@@ -68,6 +68,7 @@ class Saving:
         self.blocks = [np.asarray(array.local) for array in self.state.values()]
         for i, block in enumerate(self.blocks):
             block[...] = np.random.default_rng((self.grid.rank, i)).random(block.shape, np.float32)
+        self.background = checkpoint.Background(self.grid)  # kept, as in training, with its memory
         self.plain, self.saved = directory / f"plain{self.grid.rank}", directory / "saved"
         if self.grid.rank == 0:
             shutil.rmtree(directory, ignore_errors=True)
@@ -112,17 +113,17 @@ class Saving:
         A step multiplies matrices as training does on `_TOKENS` tokens of a model whose weights and moments of Adam are
         the state, 6 flop for each token and weight, and then changes the whole state.
         """
-        saving, directory = checkpoint.Background(self.grid), self.directory / "behind"
+        saving, directory = self.background, self.directory / "behind"
         self._step(saving)
         alone = self._timed_steps(saving, _STEPS)
-        begun = time.perf_counter()
+        begun, before = time.perf_counter(), saving.stalled
         saving.begin(directory, self.state, {})
         beside: list[float] = []
         while not MPI.COMM_WORLD.bcast(directory.exists()):
             beside += self._timed_steps(saving, 1)
         taken = time.perf_counter() - begun
         saving.finish()
-        stalled = max(MPI.COMM_WORLD.allgather(saving.stalled))
+        stalled = max(MPI.COMM_WORLD.allgather(saving.stalled - before))
         if self.grid.rank == 0:
             shutil.rmtree(directory)
         MPI.COMM_WORLD.Barrier()

@@ -12,12 +12,14 @@ References
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -32,7 +34,8 @@ class Background:
     """Saves one checkpoint at a time, on a thread.
 
     All methods are collective, and called by the main thread, except `settle`, which is local. Errors of any rank's
-    thread are raised on all ranks by the next `poll`, `begin` or `finish`; nothing is left of that checkpoint then.
+    thread are raised on all ranks by one of the next two `poll`, or by `begin` or `finish`; nothing is left of that
+    checkpoint then.
 
     Parameters
     ----------
@@ -63,6 +66,7 @@ class Background:
         self.grid, self.stalled = grid, 0.0
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._copies: dict[str, np.ndarray] = {}
+        self._kinds: dict[str, _Kind] = {}
         self._job: _Job | None = None
 
     def begin(
@@ -88,18 +92,27 @@ class Background:
             writing = Writing(Path(directory), arrays, metadata, self.grid, values or {})
             blocks = writing.blocks()
             hosts = {name: block for name, block in blocks.items() if backend.device_of(block) is None}
-            # A GPU's current stream belongs to this thread: its blocks are copied here, at once.
-            self._copy({name: block for name, block in blocks.items() if name not in hosts})
+            try:
+                with comm.agreed(self.grid, CheckpointError):
+                    self._reserve(blocks)
+                    # A GPU's current stream belongs to this thread: its blocks are copied here, at once.
+                    self._copy({name: block for name, block in blocks.items() if name not in hosts})
+            except ColossalError:
+                writing.discard()
+                raise
             copied = self._pool.submit(self._copy, hosts)
             written = self._pool.submit(self._write, writing, list(blocks), copied)
             self._job = _Job(writing, after, copied, written)
 
+    def _reserve(self, blocks: Mapping[str, Any]) -> None:
+        kinds = {name: (tuple(block.shape), backend.numpy_dtype(block.dtype)) for name, block in blocks.items()}
+        if kinds != self._kinds:
+            self._copies, self._kinds = {}, {}  # what there was is freed first
+            self._copies, self._kinds = _room(kinds), kinds
+
     def _copy(self, blocks: Mapping[str, Any]) -> None:
         for name, block in blocks.items():
-            host, kept = backend.to_host(block), self._copies.get(name)
-            if kept is None or (kept.shape, kept.dtype) != (host.shape, host.dtype):
-                kept = self._copies[name] = np.empty(host.shape, host.dtype)
-            np.copyto(kept, host)
+            np.copyto(self._copies[name], backend.to_host(block))
 
     def _write(self, writing: Writing, names: list[str], copied: Future[None]) -> Told | None:
         copied.result()
@@ -112,15 +125,22 @@ class Background:
                 self._job.copied.exception()  # waits; what failed is said when all ranks can
 
     def poll(self) -> None:
-        """Move on with what needs all ranks, without waiting. Call it once for each step of the caller."""
+        """Move on with what needs all ranks. Call it once for each step of the caller.
+
+        It asks whether the others have done their part, and learns it when it is called next, so that it waits for
+        none: not for one that is late with its step, either.
+        """
         with self._timed():
-            if self._job is not None:
+            if self._job is not None and all(self._job.answers() or [False]):
                 self._advance(self._job)
+            if self._job is not None:
+                self._job.ask(self.grid)
 
     def finish(self) -> None:
         """Wait until the checkpoint is whole."""
         with self._timed():
             while self._job is not None:
+                self._job.answers()
                 self._job.now.exception()
                 self._advance(self._job)
 
@@ -133,9 +153,7 @@ class Background:
             self.stalled += time.perf_counter() - begun
 
     def _advance(self, job: _Job) -> None:
-        """Go to the next stage if all ranks have done the present one."""
-        if not all(comm.collect(job.now.done(), self.grid)):
-            return
+        """Go to the next stage, after all ranks have done the present one."""
         try:
             with comm.agreed(self.grid, CheckpointError):
                 outcome = job.now.result()
@@ -150,6 +168,25 @@ class Background:
             raise
 
 
+_Kind: TypeAlias = tuple[tuple[int, ...], np.dtype]
+_LINE = 64  # bytes: where copies begin
+
+
+def _room(kinds: Mapping[str, _Kind]) -> dict[str, np.ndarray]:
+    """Return arrays of some shapes and dtypes, in one piece of memory.
+
+    One large piece comes in huge pages, where the system has them, and many small ones do not: the first copy to 4 KiB
+    pages takes four times as long.
+    """
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in kinds.items()}
+    starts = list(accumulate((-(-size // _LINE) * _LINE for size in sizes.values()), initial=0))
+    whole = np.empty(starts[-1], np.uint8)
+    return {
+        name: whole[start : start + sizes[name]].view(dtype).reshape(shape)
+        for start, (name, (shape, dtype)) in zip(starts, kinds.items(), strict=False)
+    }
+
+
 class _Job:
     """A checkpoint under way, in two stages: the blocks of each rank, then what describes all of them."""
 
@@ -162,6 +199,16 @@ class _Job:
     ) -> None:
         self.writing, self.after, self.copied, self.written = writing, after, copied, written
         self.closed: Future[None] | None = None
+        self._answers: Callable[[], list[int]] | None = None
+
+    def ask(self, grid: Grid) -> None:
+        """Begin to ask all ranks whether they have done this stage."""
+        self._answers = comm.collect_later(self.now.done(), grid)
+
+    def answers(self) -> list[int]:
+        """Wait for the answers to what was asked last; none, if nothing was."""
+        wait, self._answers = self._answers, None
+        return wait() if wait else []
 
     @property
     def now(self) -> Future[Any]:

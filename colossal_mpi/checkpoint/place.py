@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -56,6 +57,25 @@ def remove(directory: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
     directory.rename(hidden)
     shutil.rmtree(hidden)
+
+
+def unwritable(path: Path, problem: Exception, need: int | None = None) -> CheckpointError:
+    """Return the error of a file that could not be written, with what the system said: HDF5 wraps it in its own words.
+
+    Of HDF5 it is an OSError or, when a file is closed, a RuntimeError.
+    """
+    said = re.search(r"error message = '([^']*)'", str(problem))
+    reason = said.group(1) if said else getattr(problem, "strerror", None) or str(problem)
+    needed = "" if need is None else f"it needs {need:,} bytes, and "
+    return CheckpointError(f"{path} cannot be written: {reason}; {needed}{_free(path)} bytes are free")
+
+
+def _free(path: Path) -> str:
+    try:
+        disk = os.statvfs(path.parent)
+    except OSError:
+        return "no"
+    return f"{disk.f_bavail * disk.f_frsize:,}"
 
 
 def flush(path: Path) -> None:

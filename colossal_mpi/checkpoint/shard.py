@@ -17,8 +17,7 @@ import numpy as np
 from colossal_mpi import backend
 from colossal_mpi.checkpoint.entries import stored
 from colossal_mpi.checkpoint.parts import checksum, checksum_of, cover
-from colossal_mpi.checkpoint.place import flush
-from colossal_mpi.errors import CheckpointError
+from colossal_mpi.checkpoint.place import flush, unwritable
 
 _SMALL = 1 << 16  # bytes below which a thread costs more than it saves
 
@@ -44,20 +43,9 @@ def write(path: Path, blocks: Mapping[str, Any]) -> dict[str, Any]:
         finally:
             os.close(descriptor)
         flush(path)
-    except OSError as problem:
-        need, free = sum(block.nbytes for block in map(_bytes_of, blocks.values())), _free(path)
-        raise CheckpointError(
-            f"{path} cannot be written: {problem.strerror or problem}; it needs {need:,} bytes, and {free} are free"
-        ) from problem
+    except (OSError, RuntimeError) as problem:
+        raise unwritable(path, problem, sum(block.nbytes for block in map(_bytes_of, blocks.values()))) from problem
     return {"bytes": size, "parts": sorted(parts)}
-
-
-def _free(path: Path) -> str:
-    try:
-        disk = os.statvfs(path.parent)
-    except OSError:
-        return "none"
-    return f"{disk.f_bavail * disk.f_frsize:,}"
 
 
 def _lay_out(path: Path, blocks: Mapping[str, Any]) -> dict[str, int]:

@@ -112,13 +112,18 @@ class Writing:
         """Make the checkpoint whole, then do what comes `after`. Local; only rank 0 does something."""
         if self.grid.rank != 0:
             return
-        partial = place.partial_name(self.directory)
+        try:
+            self._describe(place.partial_name(self.directory), told)
+            place.settle(self.directory)
+        except (OSError, RuntimeError) as problem:
+            raise place.unwritable(self.directory, problem) from problem
+        if after is not None:
+            after()
+
+    def _describe(self, partial: Path, told: list[Told | None]) -> None:
         write_index(partial, self._entries, self._head)
         files = dict(item for item in told if item) | {place.INDEX: parts.whole(partial / place.INDEX)}
         manifest.write_manifest(partial, self._head | {"files": files})
-        place.settle(self.directory)
-        if after is not None:
-            after()
 
     def discard(self) -> None:
         """Remove what was written, after a failure. Local; only rank 0 does something."""

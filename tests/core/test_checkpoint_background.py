@@ -1,12 +1,15 @@
 """Checkpoints that are written while the arrays change: the state of the moment, whole or not at all."""
 
+import resource
 import threading
+import time
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
 
 from colossal_mpi import CheckpointError, Layout, checkpoint, comm, random, zeros
-from colossal_mpi.checkpoint import shard
+from colossal_mpi.checkpoint import background, shard
 from tests.cases import host
 
 
@@ -101,6 +104,78 @@ def test_an_error_of_one_rank_is_raised_on_all_and_leaves_nothing(grid, shared_p
     saving.begin(shared_path / "one", state, {})
     saving.finish()
     loaded(shared_path / "one", grid)
+
+
+@pytest.mark.grids({"row": 2})
+def test_a_rank_without_memory_for_copies_is_an_error_of_all_and_leaves_nothing(grid, shared_path, monkeypatch):
+    def refuse(*_):
+        raise MemoryError("Unable to allocate 9 TiB")
+
+    state, saving = arrays(grid), checkpoint.Background(grid)
+    if grid.rank == 1:
+        monkeypatch.setattr(background, "_room", refuse)
+    with pytest.raises(CheckpointError, match="Unable to allocate 9 TiB"):
+        saving.begin(shared_path / "one", state, {})
+    saving.poll()
+    comm.collect(None, grid)
+    assert not list(shared_path.iterdir())
+    monkeypatch.undo()
+    saving.begin(shared_path / "one", state, {})
+    saving.finish()
+    loaded(shared_path / "one", grid)
+
+
+@pytest.mark.grids({"row": 3})
+def test_polling_waits_for_no_rank_that_is_late(grid, shared_path, gate):
+    state, saving = arrays(grid), checkpoint.Background(grid)
+    saving.begin(shared_path / "one", state, {})
+    comm.collect(None, grid)
+    for turn in range(2):
+        went_on, deadline = shared_path / f"went on {turn}", time.monotonic() + 30
+        if grid.rank == 0:
+            saving.poll()
+            went_on.touch()
+        while not went_on.exists():  # the others are late: they poll after rank 0 has
+            assert time.monotonic() < deadline, "poll waits for the other ranks"
+            time.sleep(0.001)
+        if grid.rank != 0:
+            saving.poll()
+        comm.collect(None, grid)
+    gate.set()
+    saving.finish()
+    loaded(shared_path / "one", grid)
+
+
+def point(directory):
+    return lambda: checkpoint.point_latest(directory)
+
+
+@contextmanager
+def files_of_at_most(size):
+    """Let this process write no file beyond some bytes, as where a file system is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.grids({"row": 2})
+@pytest.mark.parametrize(("rank", "size"), [(1, 0), (1, 1000), (1, 2200), (0, 4000)])
+def test_a_full_disk_is_one_error_at_any_byte_and_latest_stays_good(grid, shared_path, rank, size):
+    state, saving = arrays(grid), checkpoint.Background(grid)
+    saving.begin(shared_path / "one", state, {}, after=point(shared_path / "one"))
+    saving.finish()
+    with files_of_at_most(size) if grid.rank == rank else nullcontext():
+        with pytest.raises(CheckpointError, match=r"\S+ cannot be written: File too large; .*bytes are free"):
+            checkpoint.save(shared_path / "two", state, {}, grid)
+        saving.begin(shared_path / "two", state, {}, after=point(shared_path / "two"))
+        with pytest.raises(CheckpointError, match=r"\S+ cannot be written: File too large; .*bytes are free"):
+            go_on(saving, "poll", None, None)
+        comm.collect(None, grid)
+    assert sorted(path.name for path in shared_path.iterdir()) == ["latest", "one"]
+    loaded(shared_path / "latest", grid)
 
 
 @pytest.mark.grids({"row": 2})

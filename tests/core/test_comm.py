@@ -130,7 +130,9 @@ def test_bcast_gives_the_block_of_the_root(grid, axes):
 @pytest.mark.grids(LINE)
 def test_share_and_collect_carry_small_objects(grid):
     assert comm.share({"rank": grid.rank}, grid, root=2) == {"rank": 2}
+    later = comm.collect_later(grid.rank, grid)
     assert comm.collect(grid.rank, grid) == [0, 1, 2]
+    assert later() == [0, 1, 2]
 
 
 def same(grid, forward, backward):
