@@ -6,6 +6,7 @@ import importlib.util
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -13,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from colossal_mpi.apps import report as reports
 from colossal_mpi.apps.config import Config
+from colossal_mpi.apps.machine import peak_memory
+from colossal_mpi.apps.planning import beside
 from colossal_mpi.apps.report.runs import shares
 from colossal_mpi.apps.rundir import RunDirectory
 from colossal_mpi.apps.trainer import Trainer
@@ -46,6 +49,7 @@ class Report:
         self.task: Any
         self.bar, self.task = _bar(self.console, self.training.steps, done) if sys.stdout.isatty() else (None, None)
         self.events = _Events(directory, done) if trainer.config.run.tensorboard else None
+        self.before = trainer.before
         parallel, task = trainer.config.parallel, trainer.task
         self._say(
             f"{task.name} of {trainer.parameters:,} parameters, {parallel.dtype}, tensor {parallel.tensor} on "
@@ -70,13 +74,15 @@ class Report:
         elif not self.bar and (row["step"] % self.training.log_every == 0 or made == 1):
             self._say(f"step {row['step']:5d}/{self.training.steps}  {text}  {_clock(left)} left")
 
-    def finish(self, text: bytes) -> None:
-        """Write the report and the sample, and say where everything is."""
+    def finish(self, text: bytes, predicted: Mapping[str, Any]) -> None:
+        """Write the report and the sample, and say what was predicted of the run and where everything is."""
         self.close()
+        self.directory.write_facts(self.directory.facts() | {"predicted": predicted})
         reports.write([self.directory.path])
         self.directory.sample.write_bytes(text)
         if text:
             self._say("sample: " + text.decode(errors="replace").strip("\n"))
+        self._say(beside.line(predicted, self.directory.rows(), peak_memory() - self.before))
         checkpoint = self.directory.checkpoints / self.directory.latest().name
         self._say(f"report {self.directory.page}, metrics {self.directory.metrics}, checkpoint {checkpoint}")
 

@@ -10,6 +10,7 @@ from colossal_mpi import comm, signals
 from colossal_mpi.apps.config import Config, load
 from colossal_mpi.apps.data import fitted
 from colossal_mpi.apps.meter import Meter
+from colossal_mpi.apps.planning import beside
 from colossal_mpi.apps.progress import Report, check
 from colossal_mpi.apps.rundir import RunDirectory
 from colossal_mpi.apps.stopping import CODE, Stop
@@ -85,8 +86,9 @@ def _train(trainer: Trainer, directory: RunDirectory, done: int, trace: int) -> 
                 return CODE
             with trainer.averaged():
                 text = trainer.task.sample(training.sample) if training.sample else b""
-            if report:
-                report.finish(text)
+            told = beside.predicted(trainer, meter.peak)
+            if report and told:
+                report.finish(text, told)
             return 0
         finally:
             if report:

@@ -16,6 +16,7 @@ from colossal_mpi import backend, checkpoint, comm, ledger
 from colossal_mpi.apps import tasks
 from colossal_mpi.apps.config import Config
 from colossal_mpi.apps.feed import StepFeed
+from colossal_mpi.apps.machine import peak_memory
 from colossal_mpi.grid import Grid
 from colossal_mpi.layers import Context, Parallelism, kernels, models, precision, recompute
 from colossal_mpi.layers.optim import OPTIMIZERS, MovingAverage
@@ -39,6 +40,8 @@ class Trainer:
     def __init__(self, config: Config, grid: Grid) -> None:
         parallel, training = config.parallel, config.training
         self.config, self.grid = config, grid
+        self.before = peak_memory()
+        """Bytes that the process had at most before there was a model."""
         self.kernels = kernels.use(parallel.kernels, grid)
         place = Parallelism(
             place_of(grid), parallel.tensor, parallel.keep_gathered, parallel.zero, sequence=parallel.sequence

@@ -35,6 +35,7 @@ def results(runs: Sequence[Run]) -> Table:
         "GPU memory, largest rank": lambda run: _most(run, "device_memory"),
         "Words of a step, all ranks": lambda run: f"{sum(run.words().values()):,}" if run.gathered else "",
         "Time in communication": _communication,
+        "Predicted of rank 0": _predicted,
     }
     return _filled({name: [value(run) for run in runs] for name, value in rows.items()})
 
@@ -85,6 +86,14 @@ def _communication(run: Run) -> str:
     step = run.median("seconds")
     spent = sum(run.seconds().values())
     return f"{text.duration(spent)} of {text.duration(step)} a step" if run.gathered and step else ""
+
+
+def _predicted(run: Run) -> str:
+    """Return what a dry run said of a step."""
+    told = run.facts.get("predicted")
+    if not told:
+        return ""
+    return f"{told['words']:,} words, {text.binary(told['memory'])} of arrays, {text.duration(told['seconds'])} a step"
 
 
 def configuration(runs: Sequence[Run]) -> Table:
