@@ -71,6 +71,9 @@ def train(
     show_config: Annotated[
         bool, typer.Option("--show-config", help="Print the file with every key and what it means, and do nothing.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print memory, words and times of a step on the grid, and do nothing.")
+    ] = False,
 ) -> None:
     """Train a model on text or images. Run it under mpiexec or srun, or alone on one rank."""
     from colossal_mpi.apps import train as training
@@ -81,14 +84,56 @@ def train(
         settings.append(configs.grid_setting(configs.parse_grid(grid)))
     if (config is None) == (resume is None):
         raise ConfigError("train: give a configuration, or --resume and the directory of a run")
-    if show_config:
-        shown = configs.load(config if config is not None else f"{resume}/config.toml", settings)
-        if world_rank() == 0:
-            sys.stdout.write(configs.commented(shown))
+    if show_config or dry_run:
+        _shown(config if config is not None else f"{resume}/config.toml", settings, dry_run)
         return
     if config is None:
         raise typer.Exit(training.resume(str(resume), settings, trace))
     raise typer.Exit(training.start(configs.load(config, settings), overwrite, trace))
+
+
+def _shown(source: str, settings: list[str], dry_run: bool) -> None:
+    """Print the configuration of a run, or what a step of it takes."""
+    from colossal_mpi.apps.data import fitted
+    from colossal_mpi.apps.planning import dry
+
+    resolved = fitted(configs.load(source, settings))
+    if dry_run:
+        dry.main(resolved)
+    elif world_rank() == 0:
+        sys.stdout.write(configs.commented(resolved))
+
+
+@app.command(epilog="Example: colossal-mpi plan llama --ranks 64 --gpu-memory 80GiB --flops 400e12 --bandwidth 25e9")
+def plan(
+    config: Annotated[str, typer.Argument(help=f"A TOML file, or a shipped one: {configs.shipped()}.")],
+    ranks: Annotated[int | None, typer.Option(help="Ranks to plan for; by default those of this job.")] = None,
+    memory: Annotated[
+        str | None, typer.Option("--memory", "--gpu-memory", help="Of a rank: 80GiB. [without a limit]")
+    ] = None,
+    flops: Annotated[float | None, typer.Option(help="flop/s of a rank. [as measured here]")] = None,
+    memory_bandwidth: Annotated[float | None, typer.Option(help="Bytes/s of a rank's memory.")] = None,
+    bandwidth: Annotated[float | None, typer.Option(help="Bytes/s that a rank receives from other nodes.")] = None,
+    near_bandwidth: Annotated[float | None, typer.Option(help="The same from its own node.")] = None,
+    latency: Annotated[float | None, typer.Option(help="Seconds of a message.")] = None,
+    call: Annotated[float | None, typer.Option(help="Seconds of a kernel's launch.")] = None,
+    product: Annotated[float | None, typer.Option(help="Seconds that Python takes for each product.")] = None,
+    ranks_per_node: Annotated[int | None, typer.Option(help="Ranks on a node.")] = None,
+    show: Annotated[int, typer.Option(help="Ways to run that are shown.")] = 8,
+    rounds: Annotated[int, typer.Option("--try", help="Do so many steps of each of these, taking turns.")] = 0,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the rows here.")] = None,
+) -> None:
+    """Find the fastest grid, modes and schedule for a model on so many ranks, by dry runs; explain the winner.
+
+    Under mpiexec the machine is measured by all ranks; with --flops it is another one.
+    """
+    from colossal_mpi.apps.planning import plan as planning
+    from colossal_mpi.apps.planning.rates import Given
+
+    given = Given(flops, memory_bandwidth, call, product, latency, bandwidth, near_bandwidth, ranks_per_node)
+    options = planning.checked(config, setting or [], ranks, memory, given, show, rounds, json)
+    raise typer.Exit(planning.main(options))
 
 
 @app.command(epilog="Example: colossal-mpi report runs/demo runs/other --output comparison")

@@ -29,6 +29,8 @@ CASES: list[tuple[str, str, dict[str, int]]] = [
     ("2d", "2d", {"row": 2, "col": 2}),
     ("2.5d", "2.5d", {"depth": 2, "row": 2, "col": 2}),
     ("3d", "3d", {"row": 2, "col": 2, "depth": 2}),
+    ("ring", "none", {"seq": 4}),
+    ("ulysses", "none", {"ulysses": 4}),
 ]
 """Name, mode and grid of what the demo compares; the first is the reference."""
 

@@ -69,7 +69,7 @@ def read_corpus(files: Sequence[str], validation: float, context: int, grid: Gri
     ConfigError
         On all ranks, if a file cannot be read or the corpus is too short.
     """
-    corpus = _stored(files, validation, grid) if is_stored(files) else _texts(files, validation, grid)
+    corpus = _planned(tuple(files), validation) if grid.is_planned else _corpus(files, validation, grid)
     if min(len(corpus.train), len(corpus.validation)) <= context:
         size, unit = len(corpus.train) + len(corpus.validation), "tokens" if corpus.words else "bytes"
         raise ConfigError(
@@ -77,6 +77,16 @@ def read_corpus(files: Sequence[str], validation: float, context: int, grid: Gri
             f"than model.context={context}; give more text or a smaller context"
         )
     return corpus
+
+
+def _corpus(files: Sequence[str], validation: float, grid: Grid) -> Corpus:
+    return _stored(files, validation, grid) if is_stored(files) else _texts(files, validation, grid)
+
+
+@lru_cache(maxsize=1)
+def _planned(files: tuple[str, ...], validation: float) -> Corpus:
+    """Return the corpus of planned grids: the dry runs of a plan, hundreds of them, read it once."""
+    return _corpus(files, validation, Grid.planned())
 
 
 def _texts(files: Sequence[str], validation: float, grid: Grid) -> Corpus:

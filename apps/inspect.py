@@ -52,9 +52,9 @@ def _show(console: Console, path: Path, table: dict[str, Any]) -> None:
     arrays, metadata = table["arrays"], table["metadata"]
     total = sum(map(contents.size_of, arrays.values()))
     step = f"step {metadata['step']}, " if "step" in metadata else ""
+    count = f"{len(arrays)} array{'s' * (len(arrays) != 1)}"
     console.print(
-        f"{path}: {step}{len(arrays)} arrays, {size_text(total)}, in {len(table['files'])} files, format "
-        f"{table['format_version']}",
+        f"{path}: {step}{count}, {size_text(total)}, in {len(table['files'])} files, format {table['format_version']}",
         markup=False,
     )
     console.print(_tree(table))

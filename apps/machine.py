@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import sys
 import time
@@ -12,10 +11,24 @@ from typing import Any
 
 from mpi4py import MPI
 
-from colossal_mpi import backend, blas, comm
+from colossal_mpi import backend, blas, comm, launcher
 from colossal_mpi.grid import Grid
 
-_PACKAGES = ("colossal-mpi", "numpy", "mpi4py", "h5py", "torch", "cupy-cuda12x", "cupy-cuda13x")
+PACKAGES = (
+    "colossal-mpi",
+    "numpy",
+    "mpi4py",
+    "h5py",
+    "torch",
+    "cupy-cuda12x",
+    "cupy-cuda13x",
+    "safetensors",
+    "ml-dtypes",
+    "scikit-learn",
+    "tokenizers",
+    "tensorboardX",
+)
+"""What a run may use, the indispensable first."""
 _LONG_ENOUGH = 4e-3
 """Seconds of one product, from which on what is measured is its rate and not how it is called."""
 _LARGEST = 8192
@@ -27,8 +40,7 @@ def describe(grid: Grid) -> dict[str, Any]:
 
     **Communication:** one gather of names.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    told = comm.collect((platform.node(), cores, grid.device), grid)
+    told = comm.collect((platform.node(), len(launcher.cpus()), grid.device), grid)
     hosts = [host for host, *_ in told]
     return {
         "ranks": grid.size,
@@ -43,9 +55,9 @@ def describe(grid: Grid) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the packages that are there."""
+    """Return the versions of those `PACKAGES` that are there."""
     found = {}
-    for name in _PACKAGES:
+    for name in PACKAGES:
         try:
             found[name] = version(name)
         except PackageNotFoundError:

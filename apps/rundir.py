@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from colossal_mpi.apps import config as configs
+from colossal_mpi.apps.lock import Lock
 from colossal_mpi.checkpoint import place
-from colossal_mpi.errors import CheckpointError, ConfigError
+from colossal_mpi.errors import CheckpointError, ColossalError, ConfigError
 
 PLOTS = ("loss", "measures", "speed", "utilisation", "rate", "gradient", "scale", "memory", "words", "timeline")
 """Names of the pictures of a report."""
 
 
 class RunDirectory:
-    """The files of one run. Written by rank 0 alone; checkpoints by all ranks."""
+    """The files of one run. Written by rank 0 alone, which has the lock; checkpoints by all ranks."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -27,18 +28,46 @@ class RunDirectory:
         self.sample, self.trace = self.path / "sample.txt", self.path / "trace.json"
         self.about, self.tokenizer = self.path / "run.json", self.path / "tokenizer.json"
         self.events = self.path / "events"
+        self._lock: Lock | None = None
 
-    def create(self, config: configs.Config, overwrite: bool, tokenizer: str = "") -> None:
-        """Make the directory of a new run; it holds the JSON of its tokenizer, unless tokens are bytes.
+    def hold(self) -> None:
+        """Keep other jobs from writing this run, as long as this object or process lives, or until `release`.
 
         Raises
         ------
         ConfigError
-            If it holds a run already and `overwrite` is not set, or it cannot be written.
+            If another job writes it, or it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = Lock(self.path)
+        except ColossalError:
+            raise
+        except (OSError, ValueError) as problem:  # a name may have a zero byte
+            raise self._unwritable(problem) from None
+
+    def release(self) -> None:
+        """Let other jobs write this run."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def _unwritable(self, problem: Exception) -> ConfigError:
+        reason = getattr(problem, "strerror", None) or problem
+        return ConfigError(f"run.directory={str(self.path)!r} cannot be written: {reason}")
+
+    def create(self, config: configs.Config, overwrite: bool, tokenizer: str = "") -> None:
+        """Make and `hold` the directory of a new run; it has the JSON of its tokenizer, unless tokens are bytes.
+
+        Raises
+        ------
+        ConfigError
+            If it holds a run already and `overwrite` is not set, another job writes it, or it cannot be written.
         """
         if self.config.exists() and not self.checkpoints.is_dir():
             raise ConfigError(f"{self.config} is not that of a run: choose another folder with --set run.directory=...")
+        self.hold()
         if self.config.exists() and not overwrite:
+            self.release()
             raise ConfigError(
                 f"{self.path} holds a run already: go on with --resume {self.path}, replace it with --overwrite, "
                 "or choose another with --set run.directory=..."
@@ -52,8 +81,7 @@ class RunDirectory:
             if tokenizer:
                 self.tokenizer.write_text(tokenizer, encoding="utf-8")
         except (OSError, ValueError) as problem:
-            reason = getattr(problem, "strerror", None) or problem
-            raise ConfigError(f"run.directory={str(self.path)!r} cannot be written: {reason}") from None
+            raise self._unwritable(problem) from None
 
     def write_config(self, config: configs.Config) -> None:
         """Write the configuration that the run has from now on."""

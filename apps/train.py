@@ -37,7 +37,7 @@ def start(config: Config, overwrite: bool = False, trace: int = 0) -> int:
         if grid.rank == 0:
             check(config)
             directory.create(config, overwrite, trainer.task.tokenizer)
-    return _train(trainer, directory, 0, trace)
+    return _released(directory, _train(trainer, directory, 0, trace))
 
 
 def resume(path: str, settings: list[str], trace: int = 0) -> int:
@@ -46,9 +46,13 @@ def resume(path: str, settings: list[str], trace: int = 0) -> int:
     Returns an exit code as `start` does.
     """
     directory = RunDirectory(path)
-    latest = directory.latest()
+    directory.latest()
     config = load(str(directory.config), settings)
     grid = make_grid(config)
+    with comm.agreed(grid):
+        if grid.rank == 0:
+            directory.hold()
+    latest = directory.latest()  # the one who held it before may have removed the earlier one
     trainer = Trainer(config, grid)
     done = trainer.restore(latest)
     if done > config.training.steps:
@@ -58,7 +62,13 @@ def resume(path: str, settings: list[str], trace: int = 0) -> int:
             check(config)
             directory.rewind(done)
             directory.write_config(config)
-    return _train(trainer, directory, done, trace)
+    return _released(directory, _train(trainer, directory, done, trace))
+
+
+def _released(directory: RunDirectory, code: int) -> int:
+    """Let other jobs write a run that has ended well; after an error, all ends with the process."""
+    directory.release()
+    return code
 
 
 def _train(trainer: Trainer, directory: RunDirectory, done: int, trace: int) -> int:

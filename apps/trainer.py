@@ -19,7 +19,7 @@ from colossal_mpi.apps.feed import StepFeed
 from colossal_mpi.grid import Grid
 from colossal_mpi.layers import Context, Parallelism, kernels, models, precision, recompute
 from colossal_mpi.layers.optim import OPTIMIZERS, MovingAverage
-from colossal_mpi.layers.pipeline import Pipeline, cut, place_of
+from colossal_mpi.layers.pipeline import Pipeline, cut, held, place_of
 from colossal_mpi.layers.rates import Rate
 from colossal_mpi.layers.stage import PIPE
 
@@ -45,10 +45,9 @@ class Trainer:
         )
         self.task = tasks.make(config, place)
         self.model, self.task.run = self.task.model, self.run
-        chunks = cut(
-            recompute(self.model, parallel.recompute, parallel.schedule == "zero-bubble"), grid, parallel.virtual_stages
-        )
-        self.pipeline = self.task.pipeline = Pipeline(chunks, grid, parallel.schedule, parallel.bucket)
+        whole = recompute(self.model, parallel.recompute, parallel.schedule == "zero-bubble")
+        chunks, names = cut(whole, grid, parallel.virtual_stages), held(whole, grid, parallel.virtual_stages)
+        self.pipeline = self.task.pipeline = Pipeline(chunks, grid, parallel.schedule, parallel.bucket, names)
         self.optimizer = OPTIMIZERS[training.optimizer](
             self.pipeline.parameters(), weight_decay=training.weight_decay, clip=training.clip, offload=parallel.offload
         )

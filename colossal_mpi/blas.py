@@ -45,7 +45,7 @@ def gemm(
     if fits and type(c) is np.ndarray and _cblas(a, b, c, alpha, beta, conj):
         return
     if fits and isinstance(c, Ghost):
-        ghost.work(2 * c.size * a.shape[1])
+        ghost.work(2 * c.size * a.shape[1], a, b, c)
         return
     if fits and is_cupy_array(c) and c.dtype.name in _LETTERS:
         _cublas(a, b, c, alpha, beta, conj)
@@ -65,7 +65,7 @@ def product(a: Block, b: Block, dtype: Any, conj: tuple[bool, bool] = (False, Fa
     if backend.numpy_dtype(dtype).kind == "c":
         a, b = (xp.conj(x) if flip else x for x, flip in zip((a, b), conj, strict=True))
     if isinstance(a, Ghost):
-        ghost.work(2 * a.size * b.shape[-1])
+        ghost.work(2 * a.size * b.shape[-1], a, b)
     return xp.matmul(a, b)
 
 

@@ -8,7 +8,6 @@ arrived is entered into the ledger, and 16-bit floats and small integers are sum
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import zip_longest
@@ -133,7 +132,7 @@ def allgather(
 
     **Communication:** allgather, ``sum(counts) - own`` words received. **Adjoint:** `reduce_scatter`.
     """
-    comm, begun = grid.comm(axes), time.perf_counter()
+    comm, begun = grid.comm(axes), ledger.clock.now()
     _require(counts[comm.rank], block, "allgather")
     send, recv = outgoing(block, grid), landing(block, sum(counts), grid)
     kind = mpi_type(send.dtype)
@@ -152,7 +151,7 @@ def reduce_scatter(block: Block, grid: Grid, axes: Sequence[str], counts: Sequen
 
     **Communication:** reduce_scatter, ``(p - 1) x own`` words received. **Adjoint:** `allgather`.
     """
-    comm, begun = grid.comm(axes), time.perf_counter()
+    comm, begun = grid.comm(axes), ledger.clock.now()
     _require(sum(counts), block, "reduce_scatter")
     _require_op(op, block)
     wide = widened(block)
@@ -224,7 +223,7 @@ def all_to_all(
 
     **Communication:** all_to_all, ``sum(recv_counts) - own`` words received. **Adjoint:** itself, counts swapped.
     """
-    comm, begun = grid.comm(axes), time.perf_counter()
+    comm, begun = grid.comm(axes), ledger.clock.now()
     _require(sum(counts), block, "all_to_all")
     send, recv = outgoing(block, grid), landing(block, sum(recv_counts), grid)
     kind, starts, places = mpi_type(send.dtype), _starts(counts), _starts(recv_counts)
@@ -242,7 +241,7 @@ def bcast(block: Block, grid: Grid, axes: Sequence[str], root: int = 0) -> Block
 
     **Communication:** bcast, n words received on every rank but the root. **Adjoint:** a reduction to the root.
     """
-    comm, begun = grid.comm(axes), time.perf_counter()
+    comm, begun = grid.comm(axes), ledger.clock.now()
     buffer = outgoing(block, grid) if comm.rank == root else landing(block, block.size, grid)
     kind = mpi_type(buffer.dtype)
     for piece in messages(buffer):

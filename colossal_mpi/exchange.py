@@ -5,7 +5,6 @@ With `colossal_mpi.comm` the only file that gives buffers to MPI.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ class _Entry:
     itemsize: int
     begun: float
     posted: float
+    due: float
     site: str
 
 
@@ -47,15 +47,15 @@ class Pending:
     def done(self) -> bool:
         """Say, without waiting, whether everything is sent and received; MPI gets on with it."""
         if not self._ended:
-            begun = time.perf_counter()
-            if MPI.Request.Testall(self._requests):
+            begun = ledger.clock.now()
+            if begun >= self._entry.due and MPI.Request.Testall(self._requests):
                 self._end(begun)
         return self._ended
 
     def wait(self) -> None:
         """Wait until everything is sent and received."""
         if not self._ended:
-            begun = time.perf_counter()
+            begun = ledger.clock.now()
             MPI.Request.Waitall(self._requests)
             self._end(begun)
 
@@ -66,7 +66,7 @@ class Pending:
                 block[...] = backend.namespace(block).reshape(arrived(buffer, block), block.shape)
         self._ended, self._requests, self._landings = True, [], []
         e = self._entry
-        ledger.post(e.op, e.axes, e.words, e.itemsize, e.begun, e.posted, waited, e.site)
+        ledger.post(e.op, e.axes, e.words, e.itemsize, e.begun, e.posted, waited, e.due, e.site)
 
 
 def start(
@@ -93,7 +93,7 @@ def start(
 
     **Communication:** the words of `recv`. **Adjoint:** itself, send and recv swapped.
     """
-    comm, begun = grid.comm(axes), time.perf_counter()
+    comm, begun = grid.comm(axes), ledger.clock.now()
     landings = [(_into(block, grid), block) for _, block in recv]
     requests = []
     for (source, _), (buffer, _) in zip(recv, landings, strict=True):
@@ -103,7 +103,8 @@ def start(
         requests += [comm.Isend([m, mpi_type(m.dtype)], to, _TAG + stream) for m in messages(buffer)]
     words = sum(block.size for _, block in recv)
     itemsize = backend.numpy_dtype(recv[0][1].dtype).itemsize if recv else 0
-    entry = _Entry(op, grid.ordered(axes), words, itemsize, begun, time.perf_counter(), ledger.site())
+    due = ledger.clock.arrival(op, axes, words * itemsize)
+    entry = _Entry(op, grid.ordered(axes), words, itemsize, begun, ledger.clock.now(), due, ledger.site())
     return Pending(requests, landings, entry)
 
 
@@ -150,7 +151,7 @@ def reading(
     leaf : bool
         Nothing is communicated inside the context: an exception in it leaves no rank waiting.
     """
-    group, begun = grid.comm(axes), time.perf_counter()
+    group, begun = grid.comm(axes), ledger.clock.now()
     memories = grid.peers(axes)
     assert memories is not None, "the ranks of this group cannot read each other's memory"
     lent = shared.lend(block) if lend else block

@@ -19,6 +19,8 @@ import numpy as np
 from array_api_compat import array_namespace
 from numpy.lib.stride_tricks import as_strided
 
+from colossal_mpi.machine import Clock
+
 _NUMPY = array_namespace(np.empty(0))
 _UNREAD = {n: np.zeros(1, f"u{n}") for n in (1, 2, 4, 8)} | {16: np.zeros(1, "c16")}
 
@@ -30,15 +32,16 @@ class Tally:
     now: int = 0
     peak: int = 0
     flops: int = 0
+    clock: Clock | None = None
 
 
 _open: list[Tally] = []
 
 
 @contextmanager
-def tally() -> Iterator[Tally]:
-    """Count arrays and products until the block ends."""
-    mine = Tally()
+def tally(clock: Clock | None = None) -> Iterator[Tally]:
+    """Count arrays and products until the block ends, and let a clock run by what they would take."""
+    mine = Tally(clock=clock)
     _open.append(mine)
     try:
         yield mine
@@ -46,10 +49,12 @@ def tally() -> Iterator[Tally]:
         _open.remove(mine)
 
 
-def work(flops: int) -> None:
-    """Enter the flop of products into the open tallies."""
+def work(flops: int, *touched: Any) -> None:
+    """Enter an operation that reads or writes some arrays, and its flop if it is a product, into the open tallies."""
     for one in _open:
         one.flops += flops
+        if one.clock is not None:
+            one.clock.compute(flops, sum(x.nbytes for x in touched if isinstance(x, Ghost)))
 
 
 class Memory:
@@ -97,7 +102,7 @@ class Ghost:
             whole = tuple(self.size // known if n == -1 and known else n for n in shape)
             if copy is False or math.prod(whole) != self.size:
                 raise
-            return empty(whole, self.dtype)
+            return made(whole, self.dtype, self)
 
     def transpose(self, order: Sequence[int]) -> Ghost:
         """Return a view with the dims in another order."""
@@ -114,7 +119,7 @@ class Ghost:
 
     def copy(self, order: str = "C") -> Ghost:
         """Return a copy in C order."""
-        return empty(self.shape, self.dtype)
+        return made(self.shape, self.dtype, self)
 
     def view(self, dtype: Any) -> Ghost:
         """Return the same memory in a dtype of the same size."""
@@ -128,7 +133,7 @@ class Ghost:
         return self._view(self._unread[whole])  # with the ellipsis it is a view, never an element
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        pass
+        work(0, value, value if isinstance(value, Ghost) else self)
 
     def __iter__(self) -> Iterator[Ghost]:
         return (self[i] for i in range(self.shape[0]))
@@ -161,6 +166,13 @@ def empty(shape: Sequence[int], dtype: Any) -> Ghost:
     return Ghost(unread, kind, Memory(math.prod(unread.shape) * kind.itemsize))
 
 
+def made(shape: Sequence[int], dtype: Any, *read: Any) -> Ghost:
+    """Return the array that an operation makes of others."""
+    result = empty(shape, dtype)
+    work(0, result, *read)
+    return result
+
+
 @lru_cache(maxsize=4096)
 def _unread(shape: tuple[int, ...], itemsize: int) -> np.ndarray:
     """Return an array of any size in C order that must not be read: it has the memory of one element."""
@@ -183,7 +195,7 @@ def elementwise(*values: Any, dtype: Any = None) -> Ghost:
     if dtype is None:
         known = {x.dtype for x in values if isinstance(x, Ghost)}
         dtype = known.pop() if len(known) == 1 and all(_weak(x) for x in values) else _promoted(values)
-    return empty(shape, dtype)
+    return made(shape, dtype, *values)
 
 
 def _weak(x: Any) -> bool:
@@ -209,6 +221,7 @@ def _comparison(self: Ghost, other: Any) -> Ghost:
 
 
 def _in_place(self: Ghost, other: Any) -> Ghost:
+    work(0, self, self, other)
     return self
 
 

@@ -30,6 +30,7 @@ from numpy import (
 
 from colossal_mpi.ghost import Ghost, elementwise
 from colossal_mpi.ghost import empty as _empty
+from colossal_mpi.ghost import made as _made
 
 __all__ = [
     "bool",
@@ -60,22 +61,30 @@ def empty(shape: Shape, *, dtype: Any = None, device: Any = None) -> Ghost:
     return _empty(_tuple(shape), dtype or float64)
 
 
-zeros = ones = empty
+def zeros(shape: Shape, *, dtype: Any = None, device: Any = None) -> Ghost:
+    return _made(_tuple(shape), dtype or float64)
+
+
+ones = zeros
 
 
 def full(shape: Shape, fill_value: Any, *, dtype: Any = None, device: Any = None) -> Ghost:
-    return _empty(_tuple(shape), dtype or np.result_type(fill_value))
+    return _made(_tuple(shape), dtype or np.result_type(fill_value))
 
 
 def empty_like(x: Ghost, *, dtype: Any = None, device: Any = None) -> Ghost:
     return _empty(x.shape, dtype or x.dtype)
 
 
-zeros_like = ones_like = empty_like
+def zeros_like(x: Ghost, *, dtype: Any = None, device: Any = None) -> Ghost:
+    return _made(x.shape, dtype or x.dtype)
+
+
+ones_like = zeros_like
 
 
 def full_like(x: Ghost, fill_value: Any, *, dtype: Any = None, device: Any = None) -> Ghost:
-    return _empty(x.shape, dtype or x.dtype)
+    return _made(x.shape, dtype or x.dtype)
 
 
 def arange(start: float, stop: float | None = None, step: float = 1, *, dtype: Any = None, device: Any = None) -> Ghost:
@@ -91,7 +100,7 @@ def asarray(value: Any, /, *, dtype: Any = None, copy: builtins.bool | None = No
 
 
 def astype(x: Ghost, dtype: Any, /, *, copy: builtins.bool = True, device: Any = None) -> Ghost:
-    return x if not copy and x.dtype == np.dtype(dtype) else _empty(x.shape, dtype)
+    return x if not copy and x.dtype == np.dtype(dtype) else _made(x.shape, dtype, x)
 
 
 def reshape(x: Ghost, shape: Shape, /, *, copy: builtins.bool | None = None) -> Ghost:
@@ -119,22 +128,22 @@ def broadcast_arrays(*arrays: Ghost) -> list[Ghost]:
 def stack(arrays: Sequence[Ghost], *, axis: int = 0) -> Ghost:
     shape = list(arrays[0].shape)
     shape.insert(axis % (len(shape) + 1), len(arrays))
-    return _empty(shape, np.result_type(*(x.dtype for x in arrays)))
+    return _made(shape, np.result_type(*(x.dtype for x in arrays)), *arrays)
 
 
 def concat(arrays: Sequence[Ghost], *, axis: int = 0) -> Ghost:
     shape = list(arrays[0].shape)
     shape[axis] = builtins.sum(x.shape[axis] for x in arrays)
-    return _empty(shape, np.result_type(*(x.dtype for x in arrays)))
+    return _made(shape, np.result_type(*(x.dtype for x in arrays)), *arrays)
 
 
 def take(x: Ghost, indices: Ghost, *, axis: int = 0) -> Ghost:
     axis %= x.ndim
-    return _empty((*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]), x.dtype)
+    return _made((*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]), x.dtype, indices)
 
 
 def take_along_axis(x: Ghost, indices: Ghost, *, axis: int = -1) -> Ghost:
-    return _empty(indices.shape, x.dtype)
+    return _made(indices.shape, x.dtype, indices)
 
 
 def where(condition: Ghost, x: Any, y: Any, /) -> Ghost:
@@ -150,7 +159,7 @@ def searchsorted(x: Ghost, values: Ghost, **_: Any) -> Ghost:
 
 
 def argsort(x: Ghost, /, **_: Any) -> Ghost:
-    return _empty(x.shape, int64)
+    return _made(x.shape, int64, x)
 
 
 class Unique(NamedTuple):
@@ -177,7 +186,7 @@ def vecdot(a: Ghost, b: Ghost, /, *, axis: int = -1) -> Ghost:
 def _reduced(x: Ghost, axis: Any, keepdims: builtins.bool, dtype: Any) -> Ghost:
     dims = {d % x.ndim for d in (range(x.ndim) if axis is None else _tuple(axis))} if x.ndim else set()
     kept = (1 if d in dims else n for d, n in enumerate(x.shape) if keepdims or d not in dims)
-    return _empty(tuple(kept), dtype)
+    return _made(tuple(kept), dtype, x)
 
 
 def _reduction(dtype_of: Callable[[np.dtype], Any]) -> Callable[..., Ghost]:

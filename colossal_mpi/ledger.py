@@ -14,7 +14,8 @@ receive            what arrives of a message to one rank
 send               nothing
 =================  =============================================
 
-Times are in seconds of ``time.perf_counter``, one clock for all ranks of a node. What goes on while the rank computes
+Times are in seconds of ``time.perf_counter``, one clock for all ranks of a node; those of a dry run may be of a clock
+that knows what a machine would take (`timed_by`). What goes on while the rank computes
 was begun at one time and waited for at another: the spans of computation between the two hide it.
 """
 
@@ -24,11 +25,11 @@ import contextlib
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from colossal_mpi import signals
 
@@ -155,6 +156,45 @@ def site() -> str:
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
+class Clock(Protocol):
+    """What tells the time, and lets it pass until messages have come."""
+
+    def now(self) -> float:
+        """Return a time in seconds."""
+
+    def arrival(self, op: str, axes: Sequence[str], nbytes: int) -> float:
+        """Return when a collective that begins now will have brought so many bytes."""
+
+    def wait(self, until: float) -> None:
+        """Let time pass, which of its own does not."""
+
+
+class _Wall:
+    """The clock on the wall: a collective has come when MPI says so."""
+
+    now = staticmethod(time.perf_counter)
+
+    def arrival(self, op: str, axes: Sequence[str], nbytes: int) -> float:
+        return 0.0
+
+    def wait(self, until: float) -> None:
+        pass
+
+
+clock: Clock = _Wall()
+
+
+@contextmanager
+def timed_by(other: Clock) -> Iterator[None]:
+    """Take all times from another clock until the block ends."""
+    global clock
+    before, clock = clock, other
+    try:
+        yield
+    finally:
+        clock = before
+
+
 def post(
     op: str,
     axes: tuple[str, ...],
@@ -163,13 +203,16 @@ def post(
     begun: float,
     posted: float | None = None,
     waited: float | None = None,
+    due: float | None = None,
     where: str = "",
 ) -> None:
-    """Enter a collective that ends now into the open records; it began at `begun` (``time.perf_counter``).
+    """Enter a collective that ends now into the open records; it began at `begun`, by the clock.
 
-    One that the rank did not wait for at once was posted and waited for at those times, from the site `where`.
+    One that the rank did not wait for at once was posted and waited for at those times, from the site `where`, and was
+    to come when the clock said.
     """
-    now = time.perf_counter()
+    clock.wait(clock.arrival(op, axes, words * itemsize) if due is None else due)
+    now = clock.now()
     values = (op, axes, words, words * itemsize, where or site(), begun, posted or begun, waited or begun, now)
     _recent.append(values)
     if _open:
@@ -202,11 +245,11 @@ class _Measured:
 
     def __enter__(self) -> None:
         _Measured.depth += 1
-        self.begun = time.perf_counter()
+        self.begun = clock.now()
 
     def __exit__(self, *_: object) -> None:
         _Measured.depth -= 1
-        made = Span(self.kind, self.begun, time.perf_counter(), _Measured.depth, self.what)
+        made = Span(self.kind, self.begun, clock.now(), _Measured.depth, self.what)
         for rec in _open:
             rec.spans.append(made)
 

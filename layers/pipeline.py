@@ -59,6 +59,14 @@ def pieces(model: Chain, stages: int, chunks: int = 1, costs: Sequence[float] | 
     return [[[model.layers[i] for i in found[c * stages + stage]] for c in range(chunks)] for stage in range(stages)]
 
 
+def held(model: Chain, grid: Grid, chunks: int = 1) -> list[list[str]]:
+    """Return the names of each stage's parameters, as `cut` deals them out: what `Pipeline` need not ask for then."""
+    return [
+        sorted({q.name for piece in some for layer in piece for q in layer.parameters()})
+        for some in pieces(model, grid.axes.get(PIPE, 1), chunks)
+    ]
+
+
 class Pipeline(Stage):
     """A model cut along ``pipe``: this rank's stage of it, and how a step goes through all of them.
 

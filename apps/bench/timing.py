@@ -11,6 +11,7 @@ from typing import Any
 import threadpoolctl
 from mpi4py import MPI
 
+from colossal_mpi import launcher
 from colossal_mpi.errors import ColossalError
 
 _NAP = 5e-4  # seconds between two looks
@@ -93,9 +94,7 @@ def words_of(problem: BaseException) -> str:
 
 def cores(node: MPI.Comm) -> set[int]:
     """Return the cores that the ranks of a node may use together."""
-    if not hasattr(os, "sched_getaffinity"):
-        return set(range(os.cpu_count() or 1))
-    return set().union(*node.allgather(os.sched_getaffinity(0)))
+    return set().union(*node.allgather(launcher.cpus()))
 
 
 @contextmanager

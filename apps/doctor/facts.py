@@ -7,7 +7,6 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,22 +15,10 @@ from mpi4py import MPI
 
 import colossal_mpi
 from colossal_mpi import awareness, backend, guards, hdf5, launcher
+from colossal_mpi.apps import machine
 
 Facts: TypeAlias = dict[str, Any]
 """Of one rank, by name: see `mine`."""
-PACKAGES = (
-    "colossal-mpi",
-    "numpy",
-    "mpi4py",
-    "h5py",
-    "torch",
-    "cupy-cuda12x",
-    "cupy-cuda13x",
-    "safetensors",
-    "ml-dtypes",
-    "scikit-learn",
-    "tensorboardX",
-)
 _SETTINGS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS")
 
 
@@ -51,7 +38,7 @@ def mine(world: MPI.Comm) -> Facts:
         "python": platform.python_version(),
         "executable": sys.executable,
         "source": source(Path(colossal_mpi.__file__).parent),
-        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "versions": machine.versions(),
         "library": guards.library(),
         "libraries": awareness.library_files(),
         "threads": MPI.Query_thread(),
@@ -84,13 +71,6 @@ def source(package: Path) -> str:
                 path = Path(folder, name)
                 digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:12]
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def quota(root: Path, own: Path) -> float | None:

@@ -12,6 +12,7 @@ _OPTIONAL = {
     "cupy": "cuda12 or cuda13",
     "safetensors": "hf",
     "scikit-learn": "digits",
+    "tokenizers": "tokens",
     "tensorboardX": "tensorboard",
 }
 """The extra of colossal-mpi that brings each."""

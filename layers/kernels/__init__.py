@@ -31,7 +31,8 @@ def use(provider: str, grid: Grid | None = None) -> str:
     provider : {"auto", "reference", "torch"}
         With ``"auto"`` PyTorch's kernels where it is installed, else the reference.
     grid : Grid, optional
-        Whose ranks decide together: replicas stay equal to the bit only if all have them from one provider.
+        Whose ranks decide together: replicas stay equal to the bit only if all have them from one provider. Planned
+        grids have kernels of their own.
 
     **Communication:** with a grid, one gather of a flag.
 
@@ -43,6 +44,9 @@ def use(provider: str, grid: Grid | None = None) -> str:
     global _active
     if provider not in PROVIDERS:
         raise OptionError(f"kernels={provider!r}: use one of {', '.join(map(repr, PROVIDERS))}")
+    if grid is not None and grid.is_planned:
+        _active = importlib.import_module(f"{__name__}.planned")
+        return provider
     reason = None if provider == "reference" else _missing()
     reasons = [reason] if grid is None else comm.collect(reason, grid)
     lacking = next((text for text in reasons if text is not None), None)

@@ -29,7 +29,7 @@ def _products(q: Block, k: Block, causal: bool) -> int:
 
 def attention(q: Block, k: Block, v: Block, causal: bool = True, mask: Any = None, positions: Any = None) -> Any:
     xp, (b, s, a, _) = namespace(q), q.shape
-    work(2 * 2 * _products(q, k, causal))
+    work(2 * 2 * _products(q, k, causal), q, k, v)
     statistics = xp.empty((2, b, a, s, 1), dtype=xp.float32 if is_half(q.dtype) else q.dtype)
     return xp.empty(q.shape, dtype=q.dtype), statistics
 
@@ -45,7 +45,7 @@ def attention_backward(
     mask: Any = None,
     positions: Any = None,
 ) -> Any:
-    work(5 * 2 * _products(q, k, causal))
+    work(5 * 2 * _products(q, k, causal), do, q, k, v, o)
     return tuple(namespace(x).empty(x.shape, dtype=x.dtype) for x in (q, k, v))
 
 

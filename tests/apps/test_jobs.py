@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from colossal_mpi.launcher import mpiexec_command
+from fakes import environment
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "jobs").iterdir())
@@ -29,43 +28,22 @@ kernels = "reference"
 [run]
 directory = "run"
 """
-SRUN = """#!/bin/sh
-# what Slurm does: start the program on every task, in an environment that says so
-while [ "${1#-}" != "$1" ]; do echo "option $1" >> called; shift; done
-echo "$*" >> called
-env | grep -E '^(OMP|SRUN|COLOSSAL|MPIR)_' >> called
-[ -n "$FAKE_CODE" ] && exit $FAKE_CODE
-exec "$@"
-"""
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.toml").write_text(TINY)
-    fakes = tmp_path / "bin"
-    fakes.mkdir()
-    start, _ = mpiexec_command(4, ["true"])
-    run = f"exec {' '.join(start[:-1])} {sys.executable} -m colossal_mpi.apps.cli"
-    write(fakes / "srun", SRUN.replace('exec "$@"', f'shift; {run} "$@"'))
-    write(fakes / "scontrol", '#!/bin/sh\necho "scontrol $*" >> called\n')
-    write(fakes / "colossal-mpi", f'#!/bin/sh\nexec {sys.executable} -m colossal_mpi.apps.cli "$@"\n')
     return tmp_path
-
-
-def write(path, text):
-    path.write_text(text)
-    path.chmod(0o755)
 
 
 def submit(name, *arguments, **more):
     """Run a script as sbatch does, and return its exit code and what srun and scontrol were called with."""
-    _, extra = mpiexec_command(4, ["true"])
-    env = {"PATH": f"bin:{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    env |= {"SLURM_CPUS_PER_TASK": "1", "SLURM_JOB_ID": "7", "OMPI_MCA_pml": "ob1", "OMPI_MCA_btl": "self,sm"}
+    env = environment(Path("bin").resolve()) | {"SLURM_CPUS_PER_TASK": "1", "SLURM_JOB_ID": "7"}
+    env |= {"OMPI_MCA_pml": "ob1", "OMPI_MCA_btl": "self,sm", **more}
     Path("called").write_text("")
     command = ["bash", str(ROOT / "jobs" / name), *arguments]
-    done = subprocess.run(command, env=os.environ | env | extra | more, capture_output=True, text=True, timeout=90)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=90)
     return done, Path("called").read_text()
 
 
@@ -99,8 +77,6 @@ def test_a_script_trains(folder, name, arguments, more, run):
 
 
 def test_mpirun_needs_no_scheduler(folder):
-    start, _ = mpiexec_command(2, ["true"])
-    write(folder / "bin" / "mpiexec", f'#!/bin/sh\nexec {" ".join(start[:-3])} "$@"\n')
     done, _ = submit("mpirun.sh", "2", "tiny.toml", "--grid", "data=2")
     assert done.returncode == 0, done.stderr
     assert (folder / "run" / "checkpoints" / "latest").exists()

@@ -239,15 +239,20 @@ def test_every_mode_does_the_steps_of_one_rank(folder, monkeypatch):
         ("one rank", "none", {"data": 1}),
         ("2d", "2d", {"row": 2, "col": 2}),
         ("3d", "3d", {"col": 2, "depth": 2}),
+        ("ring", "none", {"seq": 3}),
+        ("ulysses", "none", {"ulysses": 2}),
     ]
     monkeypatch.setattr(compare, "CASES", ragged)
     result = compare.modes(str(folder / "small.toml"), folder / "compare", steps=3)
     reference = result["one rank"]["losses"]
     assert len(reference) == 3
-    for name in ("2d", "3d"):
+    for name in ("2d", "3d", "ring", "ulysses"):
         assert np.allclose(result[name]["losses"], reference, rtol=1e-12, atol=0)
         assert 0 < result[name]["max_gradient_difference"] < 1e-10
         assert result[name]["words_per_step"] > 0
+    c, weights, stream = 3, 15520, 5 * 12 * 20
+    reduced = 2 * (c - 1) * (weights + 3)  # gradients, the loss of each microbatch, their norm
+    assert result["ring"]["words_per_step"] == reduced + 2 * (6 * c - 4) * stream
 
 
 def test_the_user_names_files(folder):

@@ -9,7 +9,8 @@ from reference.modes import mode_of
 from colossal_mpi import Grid, GridError, comm, ghost, ledger
 from colossal_mpi.layers import Parallelism, kernels, recompute
 from colossal_mpi.layers.flops import hardware_flop
-from colossal_mpi.layers.memory import TokenFeed, one_microbatch, predict_memory, saved_bytes
+from colossal_mpi.layers.memory import one_microbatch, saved_bytes
+from colossal_mpi.layers.predict import TokenFeed, predict_memory
 from colossal_mpi.layers.models import GPT, GPTConfig, Llama, LlamaConfig
 from colossal_mpi.layers.optim import SGD, AdamW, Muon
 from colossal_mpi.layers.pipeline import PIPE, Pipeline, cut, place_of

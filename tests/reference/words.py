@@ -55,16 +55,17 @@ def grouped_words(mode, sizes, b, s, h, a, g, d, cut):
 def moe_words(template, sizes, b, s, h, f, experts, top_k, slots, pairs):
     """Return the words of a mixture of experts with losses, forward and backward, `slots` for each expert and block."""
     d, r, c, q = (sizes.get(axis, 1) for axis in ("data", "row", "col", "depth"))
-    blocks, over_h = (d * r * c, q) if template == "A" else (d * q * r, c)
+    t = sizes.get("seq", 1) * sizes.get("ulysses", 1)  # weights are replicated over both
+    blocks, over_h = (d * t * r * c, q) if template == "A" else (d * t * q * r, c)
     n, everything = b * s, experts * blocks * slots
     up, down = pairs * f, f
-    weights, router = experts * h * (up + down), h * experts
+    weights, router = t * experts * h * (up + down), t * d * h * experts
     dispatch, back = everything * h * (c - 1 / d), everything * h * (1 - 1 / d)
     if template == "A":
         inside = 2 * (2 * dispatch + everything * (up + down) * (q - 1) + weights * (r - 1))
-        once = 2 * d * router * (r * c - 1)
+        once = 2 * router * (r * c - 1)
     else:
         inside = 2 * (dispatch + back + everything * down * (c - 1) + q * weights * (r - 1)) + 2 * (q - 1) * weights
-        once = 2 * d * q * router * (r - 1) + 2 * d * (q - 1) * router
+        once = 2 * q * router * (r - 1) + 2 * (q - 1) * router
     agreed = 2 * (blocks - 1) * over_h * (1 + 2 * experts + 2)
     return inside + once + 2 * n * (experts + top_k) * (over_h - 1) + agreed
