@@ -68,7 +68,7 @@ class Saving:
         self.blocks = [np.asarray(array.local) for array in self.state.values()]
         for i, block in enumerate(self.blocks):
             block[...] = np.random.default_rng((self.grid.rank, i)).random(block.shape, np.float32)
-        self.background = checkpoint.Background(self.grid)  # kept, as in training, with its memory
+        self.background = checkpoint.Background(self.grid)
         self.plain, self.saved = directory / f"plain{self.grid.rank}", directory / "saved"
         if self.grid.rank == 0:
             shutil.rmtree(directory, ignore_errors=True)
@@ -114,6 +114,7 @@ class Saving:
         the state, 6 flop for each token and weight, and then changes the whole state.
         """
         saving, directory = self.background, self.directory / "behind"
+        saving.reserve(self.state)
         self._step(saving)
         alone = self._timed_steps(saving, _STEPS)
         begun, before = time.perf_counter(), saving.stalled

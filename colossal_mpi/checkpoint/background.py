@@ -24,6 +24,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from colossal_mpi import backend, comm
+from colossal_mpi.checkpoint.entries import owned
 from colossal_mpi.checkpoint.writing import Told, Writing
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import CheckpointError, ColossalError
@@ -48,12 +49,13 @@ class Background:
 
     Notes
     -----
-    **Memory:** a copy of the blocks that this rank owns, in host memory, made for the first checkpoint and kept for the
-    next ones. `save` needs none.
+    **Memory:** a copy of the blocks that this rank owns, in host memory, taken by `reserve` or for the first checkpoint
+    and kept for the next ones. `save` needs none.
 
     Examples
     --------
     >>> saving = Background(grid)
+    >>> saving.reserve(arrays)
     >>> saving.begin("step-1", arrays, {"step": 1})
     >>> compute_gradients()  # reads the arrays
     >>> saving.settle()
@@ -104,11 +106,34 @@ class Background:
             written = self._pool.submit(self._write, writing, list(blocks), copied)
             self._job = _Job(writing, after, copied, written)
 
-    def _reserve(self, blocks: Mapping[str, Any]) -> None:
+    def reserve(self, arrays: Mapping[str, DistArray]) -> None:
+        """Take the memory for copies of some arrays now, on the thread, which the first `begin` would do else.
+
+        The system zeroes each page when it is first written to, and a virtual machine may have to get it from its host:
+        the first copy to it takes many times as long as the next ones, longer than a step can hide.
+
+        Raises
+        ------
+        CheckpointError
+            On all ranks, if a rank has no memory.
+        """
+        self.finish()
+        with self._timed(), comm.agreed(self.grid, CheckpointError):
+            if self._reserve({name: array.local for name, array in arrays.items() if owned(array)}):
+                self._pool.submit(self._touch)
+
+    def _reserve(self, blocks: Mapping[str, Any]) -> bool:
+        """Have room for copies of some blocks; say whether it is new."""
         kinds = {name: (tuple(block.shape), backend.numpy_dtype(block.dtype)) for name, block in blocks.items()}
-        if kinds != self._kinds:
-            self._copies, self._kinds = {}, {}  # what there was is freed first
-            self._copies, self._kinds = _room(kinds), kinds
+        if kinds == self._kinds:
+            return False
+        self._copies, self._kinds = {}, {}  # what there was is freed first
+        self._copies, self._kinds = _room(kinds), kinds
+        return True
+
+    def _touch(self) -> None:
+        for kept in self._copies.values():
+            kept.fill(0)
 
     def _copy(self, blocks: Mapping[str, Any]) -> None:
         for name, block in blocks.items():

@@ -115,6 +115,8 @@ def test_a_rank_without_memory_for_copies_is_an_error_of_all_and_leaves_nothing(
     if grid.rank == 1:
         monkeypatch.setattr(background, "_room", refuse)
     with pytest.raises(CheckpointError, match="Unable to allocate 9 TiB"):
+        saving.reserve(state)
+    with pytest.raises(CheckpointError, match="Unable to allocate 9 TiB"):
         saving.begin(shared_path / "one", state, {})
     saving.poll()
     comm.collect(None, grid)
@@ -123,6 +125,18 @@ def test_a_rank_without_memory_for_copies_is_an_error_of_all_and_leaves_nothing(
     saving.begin(shared_path / "one", state, {})
     saving.finish()
     loaded(shared_path / "one", grid)
+
+
+@pytest.mark.grids({"row": 2})
+def test_memory_reserved_is_that_of_the_copies(grid, shared_path, monkeypatch):
+    state, saving = arrays(grid), checkpoint.Background(grid)
+    exact = {name: host(array).copy() for name, array in state.items()}
+    saving.reserve(state)
+    monkeypatch.setattr(background, "_room", None)  # no more is taken
+    for name in ("one", "two"):
+        saving.begin(shared_path / name, state, {})
+        saving.finish()
+        assert all(np.array_equal(array, exact[which]) for which, array in loaded(shared_path / name, grid).items())
 
 
 @pytest.mark.grids({"row": 3})
