@@ -8,9 +8,9 @@ from mpi4py import MPI
 
 from colossal_mpi import DistArray, Grid, backend, from_global
 from colossal_mpi.layers import Parallelism, Parameter
-from colossal_mpi.layers.predict import TokenFeed, predict_memory
 from colossal_mpi.layers.models import GPT, GPTConfig
 from colossal_mpi.layers.optim import OPTIMIZERS, AdamW
+from colossal_mpi.layers.predict import TokenFeed, predict_memory
 from colossal_mpi.layout import Layout
 from colossal_mpi.parking import fetch, park
 from colossal_mpi.testing import fake

@@ -10,10 +10,10 @@ from colossal_mpi import Grid, GridError, comm, ghost, ledger
 from colossal_mpi.layers import Parallelism, kernels, recompute
 from colossal_mpi.layers.flops import hardware_flop
 from colossal_mpi.layers.memory import one_microbatch, saved_bytes
-from colossal_mpi.layers.predict import TokenFeed, predict_memory
 from colossal_mpi.layers.models import GPT, GPTConfig, Llama, LlamaConfig
 from colossal_mpi.layers.optim import SGD, AdamW, Muon
 from colossal_mpi.layers.pipeline import PIPE, Pipeline, cut, place_of
+from colossal_mpi.layers.predict import TokenFeed, predict_memory
 
 SIZES = {"vocabulary": 61, "layers": 3, "hidden": 40, "heads": 10, "inner": 77, "positions": 19}
 MODELS = {
