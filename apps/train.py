@@ -100,6 +100,8 @@ def _steps(
 ) -> int:
     """Do the steps; return the signal that stopped them before the last, 0 if none did."""
     training = trainer.config.training
+    if training.background_checkpoints and done + training.checkpoint_every < training.steps:
+        trainer.reserve()
     for step in range(done, training.steps):
         row, cut = _timed_step(trainer, step, meter, stop)
         if not math.isfinite(row["loss"] + (row["gradient_norm"] or 0.0)):  # None: an overflow of scaled gradients

@@ -159,6 +159,10 @@ class Trainer:
             if self.grid.rank == 0:
                 after()
 
+    def reserve(self) -> None:
+        """Take the memory for the copies of background checkpoints, so that the first is as quick as the others."""
+        self.saving.reserve(self._state(counted=True))
+
     def _metadata(self, step: int) -> dict[str, Any]:
         model = models.describe(self.model)
         if self.optimizer.scaling is not None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 
+from colossal_mpi import ghost
 from colossal_mpi.apps.config import Config
 from colossal_mpi.apps.feed import StepFeed
 from colossal_mpi.apps.planning.cost import Cost
@@ -20,6 +21,10 @@ from colossal_mpi.machine import Clock, Machine
 
 _ENDS = 2
 """Microbatches of a dry run that stand for all: the first, and the last, whose backward pass reduces gradients."""
+
+
+_PREFETCHES = 3
+"""ZeRO stage whose first step finds out in which order weights are gathered: the later ones do so ahead."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,9 @@ def dry_runs(config: Config, machine: Machine) -> Iterator[Prediction]:
             yield _dry_run(config, grid, tally)
 
 
-def _dry_run(config: Config, grid: Grid, tally) -> Prediction:
+def _dry_run(config: Config, grid: Grid, tally: ghost.Tally) -> Prediction:
     trainer = Trainer(config, grid)
+    if config.parallel.zero == _PREFETCHES:
+        trainer.step(0)
     feed = StepFeed(trainer.task, 0, trainer.optimizer.loss_scale)
     return predicted(trainer.pipeline, trainer.optimizer, feed, tally, partial(trainer.step, 0))
