@@ -109,15 +109,13 @@ def plan(
     config: Annotated[str, typer.Argument(help=f"A TOML file, or a shipped one: {configs.shipped()}.")],
     ranks: Annotated[int | None, typer.Option(help="Ranks to plan for; by default those of this job.")] = None,
     memory: Annotated[
-        str | None, typer.Option("--memory", "--gpu-memory", help="Of a rank: 80GiB. [without a limit]")
+        str | None, typer.Option("--memory", "--gpu-memory", help="Of a rank: 80GiB; else no limit.")
     ] = None,
-    flops: Annotated[float | None, typer.Option(help="flop/s of a rank. [as measured here]")] = None,
+    flops: Annotated[float | None, typer.Option(help="flop/s of a rank; else as measured.")] = None,
     memory_bandwidth: Annotated[float | None, typer.Option(help="Bytes/s of a rank's memory.")] = None,
-    bandwidth: Annotated[float | None, typer.Option(help="Bytes/s that a rank receives from other nodes.")] = None,
-    near_bandwidth: Annotated[float | None, typer.Option(help="The same from its own node.")] = None,
+    bandwidth: Annotated[float | None, typer.Option(help="Bytes/s from other nodes.")] = None,
+    near_bandwidth: Annotated[float | None, typer.Option(help="Bytes/s from the own node.")] = None,
     latency: Annotated[float | None, typer.Option(help="Seconds of a message.")] = None,
-    call: Annotated[float | None, typer.Option(help="Seconds of a kernel's launch.")] = None,
-    product: Annotated[float | None, typer.Option(help="Seconds that Python takes for each product.")] = None,
     ranks_per_node: Annotated[int | None, typer.Option(help="Ranks on a node.")] = None,
     show: Annotated[int, typer.Option(help="Ways to run that are shown.")] = 8,
     rounds: Annotated[int, typer.Option("--try", help="Do so many steps of each of these, taking turns.")] = 0,
@@ -131,7 +129,7 @@ def plan(
     from colossal_mpi.apps.planning import plan as planning
     from colossal_mpi.apps.planning.rates import Given
 
-    given = Given(flops, memory_bandwidth, call, product, latency, bandwidth, near_bandwidth, ranks_per_node)
+    given = Given(flops, memory_bandwidth, latency, bandwidth, near_bandwidth, ranks_per_node)
     options = planning.checked(config, setting or [], ranks, memory, given, show, rounds, json)
     raise typer.Exit(planning.main(options))
 

@@ -29,8 +29,6 @@ class Given:
 
     flops: float | None = None
     memory_bandwidth: float | None = None
-    call: float | None = None
-    product: float | None = None
     latency: float | None = None
     bandwidth: float | None = None
     near_bandwidth: float | None = None
@@ -72,8 +70,6 @@ def _with(machine: Machine, given: Given) -> Machine:
     return replace(
         machine,
         memory=given.memory_bandwidth or machine.memory,
-        call=given.call or machine.call,
-        product=given.product or machine.product,
         near=near,
         far=far,
         ranks_per_node=given.ranks_per_node or machine.ranks_per_node,

@@ -25,7 +25,8 @@ def run(tmp_path):
     config, directory = load("demo", settings), RunDirectory(tmp_path / "run")
     directory.create(config, overwrite=False)
     task = SimpleNamespace(name="GPT", unit="tokens", per="token", about="text")
-    return config, directory, SimpleNamespace(config=config, task=task, parameters=7, grid="Grid()", kernels="torch")
+    parts = {"task": task, "parameters": 7, "grid": "Grid()", "kernels": "torch", "before": 0}
+    return config, directory, SimpleNamespace(config=config, **parts)
 
 
 def row(step, **more):
