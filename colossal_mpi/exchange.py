@@ -40,8 +40,10 @@ class _Entry:
 class Pending:
     """An exchange under way: the blocks that it receives hold their values after `wait`, or once it is `done`."""
 
-    def __init__(self, requests: list[MPI.Request], landings: list[tuple[Any, Block]], entry: _Entry) -> None:
-        self._requests, self._landings, self._entry = requests, landings, entry
+    def __init__(
+        self, requests: list[MPI.Request], sent: list[Any], landings: list[tuple[Any, Block]], entry: _Entry
+    ) -> None:
+        self._requests, self._sent, self._landings, self._entry = requests, sent, landings, entry
         self._ended = False
 
     def done(self) -> bool:
@@ -64,7 +66,7 @@ class Pending:
         for buffer, block in self._landings:
             if buffer is not block:
                 block[...] = backend.namespace(block).reshape(arrived(buffer, block), block.shape)
-        self._ended, self._requests, self._landings = True, [], []
+        self._ended, self._requests, self._sent, self._landings = True, [], [], []
         e = self._entry
         ledger.post(e.op, e.axes, e.words, e.itemsize, e.begun, e.posted, waited, e.due, e.site)
 
@@ -98,14 +100,14 @@ def start(
     requests = []
     for (source, _), (buffer, _) in zip(recv, landings, strict=True):
         requests += [comm.Irecv([m, mpi_type(m.dtype)], source, _TAG + stream) for m in messages(buffer.reshape(-1))]
-    for to, block in send:
-        buffer = outgoing(block, grid)
+    sent = [outgoing(block, grid) for _, block in send]
+    for (to, _), buffer in zip(send, sent, strict=True):
         requests += [comm.Isend([m, mpi_type(m.dtype)], to, _TAG + stream) for m in messages(buffer)]
     words = sum(block.size for _, block in recv)
     itemsize = backend.numpy_dtype(recv[0][1].dtype).itemsize if recv else 0
     due = ledger.clock.arrival(op, axes, words * itemsize)
     entry = _Entry(op, grid.ordered(axes), words, itemsize, begun, ledger.clock.now(), due, ledger.site())
-    return Pending(requests, landings, entry)
+    return Pending(requests, sent, landings, entry)
 
 
 def progress(grid: Grid) -> None:
@@ -114,9 +116,14 @@ def progress(grid: Grid) -> None:
 
 
 def _into(block: Block, grid: Grid) -> Any:
-    """Return the buffer that MPI writes for `block`: its own memory if it is the host's, else one to copy from."""
-    own = type(block) is np.ndarray and not backend.is_half(block.dtype)
-    return block if own else landing(block, block.size, grid)
+    """Return the buffer that MPI writes for `block`: its own memory if MPI can write there, else one to copy from."""
+    device = backend.device_of(block)
+    own = type(block) is np.ndarray if device is None else grid.awareness.aware
+    if not own or backend.is_half(block.dtype):
+        return landing(block, block.size, grid)
+    if device is not None:
+        device.synchronize()  # a kernel may still read what lay there before
+    return block
 
 
 @contextmanager

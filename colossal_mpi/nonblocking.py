@@ -209,10 +209,12 @@ def _exchange(blocks: list[Block], exchanges: list[Exchange], grid: Grid, stream
     axes, same = exchanges[0].axes, all(e.same for e in exchanges)
     if not axes:
         return [block[e.send[0]] for block, e in zip(blocks, exchanges, strict=True)]
+    ranks = grid.extent(axes)
     packed = [
         _joined([pack(block, [e.send[r]]) for block, e in zip(blocks, exchanges, strict=True)])
-        for r in range(grid.extent(axes))
+        for r in range(1 if same else ranks)
     ]
+    packed *= ranks // len(packed)
     me, like = grid.comm(axes).rank, blocks[0]
     counts = [sum(e.recv_counts[r] for e in exchanges) for r in range(len(packed))]
     landed = [packed[me] if r == me else backend.empty_like(like, (count,)) for r, count in enumerate(counts)]

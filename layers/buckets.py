@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable
 from contextlib import ExitStack
 from types import TracebackType
@@ -16,6 +16,9 @@ from colossal_mpi.layers.parameter import Parameter
 
 SIZE = 1 << 20
 """Bytes of a bucket by default."""
+_FLYING = 4
+"""Most buckets under way at once. Many MPIs move large messages only while they are called, and what all buckets of a
+step hold while they are under way came to more than the gradients themselves."""
 
 
 class Bucket:
@@ -49,6 +52,11 @@ class Bucket:
             self._moving.done()
         else:
             self.finish()
+
+    def land(self) -> None:
+        """Wait for the messages of the reduction."""
+        assert self._moving is not None
+        self._moving.wait()
 
     def lasts(self) -> bool:
         """Say whether `finish` is yet to come."""
@@ -112,6 +120,7 @@ class GradientBuckets:
         self._chains = [layer for layer in layers if isinstance(layer, Chain)]
         self._size, self._open = size, Bucket()
         self._young, self._old = list[Bucket](), list[Bucket]()
+        self._flying = deque[Bucket]()
 
     def __enter__(self) -> GradientBuckets:
         for parameter in self._parameters.values():
@@ -161,4 +170,7 @@ class GradientBuckets:
     def _begin(self) -> None:
         self._open.begin()
         self._young.append(self._open)
+        self._flying.append(self._open)
+        if len(self._flying) > _FLYING:
+            self._flying.popleft().land()
         self._open = Bucket()

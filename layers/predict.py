@@ -160,8 +160,8 @@ def predict_memory(
 
     Notes
     -----
-    Experts are taken to be chosen equally often. Tiles of attention, a megabyte or so, are left out of the peak, as is
-    what MPI takes itself.
+    Experts are taken to be chosen equally often. What MPI takes itself is left out, and reductions that are under way
+    longer than until the next layer may keep some of four buckets more.
 
     Examples
     --------

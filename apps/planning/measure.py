@@ -37,8 +37,10 @@ def measure(grid: Grid, dtype: str, peak: float = 0.0) -> Machine:
     world = grid.comm(tuple(grid.axes))
     node: Any = world.Split_type(MPI.COMM_TYPE_SHARED)
     sizes = comm.collect(node.size, grid)
-    near = _link(Grid(node, grid.device.partition(":")[0], node=node.size), grid)
-    far = near if node.size == grid.size else _link(grid, grid)
+    # All ranks measure together, whatever the size of their node; that of a largest node counts for all.
+    links = comm.collect(_link(Grid(node, grid.device.partition(":")[0], node=node.size), grid), grid)
+    near = links[sizes.index(max(sizes))]
+    far = near if max(sizes) == grid.size else _link(grid, grid)
     node.Free()
     flops = (peak or measure_peak(grid, dtype)) / grid.size
     return Machine(flops, memory(grid), *calls(grid), near, far, max(sizes), grid.device != "cpu")
@@ -49,8 +51,6 @@ def _link(group: Grid, grid: Grid) -> Link:
 
     Small ones come between computations, as in a program: ranks that share cores have to wait for one another's turn.
     """
-    if group.size == 1:
-        return NOTHING
     axes, ranks, xp = tuple(group.axes), group.size, group.xp
     x = xp.ones((_BETWEEN,), dtype=xp.float32)
 
@@ -65,4 +65,5 @@ def _link(group: Grid, grid: Grid) -> Link:
 
     small = gather(1)
     late = max(0.0, difference(grid, between, lambda: x * x, _TIMES))
-    return Link(late / math.ceil(math.log2(ranks)), 4 * _LARGE * (ranks - 1) / typical(grid, gather(_LARGE)))
+    large = typical(grid, gather(_LARGE))
+    return Link(late / math.ceil(math.log2(ranks)), 4 * _LARGE * (ranks - 1) / large) if ranks > 1 else NOTHING

@@ -32,6 +32,7 @@ class Options:
     """A checked command line."""
 
     source: str
+    settings: list[str]
     config: Config
     ranks: int
     memory: float
@@ -67,7 +68,7 @@ def checked(
         raise ConfigError(f"plan: --try does steps on {ranks} ranks and this job has {world}: mpiexec -n {ranks}")
     writable(file)
     limit = math.inf if memory is None else size_of(memory)
-    return Options(source, fitted(load(source, settings)), ranks, limit, given, count, rounds, file)
+    return Options(source, settings, fitted(load(source, settings)), ranks, limit, given, count, rounds, file)
 
 
 def main(options: Options) -> int:
@@ -81,7 +82,7 @@ def main(options: Options) -> int:
     configs = comm.share([one.config for one in plan.best], grid)
     measured = trial(configs, options.rounds) if options.rounds else []
     if grid.rank == 0:
-        show.plan(plan, measured, options.memory, options.source)
+        show.plan(plan, measured, options.memory, options.source, options.settings)
         if options.json is not None:
             rows = [_row(one, measured[i : i + 1]) for i, one in enumerate(plan.best)]
             options.json.write_text(json.dumps({"machine": asdict(machine), "ways": rows}, indent=1) + "\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,7 +38,7 @@ class Plan:
     unfit: int = 0
     """Grids and modes on which the memory is too small whatever is recomputed."""
     smallest: float = math.inf
-    """Bytes that the least demanding of these needs on a rank."""
+    """Bytes of a rank that the least demanding way needs."""
     sequences: bool = False
     """Whether sequences were cut: the batch is smaller than the ranks, or nothing fits otherwise."""
 
@@ -64,10 +64,14 @@ def search(config: Config, ranks: int, machine: Machine, memory: float, count: i
     if not found and not plan.sequences:
         plan = Plan()
         found = _fitting(config, ranks, True, estimates, memory, plan, tell)
-    best: Sequence[Estimate | Forecast] = sorted(found, key=_seconds)
-    for how, share in ((sampled, _CLOSER), (forecast, 1)):
-        best = sorted((how(one.config, machine) for one in best[: share * count]), key=_seconds)
-    plan.best = [one for one in best if isinstance(one, Forecast) and one.peak <= USABLE * memory]
+    closer = [sampled(one.config, machine) for one in sorted(found, key=_seconds)[: _CLOSER * count]]
+    for rough in sorted(closer, key=_seconds):
+        one = forecast(rough.config, machine)
+        plan.smallest = min(plan.smallest, one.peak)
+        plan.best += [one] if one.peak <= USABLE * memory else []
+        if len(plan.best) == count:
+            break
+    plan.best.sort(key=_seconds)
     return plan
 
 

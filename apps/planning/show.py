@@ -53,8 +53,8 @@ def mode_of(one: Forecast) -> str:
     )
 
 
-def command(one: Forecast, source: str) -> str:
-    """Return the command that trains so."""
+def command(one: Forecast, source: str, settings: Sequence[str] = ()) -> str:
+    """Return the command that trains so, with the settings that were planned with."""
     parallel, training = one.config.parallel, one.config.training
     keys: dict[str, Any] = {
         "parallel.zero": parallel.zero,
@@ -63,18 +63,17 @@ def command(one: Forecast, source: str) -> str:
     }
     if "pipe" in parallel.grid:
         keys |= {"parallel.schedule": parallel.schedule, "parallel.virtual_stages": parallel.virtual_stages}
+    chosen = [*settings, *(f"{key}={value}" for key, value in keys.items())]
     words = ["mpiexec", "-n", str(one.ranks), "colossal-mpi", "train", source, "--grid", grid_of(one)]
-    words += [
-        "--tensor",
-        parallel.tensor,
-        *(word for key, value in keys.items() for word in ("--set", f"{key}={value}")),
-    ]
+    words += ["--tensor", parallel.tensor, *(word for setting in chosen for word in ("--set", setting))]
     return shlex.join(words)
 
 
-def explained(plan: Plan, memory: float, source: str) -> list[str]:
+def explained(plan: Plan, memory: float, source: str, settings: Sequence[str] = ()) -> list[str]:
     """Return what the best way to run is, what its time goes into, and how to start it."""
     looked = f"{plan.grids} grids and modes, {plan.priced:,} ways to run on them"
+    if not plan.priced:
+        return [f"looked at {looked}: the model cannot fill so many ranks: take fewer, or a larger training.batch"]
     if not plan.best:
         return [
             f"looked at {looked}: none fits into {USABLE:.0%} of {binary(memory)}; the least that a rank needs is "
@@ -88,7 +87,7 @@ def explained(plan: Plan, memory: float, source: str) -> list[str]:
         f"looked at {looked}{cut}{unfit}",
         f"the fastest, {grid_of(best)} {mode_of(best)}: {duration(best.seconds)} a step, of which {computing} go into "
         f"computing, {moving} into communication that nothing hides, {waiting} into waiting for other stages",
-        f"$ {command(best, source)}",
+        f"$ {command(best, source, settings)}",
     ]
 
 
@@ -96,12 +95,12 @@ def _percent(part: float, whole: float) -> str:
     return f"{100 * part / whole:.0f} %"
 
 
-def plan(found: Plan, measured: Sequence[float], memory: float, source: str) -> None:
+def plan(found: Plan, measured: Sequence[float], memory: float, source: str, settings: Sequence[str] = ()) -> None:
     """Print what a search has found."""
     out = console()
     if found.best:
         out.print(table(found.best, measured))
-    for line in explained(found, memory, source):
+    for line in explained(found, memory, source, settings):
         out.print(line, markup=False)
 
 

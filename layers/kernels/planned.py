@@ -1,7 +1,4 @@
-"""Kernels of planned grids: shapes and flop of what the reference does tile by tile, and its own formulas.
-
-What a tile takes, a megabyte or so, is not counted.
-"""
+"""Kernels of planned grids: shapes and flop of what the reference does tile by tile, and its own formulas."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from typing import Any
 from colossal_mpi.backend import Block, is_half, namespace
 from colossal_mpi.ghost import work
 from colossal_mpi.layers.kernels import reference
-from colossal_mpi.layers.kernels.reference.tiles import scores
+from colossal_mpi.layers.kernels.reference.tiles import largest, scores
 
 
 def __getattr__(name: str) -> Any:
@@ -27,11 +24,20 @@ def _products(q: Block, k: Block, causal: bool) -> int:
     return b * a * d * _scores(s, t, a // g, causal) if b * s * a * t * g else 0
 
 
+def _tile(q: Block, k: Block, causal: bool, arrays: int) -> None:
+    """Take the memory of so many arrays of a tile's scores, and give it back."""
+    xp, (b, s, a, _), (_, t, g, _) = namespace(q), q.shape, k.shape
+    if b * s * a * t * g:
+        xp.empty((arrays, largest(b, s, g, a // g, t, causal)), dtype=xp.float32 if is_half(q.dtype) else q.dtype)
+
+
 def attention(q: Block, k: Block, v: Block, causal: bool = True, mask: Any = None, positions: Any = None) -> Any:
     xp, (b, s, a, _) = namespace(q), q.shape
     work(2 * 2 * _products(q, k, causal), q, k, v)
     statistics = xp.empty((2, b, a, s, 1), dtype=xp.float32 if is_half(q.dtype) else q.dtype)
-    return xp.empty(q.shape, dtype=q.dtype), statistics
+    out = xp.empty(q.shape, dtype=q.dtype)
+    _tile(q, k, causal, 2)  # scores and their exponentials
+    return out, statistics
 
 
 def attention_backward(
@@ -46,7 +52,9 @@ def attention_backward(
     positions: Any = None,
 ) -> Any:
     work(5 * 2 * _products(q, k, causal), do, q, k, v, o)
-    return tuple(namespace(x).empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    made = tuple(namespace(x).empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    _tile(q, k, causal, 3)  # scores, probabilities and their cotangents
+    return made
 
 
 def lookup_backward(dy: Block, ids: Block, start: int, count: int) -> Block:

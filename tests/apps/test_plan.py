@@ -14,60 +14,75 @@ from colossal_mpi.apps.planning import plan, show
 from colossal_mpi.apps.planning.candidates import grids, most_even, with_settings
 from colossal_mpi.apps.planning.dry import timeline
 from colossal_mpi.apps.planning.forecast import forecast, sampled
+from colossal_mpi.apps.planning.measure import measure
 from colossal_mpi.apps.planning.rates import Given, size_of
 from colossal_mpi.apps.planning.search import USABLE, search
 from colossal_mpi.apps.planning.trial import trial
 from colossal_mpi.apps.trainer import Trainer
 from colossal_mpi.errors import ColossalError
 from colossal_mpi.layers.pipeline import PIPE
+from colossal_mpi.layers.schedule import BackwardInput, BackwardWeight, Forward
 from colossal_mpi.machine import Link, Machine
 
 LINK = Link(50e-6, 2e9)
 MACHINE = Machine(40e9, 30e9, 5e-6, 2e-4, LINK, LINK, 4, overlap=False)
-WAYS = {
-    (("row", 2), ("col", 2)): ("2d", {}),
-    (("data", 2), ("col", 2)): ("1d", {"zero": 1, "recompute": "selective"}),
-    (("data", 4),): ("none", {"zero": 3, "microbatches": 3}),
-    (("pipe", 2), ("data", 2)): ("none", {"schedule": "interleaved", "virtual_stages": 2, "microbatches": 5}),
-    (("pipe", 4),): ("none", {"schedule": "zero-bubble", "microbatches": 4, "recompute": "full"}),
-    (("seq", 2), ("ulysses", 2)): ("none", {"microbatches": 2}),
-}
+WAYS = [
+    ({"row": 2, "col": 2}, "2d", {}),
+    ({"data": 2, "col": 2}, "1d", {"zero": 1, "recompute": "selective"}),
+    ({"data": 4}, "none", {}),
+    ({"data": 4}, "none", {"zero": 1, "microbatches": 3}),
+    ({"data": 4}, "none", {"zero": 2, "microbatches": 2}),
+    ({"data": 4}, "none", {"zero": 3, "microbatches": 3}),
+    ({"pipe": 2, "data": 2}, "none", {"schedule": "interleaved", "virtual_stages": 2, "microbatches": 5}),
+    ({"pipe": 4}, "none", {"schedule": "zero-bubble", "microbatches": 4, "recompute": "full"}),
+    ({"seq": 2, "ulysses": 2}, "none", {"zero": 2, "microbatches": 2}),
+]
+GRIDS = [dict(axes) for axes in dict.fromkeys(tuple(axes.items()) for axes, *_ in WAYS)]
+UNEVEN = ("model.hidden=285", "model.heads=5", "model.context=63", "model.vocabulary=257")
+"""Sizes that two and four do not divide."""
+BUCKET = "parallel.bucket=65536"
+"""Small: how many of the four buckets under way have come depends on the load of the machine."""
 
 
-def config_of(axes, tensor="none", model=(), **settings):
-    loaded = configs.load("demo", ["parallel.kernels=reference", "training.batch=15", *model])
+def config_of(axes, tensor="none", model=UNEVEN, **settings):
+    loaded = configs.load("demo", ["parallel.kernels=reference", "training.batch=15", BUCKET, *model])
     return with_settings(loaded, dict(axes), tensor, **settings)
 
 
-@pytest.mark.grids(*map(dict, WAYS))
+@pytest.mark.grids(*GRIDS)
 def test_words_are_those_of_the_ledger_and_memory_that_of_arrays(grid):
-    tensor, settings = WAYS[tuple(grid.axes.items())]
-    config = config_of(grid.axes, tensor, **settings)
-    grid = Grid(grid.comm(tuple(grid.axes)), "cpu", **grid.axes)
+    for tensor, settings in [way for axes, *way in WAYS if axes == dict(grid.axes)]:
+        check(config_of(grid.axes, tensor, **settings), Grid(grid.comm(tuple(grid.axes)), "cpu", **grid.axes))
+
+
+def check(config, grid):
     grid.shares = False  # blocks that neighbours read in place need no copies, and are not NumPy's memory
+    tracemalloc.start()
     trainer = Trainer(config, grid)
     trainer.step(0)
-    tracemalloc.start()  # what is there before is known: weights and the optimizer's state
+    before = tracemalloc.get_traced_memory()[0]  # weights, the optimizer's state, and what is no array of the model
+    tracemalloc.reset_peak()
     with ledger.record() as moved:
         trainer.step(1)
-    peak = tracemalloc.get_traced_memory()[1]
+    peak = tracemalloc.get_traced_memory()[1] - before
     tracemalloc.stop()
     told = comm.collect((grid.coords.get(PIPE, 0), moved.by_axis(), len(moved.events), peak), grid)
-    found = forecast(config, MACHINE)
-    for stage, cost in enumerate(found.stages):
+    for stage, cost in enumerate(forecast(config, MACHINE).stages):
         _, words, messages, most = next(one for one in told if one[0] == stage)
         assert {axis: n for axis, n in cost.words_by_axis.items() if n} == {axis: n for axis, n in words.items() if n}
         assert cost.messages == messages
         most += cost.run.weights + cost.run.state
-        assert abs(cost.peak - most) <= 0.05 * most, (stage, cost.peak, most)
+        assert abs(cost.peak - most) <= 0.02 * most, (config.parallel, stage, cost.peak, most)
 
 
-@pytest.mark.parametrize("axes", [*WAYS, ()])
-def test_a_sample_of_a_step_foretells_the_whole(axes):
-    tensor, settings = WAYS.get(axes, ("none", {}))
-    config = config_of(axes or (("data", 1),), tensor, **settings, **({} if axes else {"microbatches": 5}))
+@pytest.mark.parametrize(("axes", "tensor", "settings"), [*WAYS, ({"data": 1}, "none", {"microbatches": 5})])
+def test_a_sample_of_a_step_foretells_the_whole(axes, tensor, settings):
+    config = config_of(axes, tensor, **settings)
     short, whole = sampled(config, MACHINE), forecast(config, MACHINE)
-    assert abs(short.words - whole.words) <= 0.07 * whole.words  # microbatches are of 15 / 4 samples, and of 4
+    count = config.training.microbatches
+    larger = -(-15 // count) * count / 15 - 1  # a sample takes all microbatches to be as large as the first
+    once = 0.002 if config.parallel.zero == 3 else 0.0  # vectors, which are gathered for the first microbatch alone
+    assert 0 <= short.words - whole.words <= (larger + once) * whole.words
     assert abs(short.peak - whole.peak) <= 0.25 * whole.peak  # zero-bubble keeps what weight products need longer
     assert abs(short.seconds - whole.seconds) <= 0.12 * whole.seconds
 
@@ -82,11 +97,16 @@ def test_a_step_of_one_stage_is_the_sum_of_what_is_done():
 
 
 def test_stages_wait_as_the_schedule_says():
-    """(p - 1) / (m + p - 1) of the time, if stages are alike and messages take none."""
+    """The last stage has most to do and waits only before its first microbatch has come and after its last has gone."""
     axes, link = (("pipe", 5),), Link(0.0, float("inf"))
     machine = Machine(1e6, float("inf"), 0.0, 0.0, link, link, 5)
-    one = forecast(config_of(axes, model=["model.vocabulary=256"], schedule="1f1b", microbatches=5), machine)
-    assert 4 / 9 - 0.12 < one.bubble < 4 / 9 + 0.12
+    one = forecast(config_of(axes, schedule="1f1b", microbatches=5), machine)
+    assert one.stages[-1].busy > max(cost.busy for cost in one.stages[:-1])
+    each = [[cost.seconds_of(kind(0, 0)) for kind in (Forward, BackwardInput, BackwardWeight)] for cost in one.stages]
+    way = sum(forward + inputs for forward, inputs, _ in each[:-1])  # there and back, weights being put off
+    whole = way + one.stages[-1].busy - each[-1][2] + max(each[0][2], each[-1][2] - way)
+    assert one.seconds == pytest.approx(whole, rel=1e-12)
+    assert one.bubble == pytest.approx(1 - sum(cost.busy for cost in one.stages) / 5 / whole, rel=1e-12)
     lines = timeline(one.spans, 5)
     assert [line.plain.strip()[0] for line in lines] == list("01234")
     assert all(sign in lines[0].plain for sign in "12345abcde")
@@ -128,6 +148,21 @@ def test_nothing_fits_into_too_little_memory():
     (line,) = show.explained(found, 1 << 20, "demo")
     assert "none fits into 90% of 1.00 MiB" in line
     assert "take more ranks" in line
+
+
+def test_ranks_that_a_model_cannot_fill():
+    (line,) = show.explained(searched(1009), float("inf"), "demo")
+    assert "the model cannot fill so many ranks" in line
+
+
+@pytest.mark.smoke  # with two pretended nodes, of two ranks and one
+@pytest.mark.grids({"data": 3})
+def test_a_machine_is_measured_on_nodes_of_any_size(grid):
+    machine = measure(grid, "float32")
+    told = comm.collect((machine.near.bandwidth, machine.far.bandwidth, machine.ranks_per_node), grid)
+    assert len(set(told)) == 1
+    assert all(rate > 0 for rate in vars(machine).values() if isinstance(rate, float))
+    assert machine.near.bandwidth > 0 < machine.far.bandwidth
 
 
 def test_few_samples_are_cut_along_the_sequence():
@@ -183,7 +218,8 @@ def cli(*words):
 
 
 def test_plan_for_another_machine(tmp_path):
-    rates = ["--flops", "400e12", "--bandwidth", "25e9", "--gpu-memory", "80GiB", "--ranks-per-node", "4"]
+    batch = ["--set", "training.batch=12"]
+    rates = [*batch, "--flops", "400e12", "--bandwidth", "25e9", "--gpu-memory", "80GiB", "--ranks-per-node", "4"]
     rows = tmp_path / "plan.json"
     result = cli("plan", "demo", "--ranks", "8", *rates, "--show", "2", "--json", str(rows))
     assert result.returncode == 0, result.stderr
@@ -191,6 +227,7 @@ def test_plan_for_another_machine(tmp_path):
     assert told["machine"]["flops"] == 400e12
     assert len(told["ways"]) == 2
     (command,) = re.findall(r"\$ mpiexec -n 8 colossal-mpi (train demo .*)", result.stdout)
+    assert "--set training.batch=12" in command
     dry = cli(*command.split(), "--dry-run")
     assert dry.returncode == 0, dry.stderr
     assert f"{told['ways'][0]['words']:,}" in dry.stdout

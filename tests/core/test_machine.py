@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 
 from colossal_mpi import Grid, comm, exchange, ghost, ledger
@@ -45,8 +44,9 @@ def planned(machine):
 
 
 def test_operations_and_messages_take_their_time():
-    grid, clock = planned(MACHINE)
+    (grid, clock), wall = planned(MACHINE), ledger.clock
     with ghost.tally(clock), ledger.timed_by(clock):
+        assert ledger.clock is clock
         x = grid.xp.ones((100,), dtype=grid.xp.float32)
         assert clock.now() == 0.5 + 400 / 50
         before = clock.now()
@@ -56,7 +56,7 @@ def test_operations_and_messages_take_their_time():
             comm.allgather(x, grid, ("col",), [100, 100])
         assert rec.seconds == 1 + 400 / 10
         assert rec.spans[0].ended - rec.spans[0].begun >= rec.seconds
-    assert ledger.clock.now() > clock.now() or not math.isinf(ledger.clock.now())  # the wall's again
+    assert ledger.clock is wall
 
 
 @pytest.mark.parametrize("overlap", [True, False])
@@ -74,9 +74,3 @@ def test_messages_under_way_are_hidden_by_computation_where_the_machine_can(over
         assert second.done()
     exposed = [event.seconds for event in rec.events]
     assert exposed == ([21.0, 0.0] if overlap else [41.0, 41.0])
-
-
-def test_the_ledger_of_a_job_keeps_the_clock_on_the_wall():
-    with ledger.record() as rec, ledger.span("update"):
-        np.ones(8).sum()
-    assert 0 <= rec.spans[0].ended - rec.spans[0].begun < 5

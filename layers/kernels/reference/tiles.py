@@ -80,7 +80,7 @@ def tiles(q: Block, k: Block, causal: bool) -> tuple[Iterator[list[Tile]], list[
     """
     (b, s, g, r, _), t = q.shape, k.shape[1]
     height, width = _sides(s, t, r, causal)
-    groups = max(1, SCORES // (r * height * width))
+    groups = _groups(r * height * width)
     queries = parts(s, height)
     found = (
         [Tile(samples, some, rows) for rows in queries]
@@ -88,6 +88,17 @@ def tiles(q: Block, k: Block, causal: bool) -> tuple[Iterator[list[Tile]], list[
         for some in parts(g, groups)
     )
     return found, parts(t, width)
+
+
+def _groups(scores: int) -> int:
+    """Return how many groups of so many scores a tile has, of all samples together, at most."""
+    return max(1, SCORES // scores)
+
+
+def largest(b: int, s: int, g: int, r: int, t: int, causal: bool) -> int:
+    """Return the scores of the largest tile, of b samples with g groups of r heads, or more by a part of a sample's."""
+    height, width = _sides(s, t, r, causal)
+    return min(b * g, _groups(r * height * width)) * r * height * width
 
 
 def scores(s: int, t: int, r: int = 1, causal: bool = True) -> int:
