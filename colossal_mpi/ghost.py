@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -54,7 +53,7 @@ def work(flops: int, *touched: Any) -> None:
     for one in _open:
         one.flops += flops
         if one.clock is not None:
-            one.clock.compute(flops, sum(x.nbytes for x in touched if isinstance(x, Ghost)))
+            one.clock.compute(flops, sum([x.nbytes for x in touched if type(x) is Ghost]))
 
 
 class Memory:
@@ -66,7 +65,8 @@ class Memory:
         self.nbytes, self.tallies = nbytes, tuple(_open)
         for one in self.tallies:
             one.now += nbytes
-            one.peak = max(one.peak, one.now)
+            if one.now > one.peak:
+                one.peak = one.now
 
     def __del__(self) -> None:
         for one in self.tallies:
@@ -76,13 +76,18 @@ class Memory:
 class Ghost:
     """An array without memory."""
 
+    __slots__ = ("_unread", "dtype", "memory", "nbytes", "ndim", "shape", "size")
     __array_ufunc__ = None
 
     def __init__(self, unread: np.ndarray, dtype: np.dtype, memory: Memory) -> None:
         self._unread, self.dtype, self.memory = unread, dtype, memory
-        self.shape, self.ndim, self.size = unread.shape, unread.ndim, math.prod(unread.shape)
+        self.shape, self.ndim, self.size = unread.shape, unread.ndim, unread.size
         self.nbytes = self.size * dtype.itemsize
-        self.flags = SimpleNamespace(c_contiguous=unread.flags.c_contiguous)
+
+    @property
+    def flags(self) -> Any:
+        """How it lies in memory, as NumPy says it."""
+        return self._unread.flags
 
     def __array_namespace__(self, **_: Any) -> Any:
         from colossal_mpi import ghost_namespace
@@ -162,8 +167,9 @@ class Ghost:
 
 def empty(shape: Sequence[int], dtype: Any) -> Ghost:
     """Return an array in C order."""
-    kind, unread = np.dtype(dtype), _unread(tuple(shape), np.dtype(dtype).itemsize)
-    return Ghost(unread, kind, Memory(math.prod(unread.shape) * kind.itemsize))
+    kind = dtype if isinstance(dtype, np.dtype) else np.dtype(dtype)
+    unread = _unread(tuple(shape), kind.itemsize)
+    return Ghost(unread, kind, Memory(unread.size * kind.itemsize))
 
 
 def made(shape: Sequence[int], dtype: Any, *read: Any) -> Ghost:
@@ -191,11 +197,14 @@ def elsewhere(x: Ghost) -> Ghost:
 
 def elementwise(*values: Any, dtype: Any = None) -> Ghost:
     """Return an array of the shape to which others are broadcast and of the dtype to which they are promoted."""
-    shape = np.broadcast_shapes(*(np.shape(x) if not isinstance(x, Ghost) else x.shape for x in values))
+    shape = _broadcast(*(x.shape if isinstance(x, Ghost) else np.shape(x) for x in values))
     if dtype is None:
         known = {x.dtype for x in values if isinstance(x, Ghost)}
         dtype = known.pop() if len(known) == 1 and all(_weak(x) for x in values) else _promoted(values)
     return made(shape, dtype, *values)
+
+
+_broadcast = lru_cache(maxsize=4096)(np.broadcast_shapes)
 
 
 def _weak(x: Any) -> bool:

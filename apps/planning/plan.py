@@ -12,7 +12,6 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from colossal_mpi import comm
 from colossal_mpi.apps.bench.options import writable
 from colossal_mpi.apps.config import Config, load
 from colossal_mpi.apps.data import fitted
@@ -72,14 +71,16 @@ def checked(
 
 
 def main(options: Options) -> int:
-    """Look for the best ways to run and show them, on rank 0; return an exit code, 1 if there is none."""
+    """Look for the best ways to run and show them, on rank 0; return an exit code, 1 if there is none.
+
+    The ranks of the job share the search out, whatever the number of ranks that are planned for.
+    """
     machine, origin = machine_of(options.config, options.ranks, options.given)
-    grid, plan = Grid(None, "cpu", ranks=world_size()), Plan()
-    with comm.agreed(grid):
-        if grid.rank == 0:
-            show.console().print(f"a rank: {about(machine)} ({origin})", markup=False)
-            plan = _searched(options, machine)
-    configs = comm.share([one.config for one in plan.best], grid)
+    grid = Grid(None, "cpu", ranks=world_size())
+    if grid.rank == 0:
+        show.console().print(f"a rank: {about(machine)} ({origin})", markup=False)
+    plan = _searched(options, machine, grid)
+    configs = [one.config for one in plan.best]
     measured = trial(configs, options.rounds) if options.rounds else []
     if grid.rank == 0:
         show.plan(plan, measured, options.memory, options.source, options.settings)
@@ -89,11 +90,11 @@ def main(options: Options) -> int:
     return 0 if configs else 1
 
 
-def _searched(options: Options, machine: Machine) -> Plan:
-    """Return what the search finds, with a bar at a terminal."""
+def _searched(options: Options, machine: Machine, grid: Grid) -> Plan:
+    """Return what the search finds, with a bar at a terminal of rank 0."""
     console = Console(stderr=True)
     columns = (TextColumn("pricing grids"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True, disable=grid.rank > 0 or not console.is_terminal) as bar:
         task = bar.add_task("pricing", total=None)
         return search(
             options.config,
@@ -101,6 +102,7 @@ def _searched(options: Options, machine: Machine) -> Plan:
             machine,
             options.memory,
             options.count,
+            grid,
             lambda done, of: bar.update(task, completed=done, total=of),
         )
 

@@ -8,7 +8,7 @@ schedules, and microbatches of that size.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from colossal_mpi.apps.config import Config
@@ -41,6 +41,11 @@ class _Part:
         """Return the sum with a number of others."""
         return _Part(*(a + times * b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
+    def least(self, share: float, update: bool) -> _Part:
+        """Return what a share of the samples takes at least, without or with what comes after the passes."""
+        after = self.after if update else 0.0
+        return replace(_NOTHING, forward=share * self.forward, backward=share * self.backward, after=after)
+
 
 _NOTHING = _Part(*[0.0] * len(fields(_Part)))
 
@@ -63,6 +68,8 @@ class Estimates:
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
         self._known: dict[Any, tuple[_Part, _Part]] = {}
+        self._largest: dict[Any, tuple[int, _Part, _Part]] = {}
+        """Of each grid, mode and ZeRO stage the largest microbatch yet: the samples of a rank, a block and the rest."""
 
     def of(self, config: Config) -> Estimate:
         """Return the estimate of a configuration.
@@ -72,26 +79,33 @@ class Estimates:
         ColossalError
             As the run would, if it cannot be on that grid.
         """
-        stages = axes_of(config).get(PIPE, 1)
         block, rest = self._parts(config)
-        inner = _NOTHING.plus(block, -(-config.model.layers // stages))
-        parts = [*[inner] * (stages - 1), inner.plus(rest, 1)]
-        steps = programs(config)
-        spans = simulate(steps, _cost(parts, config), 0.0)
-        live, chunks = check(steps).live, config.parallel.virtual_stages
-        peaks = [p.stored + p.passing + p.saved * n / chunks for p, n in zip(parts, live, strict=True)]
-        seconds = makespan(spans) + max(p.after for p in parts)
-        return Estimate(config, seconds, max(peaks), max(p.stored for p in parts))
+        rows, key = _rows(config), (_place(config), config.parallel.zero)
+        if rows > self._largest.get(key, (0,))[0]:
+            self._largest[key] = rows, block, rest
+        return _estimate(config, block, rest)
+
+    def least(self, config: Config) -> float:
+        """Return the seconds that a configuration takes at least, 0 if nothing is known of its grid and mode.
+
+        A sample takes no less in a smaller microbatch, recomputation and ZeRO shorten no pass, and when a shorter
+        backward pass ends no fewer reductions are left.
+        """
+        rows, place, own = _rows(config), _place(config), config.parallel.zero
+        found = [0.0]
+        for zero in {0, own}:
+            known, *parts = self._largest.get((place, zero), (0,))
+            if known >= rows:
+                found.append(_estimate(config, *(part.least(rows / known, zero == own) for part in parts)).seconds)
+        return max(found)
 
     def _parts(self, config: Config) -> tuple[_Part, _Part]:
         """Return a block and the rest of the model."""
-        training, parallel = config.training, config.parallel
-        axes = {axis: size for axis, size in axes_of(config).items() if axis != PIPE} or {"data": 1}
-        size = -(-training.batch // training.microbatches)
-        key = (tuple(axes.items()), parallel.tensor, parallel.zero, parallel.recompute, size)
+        parallel, (axes, tensor), size = config.parallel, _place(config), _size(config)
+        key = (axes, tensor, parallel.zero, parallel.recompute, size)
         if key not in self._known:
             alone = {"batch": 2 * size, "microbatches": 2, "schedule": "1f1b", "virtual_stages": 1}
-            one, two = (self._run(with_settings(config, axes, parallel.tensor, **alone), n) for n in (1, 2))
+            one, two = (self._run(with_settings(config, dict(axes), tensor, **alone), n) for n in (1, 2))
             block = two.plus(one, -1)
             self._known[key] = block, one.plus(block, -1)
         return self._known[key]
@@ -105,9 +119,35 @@ class Estimates:
         return _Part(cost.seconds_of(Forward(0, 0)), back, cost.after + last - back, cost.stored, run.saved, passing)
 
 
-def _cost(parts: list[_Part], config: Config) -> Callable[[Instruction, int], float]:
-    chunks = config.parallel.virtual_stages
+def _place(config: Config) -> tuple[tuple[tuple[str, int], ...], str]:
+    """Return the axes of a stage, and the tensor mode."""
+    axes = {axis: size for axis, size in axes_of(config).items() if axis != PIPE} or {"data": 1}
+    return tuple(axes.items()), config.parallel.tensor
 
+
+def _size(config: Config) -> int:
+    """Return the samples of the largest microbatch."""
+    return -(-config.training.batch // config.training.microbatches)
+
+
+def _rows(config: Config) -> int:
+    """Return how many of them the rank with most has."""
+    return -(-_size(config) // axes_of(config).get("data", 1))
+
+
+def _estimate(config: Config, block: _Part, rest: _Part) -> Estimate:
+    """Return what a way to run takes of which the blocks and the rest are known."""
+    stages, chunks = axes_of(config).get(PIPE, 1), config.parallel.virtual_stages
+    inner = _NOTHING.plus(block, -(-config.model.layers // stages))
+    parts = [*[inner] * (stages - 1), inner.plus(rest, 1)]
+    steps = programs(config)
+    spans, live = simulate(steps, _cost(parts, chunks), 0.0), check(steps).live
+    peaks = [p.stored + p.passing + p.saved * n / chunks for p, n in zip(parts, live, strict=True)]
+    seconds = makespan(spans) + max(p.after for p in parts)
+    return Estimate(config, seconds, max(peaks), max(p.stored for p in parts))
+
+
+def _cost(parts: list[_Part], chunks: int) -> Callable[[Instruction, int], float]:
     def cost(step: Instruction, stage: int) -> float:
         part = parts[stage]
         if isinstance(step, Forward):

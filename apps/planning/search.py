@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
-from colossal_mpi.apps.combinations import problems
+from colossal_mpi import comm
 from colossal_mpi.apps.config import Config
-from colossal_mpi.apps.planning.candidates import Axes, grids, ladder, variants, with_settings
+from colossal_mpi.apps.planning.candidates import Axes, grids
 from colossal_mpi.apps.planning.forecast import Forecast, forecast, sampled
-from colossal_mpi.apps.planning.quick import Estimate, Estimates
-from colossal_mpi.errors import ColossalError
-from colossal_mpi.layers.stage import PIPE
+from colossal_mpi.apps.planning.quick import Estimate
+from colossal_mpi.apps.planning.rough import Rough, Tried
+from colossal_mpi.grid import Grid
 from colossal_mpi.machine import Machine
 
 USABLE = 0.9
@@ -23,6 +24,8 @@ USABLE = 0.9
 Tell = Callable[[int, int], Any]
 _CLOSER = 2
 """Times as many ways are looked at more closely than are returned."""
+_ROUND = 4
+"""Grids that each rank of a team looks at before it is told what the others have found."""
 
 
 @dataclass
@@ -43,7 +46,7 @@ class Plan:
     """Whether sequences were cut: the batch is smaller than the ranks, or nothing fits otherwise."""
 
 
-def search(config: Config, ranks: int, machine: Machine, memory: float, count: int, tell: Tell) -> Plan:
+def search(config: Config, ranks: int, machine: Machine, memory: float, count: int, team: Grid, tell: Tell) -> Plan:
     """Return the best ways to run a configuration.
 
     Parameters
@@ -56,67 +59,65 @@ def search(config: Config, ranks: int, machine: Machine, memory: float, count: i
         Bytes of a rank.
     count : int
         Ways to return.
+    team : Grid
+        The ranks that share the work; all get the same plan.
     tell : callable
         Told, of the grids and modes, how many are done and how many there are.
+
+    Notes
+    -----
+    **Communication:** gathers of estimates and forecasts over the team, some for every four grids of a rank.
     """
-    plan, estimates = Plan(), Estimates(machine)
-    found = _fitting(config, ranks, config.training.batch < ranks, estimates, memory, plan, tell)
-    if not found and not plan.sequences:
-        plan = Plan()
-        found = _fitting(config, ranks, True, estimates, memory, plan, tell)
-    closer = [sampled(one.config, machine) for one in sorted(found, key=_seconds)[: _CLOSER * count]]
-    for rough in sorted(closer, key=_seconds):
-        one = forecast(rough.config, machine)
-        plan.smallest = min(plan.smallest, one.peak)
-        plan.best += [one] if one.peak <= USABLE * memory else []
-        if len(plan.best) == count:
+    plan, found = Plan(), []
+    for sequences in sorted({config.training.batch < ranks, True}):
+        places = grids(config, ranks, sequences)
+        tried = _looked(Rough(config, machine, USABLE * memory, _CLOSER * count), places, team, tell)
+        found = [one.best for one in tried if one.best]
+        plan = _summed(tried, sequences)
+        if found:
             break
-    plan.best.sort(key=_seconds)
+    closer = sorted(found, key=_seconds)[: _CLOSER * count]
+    rough = _spread(lambda one: sampled(one.config, machine).seconds, closer, team)
+    order = [one.config for _, one in sorted(zip(rough, closer, strict=True), key=itemgetter(0))]
+    while order and len(plan.best) < count:
+        for one in _spread(lambda config: forecast(config, machine), order[: team.size], team):
+            plan.smallest = min(plan.smallest, one.peak)
+            plan.best += [one] if one.peak <= USABLE * memory else []
+        del order[: team.size]
+    plan.best = sorted(plan.best[:count], key=_seconds)
     return plan
 
 
-def _fitting(
-    config: Config, ranks: int, sequences: bool, estimates: Estimates, memory: float, plan: Plan, tell: Tell
-) -> list[Estimate]:
-    """Return the fastest way for each grid and mode on which the memory is enough."""
-    places, found = grids(config, ranks, sequences), []
-    plan.grids, plan.sequences = len(places), sequences
-    for number, (axes, tensor) in enumerate(places):
-        tell(number, len(places))
-        tried = list(_priced(config, axes, tensor, estimates, memory))
-        plan.priced += len(tried)
-        fitting = [one for one in tried if one.peak <= USABLE * memory]
-        if fitting:
-            found.append(min(fitting, key=_seconds))
-        elif tried:
-            plan.unfit, plan.smallest = plan.unfit + 1, min(plan.smallest, *(one.peak for one in tried))
-    tell(len(places), len(places))
-    return found
+def _spread(function: Callable[[Any], Any], items: Sequence[Any], team: Grid) -> list[Any]:
+    """Return what a function makes of items, which the ranks of a team share out."""
+    with comm.agreed(team):
+        mine = [function(item) for item in items[team.rank :: team.size]]
+    told = comm.collect(mine, team)
+    return [told[i % team.size][i // team.size] for i in range(len(items))]
+
+
+def _looked(rough: Rough, places: Sequence[tuple[Axes, str]], team: Grid, tell: Tell) -> list[Tried]:
+    """Return what was tried on each grid, in each mode."""
+    tried: list[Tried] = []
+    while len(tried) < len(places):
+        tell(len(tried), len(places))
+        some = places[len(tried) : len(tried) + _ROUND * team.size]
+        tried += _spread(lambda place: rough.look(*place), some, team)
+        rough.seconds = [one.best.seconds for one in tried if one.best]
+    return tried
+
+
+def _summed(tried: Sequence[Tried], sequences: bool) -> Plan:
+    """Return the plan that has no best way yet."""
+    unfit = [one for one in tried if one.count and one.best is None]
+    return Plan(
+        grids=len(tried),
+        priced=sum(one.count for one in tried),
+        unfit=len(unfit),
+        smallest=min((one.smallest for one in unfit), default=math.inf),
+        sequences=sequences,
+    )
 
 
 def _seconds(one: Estimate | Forecast) -> float:
     return one.seconds
-
-
-def _priced(config: Config, axes: Axes, tensor: str, estimates: Estimates, memory: float) -> Iterator[Estimate]:
-    """Yield what is worth trying on a grid: of each variant the ladder's rungs until one fits."""
-    for settings in variants(config, axes):
-        fits = one = None
-        for zero, recompute in ladder(axes):
-            one = _tried(with_settings(config, axes, tensor, zero=zero, recompute=recompute, **settings), estimates)
-            if one is None:
-                return
-            yield one
-            fits = fits or one.peak <= USABLE * memory
-            if fits and (zero or "data" not in axes):  # ZeRO 1 may be faster than none: its update is shared
-                break
-        if (fits and PIPE not in axes) or (one and one.stored > USABLE * memory):
-            return  # more microbatches cost time, or do not help
-
-
-def _tried(config: Config, estimates: Estimates) -> Estimate | None:
-    """Return an estimate, None of what cannot be."""
-    try:
-        return None if problems(config) else estimates.of(config)
-    except ColossalError:
-        return None

@@ -5,8 +5,10 @@ import re
 import subprocess
 import sys
 import tracemalloc
+from dataclasses import replace
 
 import pytest
+from mpi4py import MPI
 
 from colossal_mpi import ConfigError, Grid, comm, ledger
 from colossal_mpi.apps import config as configs
@@ -15,6 +17,7 @@ from colossal_mpi.apps.planning.candidates import grids, most_even, with_setting
 from colossal_mpi.apps.planning.dry import timeline
 from colossal_mpi.apps.planning.forecast import forecast, sampled
 from colossal_mpi.apps.planning.measure import measure
+from colossal_mpi.apps.planning.quick import Estimates
 from colossal_mpi.apps.planning.rates import Given, size_of
 from colossal_mpi.apps.planning.search import USABLE, search
 from colossal_mpi.apps.planning.trial import trial
@@ -125,8 +128,32 @@ def test_the_shapes_of_a_mode_are_even():
     assert all(axes.get("pipe", 1) <= config.model.layers for axes, _ in found)
 
 
-def searched(ranks, memory=float("inf"), settings=()):
-    return search(configs.load("demo", list(settings)), ranks, MACHINE, memory, 4, lambda done, of: None)
+def searched(ranks, memory=float("inf"), settings=(), team=None, machine=MACHINE):
+    config, team = configs.load("demo", list(settings)), Grid(None, "cpu", ranks=1) if team is None else team
+    return search(config, ranks, machine, memory, 4, team, lambda done, of: None)
+
+
+def told(found):
+    return [(one.config, one.seconds, one.peak) for one in found.best]
+
+
+def test_what_is_left_out_is_not_among_the_best(monkeypatch):
+    fast = Link(1e-6, 1e12)
+    slow = replace(MACHINE, call=1e-4, memory=1e8, near=fast, far=fast)  # small microbatches and updates take long
+    short = searched(4, machine=slow)
+    monkeypatch.setattr(Estimates, "least", lambda self, config: 0.0)
+    whole = searched(4, machine=slow)
+    assert told(short) == told(whole)
+    assert short.priced < whole.priced
+
+
+@pytest.mark.grids({"data": 3})
+def test_ranks_that_share_a_search_find_what_one_finds(grid):
+    ways = (2, 12 << 20, ["training.batch=4"])
+    together, one = searched(*ways, grid), searched(*ways, Grid(MPI.COMM_SELF, "cpu", ranks=1))
+    assert told(together) == told(one) != []
+    assert (together.grids, together.unfit, together.smallest) == (one.grids, one.unfit, one.smallest)
+    assert one.unfit
 
 
 def test_the_search_returns_what_fits_the_fastest_first():
