@@ -159,6 +159,14 @@ class Trainer:
             if self.grid.rank == 0:
                 after()
 
+    @property
+    def copies(self) -> int:
+        """Bytes of host memory that background checkpoints copy the state of this rank to, 0 if there are none."""
+        training = self.config.training
+        if not training.background_checkpoints or training.checkpoint_every >= training.steps:
+            return 0
+        return checkpoint.owned_bytes(self._state(counted=True))
+
     def reserve(self) -> None:
         """Take the memory for the copies of background checkpoints, so that the first is as quick as the others."""
         self.saving.reserve(self._state(counted=True))

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from colossal_mpi.apps.config import Config
 from colossal_mpi.apps.planning.candidates import with_settings
-from colossal_mpi.apps.planning.forecast import Forecast, forecast
+from colossal_mpi.apps.planning.forecast import Forecast, copies, forecast
 from colossal_mpi.apps.planning.rates import Given, about, machine_of
 from colossal_mpi.apps.planning.show import console, grid_of, mode_of
 from colossal_mpi.apps.report.text import binary, duration, si
@@ -41,6 +41,7 @@ def show(one: Forecast) -> None:
     out = console()
     out.print(f"{one.ranks} ranks, {grid_of(one)}, {mode_of(one)}: the first rank of each stage", markup=False)
     out.print(memory(one))
+    out.print("copies: of the state, in host memory, for checkpoints in the background; not in the peak")
     out.print(traffic(one))
     if len(one.stages) > 1 or one.config.training.microbatches > 1:
         out.print("microbatches, by stage: 1 2 3 forward, a b c backward (inputs), A B C backward (weights)")
@@ -50,14 +51,15 @@ def show(one: Forecast) -> None:
 
 
 def memory(one: Forecast) -> Table:
-    """Return the memory of a rank of each stage."""
+    """Return the memory of a rank of each stage; copies for checkpoints are in host memory, and not in the peak."""
     made = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("stage", "weights", "gradients", "optimizer", "a microbatch", "kept at once", "peak", "flop"):
+    names = ("stage", "weights", "gradients", "optimizer", "a microbatch", "kept at once", "peak", "copies", "flop")
+    for name in names:
         made.add_column(name, justify="right", no_wrap=True)
-    for i, cost in enumerate(one.stages):
+    for i, (cost, copied) in enumerate(zip(one.stages, copies(one.config), strict=True)):
         run = cost.run
         sizes = [binary(size) for size in (run.weights, run.gradients, run.state, run.saved)]
-        made.add_row(str(i), *sizes, f"{cost.live:g}", binary(cost.peak), si(run.flops, "flop"))
+        made.add_row(str(i), *sizes, f"{cost.live:g}", binary(cost.peak), binary(copied), si(run.flops, "flop"))
     return made
 
 

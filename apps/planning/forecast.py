@@ -133,6 +133,12 @@ def dry_runs(config: Config, machine: Machine) -> Iterator[Prediction]:
             yield _dry_run(config, grid, tally)
 
 
+def copies(config: Config) -> list[int]:
+    """Return the bytes of host memory that background checkpoints take of the first rank of each stage."""
+    with dry_run():
+        return [Trainer(config, grid).copies for grid in stages(axes_of(config))]
+
+
 def _dry_run(config: Config, grid: Grid, tally: ghost.Tally) -> Prediction:
     trainer = Trainer(config, grid)
     if config.parallel.zero == _PREFETCHES:

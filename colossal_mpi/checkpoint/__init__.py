@@ -28,9 +28,10 @@ contents, compare : what a checkpoint holds, is worth and differs in, for people
 """
 
 from colossal_mpi.checkpoint.background import Background
+from colossal_mpi.checkpoint.entries import owned_bytes
 from colossal_mpi.checkpoint.loading import load
 from colossal_mpi.checkpoint.manifest import FORMAT_VERSION, read_manifest
 from colossal_mpi.checkpoint.place import flush, point_latest
 from colossal_mpi.checkpoint.writing import save
 
-__all__ = ["FORMAT_VERSION", "Background", "flush", "load", "point_latest", "read_manifest", "save"]
+__all__ = ["FORMAT_VERSION", "Background", "flush", "load", "owned_bytes", "point_latest", "read_manifest", "save"]

@@ -57,6 +57,11 @@ def owned(array: DistArray) -> bool:
     return array.layout.owned(array.shape, array.grid.axes, array.grid.coords) is not None
 
 
+def owned_bytes(arrays: Mapping[str, DistArray]) -> int:
+    """Return the bytes of the blocks that this rank writes."""
+    return sum(array.local.nbytes for array in arrays.values() if owned(array))
+
+
 def gather(arrays: Mapping[str, DistArray], grid: Grid) -> dict[str, Entry]:
     """Return the arrays of all ranks by name, checked; the first rank of each array's grid tells of it.
 

@@ -15,7 +15,7 @@ from colossal_mpi.apps import config as configs
 from colossal_mpi.apps.planning import plan, show
 from colossal_mpi.apps.planning.candidates import grids, most_even, with_settings
 from colossal_mpi.apps.planning.dry import timeline
-from colossal_mpi.apps.planning.forecast import forecast, sampled
+from colossal_mpi.apps.planning.forecast import copies, forecast, sampled
 from colossal_mpi.apps.planning.measure import measure
 from colossal_mpi.apps.planning.quick import Estimates
 from colossal_mpi.apps.planning.rates import Given, size_of
@@ -113,6 +113,16 @@ def test_stages_wait_as_the_schedule_says():
     lines = timeline(one.spans, 5)
     assert [line.plain.strip()[0] for line in lines] == list("01234")
     assert all(sign in lines[0].plain for sign in "12345abcde")
+
+
+@pytest.mark.grids({"data": 2, "col": 2})
+def test_copies_of_checkpoints_are_foretold(grid):
+    config = config_of(grid.axes, "1d", zero=1)
+    trainer = Trainer(config, grid)
+    trainer.reserve()
+    taken = comm.collect(sum(kept.nbytes for kept in trainer.saving._copies.values()), grid)
+    assert copies(config) == taken[:1]
+    assert copies(with_settings(config, dict(grid.axes), "1d", background_checkpoints=False)) == [0]
 
 
 def test_the_shapes_of_a_mode_are_even():
