@@ -77,12 +77,13 @@ class Report:
     def finish(self, text: bytes, predicted: Mapping[str, Any]) -> None:
         """Write the report and the sample, and say what was predicted of the run and where everything is."""
         self.close()
+        grown = peak_memory() - self.before  # before the report loads what draws it
         self.directory.write_facts(self.directory.facts() | {"predicted": predicted})
         reports.write([self.directory.path])
         self.directory.sample.write_bytes(text)
         if text:
             self._say("sample: " + text.decode(errors="replace").strip("\n"))
-        self._say(beside.line(predicted, self.directory.rows(), peak_memory() - self.before))
+        self._say(beside.line(predicted, self.directory.rows(), grown))
         checkpoint = self.directory.checkpoints / self.directory.latest().name
         self._say(f"report {self.directory.page}, metrics {self.directory.metrics}, checkpoint {checkpoint}")
 

@@ -40,9 +40,9 @@ class Trainer:
     def __init__(self, config: Config, grid: Grid) -> None:
         parallel, training = config.parallel, config.training
         self.config, self.grid = config, grid
-        self.before = peak_memory()
-        """Bytes that the process had at most before there was a model."""
         self.kernels = kernels.use(parallel.kernels, grid)
+        self.before = peak_memory()
+        """Bytes that the process had at most before there was a model, the library of its kernels included."""
         place = Parallelism(
             place_of(grid), parallel.tensor, parallel.keep_gathered, parallel.zero, sequence=parallel.sequence
         )
