@@ -100,7 +100,7 @@ def _steps(
 ) -> int:
     """Do the steps; return the signal that stopped them before the last, 0 if none did."""
     training = trainer.config.training
-    if training.background_checkpoints and done + training.checkpoint_every < training.steps:
+    if trainer.saves_meanwhile(done):
         trainer.reserve()
     for step in range(done, training.steps):
         row, cut = _timed_step(trainer, step, meter, stop)

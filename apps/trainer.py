@@ -162,10 +162,12 @@ class Trainer:
     @property
     def copies(self) -> int:
         """Bytes of host memory that background checkpoints copy the state of this rank to, 0 if there are none."""
+        return checkpoint.owned_bytes(self._state(counted=True)) if self.saves_meanwhile() else 0
+
+    def saves_meanwhile(self, done: int = 0) -> bool:
+        """Say whether a run from `done` steps on writes a checkpoint in the background; never the last one."""
         training = self.config.training
-        if not training.background_checkpoints or training.checkpoint_every >= training.steps:
-            return 0
-        return checkpoint.owned_bytes(self._state(counted=True))
+        return training.background_checkpoints and done + training.checkpoint_every < training.steps
 
     def reserve(self) -> None:
         """Take the memory for the copies of background checkpoints, so that the first is as quick as the others."""

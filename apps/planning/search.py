@@ -66,8 +66,10 @@ def search(config: Config, ranks: int, machine: Machine, memory: float, count: i
 
     Notes
     -----
-    **Communication:** gathers of estimates and forecasts over the team, some for every four grids of a rank.
+    **Communication:** a broadcast of rank 0's machine, and gathers of estimates and forecasts over the team, one
+    for every four grids of a rank.
     """
+    machine = comm.share(machine, team)  # each rank may have measured its own
     plan, found = Plan(), []
     for sequences in sorted({config.training.batch < ranks, True}):
         places = grids(config, ranks, sequences)
@@ -104,6 +106,7 @@ def _looked(rough: Rough, places: Sequence[tuple[Axes, str]], team: Grid, tell: 
         some = places[len(tried) : len(tried) + _ROUND * team.size]
         tried += _spread(lambda place: rough.look(*place), some, team)
         rough.seconds = [one.best.seconds for one in tried if one.best]
+    tell(len(tried), len(places))
     return tried
 
 

@@ -57,7 +57,7 @@ def test_a_document_does_what_it_says(name, folder):
 def run(line, folder, env):
     """Run a line, and compare what it prints with what is shown; ``...`` stands for anything."""
     result = subprocess.run(
-        ["bash", "-c", line.text], cwd=folder, env=env, capture_output=True, text=True, timeout=240, check=False
+        ["bash", "-c", line.text], cwd=folder, env=env, capture_output=True, text=True, timeout=120, check=False
     )
     assert result.returncode in line.codes, f"{line.text}\n{result.stdout}{result.stderr}"
     shown = re.escape(stripped(line.output)).replace(r"\.\.\.", "(?s:.*)")
