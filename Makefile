@@ -29,7 +29,7 @@ test-openmpi: $(VENV_OPENMPI)/.installed-test
 	$(VENV_OPENMPI)/bin/python -m pytest
 
 gpu-check:
-	PYTHONPATH=. $(PYTHON) -m colossal_mpi.apps.gpu_check
+	PYTHONPATH=. $(PYTHON) -m colossal_mpi.apps.doctor.gpu_check
 
 docs: $(VENV)/.installed-docs
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going -q -b html docs docs/_build

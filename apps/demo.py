@@ -10,8 +10,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from colossal_mpi.apps import compare, launch
-from colossal_mpi.apps.rundir import RunDirectory
+from colossal_mpi.apps import launch
+from colossal_mpi.apps.training import compare
+from colossal_mpi.apps.training.run_directory import RunDirectory
 
 CONFIG, RANKS = "demo", 4
 TARGET = 2.3

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from colossal_mpi.launcher import inherited, mpiexec_command
+from colossal_mpi.runtime.launcher import inherited, mpiexec_command
 
 _SECOND_INTERRUPT = 3.0  # seconds
 _FORWARDED = (

@@ -11,8 +11,10 @@ from typing import Any
 
 from mpi4py import MPI
 
-from colossal_mpi import backend, blas, comm, launcher
+from colossal_mpi import comm
 from colossal_mpi.grid import Grid
+from colossal_mpi.platform import backend, blas
+from colossal_mpi.runtime import launcher
 
 PACKAGES = (
     "colossal-mpi",

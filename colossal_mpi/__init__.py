@@ -1,6 +1,6 @@
 """Distributed dense linear algebra and parallel deep learning on MPI: everything is a layout."""
 
-from colossal_mpi import guards as _guards
+from colossal_mpi.runtime import guards as _guards
 
 _guards.install()
 

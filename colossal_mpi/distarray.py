@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from colossal_mpi import backend, comm
-from colossal_mpi.backend import Block
+from colossal_mpi import comm
 from colossal_mpi.errors import GridError, LayoutError, ShapeError
 from colossal_mpi.grid import Grid
 from colossal_mpi.layout import Box, Layout, box_shape, index_of
-from colossal_mpi.redistribute import redistribute
-from colossal_mpi.slicing import select
+from colossal_mpi.platform import backend
+from colossal_mpi.platform.backend import Block
+from colossal_mpi.redistribution.indexing import select
+from colossal_mpi.redistribution.redistribute import redistribute
 
 _matmul: Callable[[DistArray, DistArray], DistArray] | None = None
 
@@ -96,8 +97,8 @@ class DistArray:
     def redistribute(self, layout: Layout) -> DistArray:
         """Return the same global array in another layout; the array itself where nothing changes.
 
-        **Communication:** `colossal_mpi.redistribute`. **Adjoint:** a redistribution of the cotangent to this
-        array's layout, partial axes made replicated.
+        **Communication:** `colossal_mpi.redistribution.redistribute`. **Adjoint:** a redistribution of the cotangent to
+        this array's layout, partial axes made replicated.
 
         Raises
         ------

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from colossal_mpi import awareness, backend, layout, planned, shared
+from colossal_mpi import layout
 from colossal_mpi.errors import GridError
+from colossal_mpi.meta import communicator
+from colossal_mpi.platform import backend, cuda_aware, shared_memory
 
 
 def world_size() -> int:
@@ -76,19 +78,20 @@ class Grid:
         node = comm.Split_type(MPI.COMM_TYPE_SHARED)
         self.device = backend.resolve_device(device, node.Get_rank())
         self._node: int = node.bcast(comm.Get_rank())
-        self.awareness = awareness.agreed(self.device, comm, node)
-        self.shares: bool = comm.allreduce(self.device == "cpu" and shared.wanted(), MPI.LAND)
+        self.awareness = cuda_aware.agreed(self.device, comm, node)
+        self.shares: bool = comm.allreduce(self.device == "cpu" and shared_memory.wanted(), MPI.LAND)
         """Whether ranks of one node read each other's large blocks where they lie; the same on all ranks."""
         node.Free()
         self._part = False
         self._settle({axis: operator.index(size) for axis, size in axes.items()})
 
     @classmethod
-    def planned(cls, rank: int = 0, **axes: int) -> Grid:
+    def meta(cls, rank: int = 0, **axes: int) -> Grid:
         """Return a grid of any number of ranks as one of them sees it, without the others and without memory.
 
-        What runs on it is a dry run: blocks have shapes and dtypes alone (`colossal_mpi.ghost`), messages come and go
-        without effect and are entered into the ledger as ever. What all ranks collect is as if all had told the same.
+        What runs on it is a dry run: blocks have shapes and dtypes alone (`colossal_mpi.meta.array`), messages come and
+        go without effect and are entered into the ledger as ever. What all ranks collect is as if all had told the
+        same.
 
         Parameters
         ----------
@@ -103,24 +106,24 @@ class Grid:
 
         Examples
         --------
-        >>> grid = Grid.planned(data=64, row=8, col=8)
+        >>> grid = Grid.meta(data=64, row=8, col=8)
         """
         total = math.prod(axes.values())
         _check(axes, total)
         if not 0 <= rank < total:
-            raise GridError(f"Grid.planned({_text(axes)}): the rank must be from 0 to {total - 1}, not {rank}")
+            raise GridError(f"Grid.meta({_text(axes)}): the rank must be from 0 to {total - 1}, not {rank}")
         grid = cls.__new__(cls)
         coords = layout.coords_of(rank, axes)
-        grid._cart = planned.Communicator(list(axes.values()), list(coords.values()), MPI.REQUEST_NULL)
-        grid.device, grid._node, grid.shares, grid._part = f"{planned.NAME}:0", 0, False, True
-        grid.awareness = awareness.Awareness(True, "a planned grid sends nothing")
+        grid._cart = communicator.Communicator(list(axes.values()), list(coords.values()), MPI.REQUEST_NULL)
+        grid.device, grid._node, grid.shares, grid._part = f"{communicator.NAME}:0", 0, False, True
+        grid.awareness = cuda_aware.Awareness(True, "a meta grid sends nothing")
         grid._settle({axis: operator.index(size) for axis, size in axes.items()})
         return grid
 
     @property
-    def is_planned(self) -> bool:
+    def is_meta(self) -> bool:
         """Whether its blocks have no memory."""
-        return self.device.startswith(planned.NAME)
+        return self.device.startswith(communicator.NAME)
 
     def _settle(self, axes: dict[str, int]) -> None:
         self.axes = MappingProxyType(axes)
@@ -134,7 +137,7 @@ class Grid:
         """Memory that streamed products use again, the last used last."""
         self.xp = backend.device_namespace(self.device)
         """The array namespace in which blocks of this grid are made."""
-        self._peers: dict[tuple[str, ...], list[shared.Memory] | None] = {}
+        self._peers: dict[tuple[str, ...], list[shared_memory.Memory] | None] = {}
         self._numbers: dict[tuple[str, ...], Iterator[int]] = {}
 
     def coords_of(self, rank: int, axes: Sequence[str] | None = None) -> dict[str, int]:
@@ -176,7 +179,7 @@ class Grid:
     def _counter(self, key: tuple[str, ...]) -> Iterator[int]:
         return self._numbers.setdefault(key, itertools.count())
 
-    def peers(self, axes: Sequence[str]) -> list[shared.Memory] | None:
+    def peers(self, axes: Sequence[str]) -> list[shared_memory.Memory] | None:
         """Return the shareable memory of each rank of the group spanned by `axes`, None if they cannot all be read.
 
         Collective over the group when first called for `axes`; all of its ranks get None or none of them does.
@@ -186,9 +189,9 @@ class Grid:
             return None
         if key not in self._peers:
             group = self.comm(key)
-            told = group.allgather((self._node, shared.address()))
+            told = group.allgather((self._node, shared_memory.address()))
             near = all(node == self._node and where for node, where in told)
-            found = [shared.mapped(where) for _, where in told] if near else [None]
+            found = [shared_memory.mapped(where) for _, where in told] if near else [None]
             known = [memory for memory in found if memory is not None]
             self._peers[key] = known if all(group.allgather(len(known) == len(told))) else None
         return self._peers[key]
@@ -196,7 +199,7 @@ class Grid:
     def empty(self, shape: Sequence[int], dtype: Any) -> Any:
         """Return an uninitialised block of this grid's device; a large one where the ranks of the node can read it."""
         if self.shares and self.size > 1:
-            return shared.empty(shape, backend.numpy_dtype(dtype))
+            return shared_memory.empty(shape, backend.numpy_dtype(dtype))
         return self.xp.empty(tuple(shape), dtype=backend.dtype_of(self.xp, dtype))
 
     def own(self, block: Any, dtype: Any = None) -> Any:

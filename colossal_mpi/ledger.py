@@ -31,20 +31,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from colossal_mpi import signals
+from colossal_mpi.runtime import signals
 
 _CORE = str(Path(__file__).parent)
 _MOVERS = (
     "ledger",
-    "comm",
-    "exchange",
-    "boxes",
-    "redistribute",
-    "nonblocking",
-    "slicing",
     "distarray",
-    "linalg/pieces",
-    "linalg/execute",
+    "comm/collectives",
+    "comm/messages",
+    "redistribution/boxes",
+    "redistribution/redistribute",
+    "redistribution/nonblocking",
+    "redistribution/indexing",
+    "linalg/contraction/operands",
+    "linalg/contraction/execute",
 )
 _BELOW = {contextlib.__file__, *(f"{_CORE}/{name}.py" for name in _MOVERS)}
 

@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from colossal_mpi import backend, ghost_namespace
-from colossal_mpi.backend import Block
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import LayoutError, ShapeError
 from colossal_mpi.grid import Grid
 from colossal_mpi.layout import Box, Layout, box_shape
+from colossal_mpi.meta import MetaArray
+from colossal_mpi.platform import backend
+from colossal_mpi.platform.backend import Block
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -137,7 +138,7 @@ def kept_block(box: Box, shape: Sequence[int], seed: int, stream: str, rate: flo
     xp : array namespace
         Of the library that makes the block.
     """
-    if xp is ghost_namespace:
+    if xp is MetaArray.namespace:
         return xp.empty(box_shape(box), dtype=xp.bool)
     rows, columns, keep = _counters(box, shape, 4)
     rows, columns, key = xp.asarray(rows), xp.asarray(columns), _key(seed, stream)
@@ -166,7 +167,7 @@ def _distributed(maker: Any, shape: Any, grid: Grid, layout: Layout, seed: int, 
         raise ShapeError(f"random numbers of shape {shape}: the leading dims may have 2**64 rows together")
     if layout.partial:
         raise LayoutError(f"random numbers in {layout}: make them without partial sums and redistribute")
-    if grid.is_planned:
+    if grid.is_meta:
         box = layout.box(shape, grid.axes, grid.coords)
         return DistArray(grid.empty(box_shape(box), "float64"), shape, layout, grid)
     box = layout.box(shape, grid.axes, grid.coords) if shape else ((0, 1),)

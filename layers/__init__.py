@@ -1,12 +1,14 @@
 """Neural-network layers with manual backward passes. A layer exists once; a parallel mode is a choice of layouts."""
 
 from colossal_mpi.layers.activation import GELU, Gated, ReLU, SiLU
-from colossal_mpi.layers.attention import Attention, GroupedAttention, SelfAttention
+from colossal_mpi.layers.attention.rotary import Rotary, Rotation
+from colossal_mpi.layers.attention.self_attention import Attention, GroupedAttention, SelfAttention
 from colossal_mpi.layers.block import TransformerBlock
-from colossal_mpi.layers.chain import Chain, Each, Heads, Residual
+from colossal_mpi.layers.containers import FanOut, Parallel, Residual, Sequential
+from colossal_mpi.layers.conv import Conv2d, PatchEmbedding
 from colossal_mpi.layers.dropout import Dropout, DropPath
 from colossal_mpi.layers.embedding import Embedding, PositionEmbedding, SegmentEmbedding
-from colossal_mpi.layers.generate import generate
+from colossal_mpi.layers.inference.generate import generate
 from colossal_mpi.layers.layer import Context, Layer
 from colossal_mpi.layers.linear import Linear, Linears
 from colossal_mpi.layers.loss import CrossEntropy, MeanSquaredError
@@ -16,10 +18,8 @@ from colossal_mpi.layers.norm import LayerNorm, RMSNorm
 from colossal_mpi.layers.optim import LAMB, LARS, SGD, Adafactor, AdamW, Muon
 from colossal_mpi.layers.parallelism import MODES, Parallelism
 from colossal_mpi.layers.parameter import Parameter
-from colossal_mpi.layers.patch import Conv2d, PatchEmbedding
 from colossal_mpi.layers.pooling import AvgPool2d, ClassifierHead, FirstPool, MaxPool2d, MeanPool
 from colossal_mpi.layers.recompute import Recompute, recompute
-from colossal_mpi.layers.rotary import Rotary, Rotation
 from colossal_mpi.layers.softmax import Softmax
 from colossal_mpi.layers.step import backpropagate
 
@@ -34,19 +34,17 @@ __all__ = [
     "AdamW",
     "Attention",
     "AvgPool2d",
-    "Chain",
     "ClassifierHead",
     "Context",
     "Conv2d",
     "CrossEntropy",
     "DropPath",
     "Dropout",
-    "Each",
     "Embedding",
+    "FanOut",
     "FirstPool",
     "Gated",
     "GroupedAttention",
-    "Heads",
     "Layer",
     "LayerNorm",
     "Linear",
@@ -56,6 +54,7 @@ __all__ = [
     "MeanSquaredError",
     "MoE",
     "Muon",
+    "Parallel",
     "Parallelism",
     "Parameter",
     "PatchEmbedding",
@@ -68,6 +67,7 @@ __all__ = [
     "Rotation",
     "SegmentEmbedding",
     "SelfAttention",
+    "Sequential",
     "SiLU",
     "Softmax",
     "TransformerBlock",

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from colossal_mpi import backend, comm
+from colossal_mpi import comm
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import ShapeError
 from colossal_mpi.layers import kernels
 from colossal_mpi.layout import Layout
+from colossal_mpi.platform import backend
 
 
-def hits(logits: DistArray, labels: DistArray) -> int:
+def correct(logits: DistArray, labels: DistArray) -> int:
     """Return how many labels name the class of the greatest logit, the first of equal ones; negative ones do not count.
 
     Parameters
@@ -30,7 +31,7 @@ def hits(logits: DistArray, labels: DistArray) -> int:
     ``4 (p - 1)`` words for each label, summed over ranks; a single word over the axes that cut the labels.
     """
     if labels.shape != logits.shape[:-1]:
-        raise ShapeError(f"hits: labels {labels.shape} must have all but the last dim of the logits {logits.shape}")
+        raise ShapeError(f"correct: labels {labels.shape} must have all but the last dim of the logits {logits.shape}")
     logits = logits.redistribute(logits.layout.with_partial())
     labels = labels.redistribute(Layout(*logits.layout.dims[:-1]))
     block, (start, stop), axes = logits.local, logits.box[-1], logits.layout.dims[-1]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from colossal_mpi import backend
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import OptionError, ShapeError
 from colossal_mpi.layers import kernels
 from colossal_mpi.layers.layer import Context, Later, Layer
 from colossal_mpi.layout import Layout
+from colossal_mpi.platform import backend
 
 
 class Activation(Layer):

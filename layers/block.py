@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from colossal_mpi.errors import OptionError
-from colossal_mpi.layers.attention import SelfAttention
-from colossal_mpi.layers.chain import Chain, Residual
+from colossal_mpi.layers.attention.self_attention import SelfAttention
+from colossal_mpi.layers.containers import Residual, Sequential
 from colossal_mpi.layers.dropout import Dropout, DropPath
 from colossal_mpi.layers.layer import Layer
 from colossal_mpi.layers.mlp import MLP
@@ -16,7 +16,7 @@ from colossal_mpi.layers.norm import normalisation
 from colossal_mpi.layers.parallelism import Parallelism
 
 
-class TransformerBlock(Chain):
+class TransformerBlock(Sequential):
     """Attention and MLP, each added to the stream: ``x + attention(norm(x))``, then ``x + mlp(norm(x))``.
 
     Parameters

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from colossal_mpi import backend, random
+from colossal_mpi import random
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import OptionError
 from colossal_mpi.layers.layer import Context, Later, Layer
 from colossal_mpi.layers.order import runs
+from colossal_mpi.platform import backend
 
 
 class Dropout(Layer):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from colossal_mpi import backend, distarray
+from colossal_mpi import distarray
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import ShapeError
 from colossal_mpi.layers import kernels
@@ -13,7 +13,8 @@ from colossal_mpi.layers.parallelism import Parallelism
 from colossal_mpi.layers.parameter import Parameter
 from colossal_mpi.layers.positions import given_positions
 from colossal_mpi.layout import Layout
-from colossal_mpi.linalg.subscripts import map_layout
+from colossal_mpi.linalg.contraction.subscripts import map_layout
+from colossal_mpi.platform import backend
 
 
 class Embedding(Layer):

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from colossal_mpi import backend
-from colossal_mpi.backend import Block
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.layers.layer import Context, Later
 from colossal_mpi.layers.linear import Linear
 from colossal_mpi.layout import Layout
+from colossal_mpi.platform import backend
+from colossal_mpi.platform.backend import Block
 
 
 class Head(Linear):
@@ -26,10 +26,10 @@ class Head(Linear):
         y, cache = super().forward(x, ctx)
         return y, (cache, outside)
 
-    def again(self, x: DistArray, ctx: Context) -> Any:
+    def replay(self, x: DistArray, ctx: Context) -> Any:
         """Return the operands that are kept."""
         x, outside = _of_wanted(x, ctx)
-        return super().again(x, ctx), outside
+        return super().replay(x, ctx), outside
 
     def backward(self, dy: DistArray, cache: Any, later: Later = None) -> DistArray:
         """Return the cotangent of the input: zeros where no logits were wanted."""

@@ -40,7 +40,7 @@ class Context:
     """Factor of all cotangents, that of the loss included: the loss scale of 16-bit floats."""
     losses: dict[str, float] | None = None
     """Where layers report those losses, times `share`, by name; None: they do not."""
-    cache: Any = None
+    kv_cache: Any = None
     """The `KeyValues` of the tokens before these, to which attention appends; None: these tokens are all."""
     wanted: Any = None
     """Integers ``[b]``, on every rank in NumPy: the index in s of the one token of each sample whose logits are wanted,
@@ -60,7 +60,7 @@ class Layer:
         """Return the output and what `backward` needs."""
         raise NotImplementedError
 
-    def again(self, x: Any, ctx: Context) -> Any:
+    def replay(self, x: Any, ctx: Context) -> Any:
         """Return what `backward` needs, alone: what `forward` does for the output only may be left out."""
         return self.forward(x, ctx)[1]
 

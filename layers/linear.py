@@ -6,15 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
-from colossal_mpi import backend
 from colossal_mpi.distarray import DistArray
-from colossal_mpi.layers.again import kept, taken
 from colossal_mpi.layers.layer import Context, Later, Layer
 from colossal_mpi.layers.parallelism import Parallelism, Product
 from colossal_mpi.layers.parameter import Parameter
+from colossal_mpi.layers.replay import kept, taken
 from colossal_mpi.layout import Layout
-from colossal_mpi.linalg.contract import contract
-from colossal_mpi.linalg.subscripts import adjoints, parse
+from colossal_mpi.linalg.contraction.contract import contract
+from colossal_mpi.linalg.contraction.subscripts import adjoints, parse
+from colossal_mpi.platform import backend
 
 
 class Linear(Layer):
@@ -90,7 +90,7 @@ class Linear(Layer):
         y, w = self.apply(gathered)
         return y, (kept(x, gathered if self.keep else x), w, x.layout.with_partial())
 
-    def again(self, x: DistArray, ctx: Context) -> Any:
+    def replay(self, x: DistArray, ctx: Context) -> Any:
         """Return the operands that are kept. **Communication:** they are gathered, if they are kept so."""
         gathered = x.redistribute(self.product.x) if self.keep else x
         w = self.weight.use(self.product.w) if self.keep_weight else None

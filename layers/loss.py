@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from colossal_mpi import backend, comm
+from colossal_mpi import comm
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import OptionError, ShapeError
 from colossal_mpi.layers import kernels
 from colossal_mpi.layers.parallelism import Parallelism
 from colossal_mpi.layers.precision import rounded, widened
 from colossal_mpi.layout import Layout
+from colossal_mpi.platform import backend
 
 
 class CrossEntropy:

@@ -6,12 +6,12 @@ from typing import Any
 
 from colossal_mpi.errors import OptionError
 from colossal_mpi.layers.activation import ACTIVATIONS, GATED, Gated
-from colossal_mpi.layers.chain import Chain
+from colossal_mpi.layers.containers import Sequential
 from colossal_mpi.layers.linear import Linear
 from colossal_mpi.layers.parallelism import Parallelism
 
 
-class MLP(Chain):
+class MLP(Sequential):
     """Two products with an activation between them, ``[b, s, h]`` to ``[b, s, f]`` and back.
 
     Several side by side are the experts of a mixture, which take slots ``[e, p, c, h]`` instead.

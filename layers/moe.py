@@ -11,8 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from colossal_mpi import backend, comm
-from colossal_mpi.backend import Block
+from colossal_mpi import comm
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import OptionError
 from colossal_mpi.layers import kernels
@@ -23,6 +22,8 @@ from colossal_mpi.layers.mlp import MLP
 from colossal_mpi.layers.parallelism import Parallelism
 from colossal_mpi.layers.positions import given_mask
 from colossal_mpi.layout import Layout
+from colossal_mpi.platform import backend
+from colossal_mpi.platform.backend import Block
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ class MoE(Layer):
 
         Every capacity has its own plans of redistributions, which are kept: the rounding bounds their number.
         """
-        if logits.grid.is_planned:  # nothing is routed: all experts have as many
+        if logits.grid.is_meta:  # nothing is routed: all experts have as many
             rows = math.prod(logits.local.shape[:-1])
             return -(-rows * self.top_k // logits.shape[-1])
         xp = backend.namespace(starts)

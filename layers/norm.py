@@ -8,10 +8,10 @@ from colossal_mpi import comm
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import OptionError, ShapeError
 from colossal_mpi.layers import kernels
-from colossal_mpi.layers.again import kept, taken
 from colossal_mpi.layers.layer import Context, Later, Layer
 from colossal_mpi.layers.parallelism import Parallelism
 from colossal_mpi.layers.parameter import Parameter
+from colossal_mpi.layers.replay import kept, taken
 from colossal_mpi.layout import Layout
 
 

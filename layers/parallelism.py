@@ -31,7 +31,7 @@ from colossal_mpi.errors import GridError, OptionError
 from colossal_mpi.grid import Grid
 from colossal_mpi.layers.order import zigzag
 from colossal_mpi.layout import Axes, Layout, bounds
-from colossal_mpi.linalg.subscripts import layout_map, map_layout, parse
+from colossal_mpi.linalg.contraction.subscripts import layout_map, map_layout, parse
 
 INNER = "inner"
 """Stands in a template's map for the letter that the inside of a block is cut on: f, the heads a, the vocabulary v."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from colossal_mpi import backend, distarray, random
+from colossal_mpi import distarray, random
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.grid import Grid
 from colossal_mpi.layers.parallelism import Parallelism
 from colossal_mpi.layers.precision import require_dtype, rounded, widened
 from colossal_mpi.layout import Layout
+from colossal_mpi.platform import backend
 
 
 class Reduction(Protocol):

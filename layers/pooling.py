@@ -6,17 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from colossal_mpi import backend
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import OptionError, ShapeError
 from colossal_mpi.layers import kernels
-from colossal_mpi.layers.chain import Chain
+from colossal_mpi.layers.containers import Sequential
+from colossal_mpi.layers.conv import Pair, pair
 from colossal_mpi.layers.layer import Context, Later, Layer
 from colossal_mpi.layers.linear import Linear
 from colossal_mpi.layers.parallelism import Parallelism
-from colossal_mpi.layers.patch import Pair, pair
 from colossal_mpi.layers.precision import rounded
 from colossal_mpi.layout import Layout, box_shape
+from colossal_mpi.platform import backend
 
 
 def _zeros(dy: DistArray, shape: tuple[int, ...], layout: Layout) -> DistArray:
@@ -71,7 +71,7 @@ class FirstPool(Layer):
         return dx
 
 
-class ClassifierHead(Chain):
+class ClassifierHead(Sequential):
     """A pooled stream ``[b, h]`` to logits ``[b, v]`` of v classes, cut as a vocabulary is.
 
     Parameters

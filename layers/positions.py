@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from colossal_mpi import backend
-from colossal_mpi.backend import Block
 from colossal_mpi.distarray import DistArray, from_global
 from colossal_mpi.errors import DTypeError, ShapeError
 from colossal_mpi.layers.layer import Context
 from colossal_mpi.layout import Layout
+from colossal_mpi.platform import backend
+from colossal_mpi.platform.backend import Block
 
 
 def given_positions(ctx: Context, x: DistArray, whole: bool = False) -> Block | None:

@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from colossal_mpi import backend
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import OptionError
+from colossal_mpi.platform import backend
 
 MASTER = "master"
 """The slot of a master weight in the state of an optimizer."""

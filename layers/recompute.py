@@ -8,13 +8,13 @@ from typing import Any, TypeVar
 
 from colossal_mpi.errors import OptionError
 from colossal_mpi.layers.activation import Activation, Gated
-from colossal_mpi.layers.again import Again, Remade
-from colossal_mpi.layers.attention import SelfAttention
+from colossal_mpi.layers.attention.self_attention import SelfAttention
 from colossal_mpi.layers.block import TransformerBlock
 from colossal_mpi.layers.layer import Context, Later, Layer
 from colossal_mpi.layers.mlp import MLP
 from colossal_mpi.layers.moe import MoE
 from colossal_mpi.layers.norm import RMSNorm
+from colossal_mpi.layers.replay import Replay, Replayable
 
 AnyLayer = TypeVar("AnyLayer", bound=Layer)
 
@@ -50,11 +50,11 @@ class Recompute(Layer):
 
     def forward(self, x: Any, ctx: Context) -> tuple[Any, Any]:
         """Return the layer's output."""
-        return self.layer.forward(x, ctx)[0], Again.of(self.layer, x, ctx)
+        return self.layer.forward(x, ctx)[0], Replay.of(self.layer, x, ctx)
 
-    def again(self, x: Any, ctx: Context) -> Any:
+    def replay(self, x: Any, ctx: Context) -> Any:
         """Return what makes the layer's cache again."""
-        return Again.of(self.layer, x, ctx)
+        return Replay.of(self.layer, x, ctx)
 
     def backward(self, dy: Any, cache: Any, later: Later = None) -> Any:
         """Return the layer's cotangent of the input."""
@@ -86,11 +86,11 @@ class Discard(Layer):
     def forward(self, x: Any, ctx: Context) -> tuple[Any, Any]:
         """Return the layer's output."""
         y, cache = self.layer.forward(x, ctx)
-        return Remade(y.local, y.shape, y.layout, y.grid, Again.of(self.layer, x, ctx)), cache
+        return Replayable(y.local, y.shape, y.layout, y.grid, Replay.of(self.layer, x, ctx)), cache
 
-    def again(self, x: Any, ctx: Context) -> Any:
+    def replay(self, x: Any, ctx: Context) -> Any:
         """Return the layer's cache."""
-        return self.layer.again(x, ctx)
+        return self.layer.replay(x, ctx)
 
     def backward(self, dy: Any, cache: Any, later: Later = None) -> Any:
         """Return the layer's cotangent of the input."""

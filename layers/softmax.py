@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from colossal_mpi import backend, comm
+from colossal_mpi import comm
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.layers import kernels
 from colossal_mpi.layers.kernels.reference.wide import like, wide
 from colossal_mpi.layers.layer import Context, Later, Layer
+from colossal_mpi.platform import backend
 
 
 class Softmax(Layer):

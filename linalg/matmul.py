@@ -10,8 +10,8 @@ from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import GridError, ShapeError
 from colossal_mpi.grid import Grid
 from colossal_mpi.layout import Layout
-from colossal_mpi.linalg.auto import fastest
-from colossal_mpi.linalg.contract import contract
+from colossal_mpi.linalg.contraction.contract import contract
+from colossal_mpi.linalg.model.auto import fastest
 from colossal_mpi.linalg.verify import Check
 
 GEMM = "mk,kn->mn"

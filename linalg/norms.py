@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from colossal_mpi import backend, comm
-from colossal_mpi.backend import Block
+from colossal_mpi import comm
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import OptionError, ShapeError
 from colossal_mpi.layout import Layout
-from colossal_mpi.linalg.contract import contract
-from colossal_mpi.linalg.subscripts import layout_map, map_layout
+from colossal_mpi.linalg.contraction.contract import contract
+from colossal_mpi.linalg.contraction.subscripts import layout_map, map_layout
+from colossal_mpi.platform import backend
+from colossal_mpi.platform.backend import Block
 
 
 def norm(a: DistArray, order: str | float = "fro") -> float:

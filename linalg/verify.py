@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from colossal_mpi import backend, random
+from colossal_mpi import random
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import VerificationError
 from colossal_mpi.layout import Layout
-from colossal_mpi.linalg.contract import contract
-from colossal_mpi.linalg.subscripts import layout_map, parse
+from colossal_mpi.linalg.contraction.contract import contract
+from colossal_mpi.linalg.contraction.subscripts import layout_map, parse
+from colossal_mpi.platform import backend
 
 COLUMNS, FACTOR = 10, 20
 """Vectors, and units of rounding that the difference may have: correct products of zero-mean matrices have 4 to 11."""

@@ -6,7 +6,8 @@ import random
 
 import numpy as np
 
-from colossal_mpi import ColossalError, DistArray, Layout, backend, comm
+from colossal_mpi import ColossalError, DistArray, Layout, comm
+from colossal_mpi.platform import backend
 
 
 def layouts(ndim, axes, partial=True):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from colossal_mpi.apps import cli
+from colossal_mpi.apps.cli import main
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.rst", *sorted((ROOT / "docs").rglob("*.rst"))]
@@ -74,7 +74,7 @@ class Literal:
 
 def command(words):
     """Return the command of ``colossal-mpi`` that words begin with, and the words after it."""
-    found, words = typer.main.get_command(cli.app), list(words)
+    found, words = typer.main.get_command(main.app), list(words)
     while words and words[0] in getattr(found, "commands", {}):
         found = found.commands[words.pop(0)]
     return found, words

@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from colossal_mpi.launcher import mpiexec_command
+from colossal_mpi.runtime.launcher import mpiexec_command
 
 SRUN = """#!/bin/sh
 # what Slurm does: start the program on every task, in an environment that says so

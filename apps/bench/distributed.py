@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from colossal_mpi import backend, linalg
+from colossal_mpi import linalg
 from colossal_mpi.apps.bench.competitors import Competitor, Pieces
 from colossal_mpi.apps.bench.operands import Piece, fill
 from colossal_mpi.apps.bench.options import Problem
@@ -18,7 +18,8 @@ from colossal_mpi.distarray import DistArray
 from colossal_mpi.grid import Grid
 from colossal_mpi.layout import Layout, box_shape, coords_of, index_of
 from colossal_mpi.linalg import ALGORITHMS
-from colossal_mpi.linalg.cost import Cost
+from colossal_mpi.linalg.model.price import Cost
+from colossal_mpi.platform import backend
 
 _SUBSCRIPTS = "mk,kn->mn"
 

@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from colossal_mpi import comm
-from colossal_mpi.apps import config as configs
 from colossal_mpi.apps.bench.curves import plot
 from colossal_mpi.apps.bench.options import writable
-from colossal_mpi.apps.train import make_grid
-from colossal_mpi.apps.trainer import Trainer
+from colossal_mpi.apps.config import load as configs
+from colossal_mpi.apps.training.train import make_grid
+from colossal_mpi.apps.training.trainer import Trainer
 from colossal_mpi.errors import ConfigError
 from colossal_mpi.grid import world_size
 from colossal_mpi.layers.optim import OPTIMIZERS

@@ -32,10 +32,10 @@ from colossal_mpi.grid import Grid
 from colossal_mpi.layers import Context, Parallelism, kernels
 from colossal_mpi.layers.loss import CrossEntropy
 from colossal_mpi.layers.models import GPT, GPTConfig
-from colossal_mpi.layers.pipeline import Pipeline, cut, place_of
-from colossal_mpi.layers.schedule import ORDERS, Instruction, program
-from colossal_mpi.layers.simulate import simulate
-from colossal_mpi.layers.stage import Stream
+from colossal_mpi.layers.pipeline.model import Pipeline, cut, place_of
+from colossal_mpi.layers.pipeline.schedule import ORDERS, Instruction, program
+from colossal_mpi.layers.pipeline.simulate import simulate
+from colossal_mpi.layers.pipeline.stage import Stream
 from colossal_mpi.layout import part
 
 Times: TypeAlias = dict[tuple[str, int, int], float]

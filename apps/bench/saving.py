@@ -68,7 +68,7 @@ class Saving:
         self.blocks = [np.asarray(array.local) for array in self.state.values()]
         for i, block in enumerate(self.blocks):
             block[...] = np.random.default_rng((self.grid.rank, i)).random(block.shape, np.float32)
-        self.background = checkpoint.Background(self.grid)
+        self.background = checkpoint.AsyncCheckpointer(self.grid)
         self.plain, self.saved = directory / f"plain{self.grid.rank}", directory / "saved"
         if self.grid.rank == 0:
             shutil.rmtree(directory, ignore_errors=True)

@@ -11,8 +11,8 @@ from typing import Any
 import threadpoolctl
 from mpi4py import MPI
 
-from colossal_mpi import launcher
 from colossal_mpi.errors import ColossalError
+from colossal_mpi.runtime import launcher
 
 _NAP = 5e-4  # seconds between two looks
 _SPIN = 0.5  # seconds after which threads that still run are not waiting for the next product: MPI has some too

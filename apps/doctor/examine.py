@@ -6,10 +6,11 @@ from pathlib import Path
 
 from mpi4py import MPI
 
-from colossal_mpi import backend, guards
 from colossal_mpi.apps.doctor import cores, disk, facts, gpus, mpi, network, packages, same, show
 from colossal_mpi.apps.doctor.finding import BAD, Finding, worst
 from colossal_mpi.apps.doctor.network import Link
+from colossal_mpi.platform import backend
+from colossal_mpi.runtime import guards
 
 
 def main(directory: Path, seconds: float, json: bool) -> int:

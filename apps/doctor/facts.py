@@ -14,8 +14,10 @@ from typing import Any, TypeAlias
 from mpi4py import MPI
 
 import colossal_mpi
-from colossal_mpi import awareness, backend, guards, hdf5, launcher
 from colossal_mpi.apps import machine
+from colossal_mpi.checkpoint import hdf5
+from colossal_mpi.platform import backend, cuda_aware
+from colossal_mpi.runtime import guards, launcher
 
 Facts: TypeAlias = dict[str, Any]
 """Of one rank, by name: see `mine`."""
@@ -40,7 +42,7 @@ def mine(world: MPI.Comm) -> Facts:
         "source": source(Path(colossal_mpi.__file__).parent),
         "versions": machine.versions(),
         "library": guards.library(),
-        "libraries": awareness.library_files(),
+        "libraries": cuda_aware.library_files(),
         "threads": MPI.Query_thread(),
         "cpus": launcher.cpus(),
         "quota": quota(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")),

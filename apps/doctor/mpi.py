@@ -9,10 +9,11 @@ from pathlib import Path
 
 from mpi4py import MPI
 
-from colossal_mpi import awareness, guards, launcher
 from colossal_mpi.apps.doctor.facts import Facts, nodes
 from colossal_mpi.apps.doctor.finding import BAD, GOOD, WARNING, Finding
 from colossal_mpi.errors import ColossalError
+from colossal_mpi.platform import cuda_aware
+from colossal_mpi.runtime import guards, launcher
 
 _LEVELS = {
     MPI.THREAD_SINGLE: "single",
@@ -85,7 +86,7 @@ def aware(device: str, world: MPI.Comm) -> Finding:
     """
     node = world.Split_type(MPI.COMM_TYPE_SHARED)
     try:
-        found = awareness.agreed(device, world, node)
+        found = cuda_aware.agreed(device, world, node)
     except ColossalError as problem:  # of a variable, which all ranks have
         return Finding("CUDA", BAD, *str(problem).split(": ", 1))
     finally:

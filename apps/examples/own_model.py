@@ -5,13 +5,13 @@ from pydoc_data.topics import topics
 import numpy as np
 
 from colossal_mpi import from_global, layers
-from colossal_mpi.apps.arguments import from_command_line
+from colossal_mpi.apps.cli.arguments import from_command_line
 
 TEXT = np.frombuffer("".join(topics[name] for name in sorted(topics)).encode(), np.uint8).astype(np.int64)
 BATCH, LENGTH, WIDTH = 9, 31, 40
 
 
-class Model(layers.Chain):  # of bytes to logits of the next byte; a chain has its backward pass already
+class Model(layers.Sequential):  # of bytes to logits of the next byte; a chain has its backward pass already
     def __init__(self, p, **kw):
         experts = layers.MoE(WIDTH, 2 * WIDTH, 3, p, "experts", balance=0.01, **kw)
         super().__init__(

@@ -9,8 +9,8 @@ from typing import Any
 from colossal_mpi.apps.planning.candidates import with_settings
 from colossal_mpi.apps.planning.forecast import forecast
 from colossal_mpi.apps.planning.measure import measure
-from colossal_mpi.apps.report.text import binary, duration
-from colossal_mpi.apps.trainer import Trainer
+from colossal_mpi.apps.text import binary, duration
+from colossal_mpi.apps.training.trainer import Trainer
 
 
 def predicted(trainer: Trainer, peak: float) -> dict[str, Any] | None:

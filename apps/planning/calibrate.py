@@ -10,13 +10,14 @@ from typing import Any
 
 from mpi4py import MPI
 
-from colossal_mpi import backend, comm, distarray
+from colossal_mpi import comm, distarray
 from colossal_mpi.grid import Grid
-from colossal_mpi.layers import GELU, AdamW, Chain, Context, Layer, LayerNorm, Parallelism
+from colossal_mpi.layers import GELU, AdamW, Context, Layer, LayerNorm, Parallelism, Sequential
+from colossal_mpi.layers.analysis.predict import dry_run
 from colossal_mpi.layers.models import GPT, GPTConfig
-from colossal_mpi.layers.predict import dry_run
 from colossal_mpi.layout import Layout
-from colossal_mpi.machine import Clock, Link, Machine
+from colossal_mpi.meta.machine import Clock, Link, Machine
+from colossal_mpi.platform import backend
 
 _ROUNDS = 5
 _TINY = GPTConfig(vocabulary=8, layers=2, hidden=8, heads=2, positions=8)
@@ -78,7 +79,7 @@ def count(program: Program, unit: Machine) -> float:
     """Return the seconds that a program would take on a machine."""
     with dry_run(Clock(unit, {}, {})) as tally:
         assert tally.clock is not None
-        once = program(Parallelism(Grid.planned()))
+        once = program(Parallelism(Grid.meta()))
         once()  # the weights are made
         before = tally.clock.now()
         once()
@@ -113,4 +114,4 @@ def _step_of_tiny(p: Parallelism) -> Callable[[], Any]:
 
 
 def _elementwise(p: Parallelism) -> Callable[[], Any]:
-    return _passes(Chain(LayerNorm(_WIDE, p, "norm"), GELU()), p, (_TALL, _WIDE), "float32")
+    return _passes(Sequential(LayerNorm(_WIDE, p, "norm"), GELU()), p, (_TALL, _WIDE), "float32")

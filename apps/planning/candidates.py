@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
-from colossal_mpi.apps.config import Config
-from colossal_mpi.layers.stage import PIPE
+from colossal_mpi.apps.config.load import Config
+from colossal_mpi.layers.pipeline.stage import PIPE
 
 Axes = dict[str, int]
 Rungs = tuple[tuple[int, str], ...]

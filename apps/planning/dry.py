@@ -9,15 +9,15 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from colossal_mpi.apps.config import Config
+from colossal_mpi.apps.config.load import Config
 from colossal_mpi.apps.planning.candidates import with_settings
 from colossal_mpi.apps.planning.forecast import Forecast, copies, forecast
 from colossal_mpi.apps.planning.rates import Given, about, machine_of
 from colossal_mpi.apps.planning.show import console, grid_of, mode_of
-from colossal_mpi.apps.report.text import binary, duration, si
+from colossal_mpi.apps.text import binary, duration, si
 from colossal_mpi.grid import world_rank, world_size
-from colossal_mpi.layers.schedule import BackwardInput, BackwardWeight, Forward
-from colossal_mpi.layers.simulate import Span, makespan
+from colossal_mpi.layers.pipeline.schedule import BackwardInput, BackwardWeight, Forward
+from colossal_mpi.layers.pipeline.simulate import Span, makespan
 
 _COLUMNS = 100
 """Of the timeline."""

@@ -7,17 +7,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 
-from colossal_mpi import ghost
-from colossal_mpi.apps.config import Config
-from colossal_mpi.apps.feed import StepFeed
+from colossal_mpi import meta
+from colossal_mpi.apps.config.load import Config
 from colossal_mpi.apps.planning.cost import Cost
-from colossal_mpi.apps.trainer import Trainer
+from colossal_mpi.apps.training.feed import StepFeed
+from colossal_mpi.apps.training.trainer import Trainer
 from colossal_mpi.grid import Grid
-from colossal_mpi.layers.predict import Prediction, dry_run, predicted, stages
-from colossal_mpi.layers.schedule import Instruction, program
-from colossal_mpi.layers.simulate import Span, check, makespan, simulate
-from colossal_mpi.layers.stage import PIPE
-from colossal_mpi.machine import Clock, Machine
+from colossal_mpi.layers.analysis.predict import Prediction, dry_run, predicted, stages
+from colossal_mpi.layers.pipeline.schedule import Instruction, program
+from colossal_mpi.layers.pipeline.simulate import Span, check, makespan, simulate
+from colossal_mpi.layers.pipeline.stage import PIPE
+from colossal_mpi.meta.machine import Clock, Machine
 
 _ENDS = 2
 """Microbatches of a dry run that stand for all: the first, and the last, whose backward pass reduces gradients."""
@@ -139,7 +139,7 @@ def copies(config: Config) -> list[int]:
         return [Trainer(config, grid).copies for grid in stages(axes_of(config))]
 
 
-def _dry_run(config: Config, grid: Grid, tally: ghost.Tally) -> Prediction:
+def _dry_run(config: Config, grid: Grid, tally: meta.Tally) -> Prediction:
     trainer = Trainer(config, grid)
     if config.parallel.zero == _PREFETCHES:
         trainer.step(0)

@@ -12,7 +12,7 @@ from colossal_mpi import comm
 from colossal_mpi.apps.machine import measure_peak
 from colossal_mpi.apps.planning.calibrate import NOTHING, calls, difference, memory, typical
 from colossal_mpi.grid import Grid
-from colossal_mpi.machine import Link, Machine
+from colossal_mpi.meta.machine import Link, Machine
 
 _LARGE = 1 << 20
 """Elements of a message that takes the time of its bytes."""

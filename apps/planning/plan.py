@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from colossal_mpi.apps.bench.options import writable
-from colossal_mpi.apps.config import Config, load
-from colossal_mpi.apps.data import fitted
+from colossal_mpi.apps.config.load import Config, load
+from colossal_mpi.apps.data.corpus import fitted
 from colossal_mpi.apps.planning import show
 from colossal_mpi.apps.planning.forecast import Forecast
 from colossal_mpi.apps.planning.rates import Given, about, machine_of, size_of
@@ -23,7 +23,7 @@ from colossal_mpi.apps.planning.trial import trial
 from colossal_mpi.apps.planning.why import shares
 from colossal_mpi.errors import ConfigError
 from colossal_mpi.grid import Grid, world_size
-from colossal_mpi.machine import Machine
+from colossal_mpi.meta.machine import Machine
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from colossal_mpi.apps.config import Config
+from colossal_mpi.apps.config.load import Config
 from colossal_mpi.apps.planning.candidates import with_settings
 from colossal_mpi.apps.planning.cost import Cost
 from colossal_mpi.apps.planning.forecast import axes_of, dry_runs, programs
-from colossal_mpi.layers.schedule import BackwardInput, BackwardWeight, Forward, Instruction
-from colossal_mpi.layers.simulate import check, makespan, simulate
-from colossal_mpi.layers.stage import PIPE
-from colossal_mpi.machine import Machine
+from colossal_mpi.layers.pipeline.schedule import BackwardInput, BackwardWeight, Forward, Instruction
+from colossal_mpi.layers.pipeline.simulate import check, makespan, simulate
+from colossal_mpi.layers.pipeline.stage import PIPE
+from colossal_mpi.meta.machine import Machine
 
 
 @dataclass(frozen=True)

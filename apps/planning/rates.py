@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 import threadpoolctl
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from colossal_mpi.apps.config import Config
+from colossal_mpi.apps.config.load import Config
 from colossal_mpi.apps.planning.measure import measure
-from colossal_mpi.apps.report.text import si, significant
+from colossal_mpi.apps.text import si, significant
 from colossal_mpi.errors import ConfigError
 from colossal_mpi.grid import Grid, world_size
 from colossal_mpi.layers import kernels
-from colossal_mpi.machine import Link, Machine
+from colossal_mpi.meta.machine import Link, Machine
 
 _FLOP_PER_BYTE, _CALL, _PRODUCT = 200, 5e-6, 50e-6
 """Of accelerators: flop of products for a byte of memory, seconds of a kernel's launch and of a product's Python."""

@@ -9,13 +9,13 @@ from operator import itemgetter
 from typing import Any
 
 from colossal_mpi import comm
-from colossal_mpi.apps.config import Config
+from colossal_mpi.apps.config.load import Config
 from colossal_mpi.apps.planning.candidates import Axes, grids
 from colossal_mpi.apps.planning.forecast import Forecast, forecast, sampled
 from colossal_mpi.apps.planning.quick import Estimate
 from colossal_mpi.apps.planning.rough import Rough, Tried
 from colossal_mpi.grid import Grid
-from colossal_mpi.machine import Machine
+from colossal_mpi.meta.machine import Machine
 
 USABLE = 0.9
 """Share of a rank's memory that arrays may fill; the rest is for MPI, the libraries, and what lies between arrays."""

@@ -13,7 +13,7 @@ from rich.table import Table
 from colossal_mpi.apps.planning.forecast import Forecast
 from colossal_mpi.apps.planning.search import USABLE, Plan
 from colossal_mpi.apps.planning.why import against, shares
-from colossal_mpi.apps.report.text import binary, duration
+from colossal_mpi.apps.text import binary, duration
 
 _LEFT = ("grid", "mode", "why")
 _WIDTH = 150

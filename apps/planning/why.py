@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from colossal_mpi.apps.planning.forecast import Forecast
-from colossal_mpi.apps.report.text import duration
+from colossal_mpi.apps.text import duration
 
 
 @dataclass(frozen=True)

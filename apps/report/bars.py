@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from colossal_mpi.apps.report import style, text
+from colossal_mpi.apps import text
+from colossal_mpi.apps.report import style
 from colossal_mpi.apps.report.curves import Lacking, Picture
 from colossal_mpi.apps.report.runs import Run
 

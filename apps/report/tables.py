@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from colossal_mpi.apps.report import text
+from colossal_mpi.apps import text
 from colossal_mpi.apps.report.runs import Run, shares
 
 Table = list[tuple[str, list[str]]]

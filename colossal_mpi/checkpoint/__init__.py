@@ -9,8 +9,8 @@
 ==================  ====================================================================================
 
 A checkpoint is written under a temporary name, flushed to disk and renamed, so that a directory of its final name is
-whole. Checksums are verified before HDF5 parses a file: a flipped bit in its metadata can crash it, and a missing
-file under a virtual dataset silently reads as zeros. Single arrays as datasets of one file: `colossal_mpi.hdf5`.
+whole. Checksums are verified before HDF5 parses a file: a flipped bit in its metadata can crash it, and a missing file
+under a virtual dataset silently reads as zeros. Single arrays as datasets of one file: `colossal_mpi.checkpoint.hdf5`.
 
 A newer version of colossal_mpi reads the checkpoints of every older one, and an older one refuses what is newer than
 itself: see `colossal_mpi.checkpoint.manifest`.
@@ -27,11 +27,20 @@ loading : loading
 contents, compare : what a checkpoint holds, is worth and differs in, for people
 """
 
-from colossal_mpi.checkpoint.background import Background
+from colossal_mpi.checkpoint.background import AsyncCheckpointer
 from colossal_mpi.checkpoint.entries import owned_bytes
 from colossal_mpi.checkpoint.loading import load
 from colossal_mpi.checkpoint.manifest import FORMAT_VERSION, read_manifest
 from colossal_mpi.checkpoint.place import flush, point_latest
 from colossal_mpi.checkpoint.writing import save
 
-__all__ = ["FORMAT_VERSION", "Background", "flush", "load", "owned_bytes", "point_latest", "read_manifest", "save"]
+__all__ = [
+    "FORMAT_VERSION",
+    "AsyncCheckpointer",
+    "flush",
+    "load",
+    "owned_bytes",
+    "point_latest",
+    "read_manifest",
+    "save",
+]

@@ -23,15 +23,16 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from colossal_mpi import backend, comm
+from colossal_mpi import comm
 from colossal_mpi.checkpoint.entries import owned
 from colossal_mpi.checkpoint.writing import Told, Writing
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import CheckpointError, ColossalError
 from colossal_mpi.grid import Grid
+from colossal_mpi.platform import backend
 
 
-class Background:
+class AsyncCheckpointer:
     """Saves one checkpoint at a time, on a thread.
 
     All methods are collective, and called by the main thread, except `settle`, which is local. Errors of any rank's
@@ -54,7 +55,7 @@ class Background:
 
     Examples
     --------
-    >>> saving = Background(grid)
+    >>> saving = AsyncCheckpointer(grid)
     >>> saving.reserve(arrays)
     >>> saving.begin("step-1", arrays, {"step": 1})
     >>> compute_gradients()  # reads the arrays

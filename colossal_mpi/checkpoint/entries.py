@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from colossal_mpi import backend, comm
+from colossal_mpi import comm
+from colossal_mpi.checkpoint.hdf5 import NUMBERS, require_name
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import CheckpointError
 from colossal_mpi.grid import Grid
-from colossal_mpi.hdf5 import NUMBERS, require_name
 from colossal_mpi.layout import Box, Layout, coords_of, rank_of
+from colossal_mpi.platform import backend
 
 BITS = {"bfloat16": "uint16"}
 """Dtypes that HDF5 has no type for, and the dtype as which their bits are stored."""

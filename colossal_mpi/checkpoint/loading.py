@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from colossal_mpi import backend, comm
+from colossal_mpi import comm
 from colossal_mpi.checkpoint import parts
 from colossal_mpi.checkpoint.entries import stored, text_of
 from colossal_mpi.checkpoint.index import Piece, read_index
@@ -17,6 +17,7 @@ from colossal_mpi.distarray import DistArray, from_global
 from colossal_mpi.errors import CheckpointError
 from colossal_mpi.grid import Grid
 from colossal_mpi.layout import Box, Layout, box_shape, intersect, slices
+from colossal_mpi.platform import backend
 
 
 def load(

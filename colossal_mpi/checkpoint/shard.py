@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from colossal_mpi import backend
 from colossal_mpi.checkpoint.entries import stored
 from colossal_mpi.checkpoint.parts import checksum, checksum_of, cover
 from colossal_mpi.checkpoint.place import flush, unwritable
+from colossal_mpi.platform import backend
 
 _SMALL = 1 << 16  # bytes below which a thread costs more than it saves
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from colossal_mpi import comm
 from colossal_mpi.checkpoint import entries, manifest, parts, place, shard
+from colossal_mpi.checkpoint.hdf5 import require_name
 from colossal_mpi.checkpoint.index import write_index
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import CheckpointError, ColossalError
 from colossal_mpi.grid import Grid
-from colossal_mpi.hdf5 import require_name
 
 Told = tuple[str, dict[str, Any]]
 """The file that a rank has written, and what the manifest says of it."""

@@ -16,7 +16,7 @@ import array_api_strict as standard
 import numpy as np
 from array_api_compat import array_namespace
 
-from colossal_mpi import backend
+from colossal_mpi.platform import backend
 
 from .fake_array import DeviceArray, stream, unwrapped, wrapped
 
@@ -74,7 +74,7 @@ namespace.fft = Namespace(_NUMPY.fft, dir(standard.fft))
 
 
 class FakeDevice:
-    """The pretended device, as `colossal_mpi.backend` takes it.
+    """The pretended device, as `colossal_mpi.platform.backend` takes it.
 
     Attributes
     ----------

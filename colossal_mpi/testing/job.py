@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from colossal_mpi import launcher
+from colossal_mpi.runtime import launcher
 
 from .ranklog import RankLog
 

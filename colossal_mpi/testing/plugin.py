@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from colossal_mpi import backend
+from colossal_mpi.platform import backend
 
 from .runner import Runner, group, rank_count
 from .store import STORE, Store

@@ -44,7 +44,7 @@ def use(provider: str, grid: Grid | None = None) -> str:
     global _active
     if provider not in PROVIDERS:
         raise OptionError(f"kernels={provider!r}: use one of {', '.join(map(repr, PROVIDERS))}")
-    if grid is not None and grid.is_planned:
+    if grid is not None and grid.is_meta:
         _active = importlib.import_module(f"{__name__}.planned")
         return provider
     reason = None if provider == "reference" else _missing()
@@ -61,7 +61,7 @@ def use(provider: str, grid: Grid | None = None) -> str:
 
 @contextmanager
 def as_planned() -> Iterator[None]:
-    """Take the kernels of planned grids until the context ends."""
+    """Take the kernels of meta grids until the context ends."""
     global _active
     before, _active = _active, importlib.import_module(f"{__name__}.planned")
     try:

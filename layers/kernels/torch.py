@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from array_api_compat import is_cupy_array
 
-from colossal_mpi.backend import Block
-from colossal_mpi.bridge import from_torch, to_torch
+from colossal_mpi.dlpack import from_torch, to_torch
 from colossal_mpi.errors import DTypeError, SharingError
 from colossal_mpi.layers.kernels import reference
+from colossal_mpi.platform.backend import Block
 
 Tensor = Any
 """``torch.Tensor``, for a checker that has no torch."""

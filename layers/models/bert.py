@@ -7,7 +7,7 @@ from typing import Any
 
 from colossal_mpi.layers.activation import ACTIVATIONS, Tanh
 from colossal_mpi.layers.block import TransformerBlock
-from colossal_mpi.layers.chain import Chain, Heads
+from colossal_mpi.layers.containers import FanOut, Sequential
 from colossal_mpi.layers.dropout import Dropout
 from colossal_mpi.layers.embedding import Embedding, PositionEmbedding, SegmentEmbedding
 from colossal_mpi.layers.layer import Layer
@@ -46,7 +46,7 @@ class BertConfig:
     dtype: str = "float32"
 
 
-class Bert(Chain):
+class Bert(Sequential):
     """BERT with the heads that it is pre-trained with: token ids ``[b, s]`` to two arrays of logits.
 
     `forward` returns the logits ``[b, s, v]`` of the masked tokens and ``[b, 2]`` of whether the second segment follows
@@ -97,14 +97,14 @@ class Bert(Chain):
             LayerNorm(hidden, parallelism, "norm", eps=c.eps, dtype=c.dtype),
             Dropout(c.dropout, "dropout", c.seed or 0),
             *blocks,
-            Heads(masked, _next_sentence(c, parallelism, common)) if c.next_sentence else masked,
+            FanOut(masked, _next_sentence(c, parallelism, common)) if c.next_sentence else masked,
         )
 
 
 def _masked_tokens(c: BertConfig, p: Parallelism, tokens: Embedding, common: dict[str, Any]) -> Layer:
     sizes = {"h": c.hidden, "f": c.hidden, "v": c.vocabulary}
     words: dict[str, Any] = {"name": "predictions", "weight": tokens.table} if c.tied else {"name": "decoder"}
-    return Chain(
+    return Sequential(
         Linear("bsf,fh->bsh", sizes, "f", p, "predictions.dense", **common),
         ACTIVATIONS[c.activation](),
         LayerNorm(c.hidden, p, "predictions.norm", eps=c.eps, dtype=c.dtype),
@@ -114,7 +114,7 @@ def _masked_tokens(c: BertConfig, p: Parallelism, tokens: Embedding, common: dic
 
 def _next_sentence(c: BertConfig, p: Parallelism, common: dict[str, Any]) -> Layer:
     sizes = {"h": c.hidden, "f": c.hidden, "v": 2}
-    return Chain(
+    return Sequential(
         FirstPool(p),
         Linear("bf,fh->bh", sizes, "f", p, "pooler", **common),
         Tanh(),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from colossal_mpi.layers.block import TransformerBlock
-from colossal_mpi.layers.chain import Chain
+from colossal_mpi.layers.containers import Sequential
 from colossal_mpi.layers.dropout import Dropout
 from colossal_mpi.layers.embedding import Embedding, PositionEmbedding
 from colossal_mpi.layers.head import Head
@@ -49,7 +49,7 @@ class GPTConfig:
     dtype: str = "float32"
 
 
-class GPT(Chain):
+class GPT(Sequential):
     """GPT-2 (Radford et al. 2019), its head tied to the embedding or not: token ids ``[b, s]`` to logits ``[b, s, v]``.
 
     Parameters

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from colossal_mpi.layers.attention.rotary import Rotary
 from colossal_mpi.layers.block import TransformerBlock
-from colossal_mpi.layers.chain import Chain
+from colossal_mpi.layers.containers import Sequential
 from colossal_mpi.layers.embedding import Embedding
 from colossal_mpi.layers.head import Head
 from colossal_mpi.layers.models.experts import mixture
 from colossal_mpi.layers.norm import RMSNorm
 from colossal_mpi.layers.parallelism import Parallelism
-from colossal_mpi.layers.rotary import Rotary
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class LlamaConfig:
     dtype: str = "float32"
 
 
-class Llama(Chain):
+class Llama(Sequential):
     """Llama (Touvron et al. 2023): token ids ``[b, s]`` to logits ``[b, s, v]``. Mistral's is the same architecture.
 
     With experts it is Mixtral's (Jiang et al. 2024).

@@ -6,19 +6,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from colossal_mpi import backend, comm
+from colossal_mpi import comm
 from colossal_mpi.errors import CheckpointError, ConfigError, OptionError
-from colossal_mpi.layers.huggingface import weights
-from colossal_mpi.layers.huggingface.architecture import Architecture
-from colossal_mpi.layers.huggingface.bert import BERT
-from colossal_mpi.layers.huggingface.gpt2 import GPT2
-from colossal_mpi.layers.huggingface.llama import LLAMA, MISTRAL
-from colossal_mpi.layers.huggingface.sink import Sink
-from colossal_mpi.layers.huggingface.source import DTYPES, Source
-from colossal_mpi.layers.huggingface.vit import VIT
 from colossal_mpi.layers.layer import Layer
+from colossal_mpi.layers.models.huggingface import weights
+from colossal_mpi.layers.models.huggingface.architecture import Architecture
+from colossal_mpi.layers.models.huggingface.bert import BERT
+from colossal_mpi.layers.models.huggingface.gpt2 import GPT2
+from colossal_mpi.layers.models.huggingface.llama import LLAMA, MISTRAL
+from colossal_mpi.layers.models.huggingface.sink import Sink
+from colossal_mpi.layers.models.huggingface.source import DTYPES, Source
+from colossal_mpi.layers.models.huggingface.vit import VIT
 from colossal_mpi.layers.models.kinds import KINDS
 from colossal_mpi.layers.parallelism import Parallelism
+from colossal_mpi.platform import backend
 
 KNOWN: tuple[tuple[Architecture, str], ...] = (
     (GPT2, "gpt"),

@@ -8,13 +8,13 @@ from typing import Any
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import OptionError, ShapeError
 from colossal_mpi.layers.block import TransformerBlock
-from colossal_mpi.layers.chain import Chain
+from colossal_mpi.layers.containers import Sequential
+from colossal_mpi.layers.conv import PatchEmbedding
 from colossal_mpi.layers.dropout import Dropout
 from colossal_mpi.layers.embedding import PositionEmbedding
 from colossal_mpi.layers.layer import Context
 from colossal_mpi.layers.norm import LayerNorm
 from colossal_mpi.layers.parallelism import Parallelism
-from colossal_mpi.layers.patch import PatchEmbedding
 from colossal_mpi.layers.pooling import ClassifierHead
 
 
@@ -52,7 +52,7 @@ class ViTConfig:
         return (ny // py) * (nx // px) + (self.pool == "first")
 
 
-class ViT(Chain):
+class ViT(Sequential):
     """Vision Transformer for classification: images ``[b, c, y, x]`` to logits ``[b, v]`` of v classes.
 
     Patches and a class token with learned positions, pre-norm blocks in which every position sees all others, a norm,

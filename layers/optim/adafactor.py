@@ -6,12 +6,13 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from colossal_mpi import backend, distarray
+from colossal_mpi import distarray
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.layers.optim.base import Group, Optimizer, is_weight
 from colossal_mpi.layers.optim.matrices import as_matrix, each, from_matrix
 from colossal_mpi.layers.parameter import Parameter
 from colossal_mpi.layout import Layout
+from colossal_mpi.platform import backend
 
 
 class Adafactor(Optimizer):

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from colossal_mpi import backend, comm
+from colossal_mpi import comm
 from colossal_mpi.distarray import DistArray, squares
 from colossal_mpi.errors import OptionError
 from colossal_mpi.grid import Grid
 from colossal_mpi.layers.parameter import Parameter
 from colossal_mpi.layers.precision import MASTER, LossScale
-from colossal_mpi.parking import fetch, park, put_back
+from colossal_mpi.offload import to_device, to_host, write_back
+from colossal_mpi.platform import backend
 
 
 def gradient_norm(gradients: Sequence[DistArray], grid: Grid | None = None) -> float:
@@ -127,7 +128,7 @@ class Optimizer:
 
     def _begin(self, parameter: Parameter) -> dict[str, DistArray]:
         slots = self.begin(parameter) | ({MASTER: parameter.master()} if parameter.half else {})
-        return {slot: park(array) for slot, array in slots.items()} if self.offload else slots
+        return {slot: to_host(array) for slot, array in slots.items()} if self.offload else slots
 
     @contextmanager
     def _slots(self, parameter: Parameter) -> Iterator[dict[str, DistArray]]:
@@ -136,10 +137,10 @@ class Optimizer:
         if not self.offload:
             yield kept
             return
-        here = {slot: fetch(array, parameter.value.local) for slot, array in kept.items()}
+        here = {slot: to_device(array, parameter.value.local) for slot, array in kept.items()}
         yield here
         for slot, array in here.items():
-            put_back(array, kept[slot])
+            write_back(array, kept[slot])
 
     def begin(self, parameter: Parameter) -> dict[str, DistArray]:
         """Return a parameter's slots before the first step."""

@@ -6,9 +6,9 @@ import itertools
 import math
 from collections.abc import Iterator
 
-from colossal_mpi import backend
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.layout import Layout
+from colossal_mpi.platform import backend
 
 
 def each(array: DistArray, batch: int) -> Iterator[DistArray]:

@@ -9,11 +9,21 @@ import pytest
 
 from colossal_mpi import ConfigError
 from colossal_mpi.apps.bench import checkpoint as benchmark
-from colossal_mpi.launcher import inherited
+from colossal_mpi.runtime.launcher import inherited
 
 
 def test_it_times_saving_and_loading_beside_plain_files(tmp_path):
-    command = [sys.executable, "-m", "colossal_mpi.apps.cli", "bench", "checkpoint", "--ranks", "2", "--repeat", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "colossal_mpi.apps.cli",
+        "bench",
+        "checkpoint",
+        "--ranks",
+        "2",
+        "--repeat",
+        "1",
+    ]
     command += ["--size", "0.01", "--directory", str(tmp_path / "disk"), "--json", str(tmp_path / "rows.json")]
     env = inherited(os.environ)
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)

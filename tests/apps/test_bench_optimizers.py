@@ -10,7 +10,7 @@ from mpi4py import MPI
 
 from colossal_mpi import ConfigError, Grid
 from colossal_mpi.apps.bench import optimizers
-from colossal_mpi.apps.trainer import Trainer
+from colossal_mpi.apps.training.trainer import Trainer
 
 CLI = [sys.executable, "-m", "colossal_mpi.apps.cli", "bench", "optimizers"]
 SMALL = """

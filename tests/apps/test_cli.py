@@ -8,7 +8,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from colossal_mpi.apps import cli
+from colossal_mpi.apps.cli import main
 
 CLI = [sys.executable, "-m", "colossal_mpi.apps.cli"]
 
@@ -26,9 +26,9 @@ def commands(group, *names):
 
 
 @pytest.mark.parametrize("width", [80, 100])
-@pytest.mark.parametrize("command", commands(typer.main.get_command(cli.app)), ids=lambda c: "-".join(c) or "root")
+@pytest.mark.parametrize("command", commands(typer.main.get_command(main.app)), ids=lambda c: "-".join(c) or "root")
 def test_help_fits_a_screen_and_has_an_example(command, width):
-    result = CliRunner().invoke(cli.app, [*command, "--help"], env={"COLUMNS": str(width), "TERMINAL_WIDTH": ""})
+    result = CliRunner().invoke(main.app, [*command, "--help"], env={"COLUMNS": str(width), "TERMINAL_WIDTH": ""})
     assert result.exit_code == 0
     lines = result.output.splitlines()
     assert len(lines) <= 40

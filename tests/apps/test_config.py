@@ -5,9 +5,9 @@ import re
 import pytest
 
 from colossal_mpi import ConfigError
-from colossal_mpi.apps import config as configs
-from colossal_mpi.apps import tasks
-from colossal_mpi.apps.sections import KINDS
+from colossal_mpi.apps.config import load as configs
+from colossal_mpi.apps.config.sections import KINDS
+from colossal_mpi.apps.training import tasks
 
 
 def write(tmp_path, text):

@@ -5,14 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mpi4py import MPI
-from reference import hf_case as case
 
 from colossal_mpi import CheckpointError, Layout, OptionError, checkpoint, distarray
-from colossal_mpi.apps import trainer
-from colossal_mpi.apps.config import Config
-from colossal_mpi.apps.convert import convert
+from colossal_mpi.apps.cli.convert import convert
+from colossal_mpi.apps.config.load import Config
+from colossal_mpi.apps.training import trainer
 from colossal_mpi.grid import Grid
 from colossal_mpi.layers import Parallelism, models
+from tests.reference import hf_case as case
 
 prepared_by = pytest.mark.prepare(case.prepare)
 MOST = 10**9

@@ -5,7 +5,7 @@ import pytest
 from mpi4py import MPI
 
 from colossal_mpi import ConfigError, Grid, Layout
-from colossal_mpi.apps import data
+from colossal_mpi.apps.data import corpus as data
 
 
 @pytest.mark.grids({}, {"row": 2, "col": 2})

@@ -16,7 +16,7 @@ from rich.console import Console
 import colossal_mpi
 from colossal_mpi.apps.doctor import cores, disk, facts, gpus, mpi, network, packages, same, show
 from colossal_mpi.apps.doctor.finding import BAD, GOOD, WARNING, Finding, named, worst
-from colossal_mpi.launcher import cpus, mpiexec_command
+from colossal_mpi.runtime.launcher import cpus, mpiexec_command
 
 ROOT = Path(__file__).parents[2]
 OPEN_MPI = MPI.get_vendor()[0] == "Open MPI"

@@ -10,11 +10,11 @@ from itertools import pairwise
 from pydoc_data.topics import topics
 
 import pytest
-from documents import DOCUMENTS, ROOT, Line, Literal, Program, command, commands, parse, paths, read
-from fakes import environment
 
-from colossal_mpi.apps.config import Config
-from colossal_mpi.apps.sections import KINDS
+from colossal_mpi.apps.config.load import Config
+from colossal_mpi.apps.config.sections import KINDS
+from tests.documents import DOCUMENTS, ROOT, Line, Literal, Program, command, commands, parse, paths, read
+from tests.fakes import environment
 
 READ = {path.relative_to(ROOT).as_posix(): read(path) for path in DOCUMENTS}
 RUN = [name for name, found in READ.items() if any(isinstance(item, Line) and item.can_run for item in found)]

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from reference.modes import few, parallelism
 
 from colossal_mpi import ConfigError, GridError
-from colossal_mpi.apps.arguments import from_command_line
+from colossal_mpi.apps.cli.arguments import from_command_line
 from colossal_mpi.apps.examples import own_model
-from colossal_mpi.launcher import mpiexec_command
 from colossal_mpi.layers import MODES
+from colossal_mpi.runtime.launcher import mpiexec_command
+from tests.reference.modes import few, parallelism
 
 EXAMPLE = Path(own_model.__file__)
 STEPS = 6

@@ -8,11 +8,11 @@ import pytest
 from mpi4py import MPI
 
 from colossal_mpi import Grid, checkpoint
-from colossal_mpi.apps import config as configs
-from colossal_mpi.apps import saved
-from colossal_mpi.apps.trainer import Trainer
-from colossal_mpi.launcher import mpiexec_command
+from colossal_mpi.apps.config import load as configs
+from colossal_mpi.apps.training import saved
+from colossal_mpi.apps.training.trainer import Trainer
 from colossal_mpi.layers import Parallelism, generate, models
+from colossal_mpi.runtime.launcher import mpiexec_command
 
 CLI = [sys.executable, "-m", "colossal_mpi.apps.cli", "generate"]
 MODEL = {"layers": 2, "hidden": 20, "heads": 5, "context": 12, "vocabulary": 259, "std": 0.3}

@@ -5,16 +5,16 @@ import sys
 
 import pytest
 
-from colossal_mpi import backend
-from colossal_mpi.apps import gpu_check
-from colossal_mpi.apps.gpu_check import Row, run
+from colossal_mpi.apps.doctor import gpu_check
+from colossal_mpi.apps.doctor.gpu_check import Row, run
+from colossal_mpi.platform import backend
 
 
 def test_it_says_so_and_passes_without_a_gpu():
     if backend.resolve_device("auto", 0) != "cpu":
         pytest.skip("there is a GPU")
     done = subprocess.run(
-        [sys.executable, "-m", "colossal_mpi.apps.gpu_check"],
+        [sys.executable, "-m", "colossal_mpi.apps.doctor.gpu_check"],
         cwd=gpu_check.TESTS.parent,
         capture_output=True,
         text=True,

@@ -7,7 +7,7 @@ import pytest
 from mpi4py import MPI
 
 from colossal_mpi import ConfigError, Grid, comm
-from colossal_mpi.apps.images import draw, read_images, shifted
+from colossal_mpi.apps.data.images import draw, read_images, shifted
 
 SELF = Grid(MPI.COMM_SELF)
 

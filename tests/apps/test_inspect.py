@@ -10,9 +10,9 @@ import pytest
 from mpi4py import MPI
 
 from colossal_mpi import CheckpointError, Grid, Layout, checkpoint, comm, from_global, random
-from colossal_mpi.apps.inspect import inspect
+from colossal_mpi.apps.cli.inspect import inspect
 from colossal_mpi.checkpoint import compare, contents, parts
-from colossal_mpi.launcher import mpiexec_command
+from colossal_mpi.runtime.launcher import mpiexec_command
 
 META = {"step": 7, "config": {"training": {"lr": 0.5}}, "model": {"kind": "gpt", "sizes": None}}
 VALUES = {"training/step": (7, "steps")}

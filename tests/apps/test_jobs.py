@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from fakes import environment
+
+from tests.fakes import environment
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "jobs").iterdir())

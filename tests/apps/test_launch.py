@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from mpi4py import MPI
 
-from colossal_mpi import launcher
 from colossal_mpi.apps import launch
 from colossal_mpi.errors import ConfigError, LaunchError
+from colossal_mpi.runtime import launcher
 
 ROOT = Path(__file__).parents[2]
 RUN = "import sys\nfrom colossal_mpi.apps.launch import run\nsys.exit(run(2, sys.argv[1:]))"
@@ -67,7 +67,7 @@ def test_own_rank_variables_are_not_inherited(script):
 
 
 def test_import_leaves_no_rank_variables():
-    code = "import os, subprocess, colossal_mpi.guards as g; g.install(); subprocess.run(['env'])"
+    code = "import os, subprocess, colossal_mpi.runtime.guards as g; g.install(); subprocess.run(['env'])"
     env = {"PATH": os.environ["PATH"], "HOME": str(Path.home()), "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=30)
     names = {line.partition("=")[0] for line in done.stdout.splitlines()}
@@ -85,7 +85,7 @@ def test_dry_run_prints_and_starts_nothing(script, tmp_path, capfd):
 BLOCKED = """
 import signal, sys
 signal.alarm(25)  # the deadline of this test
-import colossal_mpi.guards as guards
+import colossal_mpi.runtime.guards as guards
 guards.install()
 from mpi4py import MPI
 MPI.COMM_WORLD.Barrier()

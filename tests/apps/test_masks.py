@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from colossal_mpi.apps.masks import BYTES, CLS, MASK, SEP, Form
+from colossal_mpi.apps.data.masks import BYTES, CLS, MASK, SEP, Form
 
 TEXT = np.random.default_rng(0).integers(0, 256, 5000).astype(np.uint8)
 MANY = np.random.default_rng(1).integers(0, 4000, 400)

@@ -11,7 +11,7 @@ import pytest
 from mpi4py import MPI
 
 from colossal_mpi import ConfigError, Grid, comm, ledger
-from colossal_mpi.apps import config as configs
+from colossal_mpi.apps.config import load as configs
 from colossal_mpi.apps.planning import plan, show
 from colossal_mpi.apps.planning.candidates import grids, most_even, with_settings
 from colossal_mpi.apps.planning.dry import timeline
@@ -21,11 +21,11 @@ from colossal_mpi.apps.planning.quick import Estimates
 from colossal_mpi.apps.planning.rates import Given, size_of
 from colossal_mpi.apps.planning.search import USABLE, search
 from colossal_mpi.apps.planning.trial import trial
-from colossal_mpi.apps.trainer import Trainer
+from colossal_mpi.apps.training.trainer import Trainer
 from colossal_mpi.errors import ColossalError
-from colossal_mpi.layers.pipeline import PIPE
-from colossal_mpi.layers.schedule import BackwardInput, BackwardWeight, Forward
-from colossal_mpi.machine import Link, Machine
+from colossal_mpi.layers.pipeline.model import PIPE
+from colossal_mpi.layers.pipeline.schedule import BackwardInput, BackwardWeight, Forward
+from colossal_mpi.meta.machine import Link, Machine
 
 LINK = Link(50e-6, 2e9)
 MACHINE = Machine(40e9, 30e9, 5e-6, 2e-4, LINK, LINK, 4, overlap=False)

@@ -8,21 +8,20 @@ from pathlib import Path
 import pytest
 import tomli_w
 from mpi4py import MPI
-from reference.modes import mode_of
 from typer.testing import CliRunner
 
 from colossal_mpi import Grid, comm
-from colossal_mpi.apps import config as configs
-from colossal_mpi.apps import machine, report
-from colossal_mpi.apps.cli import app
-from colossal_mpi.apps.meter import Meter
-from colossal_mpi.apps.report import text
+from colossal_mpi.apps import machine, report, text
+from colossal_mpi.apps.cli.main import app
+from colossal_mpi.apps.config import load as configs
 from colossal_mpi.apps.report.curves import running_median
-from colossal_mpi.apps.rundir import PLOTS, RunDirectory
-from colossal_mpi.apps.trace import KINDS, Trace
-from colossal_mpi.apps.trainer import Trainer
+from colossal_mpi.apps.training.meter import Meter
+from colossal_mpi.apps.training.run_directory import PLOTS, RunDirectory
+from colossal_mpi.apps.training.trace import KINDS, Trace
+from colossal_mpi.apps.training.trainer import Trainer
 from colossal_mpi.errors import ConfigError
-from colossal_mpi.layers.flops import hardware_flop, model_flop
+from colossal_mpi.layers.analysis.flops import hardware_flop, model_flop
+from tests.reference.modes import mode_of
 
 SMALL = {"model": {"layers": 2, "hidden": 20, "heads": 5, "context": 12}}
 

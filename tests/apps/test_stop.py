@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from colossal_mpi.apps.stopping import CODE, Stop
+from colossal_mpi.apps.training.stopping import CODE, Stop
 from colossal_mpi.errors import ConfigError
 from colossal_mpi.grid import Grid
-from colossal_mpi.launcher import mpiexec_command
+from colossal_mpi.runtime.launcher import mpiexec_command
 
 SMALL = """
 [model]

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mpi4py import MPI
-from reference.modes import FEW, mode_of
 
 from colossal_mpi import Grid
-from colossal_mpi.apps import config as configs
-from colossal_mpi.apps.trainer import Trainer
-from colossal_mpi.layers.pipeline import place_of
+from colossal_mpi.apps.config import load as configs
+from colossal_mpi.apps.training.trainer import Trainer
+from colossal_mpi.layers.pipeline.model import place_of
 from tests.cases import host
+from tests.reference.modes import FEW, mode_of
 
 TRAINING = {"steps": 6, "batch": 5, "microbatches": 2, "warmup": 2, "evaluate_batches": 2, "lr": 1e-2}
 SMALL = {"layers": 1, "hidden": 15, "heads": 3}

@@ -10,9 +10,10 @@ import pytest
 from mpi4py import MPI
 
 from colossal_mpi import ConfigError, Grid, Layout, comm
-from colossal_mpi.apps import config as configs
-from colossal_mpi.apps import data, prepare, store
-from colossal_mpi.apps.tokens import Joined, Stretches
+from colossal_mpi.apps.config import load as configs
+from colossal_mpi.apps.data import corpus as data
+from colossal_mpi.apps.data import prepare, store
+from colossal_mpi.apps.data.tokens import Joined, Stretches
 
 CLI = [sys.executable, "-m", "colossal_mpi.apps.cli", "data"]
 TEXT = "".join(f"Line {i} of a text, with naïve “quotes” and\n\n  blanks.\n" for i in range(900))

@@ -12,8 +12,8 @@ import h5py
 import numpy as np
 import pytest
 
-from colossal_mpi.apps import compare
-from colossal_mpi.launcher import mpiexec_command
+from colossal_mpi.apps.training import compare
+from colossal_mpi.runtime.launcher import mpiexec_command
 
 SMALL = """
 [model]

@@ -12,7 +12,7 @@ import pytest
 from mpi4py import MPI
 
 from colossal_mpi import Grid, Layout, checkpoint, zeros
-from colossal_mpi.launcher import mpiexec_command
+from colossal_mpi.runtime.launcher import mpiexec_command
 
 SAVER = """
 import os, sys
@@ -23,7 +23,7 @@ from colossal_mpi.checkpoint import place
 background, folder = sys.argv[1] == "background", Path(sys.argv[2])
 grid = Grid(row=int(sys.argv[3]))
 state = {f"w{i}": zeros((400, 1000), grid, Layout("row", None)) for i in range(3)}
-saving = checkpoint.Background(grid)
+saving = checkpoint.AsyncCheckpointer(grid)
 (folder / f"pid{grid.rank}").write_text(str(os.getpid()))
 for step in range(1, 10**6):
     saving.settle()

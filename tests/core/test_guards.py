@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 PREPARE = """
 import os, signal, sys, time
 signal.alarm(25)  # the deadline of this test
-import colossal_mpi.guards as guards
+import colossal_mpi.runtime.guards as guards
 guards.install()
 from mpi4py import MPI
 from colossal_mpi.errors import ConfigError
@@ -223,14 +223,14 @@ def test_one_blas_thread_for_each_rank(tmp_path, before, more, expected):
 
 
 def test_one_process_alone_is_left_as_it_is():
-    code = "import sys; old = sys.exit, sys.excepthook; import colossal_mpi.guards as g; g.install()"
+    code = "import sys; old = sys.exit, sys.excepthook; import colossal_mpi.runtime.guards as g; g.install()"
     done = alone(code + "; assert old == (sys.exit, sys.excepthook); 1 / 0")
     assert done.returncode == 1
     assert "ZeroDivisionError" in done.stderr
 
 
 def test_missing_library_says_what_to_install():
-    done = alone("import colossal_mpi.guards as g; g.install()", MPI4PY_LIBMPI="/nonexistent")
+    done = alone("import colossal_mpi.runtime.guards as g; g.install()", MPI4PY_LIBMPI="/nonexistent")
     assert done.returncode == 1
     assert done.stderr.startswith("colossal_mpi: error: MPI was not found (")
     assert "pip install colossal-mpi[mpich]" in done.stderr
@@ -238,7 +238,7 @@ def test_missing_library_says_what_to_install():
 
 def test_missing_mpi4py_is_an_import_error(tmp_path):
     (tmp_path / "mpi4py.py").write_text("raise ImportError('libmpi.so.12: cannot open shared object file')")
-    code = "try:\n    import colossal_mpi.guards as g; g.install()\nexcept ImportError as e:\n    print(e)"
+    code = "try:\n    import colossal_mpi.runtime.guards as g; g.install()\nexcept ImportError as e:\n    print(e)"
     done = alone(code, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
     assert "MPI was not found (libmpi.so.12: cannot open shared object file)" in done.stdout
 
@@ -248,14 +248,14 @@ def test_foreign_launcher_is_told_by_rank_0_only(rank):
     told = {"PMI_SIZE": "4", "PMI_RANK": str(rank)}
     if not OPEN_MPI:  # what Open MPI's sets; MPICH would abort
         told = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": str(rank), "PMIX_RANK": "0", "PRTE_LAUNCHED": "1"}
-    done = alone("import colossal_mpi.guards as g; g.install()", **told)
+    done = alone("import colossal_mpi.runtime.guards as g; g.install()", **told)
     assert done.returncode == 1
     assert ("the launcher started 4 processes" in done.stderr) == (rank == 0)
     assert done.stderr.count("\n") == (rank == 0)
 
 
 def test_batch_script_of_slurm_is_no_launcher():
-    done = alone("import colossal_mpi.guards as g; g.install()", SLURM_NTASKS="4", SLURM_PROCID="0")
+    done = alone("import colossal_mpi.runtime.guards as g; g.install()", SLURM_NTASKS="4", SLURM_PROCID="0")
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from colossal_mpi import DistArray, Layout, backend, comm, from_global, ledger
+from colossal_mpi import DistArray, Layout, comm, from_global, ledger
+from colossal_mpi.platform import backend
 from tests.cases import host, on
 
 GRIDS = pytest.mark.grids({"x": 2}, {"x": 3})

@@ -16,10 +16,10 @@ from colossal_mpi import (
     comm,
     from_global,
     ledger,
-    stream,
     zeros,
 )
 from colossal_mpi.linalg import load, save
+from colossal_mpi.redistribution import gather
 from tests.cases import host, integers, layouts, refusal, represents, some, spread, totals
 
 ONE, LINE, SQUARE, WIDE = {}, {"col": 3}, {"row": 2, "col": 2}, {"row": 2, "col": 3}
@@ -79,7 +79,7 @@ def test_files_of_others_are_read(grid, shared_path):
 
 @pytest.mark.grids(LINE, WIDE)
 def test_rank_0_receives_pieces_of_bounded_size_once(grid, shared_path, monkeypatch):
-    monkeypatch.setattr(stream, "PIECE", 12)
+    monkeypatch.setattr(gather, "PIECE", 12)
     whole = integers((13, 5))
     for layout in some(layouts(2, grid.axes, False), 6):
         a = from_global(whole, grid, layout)

@@ -42,7 +42,7 @@ def test_the_site_of_a_product_is_where_contract_moves(grid):
     assert moved.events
     files = {event.site.rsplit(":", 1)[0] for event in moved.events}
     assert files == {inspect.getsourcefile(linalg.contract)}
-    assert inspect.getmodule(linalg.contract).__name__ == "colossal_mpi.linalg.contract"
+    assert inspect.getmodule(linalg.contract).__name__ == "colossal_mpi.linalg.contraction.contract"
 
 
 @on_two_by_two

@@ -5,7 +5,8 @@ import time
 import numpy as np
 import pytest
 
-from colossal_mpi import DistArray, Layout, comm, from_global, ledger, nonblocking
+from colossal_mpi import DistArray, Layout, comm, from_global, ledger
+from colossal_mpi.redistribution import nonblocking
 from tests.cases import astray, host, integers, layouts, on, some, spread, totals
 
 GRIDS = pytest.mark.grids({"row": 2, "col": 2}, {"row": 3}, {"row": 3, "col": 2}, {"row": 1, "col": 5})

@@ -6,7 +6,7 @@ import pytest
 
 from colossal_mpi import DistArray, Layout, comm, from_global, ledger
 from colossal_mpi.layout import part
-from colossal_mpi.redistribute import cotangent, received
+from colossal_mpi.redistribution.redistribute import cotangent, received
 from tests.cases import astray, host, inner, integers, lacking, layouts, on, represents, some, spread, totals
 
 GRIDS = [{"row": 2, "col": 2}, {"row": 2, "col": 3}, {"row": 1, "col": 3}, {"a": 2, "b": 2, "c": 2}]

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from colossal_mpi import Grid, Layout, backend, comm, from_global, linalg, staging
+from colossal_mpi import Grid, Layout, comm, from_global, linalg
+from colossal_mpi.comm import staging
 from colossal_mpi.grid import Grid as _Grid
+from colossal_mpi.platform import backend
 from colossal_mpi.testing import fake
 from colossal_mpi.testing.fake_array import FakeStreamError, stream
 from tests.cases import integers, represents

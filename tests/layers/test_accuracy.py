@@ -41,7 +41,7 @@ def gradient(parameter):
 
 def prepare(path):
     """Write the exact gradients of the weights, and PyTorch's in float32."""
-    from reference.torch_gpt import loss_and_gradients
+    from tests.reference.torch_gpt import loss_and_gradients
 
     weights, _ = gradients(Grid(MPI.COMM_SELF))
     for dtype in ("float32", "float64"):

@@ -2,14 +2,14 @@
 
 import numpy as np
 import pytest
-from reference import attention_case as case
-from reference.gpt_case import block_and_index, difference
-from reference.modes import every_cut, few
 
 from colossal_mpi import from_global
 from colossal_mpi.errors import DTypeError, ShapeError
 from colossal_mpi.layers import Context, Parallelism
-from colossal_mpi.layers.attention import SelfAttention
+from colossal_mpi.layers.attention.self_attention import SelfAttention
+from tests.reference import attention_case as case
+from tests.reference.gpt_case import block_and_index, difference
+from tests.reference.modes import every_cut, few
 
 prepared_by = pytest.mark.prepare(case.prepare)
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import threadpoolctl
 import torch
-from reference.torch_attention import attend, rotate
 
 from colossal_mpi.layers.kernels import reference as kernels
 from colossal_mpi.layers.kernels.reference import tiles
+from tests.reference.torch_attention import attend, rotate
 
 formulas = import_module("colossal_mpi.layers.kernels.reference.attention")
 RNG = np.random.default_rng(0)

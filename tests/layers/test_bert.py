@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 from mpi4py import MPI
-from reference import gpt_case
-from reference.modes import few, mode_of, parallelism
-from reference.saboteur import Saboteur
 
 from colossal_mpi import Grid, Layout, ShapeError, comm, from_global, random
 from colossal_mpi.layers import Context, Parallelism
 from colossal_mpi.layers.embedding import SegmentEmbedding
 from colossal_mpi.layers.models import Bert, BertConfig
 from tests.cases import host
+from tests.reference import gpt_case
+from tests.reference.modes import few, mode_of, parallelism
+from tests.reference.saboteur import Saboteur
 
 B, S, V = 3, 5, 11
 CONFIG = BertConfig(V, layers=1, hidden=10, heads=5, positions=7, segments=3, inner=7, std=0.3, dtype="float64")

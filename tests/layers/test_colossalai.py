@@ -7,12 +7,12 @@ size. Every gradient is compared, and depth is 2 in 2.5d and 3d.
 
 import numpy as np
 import pytest
-from reference import layer_case as case
-from reference.gpt_case import block_and_index, difference
-from reference.modes import every_mode, parallelism
 
 from colossal_mpi import from_global
 from colossal_mpi.layers.loss import CrossEntropy
+from tests.reference import layer_case as case
+from tests.reference.gpt_case import block_and_index, difference
+from tests.reference.modes import every_mode, parallelism
 
 SIZES = {"b": 8, "s": 8, "h": 8, "f": 16, "v": 16, "c": 3, "y": 16, "x": 16, "k": 4}
 CLASSES = SIZES | {"v": 8}

@@ -3,13 +3,13 @@
 import array_api_strict as strict
 import numpy as np
 import pytest
-from reference.modes import every_mode, few, parallelism
 
 from colossal_mpi import DistArray, Layout, OptionError, distarray, from_global, random
 from colossal_mpi.layers import Context
 from colossal_mpi.layers.dropout import Dropout, DropPath
 from tests.cases import block_of, host
 from tests.cases import layouts as every_layout
+from tests.reference.modes import every_mode, few, parallelism
 
 SHAPE = (7, 5, 9)
 KINDS = pytest.mark.parametrize("kind", [Dropout, DropPath])

@@ -4,15 +4,15 @@ import functools
 
 import numpy as np
 import pytest
-from reference import layer_case as case
 
 from colossal_mpi import ShapeError, from_global, random
 from colossal_mpi.layers import Context, Parallelism
-from colossal_mpi.layers.attention import Attention, SelfAttention
+from colossal_mpi.layers.attention.rotary import Rotary, Rotation
+from colossal_mpi.layers.attention.self_attention import Attention, SelfAttention
 from colossal_mpi.layers.embedding import Embedding, SegmentEmbedding
 from colossal_mpi.layers.loss import CrossEntropy
 from colossal_mpi.layers.moe import MoE
-from colossal_mpi.layers.rotary import Rotary, Rotation
+from tests.reference import layer_case as case
 
 B, S, H, F, A, V = 3, 5, 6, 7, 3, 11
 SIZES = {"b": B, "s": S, "h": H, "t": 3, "a": A, "d": 2, "f": F, "v": V, "p": 2, "c": 2, "y": 5, "x": 7, "k": 2}

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from colossal_mpi import Grid, backend, blas
-from colossal_mpi.apps import config as configs
-from colossal_mpi.apps.trainer import Trainer
+from colossal_mpi import Grid
+from colossal_mpi.apps.config import load as configs
+from colossal_mpi.apps.training.trainer import Trainer
 from colossal_mpi.errors import OptionError
-from colossal_mpi.layers import Parallelism, flops
-from colossal_mpi.layers.patch import Conv2d
+from colossal_mpi.layers import Parallelism
+from colossal_mpi.layers.analysis import flops
+from colossal_mpi.layers.conv import Conv2d
+from colossal_mpi.platform import backend, blas
 
 WIDE = {"layers": 2, "hidden": 20, "heads": 4}
 MODELS = {

@@ -5,16 +5,17 @@ import json
 import numpy as np
 import pytest
 from mpi4py import MPI
-from reference.modes import GRIDS, SEQUENCE, mode_of
 
-from colossal_mpi import ColossalError, Grid, OptionError, ShapeError, backend, comm, from_global, ledger, random
+from colossal_mpi import ColossalError, Grid, OptionError, ShapeError, comm, from_global, ledger, random
 from colossal_mpi.layers import Context, Parallelism, SelfAttention, generate
-from colossal_mpi.layers.chain import Chain
-from colossal_mpi.layers.decode import KeyValues
+from colossal_mpi.layers.containers import Sequential
 from colossal_mpi.layers.head import Head
+from colossal_mpi.layers.inference.kv_cache import KeyValues
 from colossal_mpi.layers.models import GPT, GPTConfig, Llama, LlamaConfig
-from colossal_mpi.layers.pipeline import Pipeline, cut, place_of
+from colossal_mpi.layers.pipeline.model import Pipeline, cut, place_of
+from colossal_mpi.platform import backend
 from tests.cases import host, inner, totals
+from tests.reference.modes import GRIDS, SEQUENCE, mode_of
 
 COMMON = {"layers": 3, "positions": 13, "dtype": "float64", "std": 0.4}
 MODELS = {
@@ -88,7 +89,7 @@ def step_by_step(name, grid):
         at = LENGTHS + step - 1
         ids = np.take_along_axis(TOKENS, at[:, None], 1) if step else TOKENS[:, : LENGTHS.max()]
         where = {"positions": at[:, None]} if step else {"wanted": at}
-        ctx, x = Context(train=False, cache=cache, **where), from_global(ids, p.grid, p.tokens())
+        ctx, x = Context(train=False, kv_cache=cache, **where), from_global(ids, p.grid, p.tokens())
         border = (*ids.shape, model.config.hidden), p.stream(), "float64"
         y = model.forward(x, ctx)[0] if pipeline is None else pipeline.forward(x, ctx, border)
         made.append(None if y is None else y.gather()[:, 0])
@@ -157,7 +158,7 @@ def test_words_of_a_token(grid):
     def words(length, cache):
         ids = from_global(TOKENS[:, :1], grid, p.tokens())
         with ledger.record() as moved:
-            model.forward(ids, Context(train=False, cache=cache, positions=np.full((B, 1), length)))
+            model.forward(ids, Context(train=False, kv_cache=cache, positions=np.full((B, 1), length)))
         return moved.words
 
     cache = KeyValues(9)
@@ -172,7 +173,7 @@ def test_words_in_a_ring(grid):
     for step, tokens in enumerate((x, x[:, :1])):
         positions = np.full((b, 1), s) if step else None
         with ledger.record() as moved:
-            layer.forward(tokens, Context(cache=cache, positions=positions))
+            layer.forward(tokens, Context(kv_cache=cache, positions=positions))
         n = tokens.shape[1]
         assert sum(comm.collect(moved.words, grid)) == (c - 1) * n * b * (3 * h + heads * (h // heads + 2))
     slots = comm.collect(cache.nbytes, grid)
@@ -205,7 +206,7 @@ def test_a_model_of_ones_own_generates_too(grid):
     exact = generate(gpt, PROMPTS, 3, temperature=0)
     plain = super(Head, gpt.layers[-1])
     gpt.layers[-1].forward = plain.forward  # a head that does all tokens
-    assert generate(Chain(*gpt.layers), PROMPTS, 3, temperature=0) == exact
+    assert generate(Sequential(*gpt.layers), PROMPTS, 3, temperature=0) == exact
 
 
 @pytest.mark.grids({"data": 2})
@@ -225,10 +226,10 @@ def test_what_cannot_be_generated_is_refused(grid):
     both = SelfAttention(6, 3, p, "a", causal=False)
     x = random.normal((2, 3, 6), grid, p.stream(), 0, "x").astype("float32")
     with pytest.raises(OptionError, match="kept for causal attention alone"):
-        both.forward(x, Context(cache=KeyValues(3)))
+        both.forward(x, Context(kv_cache=KeyValues(3)))
     causal = SelfAttention(6, 3, p, "a")
     with pytest.raises(ShapeError, match="a token at position 2 needs 3 slots; the cache has 2"):
-        causal.forward(x, Context(cache=KeyValues(2)))
+        causal.forward(x, Context(kv_cache=KeyValues(2)))
     model.layers[-1].weight.value.local[...] *= backend.namespace(x.local).nan
     with pytest.raises(ColossalError, match="the logits after text 0, 1, 2, 3, 4 are no numbers"):
         generate(model, PROMPTS, 3)

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 from mpi4py import MPI
-from reference import gpt_case as case
 
 from colossal_mpi import Grid
 from colossal_mpi.layers.models import GPTConfig
 from tests.cases import host
+from tests.reference import gpt_case as case
 
 prepared_by = pytest.mark.prepare(case.prepare)
 

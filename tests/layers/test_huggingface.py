@@ -2,14 +2,14 @@
 
 import numpy as np
 import pytest
-from reference import hf_case as case
-from reference.modes import every_mode, few, parallelism
 
 from colossal_mpi import Grid, Layout, comm, from_global
 from colossal_mpi.layers import Context, Parallelism, models
-from colossal_mpi.layers.huggingface import source
 from colossal_mpi.layers.loss import CrossEntropy
+from colossal_mpi.layers.models.huggingface import source
 from tests.cases import block_of, host
+from tests.reference import hf_case as case
+from tests.reference.modes import every_mode, few, parallelism
 
 prepared_by = pytest.mark.prepare(case.prepare)
 

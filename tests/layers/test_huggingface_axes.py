@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from colossal_mpi.layers.huggingface.axes import Entry
+from colossal_mpi.layers.models.huggingface.axes import Entry
 from colossal_mpi.layout import index_of, slices
 
 SIZES = {"h": 5, "t": 3, "a": 4, "d": 2, "f": 7, "g": 2, "r": 3}

@@ -8,15 +8,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 from mpi4py import MPI
-from reference.modes import parallelism
 from safetensors.numpy import load_file, save_file
 
-from colossal_mpi import CheckpointError, ConfigError, Grid, OptionError, stream
+from colossal_mpi import CheckpointError, ConfigError, Grid, OptionError
 from colossal_mpi.layers import Parallelism, models
-from colossal_mpi.layers.huggingface import source
-from colossal_mpi.layers.huggingface.sink import Sink
+from colossal_mpi.layers.models.huggingface import source
+from colossal_mpi.layers.models.huggingface.sink import Sink
 from colossal_mpi.layers.pooling import FirstPool
+from colossal_mpi.redistribution import gather
 from tests.cases import host, refusal
+from tests.reference.modes import parallelism
 
 SIZES = {"vocabulary": 11, "layers": 1, "hidden": 6, "heads": 3, "inner": 5, "positions": 7}
 MODELS = {
@@ -220,7 +221,7 @@ def test_a_failed_write_leaves_nothing_and_is_known_to_all_ranks(grid, shared_pa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Sink, "write", full)
-    monkeypatch.setattr(stream, "PIECE", 8)
+    monkeypatch.setattr(gather, "PIECE", 8)
     model = models.GPT(MODELS["gpt2"], parallelism(grid))
     kind, text = refusal(lambda: models.save_pretrained(model, shared_path / "hf"), grid)
     assert kind is CheckpointError

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 from mpi4py import MPI
-from reference import layer_case as case
-from reference.modes import every_cut, parallelism
 
 from colossal_mpi import Grid, Layout
 from colossal_mpi.layers import Parallelism
 from tests.cases import assemble, host
+from tests.reference import layer_case as case
+from tests.reference.modes import every_cut, parallelism
 
 
 def check(grid, exact, sizes=case.SIZES, zeros=False, keep_gathered=True):

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from reference import loss_case as case
-from reference.modes import every_mode, few, parallelism
 
 from colossal_mpi import Layout, OptionError, ShapeError, comm, from_global, ledger, random
 from colossal_mpi.layers.loss import CrossEntropy, MeanSquaredError
 from tests.cases import assemble, block_of, host
+from tests.reference import loss_case as case
+from tests.reference.modes import every_mode, few, parallelism
 
 prepared_by = pytest.mark.prepare(case.prepare)
 

@@ -4,14 +4,14 @@ import math
 
 import pytest
 from mpi4py import MPI
-from reference.saved import saved_arrays
 
 from colossal_mpi import Grid, from_global, random
 from colossal_mpi.layers import Context, Parallelism
-from colossal_mpi.layers.attention import SelfAttention
+from colossal_mpi.layers.attention.rotary import Rotary
+from colossal_mpi.layers.attention.self_attention import SelfAttention
 from colossal_mpi.layers.models import GPT, GPTConfig
 from colossal_mpi.layers.optim import AdamW
-from colossal_mpi.layers.rotary import Rotary
+from tests.reference.saved import saved_arrays
 
 CONFIG = GPTConfig(vocabulary=256, layers=2, hidden=256, heads=8, positions=32)
 TOKENS = [[(7 * i + 3 * j) % 256 for j in range(32)] for i in range(8)]

@@ -3,11 +3,6 @@
 import numpy as np
 import pytest
 from mpi4py import MPI
-from reference import moe_case as case
-from reference.gpt_case import block_and_index, difference
-from reference.modes import every_cut, few, mode_of, parallelism
-from reference.saboteur import Saboteur
-from reference.words import moe_words
 
 from colossal_mpi import DTypeError, Grid, Layout, OptionError, ShapeError, comm, from_global, ledger, random
 from colossal_mpi.layers import Context, Parallelism, backpropagate
@@ -17,6 +12,11 @@ from colossal_mpi.layers.moe import MoE
 from colossal_mpi.layers.optim import AdamW
 from tests.cases import host, indices
 from tests.layers.test_finite_differences import slope
+from tests.reference import moe_case as case
+from tests.reference.gpt_case import block_and_index, difference
+from tests.reference.modes import every_cut, few, mode_of, parallelism
+from tests.reference.saboteur import Saboteur
+from tests.reference.words import moe_words
 
 prepared_by = pytest.mark.prepare(case.prepare)
 more_ranks_than_experts = pytest.mark.grids({"data": 4}, {"data": 3, "depth": 2}, {"data": 6})

@@ -3,18 +3,18 @@
 import numpy as np
 import pytest
 from mpi4py import MPI
-from reference import gpt_case as case
-from reference import layer_case
-from reference.modes import mode_of, parallelism
-from reference.saboteur import Saboteur
 
 from colossal_mpi import Grid, comm, from_global, random
 from colossal_mpi.layers import Context, Parallelism
-from colossal_mpi.layers.attention import SelfAttention
+from colossal_mpi.layers.attention.rotary import Rotary
+from colossal_mpi.layers.attention.self_attention import SelfAttention
 from colossal_mpi.layers.loss import CrossEntropy
 from colossal_mpi.layers.models import GPT, GPTConfig
-from colossal_mpi.layers.rotary import Rotary
 from tests.cases import host
+from tests.reference import gpt_case as case
+from tests.reference import layer_case
+from tests.reference.modes import mode_of, parallelism
+from tests.reference.saboteur import Saboteur
 
 CONFIG = GPTConfig(vocabulary=257, layers=1, hidden=10, heads=5, positions=7, dtype="float64")
 TOKENS = np.random.default_rng(0).integers(

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from colossal_mpi import DistArray, Grid, backend, from_global
+from colossal_mpi import DistArray, Grid, from_global
 from colossal_mpi.layers import Parallelism, Parameter
+from colossal_mpi.layers.analysis.predict import TokenFeed, predict_memory
 from colossal_mpi.layers.models import GPT, GPTConfig
 from colossal_mpi.layers.optim import OPTIMIZERS, AdamW
-from colossal_mpi.layers.predict import TokenFeed, predict_memory
 from colossal_mpi.layout import Layout
-from colossal_mpi.parking import fetch, park
+from colossal_mpi.offload import to_device, to_host
+from colossal_mpi.platform import backend
 from colossal_mpi.testing import fake
 from tests.cases import host
 
@@ -68,8 +69,8 @@ def test_masters_that_were_loaded_reach_the_device():
 def test_what_is_in_host_memory_stays_there():
     grid = Grid(MPI.COMM_SELF, device="cpu")
     array = DistArray(np.ones(3), (3,), Layout(None), grid)
-    assert park(array) is array
-    assert fetch(array, array.local).local is array.local
+    assert to_host(array) is array
+    assert to_device(array, array.local).local is array.local
     assert backend.device_of(array.local) is None
 
 

@@ -5,14 +5,14 @@ import math
 import numpy as np
 import pytest
 from mpi4py import MPI
-from reference import optim as formulas
-from reference.modes import every_mode, few
-from reference.modes import parallelism as parallelism_of
 
 from colossal_mpi import Grid, Layout, OptionError, from_global, ledger
 from colossal_mpi.layers import Parallelism, Parameter, optim
 from colossal_mpi.layers.optim.matrices import as_matrix, from_matrix
 from tests.cases import assemble, host, layouts, some, spread
+from tests.reference import optim as formulas
+from tests.reference.modes import every_mode, few
+from tests.reference.modes import parallelism as parallelism_of
 
 SHAPES = {
     "blocks.0.up.weight": ((7, 11), "bsh,hf->bsf", 1),

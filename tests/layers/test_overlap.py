@@ -5,20 +5,21 @@ import weakref
 
 import numpy as np
 import pytest
-from reference import gpt_case as case
-from reference.gpt_feed import GPTFeed
-from reference.modes import mode_of
 
-from colossal_mpi import comm, from_global, ledger, nonblocking, random
+from colossal_mpi import comm, from_global, ledger, random
 from colossal_mpi.layers import Context, Parallelism, TransformerBlock
-from colossal_mpi.layers.buckets import GradientBuckets
-from colossal_mpi.layers.chain import Chain, Heads
+from colossal_mpi.layers.containers import FanOut, Sequential
 from colossal_mpi.layers.models import GPT
 from colossal_mpi.layers.norm import LayerNorm
-from colossal_mpi.layers.pipeline import Pipeline, cut, place_of
-from colossal_mpi.layers.prefetch import Prefetch
+from colossal_mpi.layers.overlap.buckets import GradientBuckets
+from colossal_mpi.layers.overlap.prefetch import Prefetch
+from colossal_mpi.layers.pipeline.model import Pipeline, cut, place_of
 from colossal_mpi.layout import box_shape
+from colossal_mpi.redistribution import nonblocking
 from tests.cases import host, totals
+from tests.reference import gpt_case as case
+from tests.reference.gpt_feed import GPTFeed
+from tests.reference.modes import mode_of
 
 MICROBATCHES = 3
 SMALL = 1 << 13  # bytes of a bucket: most matrices have one of their own
@@ -82,7 +83,7 @@ def test_contributions_against_expectation_are_in(grid, zero):
 
     def gradients(buckets):
         twice, never = (LayerNorm(10, p, name, dtype="float64") for name in ("twice", "never"))
-        heads = Heads(Chain(twice), Chain(never))
+        heads = FanOut(Sequential(twice), Sequential(never))
         with buckets([heads]):
             for _ in range(2):
                 y, cache = heads.forward(x, Context())
@@ -194,7 +195,7 @@ def test_stages_compute_while_they_send_and_reduce(grid, schedule, zero):
 def test_at_most_two_layers_of_weights_are_there(grid, monkeypatch):
     """Those of the layer that computes and of the next; vectors, which caches keep, left aside."""
     p, live, most = Parallelism(grid, mode_of(grid), zero=3), {}, [0]
-    model = Chain(*[TransformerBlock(20, 5, 40, p, f"blocks.{i}", dtype="float64") for i in range(6)])
+    model = Sequential(*[TransformerBlock(20, 5, 40, p, f"blocks.{i}", dtype="float64") for i in range(6)])
     take, shapes = Prefetch.take, {id(q): q.shape for q in model.parameters()}
 
     def size(which, layout):
@@ -235,7 +236,7 @@ def test_at_most_two_layers_of_weights_are_there(grid, monkeypatch):
 def test_words_of_a_step_are_the_closed_forms(grid, zero):
     """Summed over d ranks, M elements of matrices and v of vectors, as at once."""
     p, d = Parallelism(grid, zero=zero), grid.size
-    model = Chain(TransformerBlock(10, 5, 13, p, "a", dtype="float64"), LayerNorm(10, p, "norm", dtype="float64"))
+    model = Sequential(TransformerBlock(10, 5, 13, p, "a", dtype="float64"), LayerNorm(10, p, "norm", dtype="float64"))
     matrix = {q: len(q.shape) > 1 and q.name.endswith("weight") for q in model.parameters()}
     matrices, vectors = (sum(q.value.size for q, kind in matrix.items() if kind is wanted) for wanted in (True, False))
     prefetch, x = Prefetch(), random.normal((6, 5, 10), grid, p.stream(), 0, "x")

@@ -5,17 +5,17 @@ import itertools
 import numpy as np
 import pytest
 from mpi4py import MPI
-from reference import pairs
-from reference.gpt_case import block_and_index, difference
 
 from colossal_mpi import Grid, from_global
 from colossal_mpi.layers import Context, Parallelism
 from colossal_mpi.layers.loss import CrossEntropy
 from colossal_mpi.layers.models import GPT, GPTConfig
 from colossal_mpi.layers.optim import AdamW
-from colossal_mpi.layers.pipeline import Pipeline, cut, place_of
+from colossal_mpi.layers.pipeline.model import Pipeline, cut, place_of
 from colossal_mpi.layers.recompute import recompute
 from colossal_mpi.layout import part
+from tests.reference import pairs
+from tests.reference.gpt_case import block_and_index, difference
 
 STEPS, BATCH, MICROBATCHES = 5, 7, 3
 CONFIG = GPTConfig(

@@ -7,7 +7,7 @@ import pytest
 
 from colossal_mpi import GridError, Layout, ShapeError
 from colossal_mpi.layers import MODES, Parallelism
-from colossal_mpi.layers.attention import SelfAttention
+from colossal_mpi.layers.attention.self_attention import SelfAttention
 
 
 def test_no_layer_knows_the_name_of_a_mode():

@@ -3,25 +3,25 @@
 import numpy as np
 import pytest
 from mpi4py import MPI
-from reference import gpt_case as gpt
-from reference.gpt_case import block_and_index, difference
-from reference.gpt_feed import GPTFeed
-from reference.modes import mode_of
 
 from colossal_mpi import Grid, GridError, comm, from_global, ledger
 from colossal_mpi.layers import Context, Parallelism
 from colossal_mpi.layers.block import TransformerBlock
-from colossal_mpi.layers.chain import Chain
+from colossal_mpi.layers.containers import Sequential
 from colossal_mpi.layers.embedding import Embedding, PositionEmbedding
 from colossal_mpi.layers.linear import Linear
 from colossal_mpi.layers.loss import CrossEntropy
 from colossal_mpi.layers.models import GPT
 from colossal_mpi.layers.norm import LayerNorm
 from colossal_mpi.layers.optim import AdamW
-from colossal_mpi.layers.pipeline import Pipeline, cut, place_of
-from colossal_mpi.layers.schedule import balanced
+from colossal_mpi.layers.pipeline.model import Pipeline, cut, place_of
+from colossal_mpi.layers.pipeline.schedule import balanced
 from colossal_mpi.layout import part
 from tests.cases import host
+from tests.reference import gpt_case as gpt
+from tests.reference.gpt_case import block_and_index, difference
+from tests.reference.gpt_feed import GPTFeed
+from tests.reference.modes import mode_of
 
 B, S, H, V, BLOCKS = 7, 5, 10, 13, 7
 COMMON = {"dtype": "float64"}
@@ -68,7 +68,7 @@ class Feed:
 def prepare(path):
     grid = Grid(MPI.COMM_SELF)
     p = Parallelism(grid)
-    model, feed = Chain(*[make() for make in layers(p)]), Feed(p, 1)
+    model, feed = Sequential(*[make() for make in layers(p)]), Feed(p, 1)
     y, cache = model.forward(feed.inputs(0), Context())
     loss, saved = feed.loss(y, 0)
     model.backward(feed.loss_backward(saved), cache)
@@ -80,7 +80,7 @@ def pieces(grid, chunks, mode=None):
     made, stages = layers(p), grid.axes["pipe"]
     pieces = balanced(COSTS, stages * chunks)
     mine = [pieces[c * stages + grid.coords["pipe"]] for c in range(chunks)]
-    return p, [Chain(*[made[i]() for i in piece]) for piece in mine]
+    return p, [Sequential(*[made[i]() for i in piece]) for piece in mine]
 
 
 def check(grid, prepared, schedule, microbatches):
@@ -198,7 +198,7 @@ def test_a_stage_without_weights_is_refused(grid):
     p = Parallelism(place_of(grid))
     norm = [LayerNorm(H, p, "norm", **COMMON)] if grid.coords["pipe"] == 1 else []
     with pytest.raises(GridError, match="stages without weights: 0, 2 of 3; use fewer stages"):
-        Pipeline([Chain(*norm)], grid)
+        Pipeline([Sequential(*norm)], grid)
 
 
 @pytest.mark.grids({"pipe": 3})
@@ -207,4 +207,4 @@ def test_a_weight_of_three_stages_is_refused(grid):
     with pytest.raises(
         GridError, match=r"more than two stages: norm.bias, norm.gain; a weight may be tied to one other"
     ):
-        Pipeline([Chain(LayerNorm(H, p, "norm", **COMMON))], grid)
+        Pipeline([Sequential(LayerNorm(H, p, "norm", **COMMON))], grid)

@@ -6,8 +6,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 from mpi4py import MPI
-from reference.gpt_case import block_and_index, difference
-from reference.modes import mode_of
 
 from colossal_mpi import Grid, OptionError, comm, distarray, from_global
 from colossal_mpi.layers import Context, Parallelism, backpropagate, kernels, precision
@@ -16,10 +14,12 @@ from colossal_mpi.layers.models import GPT, GPTConfig, Llama, LlamaConfig
 from colossal_mpi.layers.moe import MoE
 from colossal_mpi.layers.optim import OPTIMIZERS, AdamW
 from colossal_mpi.layers.optim.average import MovingAverage
-from colossal_mpi.layers.pipeline import Pipeline, cut
+from colossal_mpi.layers.pipeline.model import Pipeline, cut
 from colossal_mpi.layers.precision import LossScale, overflowing
 from colossal_mpi.layout import Layout, part
 from tests.cases import host
+from tests.reference.gpt_case import block_and_index, difference
+from tests.reference.modes import mode_of
 
 LAYERS, SIZES = 2, {"vocabulary": 13, "layers": 2, "hidden": 12, "heads": 6, "inner": 11, "positions": 5, "std": 0.3}
 MODELS = {

@@ -4,16 +4,16 @@ import tracemalloc
 
 import pytest
 from mpi4py import MPI
-from reference.modes import mode_of
 
-from colossal_mpi import Grid, GridError, comm, ghost, ledger
+from colossal_mpi import Grid, GridError, comm, ledger, meta
 from colossal_mpi.layers import Parallelism, kernels, recompute
-from colossal_mpi.layers.flops import hardware_flop
-from colossal_mpi.layers.memory import one_microbatch, saved_bytes
+from colossal_mpi.layers.analysis.flops import hardware_flop
+from colossal_mpi.layers.analysis.memory import one_microbatch, saved_bytes
+from colossal_mpi.layers.analysis.predict import TokenFeed, predict_memory
 from colossal_mpi.layers.models import GPT, GPTConfig, Llama, LlamaConfig
 from colossal_mpi.layers.optim import SGD, AdamW, Muon
-from colossal_mpi.layers.pipeline import PIPE, Pipeline, cut, place_of
-from colossal_mpi.layers.predict import TokenFeed, predict_memory
+from colossal_mpi.layers.pipeline.model import PIPE, Pipeline, cut, place_of
+from tests.reference.modes import mode_of
 
 SIZES = {"vocabulary": 61, "layers": 3, "hidden": 40, "heads": 10, "inner": 77, "positions": 19}
 MODELS = {
@@ -158,8 +158,8 @@ def test_an_optimizer_of_less_state():
 
 
 def test_planned_grids_have_no_memory():
-    with ghost.tally() as tally:
-        grid = Grid.planned(5, data=4, row=1000)
+    with meta.tally() as tally:
+        grid = Grid.meta(5, data=4, row=1000)
         assert dict(grid.coords) == {"data": 0, "row": 5}
         block = grid.empty((10**6, 10**6), "float64")
         assert tally.now == tally.peak == 8 * 10**12
@@ -167,4 +167,4 @@ def test_planned_grids_have_no_memory():
         del block
         assert (tally.now, tally.peak) == (0, 8 * 10**12)
     with pytest.raises(GridError, match="the rank must be from 0 to 7, not 8"):
-        Grid.planned(8, row=8)
+        Grid.meta(8, row=8)

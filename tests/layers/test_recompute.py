@@ -5,19 +5,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from mpi4py import MPI
-from reference import gpt_case as gpt
-from reference.modes import few, mode_of
-from reference.saved import saved_arrays
-from reference.words import recompute_words
 
 from colossal_mpi import Grid, OptionError, comm, from_global, ledger, random
-from colossal_mpi.layers import Chain, Context, Parallelism, TransformerBlock, backpropagate, recompute
+from colossal_mpi.layers import Context, Parallelism, Sequential, TransformerBlock, backpropagate, recompute
 from colossal_mpi.layers.loss import CrossEntropy, MeanSquaredError
 from colossal_mpi.layers.models import GPT, Bert, BertConfig, GPTConfig, Llama, LlamaConfig, describe
-from colossal_mpi.layers.pipeline import Pipeline, cut
+from colossal_mpi.layers.pipeline.model import Pipeline, cut
 from colossal_mpi.layers.recompute import Discard, Recompute
 from tests.cases import host
 from tests.layers.test_pipeline import GPTFeed
+from tests.reference import gpt_case as gpt
+from tests.reference.modes import few, mode_of
+from tests.reference.saved import saved_arrays
+from tests.reference.words import recompute_words
 
 SIZES = {
     "vocabulary": 13,
@@ -80,7 +80,7 @@ def mixture(p, kinds):
     """Return loss, losses of the experts and gradients of a block with experts, and what it hands back."""
     experts = {"experts": 3, "top_k": 2, "balance": 0.5, "z_loss": 0.1, "activation": "swiglu"}
     block = TransformerBlock(10, 5, 7, p, "block", experts=experts, dropout=0.1, std=0.5, dtype="float64")
-    model, own = recompute(Chain(block), kinds), {}
+    model, own = recompute(Sequential(block), kinds), {}
     x, target = (random.normal((7, 5, 10), p.grid, p.stream(), 0, name) for name in ("x", "target"))
     mask = from_global(np.arange(5) < np.array([5, 3, 4, 5, 1, 2, 5])[:, None], p.grid, p.tokens())
     loss = backpropagate(model, MeanSquaredError(), x, target, Context(losses=own, share=0.5, mask=mask))
@@ -119,7 +119,7 @@ def test_words_equal_their_closed_form(grid, keep):
     for kinds in ("none", "full", "selective"):
         p = Parallelism(grid, mode, keep)
         block = TransformerBlock(10, 5, 13, p, "block", dtype="float64")
-        model = recompute(Chain(block), kinds)
+        model = recompute(Sequential(block), kinds)
         x = random.normal((7, 5, 10), grid, p.stream(), 0, "x")
         with ledger.record() as moved:
             y, cache = model.forward(x, Context())
@@ -137,7 +137,7 @@ def test_memory_between_the_passes_falls(grid):
     held = {}
     for kinds in ("none", "selective", "full"):
         p = Parallelism(grid, mode_of(grid), keep_gathered=False)
-        model = recompute(Chain(TransformerBlock(h, 4, 4 * h, p, "block", dtype="float64")), kinds)
+        model = recompute(Sequential(TransformerBlock(h, 4, 4 * h, p, "block", dtype="float64")), kinds)
         x = random.normal((b, s, h), grid, p.stream(), 0, "x")
         weights = {id(q.value.local) for q in model.parameters()}
         held[kinds] = sum(a.nbytes for a in saved_arrays(model.forward(x, Context())[1]) if id(a) not in weights)
@@ -167,4 +167,4 @@ def test_unknown_kinds_are_refused(kinds):
     with pytest.raises(
         OptionError, match="use one of 'none', 'selective', 'full', or some of the kinds block, attention"
     ):
-        recompute(Chain(), kinds)
+        recompute(Sequential(), kinds)

@@ -8,18 +8,19 @@ import ml_dtypes
 import numpy as np
 import pytest
 from mpi4py import MPI
-from reference import sequence_case as case
-from reference.gpt_case import block_and_index, difference
 
 from colossal_mpi import Grid, Layout, OptionError, ShapeError, comm, from_global, ledger, random
-from colossal_mpi.layers import Context, Parallelism, ring
-from colossal_mpi.layers.attention import Attention, GroupedAttention, SelfAttention
+from colossal_mpi.layers import Context, Parallelism
+from colossal_mpi.layers.attention import ring
+from colossal_mpi.layers.attention.self_attention import Attention, GroupedAttention, SelfAttention
 from colossal_mpi.layers.kernels import reference
 from colossal_mpi.layers.kernels.reference import tiles
 from colossal_mpi.layers.order import zigzag
 from colossal_mpi.layout import part
 from colossal_mpi.testing import fake
 from tests.cases import host
+from tests.reference import sequence_case as case
+from tests.reference.gpt_case import block_and_index, difference
 
 formulas = import_module("colossal_mpi.layers.kernels.reference.attention")
 B, A, D = 2, 4, 3

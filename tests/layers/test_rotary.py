@@ -6,8 +6,8 @@ from mpi4py import MPI
 
 from colossal_mpi import Grid, OptionError, ShapeError
 from colossal_mpi.layers import Parallelism
-from colossal_mpi.layers.attention import SelfAttention
-from colossal_mpi.layers.rotary import Rotary
+from colossal_mpi.layers.attention.rotary import Rotary
+from colossal_mpi.layers.attention.self_attention import SelfAttention
 
 SCALINGS = {
     "default": {"rope_type": "default"},

@@ -5,7 +5,7 @@ import pytest
 from mpi4py import MPI
 
 from colossal_mpi import DistArray, Grid, Layout, comm, from_global, ledger, random
-from colossal_mpi.layers.sampling import FIRST, Sampling, draw
+from colossal_mpi.layers.inference.sampling import FIRST, Sampling, draw
 from tests.cases import host
 
 ROWS, TOKENS = 7, 301

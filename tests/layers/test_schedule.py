@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from colossal_mpi import OptionError, ScheduleError
-from colossal_mpi.layers.schedule import (
+from colossal_mpi.layers.pipeline.schedule import (
     BackwardInput,
     BackwardWeight,
     Forward,
@@ -16,7 +16,7 @@ from colossal_mpi.layers.schedule import (
     balanced,
     program,
 )
-from colossal_mpi.layers.simulate import check, makespan, simulate
+from colossal_mpi.layers.pipeline.simulate import check, makespan, simulate
 
 KINDS = [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("interleaved", 3), ("zero-bubble", 1)]
 each_kind = pytest.mark.parametrize(("schedule", "chunks"), KINDS, ids=lambda x: str(x))

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-from reference import sequence_case as case
-from reference.gpt_case import block_and_index, difference
+
+from tests.reference import sequence_case as case
+from tests.reference.gpt_case import block_and_index, difference
 
 prepared_by = pytest.mark.prepare(case.prepare)
 GRIDS = (

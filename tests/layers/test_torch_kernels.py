@@ -7,12 +7,12 @@ import array_api_strict as strict
 import numpy as np
 import pytest
 from mpi4py import MPI
-from reference import gpt_case
 
 from colossal_mpi import Grid
 from colossal_mpi.layers import kernels as facade
 from colossal_mpi.layers.kernels import reference
 from tests.cases import host
+from tests.reference import gpt_case
 
 pytest.importorskip("torch")
 

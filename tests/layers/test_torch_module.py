@@ -6,20 +6,20 @@ import weakref
 
 import numpy as np
 import pytest
-from reference.modes import parallelism
 
 from colossal_mpi import DTypeError, Layout, OptionError, ShapeError, SharingError
 from colossal_mpi.layers.activation import GELU
-from colossal_mpi.layers.attention import SelfAttention
+from colossal_mpi.layers.attention.self_attention import SelfAttention
 from colossal_mpi.layers.block import MLP, TransformerBlock
 from colossal_mpi.layers.embedding import Embedding
 from colossal_mpi.layers.linear import Linear
 from colossal_mpi.layers.norm import LayerNorm
+from tests.reference.modes import parallelism
 
 torch = pytest.importorskip("torch")
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
-from colossal_mpi.layers.torch_module import as_module, clip_grad_norm_  # noqa: E402
+from colossal_mpi.layers.torch.module import as_module, clip_grad_norm_  # noqa: E402
 
 torch.set_num_threads(1)
 F64 = {"dtype": "float64"}

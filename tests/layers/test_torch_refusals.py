@@ -2,14 +2,14 @@
 
 import numpy as np
 import pytest
-from reference.modes import parallelism
 
 from colossal_mpi import DTypeError, Layout, LayoutError, OptionError, ShapeError, SharingError, comm
 from colossal_mpi.layers.linear import Linear
 from colossal_mpi.layers.norm import LayerNorm
+from tests.reference.modes import parallelism
 
 torch = pytest.importorskip("torch")
-from colossal_mpi.layers.torch_module import as_module  # noqa: E402
+from colossal_mpi.layers.torch.module import as_module  # noqa: E402
 
 F64 = {"dtype": "float64"}
 B, S, H = 5, 3, 7

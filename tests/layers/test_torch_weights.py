@@ -4,16 +4,16 @@ import copy
 
 import numpy as np
 import pytest
-from reference.gpt_case import difference
-from reference.modes import parallelism
 
 from colossal_mpi import OptionError
 from colossal_mpi.layers import Parallelism
+from tests.reference.gpt_case import difference
+from tests.reference.modes import parallelism
 
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
-from colossal_mpi.layers.torch_module import as_module, from_module  # noqa: E402
+from colossal_mpi.layers.torch.module import as_module, from_module  # noqa: E402
 
 torch.set_num_threads(1)
 GRIDS = pytest.mark.grids(

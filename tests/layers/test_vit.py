@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 from mpi4py import MPI
-from reference import vit_case as case
-from reference.gpt_case import block_and_index, difference
-from reference.modes import every_mode, parallelism
 
 from colossal_mpi import Grid, Layout, OptionError, ShapeError, distarray
 from colossal_mpi.layers import Context, Parallelism
 from colossal_mpi.layers.models import ViT, ViTConfig
+from tests.reference import vit_case as case
+from tests.reference.gpt_case import block_and_index, difference
+from tests.reference.modes import every_mode, parallelism
 
 
 @pytest.mark.prepare(case.prepare)

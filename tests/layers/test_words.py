@@ -1,17 +1,17 @@
 """The words of layers and of a transformer block equal their closed forms, and no operand is gathered whole."""
 
 import pytest
-from reference import layer_case as case
-from reference.layer_words import LOCAL, MOVED, layer_words
-from reference.modes import GRIDS, mode_of, parallelism
-from reference.words import block_words, grouped_words
 
 from colossal_mpi import comm, ledger, random
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.layers import Context, Parallelism
-from colossal_mpi.layers.attention import SelfAttention
+from colossal_mpi.layers.attention.rotary import Rotary
+from colossal_mpi.layers.attention.self_attention import SelfAttention
 from colossal_mpi.layers.block import TransformerBlock
-from colossal_mpi.layers.rotary import Rotary
+from tests.reference import layer_case as case
+from tests.reference.layer_words import LOCAL, MOVED, layer_words
+from tests.reference.modes import GRIDS, mode_of, parallelism
+from tests.reference.words import block_words, grouped_words
 
 RAGGED = {"b": 7, "s": 5, "h": 10, "a": 5, "d": 2, "f": 13}
 EVEN = {"b": 8, "s": 4, "h": 16, "a": 8, "d": 2, "f": 24}

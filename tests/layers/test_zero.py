@@ -2,8 +2,6 @@
 
 import numpy as np
 import pytest
-from reference import gpt_case as case
-from reference.modes import mode_of
 
 from colossal_mpi import Grid, OptionError, comm, from_global, ledger, random
 from colossal_mpi.layers import Context, Parallelism
@@ -12,6 +10,8 @@ from colossal_mpi.layers.loss import CrossEntropy
 from colossal_mpi.layers.models import GPT
 from colossal_mpi.layers.optim import AdamW, Muon
 from tests.cases import host
+from tests.reference import gpt_case as case
+from tests.reference.modes import mode_of
 
 STEPS, MICROBATCHES = 3, 2
 GRIDS = (

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from colossal_mpi import Layout, comm, from_global, ledger, linalg
-from colossal_mpi.linalg.auto import maps
-from colossal_mpi.linalg.subscripts import parse
+from colossal_mpi.linalg.contraction.subscripts import parse
+from colossal_mpi.linalg.model.auto import maps
 from colossal_mpi.linalg.verify import Check
 from tests.cases import host, integers, layouts
 from tests.linalg.execution import EXECUTIONS, execute_as

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
-from colossal_mpi import DTypeError, Layout, comm, exchange, from_global, linalg, zeros
-from colossal_mpi.linalg import contract, pieces
+from colossal_mpi import DTypeError, Layout, comm, from_global, linalg, zeros
+from colossal_mpi.comm import messages
+from colossal_mpi.linalg import contract
+from colossal_mpi.linalg.contraction import operands
 from colossal_mpi.linalg.verify import Check
 from tests.cases import host, integers, refusal
 from tests.linalg.execution import EXECUTIONS, execute_as
@@ -101,7 +103,7 @@ def test_with_alpha_0_the_operands_are_not_read(grid, execution, monkeypatch):
 @pytest.mark.grids(SQUARE)
 def test_the_memory_that_is_kept_is_bounded(grid, monkeypatch):
     execute_as("k-message", grid, monkeypatch)
-    monkeypatch.setattr(pieces, "KEPT", 20_000)
+    monkeypatch.setattr(operands, "KEPT", 20_000)
     grid.spaces.clear()
     for n in range(20, 60):
         A = zeros((n, n), grid, BLOCKS)
@@ -117,7 +119,7 @@ def test_an_exception_of_one_rank_that_reads_leaves_no_rank_waiting(grid):
         return
 
     def read():
-        with exchange.reading(np.ones(3), grid, ("col",), [(3,)] * 3, 0):
+        with messages.reading(np.ones(3), grid, ("col",), [(3,)] * 3, 0):
             if grid.rank == 1:
                 raise DTypeError("overflow")
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from colossal_mpi import Layout, ShapeError, comm, from_global, ledger, linalg
-from colossal_mpi.linalg.auto import maps, options
-from colossal_mpi.linalg.subscripts import parse
+from colossal_mpi.linalg.contraction.subscripts import parse
+from colossal_mpi.linalg.model.auto import maps, options
 from tests.cases import integers
 
 GRIDS = pytest.mark.grids({}, {"row": 2, "col": 2}, {"row": 3, "col": 2}, {"x": 2, "y": 2, "z": 2})

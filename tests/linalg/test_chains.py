@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from colossal_mpi import Layout, from_global, ledger
-from colossal_mpi.linalg import contract, execute, matmul, options, price
+from colossal_mpi.linalg import contract, matmul, options, price
+from colossal_mpi.linalg.contraction import execute
 from tests.cases import host, integers
 from tests.linalg.execution import EXECUTIONS, execute_as
 

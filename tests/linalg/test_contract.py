@@ -13,12 +13,12 @@ from colossal_mpi import (
     Layout,
     LayoutError,
     ShapeError,
-    backend,
     from_global,
     ledger,
     zeros,
 )
 from colossal_mpi.linalg import adjoints, contract
+from colossal_mpi.platform import backend
 from tests.cases import assemble, astray, host, inner, integers, layouts, refusal, represents, some, spread, totals
 
 SQUARE, WIDE, SLIM, CUBE = {"row": 2, "col": 2}, {"row": 2, "col": 3}, {"row": 1, "col": 4}, {"a": 2, "b": 2, "c": 2}

@@ -18,7 +18,7 @@ from colossal_mpi import (
     ledger,
     linalg,
 )
-from colossal_mpi.linalg import packed
+from colossal_mpi.linalg.factor import packed
 from tests.cases import assemble, host, integers, layouts, refusal, some, totals
 
 ONE, TWO, LINE, LONG, SLIM = {}, {"row": 2}, {"col": 3}, {"row": 5}, {"row": 1, "col": 4}

@@ -5,10 +5,12 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from colossal_mpi import Layout, ShapeError, VerificationError, exchange, from_global, ledger, linalg, random, shared
-from colossal_mpi.linalg import execute
-from colossal_mpi.linalg.auto import options
+from colossal_mpi import Layout, ShapeError, VerificationError, from_global, ledger, linalg, random
+from colossal_mpi.comm import messages
+from colossal_mpi.linalg.contraction import execute
 from colossal_mpi.linalg.matmul import ALGORITHMS
+from colossal_mpi.linalg.model.auto import options
+from colossal_mpi.platform import shared_memory
 from tests.cases import host, integers, refusal
 from tests.linalg.execution import execute_as
 
@@ -45,9 +47,9 @@ def test_every_algorithm_in_panels_is_exact_and_moves_the_same_words(grid, way, 
 @pytest.mark.grids(SQUARE)
 def test_the_next_panel_is_under_way_while_one_is_multiplied(grid, monkeypatch):
     execute_as("k-message", grid, monkeypatch)
-    seen, start, accumulate, wait = [], exchange.start, execute.accumulate, exchange.Pending.wait
-    monkeypatch.setattr(exchange, "start", lambda *args: (seen.append("post"), start(*args))[1])
-    monkeypatch.setattr(exchange.Pending, "wait", lambda self: (seen.append("wait"), wait(self))[1])
+    seen, start, accumulate, wait = [], messages.start, execute.accumulate, messages.Pending.wait
+    monkeypatch.setattr(messages, "start", lambda *args: (seen.append("post"), start(*args))[1])
+    monkeypatch.setattr(messages.Pending, "wait", lambda self: (seen.append("wait"), wait(self))[1])
     monkeypatch.setattr(execute, "accumulate", lambda *args: (seen.append("multiply"), accumulate(*args))[1])
     _, A, B = operands(grid, "summa", 6, 12, 6)
     linalg.matmul(A, B, "summa", panel=3)
@@ -64,7 +66,7 @@ def test_memory_stays_within_the_prediction_and_is_kept(grid, name, size, monkey
     if grid.device != "cpu":
         pytest.skip("host memory for staging is not workspace on the device")
     monkeypatch.setattr(grid, "shares", False)
-    monkeypatch.setattr(shared, "LEAST", 1 << 60)
+    monkeypatch.setattr(shared_memory, "LEAST", 1 << 60)
     axes = {axis: at for axis, at in grid.axes.items() if axis != "depth"} if name.startswith("summa") else {}
     on = grid.at(depth=grid.coords["depth"]) if axes else grid
     monkeypatch.setattr(on, "shares", False)

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 from mpi4py import MPI
 
-from colossal_mpi import launcher, linalg
+from colossal_mpi import linalg
+from colossal_mpi.runtime import launcher
 
 ROOT = Path(__file__).parents[2]
 SIZES = 611, 467, 530  # m, n, k: blocks of different sizes, the least of them above the 32 KiB of a large message

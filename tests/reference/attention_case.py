@@ -4,9 +4,9 @@ import numpy as np
 
 from colossal_mpi import from_global
 from colossal_mpi.layers import Context
-from colossal_mpi.layers.attention import SelfAttention
-from colossal_mpi.layers.rotary import Rotary
-from reference.modes import parallelism
+from colossal_mpi.layers.attention.rotary import Rotary
+from colossal_mpi.layers.attention.self_attention import SelfAttention
+from tests.reference.modes import parallelism
 
 B, S, H, A = 7, 9, 20, 5
 _rng = np.random.default_rng(2)
@@ -58,8 +58,8 @@ def prepare(path):
     from mpi4py import MPI
 
     from colossal_mpi import Grid
-    from reference.torch_attention import self_attention
     from tests.cases import host
+    from tests.reference.torch_attention import self_attention
 
     for case, options in CASES.items():
         _, layer = run(Grid(MPI.COMM_SELF), case)

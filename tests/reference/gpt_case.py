@@ -36,7 +36,7 @@ def run(grid, tensor, keep_gathered=True, microbatches=1):
 
 def prepare(path):
     """Write loss, weights and gradients of one rank, and PyTorch's loss and gradients of the same weights."""
-    from reference.torch_gpt import loss_and_gradients
+    from tests.reference.torch_gpt import loss_and_gradients
 
     loss, model = run(Grid(MPI.COMM_SELF), None)
     weights = {p.name: host(p.value) for p in model.parameters()}

@@ -4,7 +4,7 @@ from colossal_mpi import from_global
 from colossal_mpi.layers import Context
 from colossal_mpi.layers.loss import CrossEntropy
 from colossal_mpi.layout import part
-from reference import gpt_case as case
+from tests.reference import gpt_case as case
 
 
 class GPTFeed:

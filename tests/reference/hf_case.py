@@ -76,7 +76,7 @@ def prepare(path):
     """Write, of each case, the directory, the same of its gradients, and the logits."""
     import torch
 
-    from reference.hf_float64 import double, made, randomised
+    from tests.reference.hf_float64 import double, made, randomised
 
     torch.manual_seed(0)
     for name, (kind, options) in CASES.items():

@@ -12,17 +12,17 @@ import numpy as np
 from colossal_mpi import Layout, from_global, random
 from colossal_mpi.layers import Context, Layer, Parallelism
 from colossal_mpi.layers.activation import GELU, Gated, ReLU, SiLU, Tanh
+from colossal_mpi.layers.attention.rotary import Rotary
 from colossal_mpi.layers.block import MLP, TransformerBlock
-from colossal_mpi.layers.chain import Chain
+from colossal_mpi.layers.containers import Sequential
+from colossal_mpi.layers.conv import Conv2d, PatchEmbedding
 from colossal_mpi.layers.dropout import Dropout, DropPath
 from colossal_mpi.layers.embedding import Embedding, PositionEmbedding
 from colossal_mpi.layers.linear import Linear
 from colossal_mpi.layers.norm import LayerNorm, RMSNorm
-from colossal_mpi.layers.patch import Conv2d, PatchEmbedding
 from colossal_mpi.layers.pooling import AvgPool2d, ClassifierHead, FirstPool, MaxPool2d, MeanPool
-from colossal_mpi.layers.rotary import Rotary
 from colossal_mpi.layers.softmax import Softmax
-from reference.gpt_case import block_and_index, difference
+from tests.reference.gpt_case import block_and_index, difference
 
 SIZES = {"b": 5, "s": 7, "h": 9, "t": 3, "a": 3, "d": 3, "f": 10, "v": 11, "p": 2, "c": 3, "y": 8, "x": 9, "k": 2}
 """Nothing divides; p are the pairs of a gated activation, c the channels of an image and k the side of a patch."""
@@ -87,7 +87,7 @@ def positions(p, n):
 def patches(*then, **options):
     def make(p, n):
         layer = PatchEmbedding(n["c"], n["k"], n["h"], p, "m", dtype="float64", **options)
-        return Chain(layer, *[following(p, n) for following in then])
+        return Sequential(layer, *[following(p, n) for following in then])
 
     return Case(make, "images")
 
@@ -101,7 +101,7 @@ def positioned(places=lambda n: None):
 
 def tied(p, n):
     table = Embedding(n["v"], n["h"], p, "m", dtype="float64")
-    return Chain(table, Linear("bsh,vh->bsv", n, "v", p, "m.head", bias=False, weight=table.table))
+    return Sequential(table, Linear("bsh,vh->bsv", n, "v", p, "m.head", bias=False, weight=table.table))
 
 
 CASES = {
@@ -209,8 +209,8 @@ def prepare(path, cases=None, n=SIZES):
     from mpi4py import MPI
 
     from colossal_mpi import Grid
-    from reference.torch_layers import LAYERS
     from tests.cases import host
+    from tests.reference.torch_layers import LAYERS
 
     for file, name in (cases or {name: name for name in CASES}).items():
         layer, x, dy, results = run(name, Parallelism(Grid(MPI.COMM_SELF)), n)

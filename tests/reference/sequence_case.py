@@ -6,13 +6,13 @@ from mpi4py import MPI
 from colossal_mpi import Grid, from_global
 from colossal_mpi.layers import Context, Parallelism
 from colossal_mpi.layers.block import TransformerBlock
-from colossal_mpi.layers.chain import Chain
+from colossal_mpi.layers.containers import Sequential
 from colossal_mpi.layers.embedding import Embedding
 from colossal_mpi.layers.linear import Linear
 from colossal_mpi.layers.loss import CrossEntropy
 from colossal_mpi.layers.models import GPT, Bert, BertConfig, GPTConfig, Llama, LlamaConfig, ViT, ViTConfig
-from reference.modes import mode_of
 from tests.cases import host
+from tests.reference.modes import mode_of
 
 B, S, V, H = 4, 11, 13, 10
 COMMON = {"std": 0.3, "dtype": "float64"}
@@ -21,7 +21,7 @@ SIZES = {"vocabulary": V, "layers": 2, "hidden": H, "inner": 7, **COMMON}
 
 def experts(p):
     routed = {"experts": 3, "balance": 0.1, "z_loss": 0.1}
-    return Chain(
+    return Sequential(
         Embedding(V, H, p, "tokens", **COMMON),
         TransformerBlock(H, 5, 7, p, "block", activation="swiglu", experts=routed, **COMMON),
         Linear("bsh,hv->bsv", {"h": H, "v": V}, "v", p, "head", **COMMON),

@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional
 
-from reference.torch_attention import self_attention
+from tests.reference.torch_attention import self_attention
 
 
 def loss_and_gradients(weights, tokens, labels, heads, dtype="float64"):

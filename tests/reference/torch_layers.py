@@ -4,8 +4,8 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from colossal_mpi import random
-from reference.layer_case import CASES, RATE, SAMPLE, SIZES, STEP
-from reference.torch_attention import self_attention
+from tests.reference.layer_case import CASES, RATE, SAMPLE, SIZES, STEP
+from tests.reference.torch_attention import self_attention
 
 
 def linear(subscripts):

@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from colossal_mpi import random
-from reference.torch_layers import attention, layer_norm, mlp, part
+from tests.reference.torch_layers import attention, layer_norm, mlp, part
 
 
 def logits(x, w, config, step):

@@ -53,8 +53,8 @@ def prepare(path):
 
     from colossal_mpi import Grid
     from colossal_mpi.layers import Parallelism
-    from reference.torch_vit import logits
     from tests.cases import host
+    from tests.reference.torch_vit import logits
 
     for name, config in CASES.items():
         _, _, model = run(name, Parallelism(Grid(MPI.COMM_SELF)))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from colossal_mpi.backend import Block, namespace
 from colossal_mpi.layers.kernels.reference.normal import normal_cdf, normal_pdf
 from colossal_mpi.layers.kernels.reference.wide import in_wide
+from colossal_mpi.platform.backend import Block, namespace
 
 _GELU = math.sqrt(2.0 / math.pi)
 _CUBIC = 0.044715

@@ -11,9 +11,9 @@ from __future__ import annotations
 import itertools
 import math
 
-from colossal_mpi.backend import Block, namespace
 from colossal_mpi.layers.kernels.reference.tiles import Order, Positions, Tile, tiles
 from colossal_mpi.layers.kernels.reference.wide import wide
+from colossal_mpi.platform.backend import Block, namespace
 
 State = tuple[Block, Block, Block]
 """``sum_j exp(score_j - peak) v_j [b, g, n, d]``, the peaks ``[b, g, 1, n]`` and ``sum_j exp(score_j - peak)``."""

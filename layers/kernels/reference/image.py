@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Iterator
 from itertools import repeat
 
-from colossal_mpi.backend import Block, namespace
 from colossal_mpi.layers.kernels.reference.wide import in_wide
+from colossal_mpi.platform.backend import Block, namespace
 
 Pair = tuple[int, int]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from colossal_mpi.backend import Block, namespace
 from colossal_mpi.layers.kernels.reference.wide import like, wide
+from colossal_mpi.platform.backend import Block, namespace
 
 
 def peak(logits: Block) -> Block:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from colossal_mpi.backend import Block, namespace, sum_over
 from colossal_mpi.layers.kernels.reference.wide import like, wide
+from colossal_mpi.platform.backend import Block, namespace, sum_over
 
 Total = Callable[[Block], Block] | None
 """Adds up an array over the ranks among which h is cut; None where it is not."""

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from colossal_mpi.backend import Block, namespace, numpy_dtype
+from colossal_mpi.platform.backend import Block, namespace, numpy_dtype
 
 _CENTRE = 2.5
 _TAIL = (

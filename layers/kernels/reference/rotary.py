@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from colossal_mpi.backend import Block, namespace
 from colossal_mpi.layers.kernels.reference.wide import in_wide
+from colossal_mpi.platform.backend import Block, namespace
 
 
 @in_wide

@@ -6,8 +6,8 @@ assignments are matched one to one but for empty slots, so that gathering from o
 
 from __future__ import annotations
 
-from colossal_mpi.backend import Block, namespace
 from colossal_mpi.layers.kernels.reference.wide import wide
+from colossal_mpi.platform.backend import Block, namespace
 
 
 def route(logits: Block, k: int, renormalise: bool) -> tuple[Block, Block, Block, Block]:

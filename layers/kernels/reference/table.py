@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from colossal_mpi.backend import Block, namespace
 from colossal_mpi.errors import ShapeError
 from colossal_mpi.layers.kernels.reference.wide import wide
+from colossal_mpi.platform.backend import Block, namespace
 
 STRETCH = 128
 """Ids whose rows are added by one product."""

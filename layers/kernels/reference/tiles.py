@@ -11,9 +11,9 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from colossal_mpi.backend import Block, namespace
 from colossal_mpi.layers.kernels.reference.wide import wide
 from colossal_mpi.layout import part
+from colossal_mpi.platform.backend import Block, namespace
 
 Positions = tuple[Block, Block] | None
 """Of the queries, ``[s]`` or ``[b, s]``, and of the keys, ``[t]`` or ``[b, t]``; 0, 1, 2, ... of both if None."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from colossal_mpi.backend import Block, namespace
+from colossal_mpi.platform.backend import Block, namespace
 
 
 def adam(g: Block, m: Block, v: Block, step: int, betas: tuple[float, float], eps: float) -> Block:

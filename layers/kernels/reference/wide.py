@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from colossal_mpi.backend import Block, is_half, namespace
+from colossal_mpi.platform.backend import Block, is_half, namespace
 
 
 def wide(x: Block) -> Block:

@@ -1,0 +1,5 @@
+"""Run ``colossal-mpi`` as ``python -m colossal_mpi.apps.cli``."""
+
+from colossal_mpi.apps.cli.main import main
+
+main()

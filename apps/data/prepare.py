@@ -1,0 +1,205 @@
+"""``colossal-mpi data``: texts to token stores, and what a store holds."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from colossal_mpi.apps.bench.memory import text as size_text
+from colossal_mpi.apps.data.store import Store, Writer
+from colossal_mpi.apps.data.tokenizer import Subwords, Tokenizer, tokenizer
+from colossal_mpi.errors import ConfigError
+
+PIECE = 1 << 20
+"""Bytes of text that are read and turned to tokens at once."""
+
+_MOST = 1000  # pieces that are turned to tokens at once
+
+Piece = tuple[bytes, bool, int]
+"""Some text, whether a document ends behind it, and the bytes of the file that it took."""
+
+
+def prepare(inputs: Sequence[Path], out: Path, name: str, end: str | None, key: str, overwrite: bool) -> None:
+    """Write a token store.
+
+    A file is a document; of a ``.jsonl`` file each line is one, by its `key`. Texts are read a piece at a time, so that
+    no file needs to fit into memory; a tokenizer of subwords sees pieces that begin with a line.
+
+    Parameters
+    ----------
+    inputs : sequence of Path
+    out : Path
+    name : str
+        ``bytes``, or a JSON file of tokenizers.
+    end : str, optional
+        What is put behind each document: a token of the tokenizer, or text for bytes.
+    key : str
+        Of the text in a line of JSON.
+    overwrite : bool
+        Replace `out`.
+
+    Raises
+    ------
+    ConfigError
+        If an input cannot be read, `out` exists or cannot be written, or `end` is no token.
+    """
+    if out.exists() and not overwrite:
+        raise ConfigError(f"{out} exists: replace it with --overwrite, or choose another name")
+    sizes = [_size(path) for path in inputs]
+    made = tokenizer(name)
+    last = _end(made, end)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with Writer(out, made, [str(path) for path in inputs]) as writer, _progress() as bar:
+            task = bar.add_task("tokens", total=sum(sizes), tokens=0)
+            for path in inputs:
+                for some in _batches(pieces(path, key)):
+                    _add(writer, made, some, last)
+                    bar.update(task, advance=sum(taken for *_, taken in some), tokens=writer.tokens)
+    except OSError as problem:
+        raise ConfigError(f"{out} cannot be written: {problem.strerror or problem}") from None
+    Console(soft_wrap=True, highlight=False).print(
+        f"{out}: {writer.tokens:,} tokens of {writer.documents:,} documents, vocabulary {made.vocabulary:,}, "
+        f"{size_text(out.stat().st_size)} from {size_text(sum(sizes))}",
+        markup=False,
+    )
+
+
+def _add(writer: Writer, made: Tokenizer, some: Sequence[Piece], last: np.ndarray) -> None:
+    for tokens, (_, ends, _) in zip(made.encode([text for text, *_ in some]), some, strict=True):
+        writer.add(tokens)
+        if ends:
+            writer.add(last)
+            writer.end()
+
+
+def _batches(found: Iterator[Piece]) -> Iterator[list[Piece]]:
+    """Yield pieces together that a tokenizer takes at once, and shares among its threads."""
+    some: list[Piece] = []
+    for piece in found:
+        some.append(piece)
+        if len(some) >= _MOST or sum(len(text) for text, *_ in some) >= PIECE:
+            yield some
+            some = []
+    if some:
+        yield some
+
+
+def _size(path: Path) -> int:
+    try:
+        with path.open("rb"):
+            return path.stat().st_size
+    except OSError as problem:
+        raise ConfigError(f"cannot read {path}: {problem.strerror}") from None
+
+
+def _end(made: Tokenizer, end: str | None) -> np.ndarray:
+    if end is None:
+        return np.zeros(0, np.int64)
+    if not isinstance(made, Subwords):
+        return made.encode([end.encode()])[0]
+    number = made.token(end)
+    if number is None:
+        raise ConfigError(f"--end {end!r}: the tokenizer {made.name} has no such token")
+    return np.array([number], np.int64)
+
+
+def _progress() -> Progress:
+    columns = (
+        TextColumn("{task.fields[tokens]:,} tokens"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def pieces(path: Path, key: str = "text") -> Iterator[Piece]:
+    """Yield the text of a file.
+
+    Raises
+    ------
+    ConfigError
+        If a line of a ``.jsonl`` file is no object with a text of that key.
+    """
+    yield from _lines(path, key) if path.suffix == ".jsonl" else _document(path)
+
+
+def _document(path: Path) -> Iterator[Piece]:
+    with path.open("rb") as file:
+        rest = b""
+        while read := file.read(PIECE):
+            text = rest + read
+            cut = _cut(text) if len(text) >= PIECE else 0
+            yield text[:cut], False, len(read)
+            rest = text[cut:]
+        yield rest, True, 0
+
+
+_BORDER = re.compile(rb"(?<=\S)\n(?=\S)")
+
+
+def _cut(text: bytes) -> int:
+    """Return where a line begins in the second half, with no blank beside, so that subwords stay whole if they can."""
+    half = len(text) // 2
+    borders = [match.end() for match in _BORDER.finditer(text, half)]
+    blank = text.rfind(b" ", half)
+    return borders[-1] if borders else blank if blank > 0 else _whole_characters(text)
+
+
+def _whole_characters(text: bytes) -> int:
+    """Return the end of the last whole character of UTF-8."""
+    for back in range(1, min(4, len(text)) + 1):
+        byte = text[-back]
+        if byte & 0xC0 != 0x80:
+            need = 1 if byte < 0x80 else 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
+            return len(text) if need <= back else len(text) - back
+    return len(text)
+
+
+def _lines(path: Path, key: str) -> Iterator[Piece]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.isspace():
+                continue
+            try:
+                text = json.loads(line)[key]
+            except (ValueError, KeyError, TypeError):
+                text = None
+            if not isinstance(text, str):
+                raise ConfigError(f"{path}, line {number}: it must be a JSON object with a text {key!r}; see --key")
+            yield text.encode("utf-8", errors="replace"), True, len(line)
+
+
+def inspect(path: Path, shown: int) -> None:
+    """Print what a store holds, and the beginning of some documents.
+
+    Raises
+    ------
+    ConfigError
+        If it is none.
+    """
+    store, console = Store(path), Console(soft_wrap=True, highlight=False)
+    count = store.documents.shape[0]
+    lengths: Any = np.diff(np.r_[0, store.documents[...]]) if count else np.zeros(1, np.int64)
+    made = store.tokenizer
+    lines = [
+        f"{path}: {len(store):,} tokens ({store.dtype}), {size_text(path.stat().st_size)}",
+        f"documents   {count:,}, of {lengths.min():,} to {lengths.max():,} tokens, median {np.median(lengths):,.0f}",
+        f"vocabulary  {store.vocabulary:,}, tokenizer {store.name}",
+        f"sources     {', '.join(store.sources[:5])}{', ...' if len(store.sources) > 5 else ''}",
+    ]
+    console.print("\n".join(lines), markup=False)
+    for number in np.unique(np.linspace(0, count - 1, min(count, 3)).astype(int)) if shown and count else []:
+        text = made.decode(store.document(number, shown)).decode(errors="replace")
+        console.print(f"\ndocument {number}", style="bold")
+        console.print(text, markup=False)

@@ -1,0 +1,138 @@
+"""What a run shows and writes, from rank 0 alone: a bar or lines, rows of metrics, a plot, event files."""
+
+from __future__ import annotations
+
+import importlib.util
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from colossal_mpi.apps import report as reports
+from colossal_mpi.apps.config.load import Config
+from colossal_mpi.apps.machine import peak_memory
+from colossal_mpi.apps.planning import beside
+from colossal_mpi.apps.report.runs import shares
+from colossal_mpi.apps.training.run_directory import RunDirectory
+from colossal_mpi.apps.training.trainer import Trainer
+from colossal_mpi.errors import ConfigError
+
+
+def check(config: Config) -> None:
+    """Refuse a run whose event files cannot be written.
+
+    Raises
+    ------
+    ConfigError
+        If it wants them and the package is missing.
+    """
+    if config.run.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+        raise ConfigError(
+            "run.tensorboard=true needs tensorboardX: pip install colossal-mpi[tensorboard], or leave it out"
+        )
+
+
+class Report:
+    """What rank 0 shows and writes: a bar at a terminal, a line every few steps otherwise."""
+
+    def __init__(self, trainer: Trainer, directory: RunDirectory, done: int) -> None:
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")  # the sample may hold what an ASCII terminal cannot show
+        self.training, self.directory, self.done = trainer.config.training, directory, done
+        self.unit = trainer.task.unit
+        self.console, self.begun = Console(soft_wrap=True), time.perf_counter()
+        self.bar: Any
+        self.task: Any
+        self.bar, self.task = _bar(self.console, self.training.steps, done) if sys.stdout.isatty() else (None, None)
+        self.events = _Events(directory, done) if trainer.config.run.tensorboard else None
+        self.before = trainer.before
+        parallel, task = trainer.config.parallel, trainer.task
+        self._say(
+            f"{task.name} of {trainer.parameters:,} parameters, {parallel.dtype}, tensor {parallel.tensor} on "
+            f"{trainer.grid}, {trainer.kernels} kernels; {task.about}"
+        )
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False)
+
+    def step(self, row: dict[str, Any]) -> None:
+        """Write a step's metrics and show them."""
+        self.directory.append(row)
+        if self.events:
+            self.events.write(row)
+        made = row["step"] - self.done
+        left = (time.perf_counter() - self.begun) / made * (self.training.steps - row["step"])
+        text = f"loss {row['loss']:.3f}  {row[f'{self.unit}_per_second']:,.0f} {self.unit}/s"
+        if self.bar:
+            self.bar.update(self.task, completed=row["step"], text=text)
+        if "val_loss" in row:
+            self._say(f"step {row['step']:5d}/{self.training.steps}  {text}  {_validation(row)}")
+        elif not self.bar and (row["step"] % self.training.log_every == 0 or made == 1):
+            self._say(f"step {row['step']:5d}/{self.training.steps}  {text}  {_clock(left)} left")
+
+    def finish(self, text: bytes, predicted: Mapping[str, Any]) -> None:
+        """Write the report and the sample, and say what was predicted of the run and where everything is."""
+        self.close()
+        grown = peak_memory() - self.before  # before the report loads what draws it
+        self.directory.write_facts(self.directory.facts() | {"predicted": predicted})
+        reports.write([self.directory.path])
+        self.directory.sample.write_bytes(text)
+        if text:
+            self._say("sample: " + text.decode(errors="replace").strip("\n"))
+        self._say(beside.line(predicted, self.directory.rows(), grown))
+        checkpoint = self.directory.checkpoints / self.directory.latest().name
+        self._say(f"report {self.directory.page}, metrics {self.directory.metrics}, checkpoint {checkpoint}")
+
+    def stop(self, number: int) -> None:
+        """Say that a signal has stopped the run, and how it goes on."""
+        self.close()
+        name = signal.Signals(number).name
+        self._say(f"stopped by {name} after {self.directory.latest().name}: go on with --resume {self.directory.path}")
+
+    def close(self) -> None:
+        """Give the terminal back: while the bar is live, what goes to stderr is written to stdout."""
+        if self.bar:
+            self.bar.stop()
+        if self.events:
+            self.events.writer.close()
+
+
+class _Events:
+    """The rows of the metrics as event files for TensorBoard; those after `done` steps, done again, are hidden."""
+
+    def __init__(self, directory: RunDirectory, done: int) -> None:
+        from tensorboardX import SummaryWriter
+
+        self.writer = SummaryWriter(str(directory.events), purge_step=done + 1 if done else None)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Write every number of a row."""
+        for name, value in row.items():
+            if name != "step" and isinstance(value, int | float):
+                self.writer.add_scalar(name, value, row["step"])
+
+
+def _bar(console: Console, total: int, done: int) -> tuple[Any, Any]:
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[text]}"),
+        TimeRemainingColumn(),
+    )
+    bar = Progress(*columns, console=console)
+    bar.start()
+    return bar, bar.add_task("training", total=total, completed=done, text="")
+
+
+def _validation(row: dict[str, Any]) -> str:
+    measures = [f", {name} {100 * share:.1f} %" for name, share in shares(row).items()]
+    return f"validation {row['val_loss']:.3f}" + "".join(measures)
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -1,0 +1,139 @@
+"""``colossal-mpi train``: the loop."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+from colossal_mpi import comm
+from colossal_mpi.apps.config.load import Config, load
+from colossal_mpi.apps.data.corpus import fitted
+from colossal_mpi.apps.planning import beside
+from colossal_mpi.apps.training.meter import Meter
+from colossal_mpi.apps.training.progress import Report, check
+from colossal_mpi.apps.training.run_directory import RunDirectory
+from colossal_mpi.apps.training.stopping import CODE, Stop
+from colossal_mpi.apps.training.trainer import Trainer
+from colossal_mpi.errors import ColossalError, ConfigError
+from colossal_mpi.grid import Grid, world_size
+from colossal_mpi.runtime import signals
+
+
+def make_grid(config: Config) -> Grid:
+    """Return the grid of a run; without axes in the configuration all ranks go to ``data``."""
+    parallel = config.parallel
+    axes = parallel.grid or {"data": world_size()}
+    return Grid(None, parallel.device, **axes)
+
+
+def start(config: Config, overwrite: bool = False, trace: int = 0) -> int:
+    """Train from the beginning, into a new run directory, and trace so many steps from the second on.
+
+    Returns the exit code, 0 or that of a run that was stopped.
+    """
+    config = fitted(config)
+    grid = make_grid(config)
+    trainer, directory = Trainer(config, grid), RunDirectory(config.run.directory)
+    with comm.agreed(grid):
+        if grid.rank == 0:
+            check(config)
+            directory.create(config, overwrite, trainer.task.tokenizer)
+    return _released(directory, _train(trainer, directory, 0, trace))
+
+
+def resume(path: str, settings: list[str], trace: int = 0) -> int:
+    """Go on with the run at `path` from its latest checkpoint, bitwise as if it had not stopped on the same grid.
+
+    Returns an exit code as `start` does.
+    """
+    directory = RunDirectory(path)
+    directory.latest()
+    config = load(str(directory.config), settings)
+    grid = make_grid(config)
+    with comm.agreed(grid):
+        if grid.rank == 0:
+            directory.hold()
+    latest = directory.latest()  # the one who held it before may have removed the earlier one
+    trainer = Trainer(config, grid)
+    done = trainer.restore(latest)
+    if done > config.training.steps:
+        raise ConfigError(f"{latest} has done {done} steps, and training.steps={config.training.steps}: give more")
+    with comm.agreed(grid):
+        if grid.rank == 0:
+            check(config)
+            directory.rewind(done)
+            directory.write_config(config)
+    return _released(directory, _train(trainer, directory, done, trace))
+
+
+def _released(directory: RunDirectory, code: int) -> int:
+    """Let other jobs write a run that has ended well; after an error, all ends with the process."""
+    directory.release()
+    return code
+
+
+def _train(trainer: Trainer, directory: RunDirectory, done: int, trace: int) -> int:
+    training, first = trainer.config.training, trainer.grid.rank == 0
+    meter = Meter(trainer, directory, {*trainer.config.run.trace_steps, *range(done + 2, done + 2 + trace)})
+    report = Report(trainer, directory, done) if first else None
+    signals.listen(interrupt=False)  # the guards of a job have done so with it
+    with Stop(trainer.grid) as stop:
+        try:
+            stopped = _steps(trainer, directory, done, report, meter, stop)
+            if stopped:
+                if report:
+                    report.stop(stopped)
+                return CODE
+            with trainer.averaged():
+                text = trainer.task.sample(training.sample) if training.sample else b""
+            told = beside.predicted(trainer, meter.peak)
+            if report and told:
+                report.finish(text, told)
+            return 0
+        finally:
+            if report:
+                report.close()
+
+
+def _steps(
+    trainer: Trainer, directory: RunDirectory, done: int, report: Report | None, meter: Meter, stop: Stop
+) -> int:
+    """Do the steps; return the signal that stopped them before the last, 0 if none did."""
+    training = trainer.config.training
+    if trainer.saves_meanwhile(done):
+        trainer.reserve()
+    for step in range(done, training.steps):
+        row, cut = _timed_step(trainer, step, meter, stop)
+        if not math.isfinite(row["loss"] + (row["gradient_norm"] or 0.0)):  # None: an overflow of scaled gradients
+            trainer.saving.finish()
+            raise ColossalError(
+                f"step {step + 1}: loss {row['loss']}, gradient norm {row['gradient_norm']}; lower training.lr and go "
+                f"on from the last checkpoint with --resume {directory.path}"
+            )
+        last = step + 1 == training.steps
+        if last or ((step + 1) % training.evaluate_every == 0 and not cut):  # there is no time for it in a stop
+            row |= trainer.validate() | meter.ranks()
+        if report:
+            report.step(row)
+        if last or cut or (step + 1) % training.checkpoint_every == 0:
+            _checkpoint(trainer, directory, step + 1, training.background_checkpoints and not (last or cut))
+        else:
+            trainer.saving.poll()
+        if cut and not last:
+            return cut
+    return 0
+
+
+def _checkpoint(trainer: Trainer, directory: RunDirectory, step: int, background: bool) -> None:
+    training = trainer.config.training
+    after = partial(directory.made, step, training.keep_last, training.keep_every)
+    trainer.save(directory.checkpoint(step), step, after, background)
+
+
+def _timed_step(trainer: Trainer, step: int, meter: Meter, stop: Stop) -> tuple[dict[str, Any], int]:
+    """Do a step; return its row of the metrics and the signal that is to stop the run after it, 0 if none."""
+    with meter.measure(step + 1) as measured:
+        row: dict[str, Any] = {"step": step + 1, **trainer.step(step, stop.vote)}
+        cut = stop.decided()
+    return row | measured, cut

@@ -1,0 +1,114 @@
+"""How a block reaches MPI and what MPI received becomes one: its own memory, or a pinned copy on the host.
+
+Host memory goes as it is. Device memory goes as it is on a grid whose ranks have agreed that their MPI reads it
+(`colossal_mpi.platform.cuda_aware`), else through page-locked host buffers from a pool. Both ways the stream is
+synchronised after the last kernel before MPI is given a buffer, to read or to write: a new block can lie where one just
+freed is still being read by a kernel. 16-bit floats, for which MPI has no type, go as 16-bit integers.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+
+from colossal_mpi.grid import Grid
+from colossal_mpi.platform import backend
+from colossal_mpi.platform.backend import Block, Device
+
+_SMALLEST = 1 << 12
+
+
+class Pool:
+    """Pinned host memory that is used again, in sizes of powers of two.
+
+    A buffer comes back when nothing refers to it any more, and a request under way in MPI does: what it reads or
+    writes is never handed out a second time.
+
+    Parameters
+    ----------
+    device : Device
+        Allocates the memory, which takes the driver hundreds of microseconds.
+    limit : int
+        Most bytes that are kept idle; beyond them, what was used longest ago is freed.
+    """
+
+    def __init__(self, device: Device, limit: int = 1 << 30) -> None:
+        self._device, self._limit = device, limit
+        self._idle: OrderedDict[int, tuple[int, Any]] = OrderedDict()
+        self._handed_out = 0
+        self.held = 0
+        """Bytes that are kept idle."""
+
+    def array(self, count: int, dtype: Any) -> np.ndarray:
+        """Return an uninitialised flat array of `count` elements in pinned memory."""
+        nbytes = count * np.dtype(dtype).itemsize
+        size = max(_SMALLEST, 1 << (nbytes - 1).bit_length() if nbytes else 0)
+        memory = self._take(size)
+        whole = np.frombuffer(memory, np.uint8, size)
+        # Views refer to `whole`, not to `memory`: its end is the end of the last of them.
+        weakref.finalize(whole, self._put, size, memory).atexit = False
+        return whole[:nbytes].view(dtype)
+
+    def _take(self, size: int) -> Any:
+        for key in reversed(list(self._idle)):  # a copy: a buffer may come back in the middle of this
+            if self._idle[key][0] == size:
+                self.held -= size
+                return self._idle.pop(key)[1]
+        return self._device.pinned(size)
+
+    def _put(self, size: int, memory: Any) -> None:
+        self._handed_out += 1
+        self._idle[self._handed_out] = size, memory
+        self.held += size
+        while self.held > self._limit:
+            _, (freed, _) = self._idle.popitem(last=False)
+            self.held -= freed
+
+
+@functools.cache
+def pool(device: Device) -> Pool:
+    """Return the pool of a device's pinned host memory in this process."""
+    return Pool(device)
+
+
+def _carried(buffer: Block) -> Block:
+    return buffer.view(np.uint16) if backend.is_half(buffer.dtype) else buffer
+
+
+def outgoing(block: Block, grid: Grid) -> Any:
+    """Return the flat buffer that MPI reads for `block`: its own memory, or a copy in host memory."""
+    device = backend.device_of(block)
+    if device is None:
+        return _carried(np.ascontiguousarray(backend.to_host(block)).reshape(-1))
+    if grid.awareness.aware:
+        buffer = backend.contiguous(block).reshape(-1)  # may start a kernel: synchronise after it
+    else:
+        buffer = pool(device).array(block.size, block.dtype)
+        device.read(block, buffer.reshape(block.shape))
+    device.synchronize()
+    return _carried(buffer)
+
+
+def landing(block: Block, count: int, grid: Grid, dtype: Any = None) -> Any:
+    """Return a flat buffer of `count` elements that MPI can write, beside `block` or for `arrived` to bring there."""
+    dtype = backend.numpy_dtype(block.dtype if dtype is None else dtype)
+    dtype = np.dtype(np.uint16) if backend.is_half(dtype) else dtype
+    device = backend.device_of(block)
+    if device is None:
+        return np.empty(count, dtype)
+    if not grid.awareness.aware:
+        return pool(device).array(count, dtype)
+    buffer = backend.empty_like(block, (count,), dtype)
+    device.synchronize()
+    return buffer
+
+
+def arrived(buffer: Any, beside: Block) -> Block:
+    """Return what MPI wrote into a buffer of `landing` as a flat block, on the device of `beside` when it returns."""
+    if backend.is_half(beside.dtype) and buffer.dtype == np.uint16:
+        buffer = buffer.view(backend.numpy_dtype(beside.dtype))
+    return buffer if backend.device_of(buffer) else backend.to_block(buffer, beside)

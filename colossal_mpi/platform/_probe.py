@@ -1,0 +1,32 @@
+"""Give MPI device memory and see whether this process survives it: the child of `colossal_mpi.platform.cuda_aware`.
+
+Run as a program, on its own: nothing of the package, whose guards and settings are those of a job, is imported.
+"""
+
+import signal
+import sys
+
+_SIZES = (1, 1 << 18)  # elements: MPI copies small messages on another path than large ones
+_SECONDS = 120  # in case the process that started this one is gone
+
+
+def main(device: int) -> None:
+    """Send an array on the device to this very process."""
+    signal.alarm(_SECONDS)
+    import cupy
+    from mpi4py import MPI
+
+    cupy.cuda.Device(device).use()
+    for size in _SIZES:
+        sent = cupy.arange(1, size + 1, dtype="float64")
+        received = cupy.zeros_like(sent)
+        cupy.cuda.get_current_stream().synchronize()
+        print("exchanging", flush=True)
+        MPI.COMM_SELF.Sendrecv(sent, 0, 0, received, 0, 0)
+        if not bool((sent == received).all()):
+            sys.exit("other values arrived")
+    print("done", flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,208 @@
+"""The local matrix product, added into an array that is there: ``c = alpha op(a) op(b) + beta c``.
+
+NumPy's ``matmul`` cannot add, and an addition of its own costs a temporary and three passes through memory. So the
+``gemm`` of the very BLAS that NumPy has loaded is called, and cuBLAS's for CuPy blocks. Any other block, and any stride
+or dtype that BLAS does not take, goes through ``matmul`` of the array's own library.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any
+
+import numpy as np
+from array_api_compat import is_cupy_array
+
+from colossal_mpi import meta
+from colossal_mpi.meta.array import MetaArray
+from colossal_mpi.platform import backend
+from colossal_mpi.platform.backend import Block
+
+_LETTERS = {"float32": "s", "float64": "d", "complex64": "c", "complex128": "z"}
+_ROW_MAJOR, _COLUMN_MAJOR = 101, 102
+_PLAIN, _TRANSPOSED, _ADJOINT, _CONJUGATE = 111, 112, 113, 114
+
+
+def gemm(
+    a: Block, b: Block, c: Block, alpha: complex = 1, beta: complex = 0, conj: tuple[bool, bool] = (False, False)
+) -> None:
+    """Do ``c = alpha op(a) op(b) + beta c`` in place; with beta 0 what c holds, NaN included, is not read.
+
+    Parameters
+    ----------
+    a : array, ``[m, k]``
+    b : array, ``[k, n]``
+    c : array, ``[m, n]``
+        Of one library and one dtype; any strides.
+    alpha, beta : number
+    conj : (bool, bool)
+        Whether op is the complex conjugate, of a and of b.
+    """
+    if 0 in c.shape:
+        return
+    conj = conj if backend.numpy_dtype(c.dtype).kind == "c" else (False, False)
+    fits = a.shape[1] and a.dtype == b.dtype == c.dtype
+    if fits and type(c) is np.ndarray and _cblas(a, b, c, alpha, beta, conj):
+        return
+    if fits and isinstance(c, MetaArray):
+        meta.work(2 * c.size * a.shape[1], a, b, c)
+        return
+    if fits and is_cupy_array(c) and c.dtype.name in _LETTERS:
+        _cublas(a, b, c, alpha, beta, conj)
+        return
+    blend(c, product(a, b, c.dtype, conj), alpha, beta)
+
+
+def product(a: Block, b: Block, dtype: Any, conj: tuple[bool, bool] = (False, False)) -> Block:
+    """Return ``op(a) op(b)`` of stacks of matrices in a new array.
+
+    float32 is the dtype in which products of 16-bit floats are summed; cuBLAS does so by itself, other libraries are
+    given float32.
+    """
+    xp = backend.namespace(a, b)
+    if backend.numpy_dtype(dtype) != backend.numpy_dtype(a.dtype) and not is_cupy_array(a):
+        a, b = xp.astype(a, dtype), xp.astype(b, dtype)
+    if backend.numpy_dtype(dtype).kind == "c":
+        a, b = (xp.conj(x) if flip else x for x, flip in zip((a, b), conj, strict=True))
+    if isinstance(a, MetaArray):
+        meta.work(2 * a.size * b.shape[-1], a, b)
+    return xp.matmul(a, b)
+
+
+def scale(c: Block, beta: complex) -> None:
+    """Do ``c = beta c`` in place; with beta 0 what c holds is not read."""
+    c[...] = backend.zeros_like(c, c.shape) if beta == 0 else beta * c
+
+
+def blend(c: Block, product: Block, alpha: complex = 1, beta: complex = 0) -> None:
+    """Do ``c = alpha product + beta c`` in place; with beta 0 what c holds is not read."""
+    scaled = product if alpha == 1 else alpha * product
+    if beta != 0:
+        scaled = scaled + (c if beta == 1 else beta * c)
+    xp = backend.namespace(c)
+    c[...] = scaled if scaled.dtype == c.dtype else xp.astype(scaled, c.dtype)
+
+
+def _cblas(a: np.ndarray, b: np.ndarray, c: np.ndarray, alpha: complex, beta: complex, conj: tuple[bool, bool]) -> bool:
+    """Do the product by BLAS and say so; False where BLAS does not take it."""
+    routine = _routine(c.dtype)
+    order = _order(c)
+    if order is None or not c.dtype.isnative or (routine is None and c.dtype.kind in "fc"):
+        return False
+    if alpha == 1 and beta == 0 and not any(conj):
+        np.matmul(a, b, out=c)
+        return True
+    if routine is None:
+        return False
+    ops = [_operand(x, order, flip, routine.conjugates) for x, flip in zip((a, b), conj, strict=True)]
+    (a, op_a), (b, op_b) = ops
+    (m, k), n = a.shape, b.shape[1]
+    leads = [_lead(x, order if op in (_PLAIN, _CONJUGATE) else _other(order)) for x, op in ((a, op_a), (b, op_b))]
+    scalars = [routine.scalar(x) for x in (alpha, beta)]
+    data = [x.__array_interface__["data"][0] for x in (a, b, c)]
+    routine.call(
+        order,
+        op_a,
+        op_b,
+        m,
+        n,
+        k,
+        scalars[0],
+        data[0],
+        leads[0],
+        data[1],
+        leads[1],
+        scalars[1],
+        data[2],
+        _lead(c, order),
+    )
+    return True
+
+
+def _other(order: int) -> int:
+    return _ROW_MAJOR + _COLUMN_MAJOR - order
+
+
+def _order(x: np.ndarray) -> int | None:
+    """Return in which order BLAS can read a matrix, None if in neither."""
+    if _lead(x, _ROW_MAJOR):
+        return _ROW_MAJOR
+    return _COLUMN_MAJOR if _lead(x, _COLUMN_MAJOR) else None
+
+
+def _lead(x: np.ndarray, order: int) -> int:
+    """Return the leading dim of a matrix in an order, 0 if BLAS cannot read it so."""
+    (rows, columns), (down, right) = (x.shape, x.strides) if order == _ROW_MAJOR else (x.shape[::-1], x.strides[::-1])
+    size = x.itemsize
+    if columns > 1 and right != size:
+        return 0
+    if rows <= 1:
+        return max(1, columns)
+    return down // size if down % size == 0 and down >= max(1, columns) * size else 0
+
+
+def _operand(x: np.ndarray, order: int, flip: bool, conjugates: bool) -> tuple[np.ndarray, int]:
+    """Return a matrix that BLAS can read, copied only if it must be, and what BLAS is to do with it."""
+    found = _order(x)
+    if found is None or not x.flags.aligned:
+        x, found = np.array(x, order="C"), _ROW_MAJOR
+    plain = bool(_lead(x, order))
+    if flip and plain and not conjugates:
+        x, flip = x.conj(), False
+        plain = bool(_lead(x, order))
+    return x, (_CONJUGATE if flip else _PLAIN) if plain else (_ADJOINT if flip else _TRANSPOSED)
+
+
+class _Routine:
+    """A gemm of the BLAS that NumPy has loaded."""
+
+    def __init__(self, function: Any, index: Any, dtype: np.dtype, conjugates: bool) -> None:
+        self.conjugates = conjugates
+        """Whether it has the conjugate without transposition, an extension of OpenBLAS."""
+        real = {4: ctypes.c_float, 8: ctypes.c_double}.get(dtype.itemsize if dtype.kind == "f" else 0)
+        self._dtype, value = dtype, real or ctypes.c_void_p
+        function.argtypes = [ctypes.c_int] * 3 + [index] * 3
+        function.argtypes += [value, *[ctypes.c_void_p, index] * 2, value, ctypes.c_void_p, index]
+        function.restype = None
+        self.call = function
+
+    def scalar(self, x: complex) -> Any:
+        """Return alpha or beta as BLAS takes it: by value if real, by address if complex."""
+        if self._dtype.kind == "f":
+            return float(np.real(x))
+        number = np.array([x], self._dtype)
+        return number.ctypes.data_as(ctypes.c_void_p)  # keeps the number alive
+
+
+@functools.cache
+def _routine(dtype: np.dtype) -> _Routine | None:
+    """Return the gemm of a dtype, None if NumPy's BLAS is not to be found."""
+    letter = _LETTERS.get(dtype.name)
+    for library, kind in _libraries() if letter else ():
+        for pattern, index in (
+            ("scipy_cblas_{}gemm64_", ctypes.c_int64),  # OpenBLAS of NumPy's wheels
+            ("cblas_{}gemm64_", ctypes.c_int64),
+            ("cblas_{}gemm", ctypes.c_int),
+        ):
+            function = getattr(library, pattern.format(letter), None)
+            if function is not None:
+                return _Routine(function, index, dtype, kind == "openblas")
+    return None
+
+
+@functools.cache
+def _libraries() -> tuple[tuple[ctypes.CDLL, str], ...]:
+    """Return the BLAS libraries of this process, NumPy's own first."""
+    from threadpoolctl import threadpool_info
+
+    found = [info for info in threadpool_info() if info["user_api"] == "blas"]
+    found.sort(key=lambda info: "numpy" not in info["filepath"])
+    return tuple((ctypes.CDLL(info["filepath"]), info["internal_api"]) for info in found)
+
+
+def _cublas(a: Block, b: Block, c: Block, alpha: complex, beta: complex, conj: tuple[bool, bool]) -> None:
+    from cupy import cublas
+
+    (a, op_a), (b, op_b) = ((x.T, "H") if flip else (x, "N") for x, flip in zip((a, b), conj, strict=True))
+    cublas.gemm(op_a, op_b, a, b, out=c, alpha=alpha, beta=beta)

@@ -1,0 +1,113 @@
+"""Signals to a rank that may be inside MPI: Ctrl-C ends the job, SIGUSR1 asks what every rank is doing.
+
+Python runs its handlers between byte codes, so that a rank that waits inside MPI would hear of neither. The C part of
+its handler writes the number of a signal to a file descriptor at once, though, and a thread reads it there: mpi4py
+gives the interpreter away for the time of a call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from colossal_mpi.runtime import exits
+
+_PATIENCE = 0.5  # seconds in which Python's own KeyboardInterrupt comes, unless the rank is inside a call
+_interrupted = threading.Event()
+_wakeup = -1
+_masks = threading.local()
+
+sources: list[Callable[[], Iterable[str]]] = []
+"""What else a rank tells when it is asked what it is doing: each returns lines."""
+
+
+def listen(interrupt: bool = True) -> None:
+    """Have this process answer SIGUSR1 and, with `interrupt`, end its job on SIGINT, wherever it is.
+
+    The first call counts, from the main thread. Handlers that are there already, and a wake-up descriptor of another
+    library (an event loop), stay as they are. A process alone needs no `interrupt`: it waits for nobody.
+    """
+    global _wakeup
+    if _wakeup != -1 or threading.current_thread() is not threading.main_thread():
+        return
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    if before != -1:
+        signal.set_wakeup_fd(before)
+        os.close(read)
+        os.close(write)
+        return
+    _wakeup = write
+    if interrupt and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _on_interrupt)
+    if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
+        signal.signal(signal.SIGUSR1, _on_question)
+        signal.siginterrupt(signal.SIGUSR1, False)  # system calls of libraries go on
+    os.register_at_fork(before=_hold, after_in_parent=_release, after_in_child=_forget)
+    threading.Thread(target=_wait, args=(read,), daemon=True, name="colossal_mpi.runtime.signals").start()
+
+
+def _on_interrupt(number: int, frame: Any) -> None:
+    _interrupted.set()
+    signal.default_int_handler(number, frame)
+
+
+def _on_question(_number: int, _frame: Any) -> None:
+    """Do nothing: there must be a handler for the thread to hear of the signal."""
+
+
+# The child of a fork has the handlers and the descriptor, but not the thread: what it writes there would be heard by
+# its parent. So it forgets them before any signal reaches it.
+def _hold() -> None:
+    _masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGUSR1))
+
+
+def _release() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _masks.before)
+
+
+def _forget() -> None:
+    with contextlib.suppress(ValueError):  # not from the main thread
+        other = signal.set_wakeup_fd(-1)
+        if other not in (-1, _wakeup):
+            signal.set_wakeup_fd(other)
+        for number, ours, theirs in (
+            (signal.SIGINT, _on_interrupt, signal.default_int_handler),
+            (signal.SIGUSR1, _on_question, signal.SIG_DFL),
+        ):
+            if signal.getsignal(number) is ours:
+                signal.signal(number, theirs)
+    _release()
+
+
+def _wait(descriptor: int) -> None:
+    while numbers := os.read(descriptor, 64):
+        # another handler may have been put in the place of ours
+        if signal.SIGINT in numbers and signal.getsignal(signal.SIGINT) is _on_interrupt:
+            if not _interrupted.wait(_PATIENCE):
+                exits.abort(130)
+            _interrupted.clear()
+        if signal.SIGUSR1 in numbers and signal.getsignal(signal.SIGUSR1) is _on_question:
+            tell()
+
+
+def tell() -> None:
+    """Write where every thread of this rank is, and what `sources` add, to stderr, each line with the rank."""
+    who, names = exits.where(), {thread.ident: thread.name for thread in threading.enumerate()}
+    lines = []
+    for ident, frame in sys._current_frames().items():
+        if ident != threading.get_ident():
+            lines += [f"thread {names.get(ident, ident)}:", *"".join(traceback.format_stack(frame)).splitlines()]
+    for source in list(sources):
+        lines += source()
+    rest = memoryview("".join(f"{who}{line}\n" for line in lines).encode(errors="replace"))
+    with contextlib.suppress(OSError):
+        while rest:  # past sys.stderr, whose lock the main thread may hold
+            rest = rest[os.write(2, rest) :]

@@ -1,0 +1,62 @@
+"""Kernels of meta grids: shapes and flop of what the reference does tile by tile, and its own formulas."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from colossal_mpi.layers.kernels import reference
+from colossal_mpi.layers.kernels.reference.tiles import largest, scores
+from colossal_mpi.meta.array import work
+from colossal_mpi.platform.backend import Block, is_half, namespace
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(reference, name)
+
+
+_scores = lru_cache(scores)
+
+
+def _products(q: Block, k: Block, causal: bool) -> int:
+    """Return the multiplications of one product of queries and keys, of the tiles of which a key is seen."""
+    (b, s, a, d), (_, t, g, _) = q.shape, k.shape
+    return b * a * d * _scores(s, t, a // g, causal) if b * s * a * t * g else 0
+
+
+def _tile(q: Block, k: Block, causal: bool, arrays: int) -> None:
+    """Take the memory of so many arrays of a tile's scores, and give it back."""
+    xp, (b, s, a, _), (_, t, g, _) = namespace(q), q.shape, k.shape
+    if b * s * a * t * g:
+        xp.empty((arrays, largest(b, s, g, a // g, t, causal)), dtype=xp.float32 if is_half(q.dtype) else q.dtype)
+
+
+def attention(q: Block, k: Block, v: Block, causal: bool = True, mask: Any = None, positions: Any = None) -> Any:
+    xp, (b, s, a, _) = namespace(q), q.shape
+    work(2 * 2 * _products(q, k, causal), q, k, v)
+    statistics = xp.empty((2, b, a, s, 1), dtype=xp.float32 if is_half(q.dtype) else q.dtype)
+    out = xp.empty(q.shape, dtype=q.dtype)
+    _tile(q, k, causal, 2)  # scores and their exponentials
+    return out, statistics
+
+
+def attention_backward(
+    do: Block,
+    q: Block,
+    k: Block,
+    v: Block,
+    o: Block,
+    statistics: Block,
+    causal: bool = True,
+    mask: Any = None,
+    positions: Any = None,
+) -> Any:
+    work(5 * 2 * _products(q, k, causal), do, q, k, v, o)
+    made = tuple(namespace(x).empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    _tile(q, k, causal, 3)  # scores, probabilities and their cotangents
+    return made
+
+
+def lookup_backward(dy: Block, ids: Block, start: int, count: int) -> Block:
+    xp = namespace(dy)
+    return xp.empty((count, dy.shape[-1]), dtype=xp.float32 if is_half(dy.dtype) else dy.dtype)

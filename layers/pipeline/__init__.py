@@ -1,0 +1,5 @@
+"""Pipeline parallelism: schedules as data, their check and simulation, and the stage that runs them.
+
+The trainer and the planner build a pipeline of a model. A stage calls the layers' forward and backward passes in the
+order of its schedule and exchanges activations with its neighbours through ``comm``.
+"""

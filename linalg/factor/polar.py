@@ -1,0 +1,183 @@
+"""Orthogonalisation by matrix products alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from colossal_mpi.distarray import DistArray
+from colossal_mpi.errors import DTypeError, LayoutError, OptionError, ShapeError, SingularError
+from colossal_mpi.linalg.contraction.contract import contract
+from colossal_mpi.linalg.contraction.subscripts import layout_map
+from colossal_mpi.linalg.factor.syrk import herk
+from colossal_mpi.linalg.norms import norm
+from colossal_mpi.platform import backend
+
+Coefficients = tuple[float, float, float]
+
+COEFFICIENTS: dict[str, Coefficients] = {
+    # Jordan et al. 2024: as steep as can be at 0; singular values end between some 0.7 and 1.2
+    "muon": (3.4445, -4.7750, 2.0315),
+    # The Padé approximants of degree 3 and 5: they converge to the polar factor, twice and thrice the digits a step
+    "cubic": (1.5, -0.5, 0.0),
+    "quintic": (1.875, -1.25, 0.375),
+}
+"""The a, b, c of a step ``X <- a X + b (X X^H) X + c (X X^H)^2 X``."""
+
+MOST = 120
+"""Steps after which ``steps=None`` gives up."""
+
+
+def newton_schulz(
+    g: DistArray,
+    steps: int | None = 5,
+    coefficients: str | Coefficients | Sequence[Coefficients] = "muon",
+    epsilon: float = 1e-7,
+    in_place: bool = False,
+) -> DistArray:
+    """Return the nearest matrix with orthonormal rows or columns (the polar factor), or an approximation of it.
+
+    Parameters
+    ----------
+    g : DistArray, ``[m, n]``, of float or complex dtype
+        In any layout; the work is done where it lies, redundantly along axes that replicate it.
+    steps : int or None
+        None goes on until the factor is orthonormal to rounding or no longer improves; not with ``muon``, which never
+        converges.
+    coefficients : {"muon", "cubic", "quintic"}, (a, b, c) or one (a, b, c) a step
+        Of ``X <- a X + b (X X^H) X + c (X X^H)^2 X``, which starts at ``g / (||g||_F + epsilon)``. ``muon`` brings the
+        singular values near 1 in five steps, the convergent two bring them to 1: small ones grow by a factor of 1.5
+        or 1.875 a step.
+    epsilon : float
+        Added to the norm, so that zeros stay zeros.
+    in_place : bool
+        Write the result into the blocks of `g`, too.
+
+    Returns
+    -------
+    DistArray, ``[m, n]``
+        In the layout of `g`, partial sums reduced; `g` itself if `in_place`.
+
+    Raises
+    ------
+    ShapeError, DTypeError, LayoutError, OptionError
+        If `g` is no matrix of floats, or a partial sum to be written in place, or steps and coefficients do not fit.
+    SingularError
+        If ``steps=None`` and `g` has not full rank.
+
+    Notes
+    -----
+    **Communication:** with s the shorter dim and l the longer, s cut into p parts and l into q: a step moves, summed
+    over ranks, the words of `herk` of ``[s, l]`` and, unless c = 0, of ``[s, s]``, with n cut into the p and k into the
+    q parts, and ``s l (p - 1)`` for the last product, in panels of X. `g` is never gathered:
+    besides a few blocks of its size, a rank holds two panels of s l / pq and three arrays of s^2 / p elements. Of a
+    square matrix the dim in more parts counts as the shorter.
+
+    References
+    ----------
+    Jordan et al.: Muon: an optimizer for hidden layers in neural networks, 2024. Björck, Bowie: An iterative algorithm
+    for computing the best estimate of an orthogonal matrix, 1971.
+    """
+    schedule = _schedule(steps, coefficients)
+    _check(g, in_place)
+    whole = g.reduced()
+    flip = _long(whole)
+    x = whole.T if flip else whole
+    size = x.norm()
+    if math.isinf(size):  # the squares overflow
+        x = x * (1 / norm(x, "max"))
+        size = x.norm()
+    x = x / (size + epsilon or 1.0)
+    if schedule is None:
+        x = _converged(x, _constants(coefficients))
+    else:
+        for constants in schedule:
+            x = _step(x, herk(x), constants)
+    x = x.T if flip else x
+    if not in_place:
+        return x
+    g.local[...] = x.local
+    return g
+
+
+def _constants(coefficients: Any) -> Coefficients:
+    """Return one a, b, c."""
+    if isinstance(coefficients, str) and coefficients in COEFFICIENTS:
+        return COEFFICIENTS[coefficients]
+    given = () if isinstance(coefficients, str) else tuple(coefficients)
+    if len(given) != 3 or not all(isinstance(x, int | float) for x in given):
+        raise OptionError(
+            f"newton_schulz: coefficients={coefficients!r}; use {', '.join(map(repr, COEFFICIENTS))}, (a, b, c) "
+            "or a list of one (a, b, c) for each step"
+        )
+    return float(given[0]), float(given[1]), float(given[2])
+
+
+def _schedule(steps: int | None, coefficients: Any) -> list[Coefficients] | None:
+    """Return a, b, c of every step, None for as many steps as it takes."""
+    each = not isinstance(coefficients, str) and any(not isinstance(x, int | float) for x in coefficients)
+    if steps is None:
+        a, b, c = _constants(coefficients)
+        if abs(a + b + c - 1) > 1e-12:  # 1 must be a fixed point
+            raise OptionError(
+                f"newton_schulz: {coefficients!r} never converges; give a number of steps, or use 'quintic'"
+            )
+        return None
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0 or (each and len(coefficients) != steps):
+        raise OptionError(
+            f"newton_schulz: steps={steps!r} with coefficients={coefficients!r}; use a number of steps from 0 on, and "
+            "one (a, b, c) or as many as steps"
+        )
+    return [_constants(x) for x in coefficients] if each else [_constants(coefficients)] * steps
+
+
+def _check(g: DistArray, in_place: bool) -> None:
+    if not isinstance(g, DistArray):
+        raise DTypeError(f"newton_schulz of {type(g).__name__}: make a DistArray of it")
+    if g.ndim != 2:
+        raise ShapeError(f"newton_schulz of shape {g.shape}: it must be a matrix, of 2 dims")
+    if backend.numpy_dtype(g.dtype).kind not in "fc":
+        raise DTypeError(f"newton_schulz of {g.dtype}: use a float or complex dtype; cast it with .astype")
+    if in_place and g.layout.partial:
+        raise LayoutError(f"newton_schulz of {g} in place: it holds partial sums; redistribute it first")
+
+
+def _long(x: DistArray) -> bool:
+    """Say whether the first dim is the longer, or of two equal ones the one in fewer parts."""
+    parts = [x.grid.extent(axes) for axes in x.layout.dims]
+    return (x.shape[0], -parts[0]) > (x.shape[1], -parts[1])
+
+
+def _step(x: DistArray, gramian: DistArray, constants: Coefficients) -> DistArray:
+    """Return ``a x + (b G + c G^2) x`` for the Gram matrix ``G = x x^H``, whose rows are cut as those of `x`."""
+    a, b, c = constants
+    factor = gramian.local * b
+    if c:
+        factor = factor + herk(gramian, layout_map("nk", x.layout)).local * c  # G G^H: half of the work of G G
+    panel = max(1, -(-x.shape[0] // x.grid.extent(x.layout.dims[0])))
+    return contract(
+        "mk,kn->mn", gramian.like(factor), x, layout_map("mn", x.layout), x.copy(), beta=a, stream="k", panel=panel
+    )
+
+
+def _converged(x: DistArray, constants: Coefficients) -> DistArray:
+    """Step until the rows of `x` are orthonormal to rounding, or get no better."""
+    eps, last = float(backend.namespace(x.local).finfo(x.dtype).eps), math.inf
+    for _ in range(MOST):
+        gramian = herk(x)
+        distance = _distance(gramian)
+        if distance <= eps * x.shape[0] or (last < 0.5 and distance >= last):
+            return x
+        x, last = _step(x, gramian, constants), distance
+    raise SingularError(
+        f"newton_schulz of shape {x.shape}: no factor after {MOST} steps; it must have full rank (singular values "
+        f"above {eps:.0e} of its norm): give a number of steps"
+    )
+
+
+def _distance(gramian: DistArray) -> float:
+    """Return the Frobenius norm of a square matrix less the identity, the same bits on all ranks."""
+    xp, ((low, high), _) = backend.namespace(gramian.local), gramian.box
+    unit = xp.arange(low, high)[:, None] == xp.arange(gramian.shape[1])[None, :]
+    return gramian.like(gramian.local - xp.astype(unit, gramian.dtype)).norm()

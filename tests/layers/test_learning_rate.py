@@ -1,0 +1,77 @@
+"""Learning rates equal PyTorch's schedulers, where it has them."""
+
+import pytest
+
+from colossal_mpi import OptionError
+from colossal_mpi.layers.optim.learning_rate import Rate
+
+TOTAL = 20
+
+
+def torchs(make):
+    import torch
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+    scheduler, rates = make(torch.optim.lr_scheduler)(optimizer), []
+    for _ in range(TOTAL):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+CASES = {
+    "linear": (
+        Rate("linear", 2.0, TOTAL, floor=0.25),
+        lambda s: lambda o: s.LinearLR(o, start_factor=1.0, end_factor=0.25, total_iters=TOTAL),
+    ),
+    "cosine": (
+        Rate("cosine", 2.0, TOTAL, floor=0.1),
+        lambda s: lambda o: s.CosineAnnealingLR(o, TOTAL, eta_min=0.2),
+    ),
+    "polynomial": (
+        Rate("polynomial", 2.0, TOTAL, power=2.5),
+        lambda s: lambda o: s.PolynomialLR(o, total_iters=TOTAL, power=2.5),
+    ),
+    "multi-step": (
+        Rate("multi-step", 2.0, TOTAL, milestones=(5, 11), gamma=0.3),
+        lambda s: lambda o: s.MultiStepLR(o, [5, 11], gamma=0.3),
+    ),
+    "one-cycle": (
+        Rate("one-cycle", 2.0, TOTAL - 1, warmup=6, floor=4e-6),
+        lambda s: lambda o: s.OneCycleLR(o, 2.0, TOTAL, pct_start=7 / 20, cycle_momentum=False),
+    ),
+    "constant": (Rate("constant", 2.0, TOTAL), lambda s: lambda o: s.ConstantLR(o, factor=1.0)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_rate_is_pytorchs(name):
+    rate, make = CASES[name]
+    assert [rate(step) for step in range(TOTAL)] == pytest.approx(torchs(make), rel=1e-12)
+
+
+@pytest.mark.parametrize("shape", ["constant", "linear", "cosine", "polynomial", "wsd"])
+def test_a_warm_up_rises_to_the_peak_and_the_end_is_the_floor(shape):
+    rate = Rate(shape, 3.0, TOTAL, warmup=4, floor=0.5)
+    rates = [rate(step) for step in range(TOTAL + 5)]
+    assert rates[:5] == pytest.approx([0.75, 1.5, 2.25, 3.0, 3.0])
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[TOTAL:] == [rates[TOTAL]] * 5
+    assert rates[TOTAL] == (3.0 if shape == "constant" else 1.5)
+
+
+def test_wsd_is_stable_then_falls():
+    rate = Rate("wsd", 1.0, 14, warmup=4, decay=0.4)
+    assert [rate(step) for step in range(4, 15)] == pytest.approx([1.0] * 7 + [0.75, 0.5, 0.25, 0.0])
+
+
+@pytest.mark.parametrize("options", [{"warmup": -1}, {"total": 0}, {"floor": 2.0}, {"decay": 0.0}, {"power": -1.0}])
+def test_numbers_out_of_range_are_refused(options):
+    with pytest.raises(OptionError, match="warmup must be 0 or more, total 1 or more"):
+        Rate(**{"shape": "wsd", "peak": 1.0, "total": 10} | options)
+
+
+def test_an_unknown_shape_is_refused():
+    with pytest.raises(OptionError, match="shape 'step': use one of 'constant', 'linear'"):
+        Rate("step", 1.0, 10)
