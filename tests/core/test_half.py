@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from colossal_mpi import DistArray, Layout, comm, from_global, ledger
+from colossal_mpi.comm import collectives
 from colossal_mpi.platform import backend
 from tests.cases import host, on
 
@@ -34,7 +35,7 @@ def exact(half, grid):
 @GRIDS
 @pytest.mark.parametrize("large", [1, 1 << 30], ids=["large", "small"])
 def test_sums_are_made_in_float32_and_rounded_once(grid, half, monkeypatch, large):
-    monkeypatch.setattr(comm, "_LARGE", large)
+    monkeypatch.setattr(collectives, "_LARGE", large)
     counts = [4, 3, 0][: grid.size]
     mine = on(grid, term(half, grid.rank))
     piece = host(comm.reduce_scatter(mine, grid, AXES, counts))
@@ -50,7 +51,7 @@ def test_sums_are_made_in_float32_and_rounded_once(grid, half, monkeypatch, larg
 @GRIDS
 @pytest.mark.parametrize("large", [1, 1 << 30], ids=["large", "small"])
 def test_every_bit_is_carried_in_two_bytes(grid, half, monkeypatch, large):
-    monkeypatch.setattr(comm, "_LARGE", large)
+    monkeypatch.setattr(collectives, "_LARGE", large)
     bits = np.random.default_rng(0).integers(0, 1 << 16, 600, dtype=np.uint16)  # infinities and NaN among them
     mine = on(grid, bits.view(half) if grid.rank == 0 else np.zeros(600, half))
     with ledger.record() as moved:

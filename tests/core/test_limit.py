@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from colossal_mpi import Layout, comm, from_global, ledger
+from colossal_mpi.comm import collectives
 from colossal_mpi.grid import Grid
 from tests.cases import host, integers, on, represents
 
@@ -69,7 +70,7 @@ def test_results_and_words_are_those_of_whole_messages(grid, monkeypatch, call):
     with ledger.record() as whole:
         expected = host(call(grid))
     plain = Grid.comm
-    monkeypatch.setattr(comm, "_LIMIT", LIMIT)
+    monkeypatch.setattr(collectives, "_LIMIT", LIMIT)
     monkeypatch.setattr(Grid, "comm", lambda self, axes: Counted(plain(self, axes)))
     with ledger.record() as cut:
         result = host(call(grid))
@@ -82,7 +83,7 @@ def test_results_and_words_are_those_of_whole_messages(grid, monkeypatch, call):
 def test_arrays_move_between_layouts_in_cut_messages(grid, monkeypatch):
     plain, whole = Grid.comm, integers((97, 83))
     array = from_global(whole, grid, Layout("row", "col"))
-    monkeypatch.setattr(comm, "_LIMIT", LIMIT)
+    monkeypatch.setattr(collectives, "_LIMIT", LIMIT)
     monkeypatch.setattr(Grid, "comm", lambda self, axes: Counted(plain(self, axes)))
     moved = array.redistribute(Layout(("col", "row"), None)).redistribute(Layout(None, "row"))
     gathered = moved.gather(0), (moved @ moved.T.redistribute(Layout("col", None))).gather()

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from colossal_mpi import comm, ledger
+from colossal_mpi.comm import collectives
 from tests.cases import host, integers, on
 
 COUNTS = {2: [5, 0], 3: [4, 0, 3], 4: [1, 6, 0, 2]}
@@ -12,7 +13,7 @@ GRIDS = pytest.mark.grids({"x": 2}, {"x": 3}, {"x": 4})
 
 @pytest.fixture(params=["small", "large"])
 def both(request, monkeypatch):
-    monkeypatch.setattr(comm, "_LARGE", 1 << 30 if request.param == "small" else 1)
+    monkeypatch.setattr(collectives, "_LARGE", 1 << 30 if request.param == "small" else 1)
 
 
 @pytest.mark.smoke

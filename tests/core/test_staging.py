@@ -7,7 +7,7 @@ import pytest
 from mpi4py import MPI
 
 from colossal_mpi import Grid, Layout, comm, from_global, linalg
-from colossal_mpi.comm import staging
+from colossal_mpi.comm import collectives, staging
 from colossal_mpi.grid import Grid as _Grid
 from colossal_mpi.platform import backend
 from colossal_mpi.testing import fake
@@ -49,7 +49,7 @@ on_calls = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 @pytest.mark.parametrize("large", [1, 1 << 30], ids=["large", "small"])
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
 def test_a_collective_on_the_device_is_that_on_the_host(grid, on_device, monkeypatch, aware, call, large, dtype):
-    monkeypatch.setattr(comm, "_LARGE", large)
+    monkeypatch.setattr(collectives, "_LARGE", large)
     there, mine = on_device(aware), integers(24, dtype, grid.rank)
     x = there.xp.asarray(mine) * 2 - there.xp.asarray(mine)  # kernels under way when the collective starts
     result = call(x, there)
