@@ -39,6 +39,7 @@ lint: $(VENV)/.installed-lint
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python docs/validate_docstrings.py
 	$(BIN)/shellcheck jobs/*
 
 $(VENV)/.installed: $(META)
