@@ -28,6 +28,15 @@ def binary(size: float) -> str:
     return f"{significant(size / scale)} {unit}"
 
 
+def one_decimal(size: float) -> str:
+    """Return a number of bytes with one decimal: ``1.5 GiB``, ``512.0 B``."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            return f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:,.1f} PiB"
+
+
 def bytes_unit(size: float) -> tuple[int, str]:
     """Return the unit of a number of bytes, as a number of bytes and by name."""
     units = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")

@@ -15,7 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from colossal_mpi.apps.bench.options import writable
+from colossal_mpi.apps.files import check_writable
 from colossal_mpi.errors import ConfigError
 from colossal_mpi.layers.kernels import reference as kernels
 
@@ -79,7 +79,7 @@ def main(sequences: Sequence[int], sizes: Sizes, file: Path | None = None) -> in
         )
     if sizes.dtype not in ("float32", "float64"):
         raise ConfigError(f"--dtype {sizes.dtype}: use float32 or float64")
-    writable(file)
+    check_writable(file)
     table = Table("sequence", "seconds", "peak MiB", "bytes a token", "all scores MiB", box=box.SIMPLE)
     rows = [measure(sequence, sizes) for sequence in sequences]
     for row in rows:

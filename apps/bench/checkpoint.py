@@ -18,9 +18,9 @@ from rich.table import Table
 
 from colossal_mpi.apps import launch
 from colossal_mpi.apps.bench.noise import Meter
-from colossal_mpi.apps.bench.options import writable
 from colossal_mpi.apps.bench.report import warn_of_noise
 from colossal_mpi.apps.bench.saving import Saving, Turn
+from colossal_mpi.apps.files import check_writable
 from colossal_mpi.errors import ConfigError
 
 
@@ -58,7 +58,7 @@ def checked(size: float, ranks: int | None, directory: Path, repeat: int, json: 
     world = MPI.COMM_WORLD.size
     if ranks is not None and (ranks < 1 or world not in (1, ranks)):
         raise ConfigError(f"--ranks {ranks} in a job of {world} ranks: at least 1, and left out under mpiexec")
-    writable(json)
+    check_writable(json)
     if world == 1 and ranks is None:
         ranks = 4
     return Options(size, ranks or world, directory, repeat, json)

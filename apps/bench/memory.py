@@ -41,12 +41,3 @@ def _from_cgroup(limit: str, used: str) -> float:
     except OSError:
         return float("inf")
     return float("inf") if most == "max" else float(most) - float(now)
-
-
-def text(size: float) -> str:
-    """Return a number of bytes for the eye."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if size < 1024:
-            return f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:,.1f} PiB"

@@ -15,8 +15,8 @@ from rich.table import Table
 
 from colossal_mpi import comm
 from colossal_mpi.apps.bench.curves import plot
-from colossal_mpi.apps.bench.options import writable
 from colossal_mpi.apps.config import load as configs
+from colossal_mpi.apps.files import check_writable
 from colossal_mpi.apps.training.train import make_grid
 from colossal_mpi.apps.training.trainer import Trainer
 from colossal_mpi.errors import ConfigError
@@ -119,7 +119,7 @@ def main(cases: Sequence[Case], file: Path | None = None, picture: Path | None =
 
 def _read(file: Path | None, picture: Path | None) -> list[dict[str, Any]]:
     for path in (file, picture):
-        writable(path)
+        check_writable(path)
     if file is None or not (text := file.read_text(encoding="utf-8")):
         return []
     try:

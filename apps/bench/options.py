@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from colossal_mpi.apps.files import check_writable
 from colossal_mpi.errors import ConfigError
 from colossal_mpi.linalg import ALGORITHMS
 
@@ -106,7 +107,7 @@ def checked(
     if repeat is not None and repeat < 1:
         raise ConfigError(f"--repeat {repeat}: at least one round has to run, for example --repeat 5")
     for path in (json, plot):
-        writable(path)
+        check_writable(path)
     return Options(
         tuple(_problem(size, np.dtype(dtype)) for size in sizes),
         _ranks(ranks, world),
@@ -141,15 +142,3 @@ def _positive(ranks: int) -> int:
     if ranks < 1:
         raise ConfigError(f"--ranks {ranks}: a job has at least one rank, for example --ranks 4")
     return ranks
-
-
-def writable(path: Path | None) -> None:
-    """Find out before the work whether its result can be written."""
-    if path is None:
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a"):
-            pass
-    except OSError as problem:
-        raise ConfigError(f"cannot write {path}: {problem.strerror}") from None

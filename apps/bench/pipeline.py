@@ -24,8 +24,8 @@ from colossal_mpi import comm, ledger
 from colossal_mpi.apps import launch
 from colossal_mpi.apps.bench import steps, timeline, timing
 from colossal_mpi.apps.bench.noise import Meter
-from colossal_mpi.apps.bench.options import writable
 from colossal_mpi.apps.bench.timeline import KINDS, Bar, Chart
+from colossal_mpi.apps.files import check_writable
 from colossal_mpi.distarray import DistArray, from_global
 from colossal_mpi.errors import ConfigError
 from colossal_mpi.grid import Grid
@@ -100,7 +100,7 @@ def checked(sizes: Sizes, repeat: int, file: Path | None, plot: Path | None) -> 
     if repeat < 1:
         raise ConfigError(f"--repeat {repeat}: at least one round has to run, for example --repeat 10")
     for path in (file, plot):
-        writable(path)
+        check_writable(path)
     return Options(sizes, repeat, file, plot)
 
 

@@ -21,10 +21,10 @@ from rich.table import Table
 from colossal_mpi.apps import launch
 from colossal_mpi.apps.bench import timing
 from colossal_mpi.apps.bench.noise import Meter
-from colossal_mpi.apps.bench.options import writable
 from colossal_mpi.apps.bench.report import warn_of_noise
 from colossal_mpi.apps.bench.steps import Ours, PyTorch, Sizes, Step, peers
 from colossal_mpi.apps.config import load as configs
+from colossal_mpi.apps.files import check_writable
 from colossal_mpi.errors import ConfigError
 from colossal_mpi.grid import Grid
 
@@ -76,7 +76,7 @@ def checked(
         raise ConfigError(f"--kernels {', '.join(unknown)}: use one of {', '.join(peers())}")
     if repeat < 1:
         raise ConfigError(f"--repeat {repeat}: at least one round has to run, for example --repeat 15")
-    writable(json)
+    check_writable(json)
     axes = configs.parse_grid(grid) if grid else {"data": MPI.COMM_WORLD.size}
     return Options(sizes, axes, tensor, tuple(dict.fromkeys(names)) or peers(), repeat, json)
 

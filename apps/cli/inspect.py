@@ -16,7 +16,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from colossal_mpi import checkpoint, comm
-from colossal_mpi.apps.bench.memory import text as size_text
+from colossal_mpi.apps.text import one_decimal as size_text
 from colossal_mpi.apps.training.run_directory import RunDirectory
 from colossal_mpi.checkpoint import compare, contents
 from colossal_mpi.errors import CheckpointError

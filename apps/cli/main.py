@@ -76,6 +76,7 @@ def train(
     ] = False,
 ) -> None:
     """Train a model on text or images. Run it under mpiexec or srun, or alone on one rank."""
+    from colossal_mpi.apps.planning.beside import predicted
     from colossal_mpi.apps.training import train as training
 
     given = {"tensor": tensor, "kernels": kernels}
@@ -88,8 +89,8 @@ def train(
         _shown(config if config is not None else f"{resume}/config.toml", settings, dry_run)
         return
     if config is None:
-        raise typer.Exit(training.resume(str(resume), settings, trace))
-    raise typer.Exit(training.start(configs.load(config, settings), overwrite, trace))
+        raise typer.Exit(training.resume(str(resume), settings, trace, predicted))
+    raise typer.Exit(training.start(configs.load(config, settings), overwrite, trace, predicted))
 
 
 def _shown(source: str, settings: list[str], dry_run: bool) -> None:

@@ -12,9 +12,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from colossal_mpi.apps.bench.memory import text as size_text
 from colossal_mpi.apps.data.store import Store, Writer
 from colossal_mpi.apps.data.tokenizer import Subwords, Tokenizer, tokenizer
+from colossal_mpi.apps.text import one_decimal as size_text
 from colossal_mpi.errors import ConfigError
 
 PIECE = 1 << 20

@@ -12,9 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from colossal_mpi.apps.bench.options import writable
 from colossal_mpi.apps.config.load import Config, load
 from colossal_mpi.apps.data.corpus import fitted
+from colossal_mpi.apps.files import check_writable
 from colossal_mpi.apps.planning import show
 from colossal_mpi.apps.planning.forecast import Forecast
 from colossal_mpi.apps.planning.rates import Given, about, machine_of, size_of
@@ -65,7 +65,7 @@ def checked(
             raise ConfigError(f"plan: {name} {value}: at least {least}")
     if rounds and ranks != world:
         raise ConfigError(f"plan: --try does steps on {ranks} ranks and this job has {world}: mpiexec -n {ranks}")
-    writable(file)
+    check_writable(file)
     limit = math.inf if memory is None else size_of(memory)
     return Options(source, settings, fitted(load(source, settings)), ranks, limit, given, count, rounds, file)
 

@@ -6,7 +6,8 @@ import importlib.util
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import Any
 
 from rich.console import Console
@@ -15,8 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from colossal_mpi.apps import report as reports
 from colossal_mpi.apps.config.load import Config
 from colossal_mpi.apps.machine import peak_memory
-from colossal_mpi.apps.planning import beside
 from colossal_mpi.apps.report.runs import shares
+from colossal_mpi.apps.text import binary, duration
 from colossal_mpi.apps.training.run_directory import RunDirectory
 from colossal_mpi.apps.training.trainer import Trainer
 from colossal_mpi.errors import ConfigError
@@ -74,16 +75,18 @@ class Report:
         elif not self.bar and (row["step"] % self.training.log_every == 0 or made == 1):
             self._say(f"step {row['step']:5d}/{self.training.steps}  {text}  {_clock(left)} left")
 
-    def finish(self, text: bytes, predicted: Mapping[str, Any]) -> None:
-        """Write the report and the sample, and say what was predicted of the run and where everything is."""
+    def finish(self, text: bytes, forecast: Mapping[str, Any] | None) -> None:
+        """Write the report and the sample; print the forecast beside the measurement, and where everything is."""
         self.close()
         grown = peak_memory() - self.before  # before the report loads what draws it
-        self.directory.write_facts(self.directory.facts() | {"predicted": predicted})
+        if forecast is not None:
+            self.directory.write_facts(self.directory.facts() | {"predicted": forecast})
         reports.write([self.directory.path])
         self.directory.sample.write_bytes(text)
         if text:
             self._say("sample: " + text.decode(errors="replace").strip("\n"))
-        self._say(beside.line(predicted, self.directory.rows(), grown))
+        if forecast is not None:
+            self._say(_compared(forecast, self.directory.rows(), grown))
         checkpoint = self.directory.checkpoints / self.directory.latest().name
         self._say(f"report {self.directory.page}, metrics {self.directory.metrics}, checkpoint {checkpoint}")
 
@@ -132,6 +135,16 @@ def _bar(console: Console, total: int, done: int) -> tuple[Any, Any]:
 def _validation(row: dict[str, Any]) -> str:
     measures = [f", {name} {100 * share:.1f} %" for name, share in shares(row).items()]
     return f"validation {row['val_loss']:.3f}" + "".join(measures)
+
+
+def _compared(forecast: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], grown: int) -> str:
+    """Return one line with the forecast of rank 0, what the last rows of metrics say, and by how much memory grew."""
+    words, seconds = rows[-1]["words_received"], median(row["seconds"] for row in rows)
+    return (
+        f"predicted and measured, rank 0: words of a step {forecast['words']:,} and {words:,}; step "
+        f"{duration(forecast['seconds'])} and {duration(seconds)}; memory of arrays {binary(forecast['memory'])}, "
+        f"by which the process grew {binary(grown)}"
+    )
 
 
 def _clock(seconds: float) -> str:
