@@ -49,7 +49,9 @@ def paths() -> Iterator[str]:
         if inspect.isclass(item):
             for member, value in vars(item).items():
                 if not member.startswith("_") and (inspect.isroutine(value) or isinstance(value, property)):
-                    yield f"{path}.{member}"
+                    inherits = value.__doc__ is None and inspect.getdoc(getattr(item, member)) is not None
+                    if not inherits:
+                        yield f"{path}.{member}"
 
 
 def main() -> int:

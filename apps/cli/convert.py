@@ -49,6 +49,6 @@ def _to_checkpoint(source: Path, target: Path, parallelism: Parallelism) -> None
 def _to_hugging_face(source: Path, target: Path, parallelism: Parallelism, most: int) -> None:
     source = saved.checkpoint_of(source)
     metadata = saved.metadata_of(source)
-    model = models.make(metadata["model"], parallelism)
+    model = models.from_description(metadata["model"], parallelism)
     saved.load(source, model.parameters(), parallelism.grid)
     models.save_pretrained(model, target, most=most, extra=metadata.get("huggingface"))

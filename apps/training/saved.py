@@ -81,7 +81,7 @@ def restore(source: Path, grid: Grid, tensor: str) -> tuple[Any, Pipeline | None
         return model, None, json.loads((source / "config.json").read_text(encoding="utf-8"))
     source = checkpoint_of(source)
     metadata = metadata_of(source)
-    model = models.make(metadata["model"], place)
+    model = models.from_description(metadata["model"], place)
     pipeline = Pipeline(cut(model, grid), grid) if grid.axes.get(PIPE, 1) > 1 else None
     parameters = model.parameters() if pipeline is None else pipeline.parameters()
     load(source, parameters, grid)

@@ -1,23 +1,30 @@
-"""Models, each written once for every mode."""
+"""The models, each written once for every tensor mode, and the registry that everything else finds them in.
+
+``apps`` trains, saves and generates from them, and user programs construct them. They are chains of the layers of
+``layers``; `from_pretrained` and `save_pretrained` exchange them with Hugging Face directories.
+"""
 
 from colossal_mpi.layers.models.bert import Bert, BertConfig
 from colossal_mpi.layers.models.gpt import GPT, GPTConfig
-from colossal_mpi.layers.models.kinds import describe, make
 from colossal_mpi.layers.models.llama import Llama, LlamaConfig
 from colossal_mpi.layers.models.pretrained import from_pretrained, save_pretrained
+from colossal_mpi.layers.models.registry import MODELS, ModelKind, describe, from_description, register_model
 from colossal_mpi.layers.models.vit import ViT, ViTConfig
 
 __all__ = [
     "GPT",
+    "MODELS",
     "Bert",
     "BertConfig",
     "GPTConfig",
     "Llama",
     "LlamaConfig",
+    "ModelKind",
     "ViT",
     "ViTConfig",
     "describe",
+    "from_description",
     "from_pretrained",
-    "make",
+    "register_model",
     "save_pretrained",
 ]

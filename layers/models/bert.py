@@ -1,4 +1,8 @@
-"""BERT: an encoder that is trained to fill in masked tokens and to tell whether one sentence follows another."""
+"""BERT: an encoder trained to fill in masked tokens and to tell whether one sentence follows another, and its mapping.
+
+``apps`` trains it, and checkpoints and `from_pretrained` find it in the registry. `ViT` reuses the mapping of its
+blocks onto Hugging Face directories. It is a chain of layers: nothing here communicates or knows the grid.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,8 @@ from colossal_mpi.layers.dropout import Dropout
 from colossal_mpi.layers.embedding import Embedding, PositionEmbedding, SegmentEmbedding
 from colossal_mpi.layers.layer import Layer
 from colossal_mpi.layers.linear import Linear
+from colossal_mpi.layers.models.huggingface import architecture as hf
+from colossal_mpi.layers.models.registry import register_model
 from colossal_mpi.layers.norm import LayerNorm
 from colossal_mpi.layers.parallelism import Parallelism
 from colossal_mpi.layers.pooling import FirstPool
@@ -19,7 +25,41 @@ from colossal_mpi.layers.pooling import FirstPool
 
 @dataclass(frozen=True)
 class BertConfig:
-    """Sizes of a BERT; by default those of BERT-base."""
+    """The configuration of a `Bert`; the defaults are the sizes of BERT-base.
+
+    Parameters
+    ----------
+    vocabulary : int
+        Number of tokens.
+    layers : int
+        Number of blocks.
+    hidden : int
+        Width of the residual stream.
+    heads : int
+        Attention heads in each block; must divide `hidden`.
+    positions : int
+        The longest sequence, in tokens.
+    segments : int
+        Number of segments that a sequence may have: two, one for each sentence.
+    inner : int, optional
+        Width of the MLP; ``4 hidden`` by default.
+    activation : str
+        Activation of the MLP and of the head for masked tokens.
+    eps : float
+        Added to the variance in the norms.
+    tied : bool
+        Whether the head for masked tokens multiplies with the embedding table.
+    next_sentence : bool
+        Whether the model has a head for the next sentence. Without it the output is the logits of the tokens alone.
+    dropout : float
+        Rate at which elements of the embedded tokens and of the outputs of attention and MLP are dropped.
+    std : float
+        Standard deviation of the initial weights.
+    seed : int or None
+        Seed of the initial weights; None makes zeros, for weights that are loaded afterwards.
+    dtype : str
+        Dtype of the weights.
+    """
 
     vocabulary: int = 30522
     layers: int = 12
@@ -27,96 +67,166 @@ class BertConfig:
     heads: int = 12
     positions: int = 512
     segments: int = 2
-    """Kinds of segments: the two sentences."""
     inner: int | None = None
-    """Width of the MLP; 4 x hidden by default."""
     activation: str = "gelu"
     eps: float = 1e-12
-    """Of the norms."""
     tied: bool = True
-    """Whether the product with the vocabulary is the embedding."""
     next_sentence: bool = True
-    """Whether there is a head for the next sentence; without it the output is that of the masked tokens alone."""
     dropout: float = 0.0
-    """Rate at which elements of the embedded tokens and of what attention and MLP add are dropped."""
     std: float = 0.02
-    """Standard deviation of the initial weights."""
     seed: int | None = 0
-    """None makes zeros of random weights, which are to be loaded."""
     dtype: str = "float32"
 
 
+def block_keys() -> tuple[hf.ConfigKey, ...]:
+    """Return the keys of ``config.json`` for the blocks of BERT and ViT."""
+    return (
+        hf.integer("num_hidden_layers", "layers", 12),
+        hf.integer("hidden_size", "hidden", 768),
+        hf.integer("num_attention_heads", "heads", 12),
+        hf.integer("intermediate_size", "inner", 3072, missing=lambda config: 4 * config.hidden),
+        hf.ConfigKey("hidden_act", "activation", "gelu", hf.ACTIVATIONS),
+        hf.real("layer_norm_eps", "eps", 1e-12),
+    )
+
+
+def block_weights(prefix: str, attention: str, norms: tuple[str, str]) -> tuple[hf.WeightMap, ...]:
+    """Return the maps of the weights in the blocks of BERT and ViT; the matrices of torch.nn.Linear are transposed."""
+    qkv = [f"{prefix}.attention.{attention}.{which}" for which in ("query", "key", "value")]
+    return (
+        *hf.linear("blocks.{i}.attention.qkv", "htad", qkv, "(ad)h"),
+        *hf.linear("blocks.{i}.attention.out", "adh", [f"{prefix}.attention.output.dense"], "h(ad)", "ad"),
+        *hf.norm("blocks.{i}.norm1", f"{prefix}.{norms[0]}"),
+        *hf.linear("blocks.{i}.mlp.up", "hf", [f"{prefix}.intermediate.dense"], "fh"),
+        *hf.linear("blocks.{i}.mlp.down", "fh", [f"{prefix}.output.dense"], "hf", "f"),
+        *hf.norm("blocks.{i}.norm2", f"{prefix}.{norms[1]}"),
+    )
+
+
+_BODY, _BLOCK, _HEAD = "bert.embeddings", "bert.encoder.layer.{i}", "cls.predictions"
+_CLASSES = {True: "BertForPreTraining", False: "BertForMaskedLM"}
+
+
+def _normalize(table: hf.Table) -> hf.Table:
+    """Add whether there is a head for the next sentence, which the class of the model says."""
+    named = table.get("architectures") or [_CLASSES[True]]
+    return table | {"next_sentence": _CLASSES[False] not in named}
+
+
+def _denormalize(table: hf.Table, extra: hf.Table) -> hf.Table:
+    pooled = table.pop("next_sentence")
+    return table | {"architectures": [_CLASSES[pooled]]}
+
+
+BERT = hf.Architecture(
+    model_type="bert",
+    classes=tuple(_CLASSES.values()),
+    base="bert",
+    keys=(
+        hf.integer("vocab_size", "vocabulary", 30522),
+        hf.integer("max_position_embeddings", "positions", 512),
+        hf.integer("type_vocab_size", "segments", 2),
+        *block_keys(),
+        hf.boolean("tie_word_embeddings", "tied", True),
+        hf.boolean("next_sentence", "next_sentence", True),
+        hf.fixed("position_embedding_type", "absolute", "absolute"),
+        hf.fixed("is_decoder", False, False),
+        hf.fixed("add_cross_attention", False, False),
+    ),
+    weights=(
+        hf.tensor("tokens.weight", "vh", f"{_BODY}.word_embeddings.weight"),
+        hf.tensor("segments.weight", "sh", f"{_BODY}.token_type_embeddings.weight"),
+        hf.tensor("positions.weight", "ph", f"{_BODY}.position_embeddings.weight"),
+        *hf.norm("norm", f"{_BODY}.LayerNorm"),
+        *block_weights(_BLOCK, "self", ("attention.output.LayerNorm", "output.LayerNorm")),
+        *hf.linear("predictions.dense", "fh", [f"{_HEAD}.transform.dense"], "hf", "f"),
+        *hf.norm("predictions.norm", f"{_HEAD}.transform.LayerNorm"),
+        hf.tensor("predictions.bias", "v", f"{_HEAD}.bias"),
+        *hf.linear("decoder", "vh", [f"{_HEAD}.decoder"], "vh"),
+        *hf.linear("pooler", "fh", ["bert.pooler.dense"], "hf", "f"),
+        *hf.linear("next_sentence", "hv", ["cls.seq_relationship"], "vh"),
+    ),
+    normalize=_normalize,
+    denormalize=_denormalize,
+    ignored=(f"{_HEAD}.bias", "*position_ids"),  # a bias that an untied decoder does not use, and indices
+    tied={f"{_BODY}.word_embeddings.weight": f"{_HEAD}.decoder.weight", f"{_HEAD}.bias": f"{_HEAD}.decoder.bias"},
+)
+
+
+@register_model("bert", BertConfig, task="masked", huggingface=[BERT])
 class Bert(Sequential):
     """BERT with the heads that it is pre-trained with: token ids ``[b, s]`` to two arrays of logits.
 
-    `forward` returns the logits ``[b, s, v]`` of the masked tokens and ``[b, 2]`` of whether the second segment follows
-    the first (0: it does), as a tuple; `backward` takes a tuple of their cotangents, of which one may be None, where
-    the loss does not take it. Without ``next_sentence`` both are one array. The context's `segments` say which tokens
-    are of which sentence, its `mask` which are none.
+    `forward` returns a tuple: the logits ``[b, s, v]`` of the masked tokens and the logits ``[b, 2]`` that say whether
+    the second segment follows the first (index 0: it does). `backward` takes a tuple of their cotangents, one of which
+    may be None if the loss does not use that output. Without ``next_sentence``, output and cotangent are single arrays.
+    The context's `segments` assign tokens to sentences, its `mask` marks padding.
 
     Parameters
     ----------
     config : BertConfig
+        Sizes, initial weights and dtype.
     parallelism : Parallelism
+        The grid and the tensor mode.
 
     Notes
     -----
-    The blocks have their norms after the sums and see all positions. The pooler and the first product of the masked
-    tokens' head go from the stream to the stream: as products down, of which the stream is the inside.
+    The blocks normalise after the residual sums, and every position attends to all others. The pooler and the first
+    product of the head for masked tokens map the residual stream to itself; they run as the down-projection of a block.
 
     References
     ----------
     Devlin et al.: BERT: pre-training of deep bidirectional transformers for language understanding, 2019.
+
+    Examples
+    --------
+    >>> model = Bert(BertConfig(layers=2, hidden=128, heads=4), Parallelism(Grid(row=2, col=2), "2d"))
     """
 
     def __init__(self, config: BertConfig, parallelism: Parallelism) -> None:
-        c, hidden = config, config.hidden
-        self.config, inner = c, 4 * hidden if c.inner is None else c.inner
-        common: dict[str, Any] = {"std": c.std, "seed": c.seed, "dtype": c.dtype}
-        options: dict[str, Any] = {"eps": c.eps, "activation": c.activation, "dropout": c.dropout, "out_std": c.std}
-        tokens = Embedding(c.vocabulary, hidden, parallelism, "tokens", **common)
-        blocks = [
-            TransformerBlock(
-                hidden,
-                c.heads,
-                inner,
-                parallelism,
-                f"blocks.{i}",
-                order="post",
-                attention={"causal": False},
-                **options,
-                **common,
-            )
-            for i in range(c.layers)
-        ]
-        masked = _masked_tokens(c, parallelism, tokens, common)
+        self.config, c, hidden = config, config, config.hidden
+        initial: dict[str, Any] = {"std": c.std, "seed": c.seed, "dtype": c.dtype}
+        options: dict[str, Any] = {
+            "order": "post",
+            "attention": {"causal": False},
+            "eps": c.eps,
+            "activation": c.activation,
+            "dropout": c.dropout,
+            "out_std": c.std,
+            **initial,
+        }
+        inner = 4 * hidden if c.inner is None else c.inner
+        tokens = Embedding(c.vocabulary, hidden, parallelism, "tokens", **initial)
+        predictions = _prediction_head(c, parallelism, tokens, initial)
         super().__init__(
             tokens,
-            SegmentEmbedding(c.segments, hidden, parallelism, "segments", **common),
-            PositionEmbedding(c.positions, hidden, parallelism, "positions", **common),
+            SegmentEmbedding(c.segments, hidden, parallelism, "segments", **initial),
+            PositionEmbedding(c.positions, hidden, parallelism, "positions", **initial),
             LayerNorm(hidden, parallelism, "norm", eps=c.eps, dtype=c.dtype),
             Dropout(c.dropout, "dropout", c.seed or 0),
-            *blocks,
-            FanOut(masked, _next_sentence(c, parallelism, common)) if c.next_sentence else masked,
+            *[TransformerBlock(hidden, c.heads, inner, parallelism, f"blocks.{i}", **options) for i in range(c.layers)],
+            FanOut(predictions, _next_sentence_head(c, parallelism, initial)) if c.next_sentence else predictions,
         )
 
 
-def _masked_tokens(c: BertConfig, p: Parallelism, tokens: Embedding, common: dict[str, Any]) -> Layer:
+def _prediction_head(c: BertConfig, p: Parallelism, tokens: Embedding, initial: dict[str, Any]) -> Layer:
+    """Return the head for masked tokens: x[b, s, h] to logits[b, s, v]."""
     sizes = {"h": c.hidden, "f": c.hidden, "v": c.vocabulary}
     words: dict[str, Any] = {"name": "predictions", "weight": tokens.table} if c.tied else {"name": "decoder"}
     return Sequential(
-        Linear("bsf,fh->bsh", sizes, "f", p, "predictions.dense", **common),
+        Linear("bsf,fh->bsh", sizes, "f", p, "predictions.dense", **initial),
         ACTIVATIONS[c.activation](),
         LayerNorm(c.hidden, p, "predictions.norm", eps=c.eps, dtype=c.dtype),
-        Linear("bsh,vh->bsv", sizes, "v", p, **words, **common),
+        Linear("bsh,vh->bsv", sizes, "v", p, **words, **initial),
     )
 
 
-def _next_sentence(c: BertConfig, p: Parallelism, common: dict[str, Any]) -> Layer:
+def _next_sentence_head(c: BertConfig, p: Parallelism, initial: dict[str, Any]) -> Layer:
+    """Return the head for the next sentence: x[b, s, h] to logits[b, 2], from the first token."""
     sizes = {"h": c.hidden, "f": c.hidden, "v": 2}
     return Sequential(
         FirstPool(p),
-        Linear("bf,fh->bh", sizes, "f", p, "pooler", **common),
+        Linear("bf,fh->bh", sizes, "f", p, "pooler", **initial),
         Tanh(),
-        Linear("bh,hv->bv", sizes, "v", p, "next_sentence", **common),
+        Linear("bh,hv->bv", sizes, "v", p, "next_sentence", **initial),
     )

@@ -1,84 +1,233 @@
-"""Llama: a decoder-only transformer with rotary positions, RMSNorm, grouped queries and a gated MLP."""
+"""Llama: a decoder with rotary positions, RMSNorm, grouped queries and a gated MLP, and its mapping onto directories.
+
+``apps`` trains it, and checkpoints and `from_pretrained` find it in the registry. Mistral has the same architecture
+unless its attention window slides, and with experts the model is Mixtral's. It is a chain of layers: nothing here
+communicates or knows the grid.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from colossal_mpi.errors import ConfigError, OptionError
 from colossal_mpi.layers.attention.rotary import Rotary
 from colossal_mpi.layers.block import TransformerBlock
 from colossal_mpi.layers.containers import Sequential
 from colossal_mpi.layers.embedding import Embedding
 from colossal_mpi.layers.head import Head
-from colossal_mpi.layers.models.experts import mixture
+from colossal_mpi.layers.models.gpt import expert_options
+from colossal_mpi.layers.models.huggingface.architecture import (
+    Architecture,
+    ConfigKey,
+    Table,
+    boolean,
+    fixed,
+    integer,
+    linear,
+    optional_integer,
+    real,
+    tensor,
+)
+from colossal_mpi.layers.models.registry import register_model
 from colossal_mpi.layers.norm import RMSNorm
 from colossal_mpi.layers.parallelism import Parallelism
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes of a Llama; by default those of Llama 3 8B."""
+    """The configuration of a `Llama`; the defaults are the sizes of Llama 3 8B.
+
+    Parameters
+    ----------
+    vocabulary : int
+        Number of tokens.
+    layers : int
+        Number of blocks.
+    hidden : int
+        Width of the residual stream.
+    heads : int
+        Query heads in each block.
+    groups : int or None
+        Groups of heads that share keys and values; None gives each head its own.
+    width : int, optional
+        Width of a head; ``hidden / heads`` by default.
+    inner : int
+        Width of the gated MLP.
+    positions : int
+        The longest sequence that the model is meant for, in tokens. No memory depends on it.
+    theta : float
+        Base of the rotary frequencies.
+    scaling : mapping, optional
+        Scaling of the rotary frequencies, see `Rotary`.
+    activation : str
+        Gated activation of the MLP.
+    eps : float
+        Added to the mean square in the norms.
+    bias : bool
+        Whether the products of attention have biases.
+    mlp_bias : bool
+        Whether the products of the MLP have biases.
+    tied : bool
+        Whether the head multiplies with the embedding table.
+    experts : int
+        Experts of the mixture that replaces each MLP; 0 keeps one MLP for all tokens.
+    experts_per_token : int
+        Experts that each token is routed to.
+    expert_balance : float
+        Coefficient of the loss that balances the experts.
+    expert_z_loss : float
+        Coefficient of the loss that keeps the router's logits small.
+    std : float
+        Standard deviation of the initial weights.
+    seed : int or None
+        Seed of the initial weights; None makes zeros, for weights that are loaded afterwards.
+    dtype : str
+        Dtype of the weights.
+    """
 
     vocabulary: int = 128256
     layers: int = 32
     hidden: int = 4096
     heads: int = 32
     groups: int | None = 8
-    """Groups of heads that share keys and values; None: as many as heads."""
     width: int | None = None
-    """Width of a head; hidden / heads by default."""
     inner: int = 14336
-    """Width of the gated MLP."""
     positions: int = 8192
-    """The longest sequence that it is meant for; nothing is stored for each."""
     theta: float = 500000.0
-    """Base of the rotary frequencies."""
     scaling: Mapping[str, Any] | None = None
-    """Of the rotary frequencies, as `Rotary` takes it."""
     activation: str = "swiglu"
     eps: float = 1e-5
-    """Of the norms."""
     bias: bool = False
-    """Whether the products of attention have biases."""
     mlp_bias: bool = False
-    """Whether those of the MLP have."""
     tied: bool = False
-    """Whether the head is the embedding."""
     experts: int = 0
-    """MLPs of a mixture of experts in each block; 0: one MLP for all tokens."""
     experts_per_token: int = 2
-    """Experts of a token."""
     expert_balance: float = 0.01
-    """Coefficient of the loss that balances them."""
     expert_z_loss: float = 0.0
-    """Coefficient of the loss that keeps the router's logits small."""
     std: float = 0.02
-    """Standard deviation of the initial weights."""
     seed: int | None = 0
-    """None makes zeros of random weights, which are to be loaded."""
     dtype: str = "float32"
 
 
-class Llama(Sequential):
-    """Llama (Touvron et al. 2023): token ids ``[b, s]`` to logits ``[b, s, v]``. Mistral's is the same architecture.
+_BLOCK = "model.layers.{i}"
+_ATTENTION, _MLP = f"{_BLOCK}.self_attn", f"{_BLOCK}.mlp"
+_GATED = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu", "gelu_pytorch_tanh": "geglu-tanh", "relu": "reglu"}
 
-    With experts it is Mixtral's (Jiang et al. 2024).
+
+def _keys(inner: int, positions: int, groups: int | None) -> tuple[ConfigKey, ...]:
+    """Return the keys of Llama or Mistral, given the defaults in which they differ."""
+    return (
+        integer("vocab_size", "vocabulary", 32000),
+        integer("num_hidden_layers", "layers", 32),
+        integer("hidden_size", "hidden", 4096),
+        integer("num_attention_heads", "heads", 32),
+        optional_integer("num_key_value_heads", "groups", groups),
+        optional_integer("head_dim", "width", None),
+        integer("intermediate_size", "inner", inner),
+        integer("max_position_embeddings", "positions", positions),
+        real("rope_theta", "theta", 10000.0),
+        ConfigKey("rope_scaling", "scaling", kinds=(dict, type(None))),
+        ConfigKey("hidden_act", "activation", "silu", _GATED),
+        real("rms_norm_eps", "eps", 1e-6),
+        boolean("attention_bias", "bias", False),
+        boolean("mlp_bias", "mlp_bias", False),
+        boolean("tie_word_embeddings", "tied", False),
+    )
+
+
+def _normalize(table: Table) -> Table:
+    """Rewrite ``rope_parameters``, which has scaling and base today, as the two keys of older versions."""
+    rope = table.get("rope_scaling") or table.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise ConfigError(f"rope_parameters={rope!r} cannot be run: they must be those of all layers")
+    rope = {key: table[key] for key in ("partial_rotary_factor",) if key in table} | rope
+    base = {key: rope[key] for key in ("rope_theta",) if key in rope}
+    try:
+        Rotary(None, rope)
+    except OptionError as problem:
+        raise ConfigError(f"rope_parameters={rope} cannot be run: {problem}") from None
+    plain = rope.get("rope_type", rope.get("type", "default")) == "default"
+    scaling = None if plain else {key: value for key, value in rope.items() if key != "rope_theta"}
+    return table | base | {"rope_scaling": scaling}
+
+
+def _denormalize(table: Table, extra: Table) -> Table:
+    """Add ``rope_parameters``, so that old and new versions of transformers can read the table."""
+    rope = {"rope_type": "default", **(table["rope_scaling"] or {}), "rope_theta": table["rope_theta"]}
+    return table | {"rope_parameters": rope}
+
+
+# The matrices of torch.nn.Linear are transposed: weight[out, in].
+LLAMA = Architecture(
+    model_type="llama",
+    classes=("LlamaForCausalLM",),
+    base="model",
+    keys=_keys(inner=11008, positions=2048, groups=None),
+    weights=(
+        tensor("tokens.weight", "vh", "model.embed_tokens.weight"),
+        tensor("blocks.{i}.norm1.gain", "h", f"{_BLOCK}.input_layernorm.weight"),
+        *linear("blocks.{i}.attention.qkv", "htad", [f"{_ATTENTION}.{x}_proj" for x in "qkv"], "(ad)h"),
+        *linear("blocks.{i}.attention.q", "hgrd", [f"{_ATTENTION}.q_proj"], "(grd)h"),
+        *linear("blocks.{i}.attention.kv", "htgd", [f"{_ATTENTION}.{x}_proj" for x in "kv"], "(gd)h"),
+        *linear("blocks.{i}.attention.out", "adh", [f"{_ATTENTION}.o_proj"], "h(ad)", "ad"),
+        tensor("blocks.{i}.attention.out.weight", "grdh", f"{_ATTENTION}.o_proj.weight", "h(grd)"),
+        tensor("blocks.{i}.norm2.gain", "h", f"{_BLOCK}.post_attention_layernorm.weight"),
+        *linear("blocks.{i}.mlp.up", "htf", [f"{_MLP}.gate_proj", f"{_MLP}.up_proj"], "fh"),
+        *linear("blocks.{i}.mlp.down", "fh", [f"{_MLP}.down_proj"], "hf", "f"),
+        tensor("norm.gain", "h", "model.norm.weight"),
+        tensor("head.weight", "vh", "lm_head.weight"),
+    ),
+    normalize=_normalize,
+    denormalize=_denormalize,
+    ignored=("*rotary_emb.inv_freq",),
+    tied={"model.embed_tokens.weight": "lm_head.weight"},
+)
+
+
+def _normalize_mistral(table: Table) -> Table:
+    """Replace a sliding window that is at least as long as the longest sequence by none."""
+    window, longest = table.get("sliding_window", 4096), table.get("max_position_embeddings", 131072)
+    covers_all = isinstance(window, int) and isinstance(longest, int) and window >= longest
+    return _normalize(table | {"sliding_window": None if covers_all else window})
+
+
+MISTRAL = replace(
+    LLAMA,
+    model_type="mistral",
+    classes=("MistralForCausalLM",),
+    keys=(*_keys(inner=14336, positions=131072, groups=8), fixed("sliding_window", 4096, None)),
+    normalize=_normalize_mistral,
+)
+
+
+@register_model("llama", LlamaConfig, task="language", huggingface=[LLAMA, MISTRAL])
+class Llama(Sequential):
+    """Llama: token ids ``[b, s]`` to logits ``[b, s, v]``. Mistral is the same model, Mixtral the one with experts.
 
     Parameters
     ----------
     config : LlamaConfig
+        Sizes, initial weights and dtype.
     parallelism : Parallelism
+        The grid and the tensor mode.
 
     References
     ----------
-    Touvron et al.: LLaMA, 2023. Llama team: The Llama 3 herd of models, 2024. Jiang et al.: Mistral 7B, 2023.
+    Touvron et al.: LLaMA, 2023. Llama team: The Llama 3 herd of models, 2024. Jiang et al.: Mistral 7B, 2023. Jiang et
+    al.: Mixtral of experts, 2024.
+
+    Examples
+    --------
+    >>> small = LlamaConfig(vocabulary=256, layers=2, hidden=64, heads=4, groups=2, inner=176)
+    >>> model = Llama(small, Parallelism(Grid(row=2, col=2), "2d"))
     """
 
     def __init__(self, config: LlamaConfig, parallelism: Parallelism) -> None:
         self.config, c = config, config
-        common: dict[str, Any] = {"std": c.std, "seed": c.seed, "dtype": c.dtype}
-        tokens = Embedding(c.vocabulary, c.hidden, parallelism, "tokens", **common)
+        initial: dict[str, Any] = {"std": c.std, "seed": c.seed, "dtype": c.dtype}
+        tokens = Embedding(c.vocabulary, c.hidden, parallelism, "tokens", **initial)
         rotary = Rotary(c.theta, c.scaling)
         options: dict[str, Any] = {
             "norm": "rms",
@@ -87,23 +236,16 @@ class Llama(Sequential):
             "bias": c.mlp_bias,
             "attention": {"groups": c.groups, "width": c.width, "rotary": rotary, "bias": c.bias},
             "out_std": c.std,
-            "experts": mixture(c),
+            "experts": expert_options(c.experts, c.experts_per_token, c.expert_balance, c.expert_z_loss),
+            **initial,
         }
+        sizes, shared = {"v": c.vocabulary, "h": c.hidden}, tokens.table if c.tied else None
         super().__init__(
             tokens,
             *[
-                TransformerBlock(c.hidden, c.heads, c.inner, parallelism, f"blocks.{i}", **options, **common)
+                TransformerBlock(c.hidden, c.heads, c.inner, parallelism, f"blocks.{i}", **options)
                 for i in range(c.layers)
             ],
             RMSNorm(c.hidden, parallelism, "norm", eps=c.eps, dtype=c.dtype),
-            Head(
-                "bsh,vh->bsv",
-                {"v": c.vocabulary, "h": c.hidden},
-                "v",
-                parallelism,
-                "head",
-                bias=False,
-                weight=tokens.table if c.tied else None,
-                **common,
-            ),
+            Head("bsh,vh->bsv", sizes, "v", parallelism, "head", bias=False, weight=shared, **initial),
         )

@@ -1,69 +1,65 @@
-"""Models from Hugging Face directories and back."""
+"""Models from Hugging Face directories and back.
+
+`from_pretrained` and `save_pretrained` look up the architecture of a model in the registry, pair each parameter with
+its tensors, and copy boxes between them: each rank reads the boxes of its own blocks, rank 0 writes all.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from colossal_mpi import comm
 from colossal_mpi.errors import CheckpointError, ConfigError, OptionError
 from colossal_mpi.layers.layer import Layer
-from colossal_mpi.layers.models.huggingface import weights
-from colossal_mpi.layers.models.huggingface.architecture import Architecture
-from colossal_mpi.layers.models.huggingface.bert import BERT
-from colossal_mpi.layers.models.huggingface.gpt2 import GPT2
-from colossal_mpi.layers.models.huggingface.llama import LLAMA, MISTRAL
-from colossal_mpi.layers.models.huggingface.sink import Sink
-from colossal_mpi.layers.models.huggingface.source import DTYPES, Source
-from colossal_mpi.layers.models.huggingface.vit import VIT
-from colossal_mpi.layers.models.kinds import KINDS
+from colossal_mpi.layers.models.huggingface.architecture import Architecture, BoxPair, WeightMap
+from colossal_mpi.layers.models.huggingface.directory import DTYPES, Reader, Tensors, Writer
+from colossal_mpi.layers.models.registry import MODELS, ModelConfig, ModelKind, config_of, construct, kind_of
 from colossal_mpi.layers.parallelism import Parallelism
+from colossal_mpi.layers.parameter import Parameter
+from colossal_mpi.layout import Box, box_shape, slices
 from colossal_mpi.platform import backend
-
-KNOWN: tuple[tuple[Architecture, str], ...] = (
-    (GPT2, "gpt"),
-    (LLAMA, "llama"),
-    (MISTRAL, "llama"),
-    (BERT, "bert"),
-    (VIT, "vit"),
-)
-"""Each architecture and the kind of its model here."""
+from colossal_mpi.redistribution import gather
 
 MOST = 5 * 10**9
-"""Bytes of weights in one file, as transformers has had it."""
+"""Bytes of weights in one file: the limit that transformers had for years."""
 
 
 def from_pretrained(directory: str | Path, parallelism: Parallelism, dtype: str | None = None) -> Any:
-    """Return the model of a Hugging Face directory: ``config.json`` and one or several safetensors.
+    """Return the model that a Hugging Face directory holds: ``config.json`` and one or several safetensors files.
 
     Parameters
     ----------
     directory : path
-        That all ranks see. Nothing is downloaded.
+        A directory that all ranks can read. Nothing is downloaded.
     parallelism : Parallelism
-        On any grid, in any mode.
+        The grid and the tensor mode of the model.
     dtype : str, optional
-        Of the weights; by default that of the file, or float32 where it is of 16 bits.
+        Dtype of the weights; by default the dtype in the file, or float32 where that has 16 bits.
 
     Returns
     -------
-    GPT, Llama, Bert or ViT
-        By the ``model_type``, with the configuration that the file gives as ``config``. It has no dropout: rates are no
-        part of what was trained.
+    Layer
+        The model that is registered for the ``model_type``: a `GPT`, `Llama`, `Bert` or `ViT`, whose attribute
+        ``config`` is the configuration in the file. Its dropout rates are 0, because the directory does not store
+        them.
 
     Raises
     ------
     ConfigError
-        On all ranks, if the configuration asks for what no model here computes, by key and value.
+        On all ranks, if the configuration asks for something that no model here computes; the message names key and
+        value.
     OptionError
-        If `dtype` is none of weights.
+        If `dtype` is no dtype of weights.
     CheckpointError
         If files or tensors are missing, damaged or of another shape, or the package safetensors is not installed.
 
     Notes
     -----
-    **Communication:** small messages only. Each rank reads the bytes of its own blocks.
+    **Communication:** small messages only, for errors. Each rank reads the bytes of its own blocks from disk.
 
     Examples
     --------
@@ -73,83 +69,167 @@ def from_pretrained(directory: str | Path, parallelism: Parallelism, dtype: str 
     if dtype is not None and dtype not in DTYPES.values():
         raise OptionError(f"from_pretrained with dtype={dtype!r}: use one of {', '.join(map(repr, DTYPES.values()))}")
     with comm.agreed(grid, CheckpointError):
-        source = Source(directory)
-        architecture, kind, config = _config(source, dtype)
-    model = kind(config, parallelism)
-    pairs = weights.pair(list(model.parameters()), config.layers, architecture)
+        reader = Reader(directory)
+        architecture, kind, config = _read_config(reader, dtype)
+    model = construct(kind, config, parallelism)
+    pairs = _pair(list(model.parameters()), config.layers, architecture)
     with comm.agreed(grid, CheckpointError):
-        weights.read(source, pairs, architecture)
+        _read_weights(reader, pairs, architecture)
     return model
 
 
-def _config(source: Source, dtype: str | None) -> tuple[Architecture, type, Any]:
-    """Return the architecture of a directory, its model and its configuration."""
-    path, name = source.directory / "config.json", source.config.get("model_type")
-    for architecture, kind in KNOWN:
-        if name == architecture.name:
-            model, config = KINDS[kind]
-            try:
-                fields = architecture.fields(source.config)
-            except ConfigError as problem:
-                raise ConfigError(f"{path}: {problem}") from None
-            return architecture, model, config(**fields, seed=None, dtype=dtype or _dtype(source))
-    known = ", ".join(architecture.name for architecture, _ in KNOWN)
-    raise ConfigError(f"{path}: model_type={name!r} cannot be run: it must be one of {known}")
+def _read_config(reader: Reader, dtype: str | None) -> tuple[Architecture, ModelKind, ModelConfig]:
+    """Return the architecture, the kind and the configuration of the model in a directory."""
+    path, wanted = reader.directory / "config.json", reader.config.get("model_type")
+    for kind in MODELS.values():
+        for architecture in kind.huggingface:
+            if wanted == architecture.model_type:
+                try:
+                    values = architecture.read_config(reader.config)
+                except ConfigError as problem:
+                    raise ConfigError(f"{path}: {problem}") from None
+                # The widest dtype of the weights, and float32 at least: a CPU computes slowly with 16 bits.
+                widest = "float64" if any(reader.code(name) == "F64" for name in reader) else "float32"
+                return architecture, kind, kind.config(**values, seed=None, dtype=dtype or widest)
+    known = sorted(architecture.model_type for kind in MODELS.values() for architecture in kind.huggingface)
+    raise ConfigError(f"{path}: model_type={wanted!r} cannot be run: it must be one of {', '.join(known)}")
 
 
-def _dtype(source: Source) -> str:
-    """Return the widest dtype of the weights, float32 at least: a CPU has no use for 16 bits."""
-    return "float64" if any(source.code(name) == "F64" for name in source) else "float32"
+Pairs = list[tuple[Parameter, WeightMap]]
+
+
+def _pair(parameters: Sequence[Parameter], layers: int, architecture: Architecture) -> Pairs:
+    """Return each parameter with the map of its name and number of dims."""
+    maps = {(weight.ours, len(weight.letters)): weight for weight in architecture.weights_of(layers)}
+    keys = [(parameter.name, parameter.value.ndim) for parameter in parameters]
+    homeless = [name for name, ndim in keys if (name, ndim) not in maps]
+    if homeless:
+        raise CheckpointError(f"a {architecture.model_type} of Hugging Face has no place for {', '.join(homeless[:3])}")
+    return [(parameter, maps[key]) for parameter, key in zip(parameters, keys, strict=True)]
+
+
+def _read_weights(reader: Reader, pairs: Pairs, architecture: Architecture) -> None:
+    """Fill the parameters: each rank reads the bytes of its own blocks and the headers of the files.
+
+    Missing tensors, other shapes and tensors without a parameter raise CheckpointError before any parameter changes;
+    tied tensors that differ raise it afterwards.
+    """
+    names = _names_in_directory(reader, pairs, architecture)
+    for parameter, weight in pairs:
+        value = parameter.value
+        block = np.empty(box_shape(value.box), backend.numpy_dtype(value.dtype))
+        for pair in weight.box_pairs(value.shape, value.box):
+            values = reader.read(names[pair.name], pair.theirs)
+            _require_equal_copy(reader, architecture.tied.get(pair.name), names, pair, values)
+            block[slices(pair.ours, value.box)] = pair.from_theirs(values)
+        value.local[...] = backend.to_block(block, value.local)
+
+
+def _require_equal_copy(
+    reader: Reader, copy: str | None, names: dict[str, str], pair: BoxPair, values: np.ndarray
+) -> None:
+    """Raise CheckpointError if the directory stores a tied tensor a second time with other values."""
+    if copy is None or copy in names or copy not in reader:
+        return
+    if not np.array_equal(reader.read(copy, pair.theirs), values):
+        raise CheckpointError(
+            f"{reader.directory}: {copy} is not {pair.name}, to which tie_word_embeddings ties it: if it is meant "
+            "to be another, make that false in config.json"
+        )
+
+
+def _names_in_directory(reader: Reader, pairs: Pairs, architecture: Architecture) -> dict[str, str]:
+    """Return the name in the directory of each tensor that is needed, after checking that its shape is right."""
+    needed = [theirs for _, weight in pairs for theirs in weight.theirs]
+    found = {name: [known for known in architecture.spellings(name) if known in reader] for name in needed}
+    missing, used = [name for name in needed if not found[name]], {name for names in found.values() for name in names}
+    surplus = [name for name in reader if name not in used and not architecture.is_ignored(name)]
+    if missing or surplus:
+        raise CheckpointError(
+            f"{reader.directory} does not hold a {architecture.classes[0]} of its configuration: it lacks "
+            f"{', '.join(missing[:3]) or 'nothing'} and has {', '.join(surplus[:3]) or 'nothing'} besides"
+        )
+    names = {name: known[0] for name, known in found.items()}
+    for parameter, weight in pairs:
+        shape = weight.shape(parameter.value.shape)
+        for name in (names[theirs] for theirs in weight.theirs):
+            if reader.shape(name) != shape:
+                raise CheckpointError(
+                    f"{reader.directory}: {name} is of shape {reader.shape(name)}; its configuration makes it {shape}"
+                )
+            reader.dtype(name)
+    return names
 
 
 def save_pretrained(
     model: Layer, directory: str | Path, *, most: int = MOST, extra: Mapping[str, Any] | None = None
 ) -> None:
-    """Write a model as a directory that transformers loads, in the dtype that it has.
+    """Write a model as a directory that transformers can load, in the dtype of its weights.
 
     Parameters
     ----------
-    model : GPT, Llama, Bert or ViT
-        On any grid, in any mode.
+    model : Layer
+        A `GPT`, `Llama`, `Bert` or `ViT`, or another registered model with an architecture of Hugging Face, on any
+        grid and in any mode.
     directory : path
-        Must not exist, or be empty. Only rank 0 of the grid must see it.
+        It must not exist, or be empty. Only rank 0 of the grid writes to it.
     most : int
-        Bytes of weights in one file; more go into several, with an index.
+        Bytes of weights in one file; a larger model goes into several files with an index.
     extra : mapping, optional
-        Further keys of ``config.json``, such as ``eos_token_id``; those that say what is computed are the model's own.
-        Of several kinds of ``model_type`` for one architecture, such as llama and mistral, the one here is written.
+        Further keys of ``config.json``, such as ``eos_token_id``; they never replace keys that say what is computed.
+        Where several values of ``model_type`` fit the model (llama and mistral), the one in `extra` is written.
 
     Raises
     ------
     CheckpointError
-        On all ranks, if the model is of no architecture of transformers, the directory holds something, or it cannot be
-        written; nothing is left under its name then.
+        On all ranks, if the model has no architecture of transformers, the directory is not empty, or it cannot be
+        written. Nothing is left under its name then.
+    ConfigError
+        If transformers cannot run what the configuration asks for.
 
     Notes
     -----
-    **Communication:** rank 0 receives every element that it does not hold, once, in pieces of at most 32 MiB of
-    float64, and holds no more than one at a time. A weight that is tied is written once.
+    **Communication:** a gather to rank 0, which receives every element that it does not hold, once, in messages of at
+    most 32 MiB of float64, and holds no more than one message at a time. A tied weight is written once.
     """
-    fitting = {known.name: known for known, kind in KNOWN if type(model) is KINDS[kind][0]}
+    kind = kind_of(model)
+    fitting = {architecture.model_type: architecture for architecture in (kind.huggingface if kind else ())}
     if not fitting:
         raise CheckpointError(f"a {type(model).__name__} is no model of transformers: colossal_mpi.checkpoint saves it")
-    if getattr(model.config, "experts", 0):  # type: ignore[attr-defined]
+    config = config_of(model)
+    if getattr(config, "experts", 0):
         raise CheckpointError("a mixture of experts is no model of transformers here: colossal_mpi.checkpoint saves it")
     architecture = fitting.get(str((extra or {}).get("model_type")), next(iter(fitting.values())))
     parameters = list(model.parameters())
-    config, grid = model.config, parameters[0].value.grid  # type: ignore[attr-defined]
-    table, sink = architecture.table(config, extra) | _dtypes(parameters[0].value.dtype), None
-    pairs = weights.pair(parameters, config.layers, architecture)
+    grid, dtype = parameters[0].value.grid, backend.numpy_dtype(parameters[0].value.dtype).name
+    # transformers renamed the key; older versions read torch_dtype.
+    table = architecture.write_config(config, extra) | {"dtype": dtype, "torch_dtype": dtype}
+    pairs, writer = _pair(parameters, config.layers, architecture), None
     with comm.agreed(grid, CheckpointError):
         if grid.rank == 0:
-            sink = Sink(directory, table, weights.tensors(pairs), most)
-    failure = weights.write(sink, pairs)
+            writer = Writer(directory, table, _tensors(pairs), most)
+    # value[layout] -> rank 0, box by box: gather to the root
+    failures = [gather.to_root(parameter.value, _box_writer(writer, parameter, weight)) for parameter, weight in pairs]
     with comm.agreed(grid, CheckpointError):
-        if sink is not None:
-            sink.close(failure)
+        if writer is not None:
+            writer.close(next((failure for failure in failures if failure is not None), None))
 
 
-def _dtypes(dtype: Any) -> dict[str, str]:
-    """Return the key of the dtype in the spelling of today and in that of older versions."""
-    name = backend.numpy_dtype(dtype).name
-    return {"dtype": name, "torch_dtype": name}
+def _tensors(pairs: Pairs) -> Tensors:
+    """Return shape and dtype of every tensor that stores the parameters."""
+    return {
+        name: (weight.shape(parameter.value.shape), backend.numpy_dtype(parameter.value.dtype))
+        for parameter, weight in pairs
+        for name in weight.theirs
+    }
+
+
+def _box_writer(writer: Writer | None, parameter: Parameter, weight: WeightMap) -> Callable[[Box, np.ndarray], None]:
+    """Return the function that rank 0 calls with every box of a parameter."""
+
+    def write(box: Box, values: np.ndarray) -> None:
+        assert writer is not None
+        for pair in weight.box_pairs(parameter.value.shape, box):
+            writer.write(pair.name, pair.theirs, pair.to_theirs(values[slices(pair.ours, box)]))
+
+    return write

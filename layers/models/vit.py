@@ -1,4 +1,8 @@
-"""The Vision Transformer: the patches of an image as a sequence."""
+"""The Vision Transformer: a classifier that reads the patches of an image as a sequence, and its mapping.
+
+``apps`` trains it, and checkpoints and `from_pretrained` find it in the registry. It is a chain of layers: nothing here
+communicates or knows the grid.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,9 @@ from colossal_mpi.layers.conv import PatchEmbedding
 from colossal_mpi.layers.dropout import Dropout
 from colossal_mpi.layers.embedding import PositionEmbedding
 from colossal_mpi.layers.layer import Context
+from colossal_mpi.layers.models.bert import block_keys, block_weights
+from colossal_mpi.layers.models.huggingface import architecture as hf
+from colossal_mpi.layers.models.registry import register_model
 from colossal_mpi.layers.norm import LayerNorm
 from colossal_mpi.layers.parallelism import Parallelism
 from colossal_mpi.layers.pooling import ClassifierHead
@@ -20,10 +27,47 @@ from colossal_mpi.layers.pooling import ClassifierHead
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """Sizes of a ViT; by default those of ViT-B/16."""
+    """The configuration of a `ViT`; the defaults are the sizes of ViT-B/16.
+
+    Parameters
+    ----------
+    image : int or (int, int)
+        Side of a square image in pixels, or the sides along y and x.
+    patch : int or (int, int)
+        Side of a square patch in pixels, or the sides along y and x.
+    channels : int
+        Channels of an image.
+    classes : int
+        Number of classes.
+    layers : int
+        Number of blocks.
+    hidden : int
+        Width of the residual stream.
+    heads : int
+        Attention heads in each block; must divide `hidden`.
+    inner : int, optional
+        Width of the MLP; ``4 hidden`` by default.
+    pool : {"first", "mean"}
+        ``"first"`` puts a class token before the patches and classifies it; ``"mean"`` has no class token and
+        classifies the mean of the patches.
+    activation : str
+        Activation of the MLP.
+    eps : float
+        Added to the variance in the norms.
+    dropout : float
+        Rate at which elements of the embedded patches and of the outputs of attention and MLP are dropped.
+    drop_path : float
+        Rate at which the outputs of the last block are dropped for a whole sample; it grows linearly from 0 over the
+        blocks.
+    std : float
+        Standard deviation of the initial weights.
+    seed : int or None
+        Seed of the initial weights; None makes zeros, for weights that are loaded afterwards.
+    dtype : str
+        Dtype of the weights.
+    """
 
     image: int | tuple[int, int] = 224
-    """Side of an image in pixels, or its sides along y and x."""
     patch: int | tuple[int, int] = 16
     channels: int = 3
     classes: int = 1000
@@ -31,17 +75,12 @@ class ViTConfig:
     hidden: int = 768
     heads: int = 12
     inner: int | None = None
-    """Width of the MLP; 4 x hidden by default."""
     pool: str = "first"
-    """``"first"``: a class token, put before the patches, is classified. ``"mean"``: the mean of the patches alone."""
     activation: str = "gelu"
     eps: float = 1e-12
     dropout: float = 0.0
-    """Rate at which elements of the embedded patches and of what attention and MLP add are dropped."""
     drop_path: float = 0.0
-    """Rate at which what the last block adds to a sample is dropped; it grows from 0, linearly, over the blocks."""
     std: float = 0.02
-    """Standard deviation of the initial weights."""
     seed: int | None = 0
     dtype: str = "float32"
 
@@ -52,34 +91,84 @@ class ViTConfig:
         return (ny // py) * (nx // px) + (self.pool == "first")
 
 
+def _normalize(table: hf.Table) -> hf.Table:
+    """Count the labels, of which transformers assumes two if none are named."""
+    pairs = {key: tuple(table[key]) for key in ("image_size", "patch_size") if isinstance(table.get(key), list)}
+    return table | pairs | {"labels": len(table.get("id2label") or range(2))}
+
+
+def _denormalize(table: hf.Table, extra: hf.Table) -> hf.Table:
+    """Keep the names of the labels if there are any, and number the labels otherwise."""
+    count, named = table.pop("labels"), extra.get("id2label") or {}
+    if len(named) == count:
+        return table
+    names = {str(i): f"LABEL_{i}" for i in range(count)}
+    return table | {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}}
+
+
+_BODY = "vit.embeddings"
+
+VIT = hf.Architecture(
+    model_type="vit",
+    classes=("ViTForImageClassification",),
+    base="vit",
+    keys=(
+        hf.ConfigKey("image_size", "image", 224, kinds=(int, tuple)),
+        hf.ConfigKey("patch_size", "patch", 16, kinds=(int, tuple)),
+        hf.integer("num_channels", "channels", 3),
+        hf.integer("labels", "classes", 2),
+        *block_keys(),
+        hf.fixed("qkv_bias", True, True),
+    ),
+    weights=(
+        *hf.linear("patches", "cijh", [f"{_BODY}.patch_embeddings.projection"], "hcij", "cij"),
+        hf.tensor("patches.token", "h", f"{_BODY}.cls_token", "11h"),
+        hf.tensor("positions.weight", "ph", f"{_BODY}.position_embeddings", "1ph"),
+        *block_weights("vit.encoder.layer.{i}", "attention", ("layernorm_before", "layernorm_after")),
+        *hf.norm("norm", "vit.layernorm"),
+        *hf.linear("head", "hv", ["classifier"], "vh"),
+    ),
+    normalize=_normalize,
+    denormalize=_denormalize,
+    ignored=("vit.pooler.*",),  # a pooler, which classification does not use
+)
+
+
+@register_model("vit", ViTConfig, task="images", huggingface=[VIT])
 class ViT(Sequential):
     """Vision Transformer for classification: images ``[b, c, y, x]`` to logits ``[b, v]`` of v classes.
 
-    Patches and a class token with learned positions, pre-norm blocks in which every position sees all others, a norm,
-    and a product of the class token, or of the mean of the patches, with the classes. With ``pool="first"`` it has the
-    structure of Hugging Face's ``ViTForImageClassification``.
+    The patches and a class token get learned positions and pass through pre-norm blocks, in which every position
+    attends to all others, and a norm. A linear layer then classifies the class token or the mean of the patches. With
+    ``pool="first"`` the model is Hugging Face's ``ViTForImageClassification``.
 
     Parameters
     ----------
     config : ViTConfig
+        Sizes, initial weights and dtype.
     parallelism : Parallelism
+        The grid and the tensor mode.
 
     Raises
     ------
     OptionError
         If the patch is larger than the image, or there is no such pooling or activation.
     ShapeError
-        If `heads` does not divide `hidden`; from `forward`, if the images are of another size.
+        If `heads` does not divide `hidden`; from `forward`, if the images have another size.
 
     Notes
     -----
-    Initial weights are normal with standard deviation `std`, those of the positions and the class token, too; they are
-    a function of seed and name, bitwise the same on every grid.
+    All initial weights, positions and class token included, are normal with standard deviation `std`. They depend on
+    seed and name alone, bitwise the same on every grid.
 
     References
     ----------
     Dosovitskiy et al.: An image is worth 16x16 words, 2021. Beyer et al.: Better plain ViT baselines for ImageNet-1k,
     2022 (the mean). Touvron et al.: Training data-efficient image transformers, 2021 (drop-path that grows).
+
+    Examples
+    --------
+    >>> model = ViT(ViTConfig(image=32, patch=4, classes=10), Parallelism(Grid(row=2, col=2), "2d"))
     """
 
     def __init__(self, config: ViTConfig, parallelism: Parallelism) -> None:
@@ -87,33 +176,29 @@ class ViT(Sequential):
         if c.positions < 1 + token:
             raise OptionError(f"a ViT of images {c.image} and patches {c.patch}: at least one patch must fit in")
         self.config, inner = config, 4 * hidden if c.inner is None else c.inner
-        common: dict[str, Any] = {"std": c.std, "seed": c.seed, "dtype": c.dtype}
-        options: dict[str, Any] = {"eps": c.eps, "activation": c.activation, "dropout": c.dropout, "out_std": c.std}
-        blocks = [
-            TransformerBlock(
-                hidden,
-                c.heads,
-                inner,
-                parallelism,
-                f"blocks.{i}",
-                attention={"causal": False},
-                drop_path=c.drop_path * i / max(1, c.layers - 1),
-                **options,
-                **common,
-            )
-            for i in range(c.layers)
-        ]
+        initial: dict[str, Any] = {"std": c.std, "seed": c.seed, "dtype": c.dtype}
+        options: dict[str, Any] = {
+            "attention": {"causal": False},
+            "eps": c.eps,
+            "activation": c.activation,
+            "dropout": c.dropout,
+            "out_std": c.std,
+            **initial,
+        }
+        rates = [c.drop_path * i / max(1, c.layers - 1) for i in range(c.layers)]
         super().__init__(
-            PatchEmbedding(c.channels, c.patch, hidden, parallelism, "patches", class_token=token, **common),
-            PositionEmbedding(c.positions, hidden, parallelism, "positions", **common),
+            PatchEmbedding(c.channels, c.patch, hidden, parallelism, "patches", class_token=token, **initial),
+            PositionEmbedding(c.positions, hidden, parallelism, "positions", **initial),
             Dropout(c.dropout, "dropout", c.seed or 0),
-            *blocks,
+            *[
+                TransformerBlock(hidden, c.heads, inner, parallelism, f"blocks.{i}", drop_path=rate, **options)
+                for i, rate in enumerate(rates)
+            ],
             LayerNorm(hidden, parallelism, "norm", eps=c.eps, dtype=c.dtype),
-            ClassifierHead(hidden, c.classes, parallelism, "head", pool=c.pool, **common),
+            ClassifierHead(hidden, c.classes, parallelism, "head", pool=c.pool, **initial),
         )
 
     def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
-        """Return the logits of images ``[b, c, y, x]`` in any layout."""
         c = self.config
         size = (c.channels, *_pair(c.image))
         if x.shape[1:] != size:

@@ -6,7 +6,7 @@ import pytest
 from colossal_mpi import Grid, Layout, comm, from_global
 from colossal_mpi.layers import Context, Parallelism, models
 from colossal_mpi.layers.loss import CrossEntropy
-from colossal_mpi.layers.models.huggingface import source
+from colossal_mpi.layers.models.huggingface import directory
 from tests.cases import block_of, host
 from tests.reference import hf_case as case
 from tests.reference.modes import every_mode, few, parallelism
@@ -112,8 +112,8 @@ class CountedSlice:
 @prepared_by
 @every_mode
 def test_a_rank_reads_the_bytes_of_its_own_blocks(grid, prepared, monkeypatch):
-    opened = source._open
-    monkeypatch.setattr(source, "_open", lambda path: Counted(opened(path)))
+    opened = directory._open
+    monkeypatch.setattr(directory, "_open", lambda path: Counted(opened(path)))
     for name in case.MODELS:
         Counted.read = 0
         model = models.from_pretrained(prepared / name, parallelism(grid))

@@ -5,32 +5,32 @@ import itertools
 import numpy as np
 import pytest
 
-from colossal_mpi.layers.models.huggingface.axes import Entry
+from colossal_mpi.layers.models.huggingface.architecture import WeightMap
 from colossal_mpi.layout import index_of, slices
 
 SIZES = {"h": 5, "t": 3, "a": 4, "d": 2, "f": 7, "g": 2, "r": 3}
-ENTRIES = [
-    Entry("w", "fh", ("w",), "fh"),
-    Entry("w", "hf", ("w",), "fh"),
-    Entry("w", "htad", ("w",), "h(tad)"),
-    Entry("w", "tad", ("w",), "(tad)"),
-    Entry("w", "adh", ("w",), "h(ad)"),
-    Entry("w", "htad", ("q", "k", "v"), "(ad)h"),
-    Entry("w", "hgrd", ("w",), "(grd)h"),
-    Entry("w", "tgd", ("q", "k", "v"), "(gd)"),
-    Entry("w", "dgrh", ("w",), "hdgr"),
-    Entry("w", "fh", ("w",), "1fh"),
-    Entry("w", "h", ("w",), "11h"),
+MAPS = [
+    WeightMap("w", "fh", ("w",), "fh"),
+    WeightMap("w", "hf", ("w",), "fh"),
+    WeightMap("w", "htad", ("w",), "h(tad)"),
+    WeightMap("w", "tad", ("w",), "(tad)"),
+    WeightMap("w", "adh", ("w",), "h(ad)"),
+    WeightMap("w", "htad", ("q", "k", "v"), "(ad)h"),
+    WeightMap("w", "hgrd", ("w",), "(grd)h"),
+    WeightMap("w", "tgd", ("q", "k", "v"), "(gd)"),
+    WeightMap("w", "dgrh", ("w",), "hdgr"),
+    WeightMap("w", "fh", ("w",), "1fh"),
+    WeightMap("w", "h", ("w",), "11h"),
 ]
 
 
-def theirs(entry, whole):
+def theirs(weight, whole):
     """Return their tensors by name, of the whole of ours."""
-    flat = "".join(entry.groups)
-    stack = [x for x in entry.letters if x not in flat]
-    order = [entry.letters.index(x) for x in (*stack, *flat)]
-    moved = whole.transpose(order).reshape(len(entry.theirs), *entry.shape(whole.shape))
-    return dict(zip(entry.theirs, moved, strict=True))
+    flat = "".join(weight.groups)
+    stack = [x for x in weight.letters if x not in flat]
+    order = [weight.letters.index(x) for x in (*stack, *flat)]
+    moved = whole.transpose(order).reshape(len(weight.theirs), *weight.shape(whole.shape))
+    return dict(zip(weight.theirs, moved, strict=True))
 
 
 def boxes(shape, rng):
@@ -39,36 +39,36 @@ def boxes(shape, rng):
         yield tuple(tuple(sorted(rng.integers(0, n + 1, 2))) for n in shape)
 
 
-@pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: f"{e.letters}-{e.dims}")
-def test_pieces_are_the_elements_of_the_box_in_both_directions(entry):
+@pytest.mark.parametrize("weight", MAPS, ids=lambda e: f"{e.letters}-{e.dims}")
+def test_pieces_are_the_elements_of_the_box_in_both_directions(weight):
     rng = np.random.default_rng(0)
-    shape = tuple(SIZES[x] for x in entry.letters)
+    shape = tuple(SIZES[x] for x in weight.letters)
     whole = rng.standard_normal(shape)
-    tensors = theirs(entry, whole)
+    tensors = theirs(weight, whole)
     for box in boxes(shape, rng):
         block, written = (
             np.full([b - a for a, b in box], np.nan),
             {n: np.zeros(t.shape, int) for n, t in tensors.items()},
         )
-        for piece in entry.pieces(shape, box):
-            values = tensors[piece.name][index_of(piece.theirs)]
-            block[slices(piece.ours, box)] = piece.from_theirs(values)
-            assert np.array_equal(piece.to_theirs(whole[index_of(piece.ours)]), values)
-            written[piece.name][index_of(piece.theirs)] += 1
+        for pair in weight.box_pairs(shape, box):
+            values = tensors[pair.name][index_of(pair.theirs)]
+            block[slices(pair.ours, box)] = pair.from_theirs(values)
+            assert np.array_equal(pair.to_theirs(whole[index_of(pair.ours)]), values)
+            written[pair.name][index_of(pair.theirs)] += 1
         assert np.array_equal(block, whole[index_of(box)])
         assert max(t.max() for t in written.values()) <= 1
         assert sum(t.sum() for t in written.values()) == block.size
 
 
 def test_what_is_contiguous_is_one_piece():
-    entry = ENTRIES[2]
-    shape = tuple(SIZES[x] for x in entry.letters)
+    weight = MAPS[2]
+    shape = tuple(SIZES[x] for x in weight.letters)
     for whole in itertools.product([True, False], repeat=2):
         heads = (0, 4) if whole[1] else (1, 3)
         box = ((1, 4), (0, 3) if whole[0] else (1, 2), heads, (0, 2))
-        assert len(list(entry.pieces(shape, box))) == (3 if whole == (True, False) else 1)
+        assert len(list(weight.box_pairs(shape, box))) == (3 if whole == (True, False) else 1)
 
 
 def test_of_block_names_ours_and_theirs():
-    entry = Entry("blocks.{i}.w", "hf", ("h.{i}.w",), "hf").of_block(7)
-    assert (entry.ours, entry.theirs) == ("blocks.7.w", ("h.7.w",))
+    weight = WeightMap("blocks.{i}.w", "hf", ("h.{i}.w",), "hf").of_block(7)
+    assert (weight.ours, weight.theirs) == ("blocks.7.w", ("h.7.w",))

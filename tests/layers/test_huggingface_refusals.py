@@ -12,8 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 from colossal_mpi import CheckpointError, ConfigError, Grid, OptionError
 from colossal_mpi.layers import Parallelism, models
-from colossal_mpi.layers.models.huggingface import source
-from colossal_mpi.layers.models.huggingface.sink import Sink
+from colossal_mpi.layers.models.huggingface import directory
+from colossal_mpi.layers.models.huggingface.directory import Writer
 from colossal_mpi.layers.pooling import FirstPool
 from colossal_mpi.redistribution import gather
 from tests.cases import host, refusal
@@ -59,7 +59,11 @@ VALUES = [
     ("gpt2", {"n_layer": "1"}, "n_layer='1' cannot be run: it must be int"),
     ("gpt2", {"n_layer": True}, "n_layer=True cannot be run: it must be int"),
     ("gpt2", {"n_inner": 2.5}, "n_inner=2.5 cannot be run: it must be int or null"),
-    ("gpt2", {"model_type": "gpt_neo"}, "model_type='gpt_neo' cannot be run: it must be one of gpt2, llama, mistral"),
+    (
+        "gpt2",
+        {"model_type": "gpt_neo"},
+        "model_type='gpt_neo' cannot be run: it must be one of bert, gpt2, llama, mistral, vit",
+    ),
     ("llama", {"hidden_act": ["silu"]}, r"hidden_act=\['silu'\] cannot be run: it must be 'silu'"),
     ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope.*'yarn'.*: use one of"),
     ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "rope.*it lacks low_freq_factor"),
@@ -198,7 +202,7 @@ def test_a_missing_package_is_named_with_the_remedy(tmp_path, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(CheckpointError, match=r"needs the package safetensors: pip install 'colossal-mpi\[hf\]'"):
-        source._require("safetensors")
+        directory._require("safetensors")
     monkeypatch.undo()
     assert path.is_dir()
 
@@ -220,27 +224,10 @@ def test_a_failed_write_leaves_nothing_and_is_known_to_all_ranks(grid, shared_pa
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Sink, "write", full)
+    monkeypatch.setattr(Writer, "write", full)
     monkeypatch.setattr(gather, "PIECE", 8)
     model = models.GPT(MODELS["gpt2"], parallelism(grid))
     kind, text = refusal(lambda: models.save_pretrained(model, shared_path / "hf"), grid)
     assert kind is CheckpointError
     assert "hf cannot be written: [Errno 28] No space left on device" in text
     assert not list(shared_path.iterdir())
-
-
-def test_descriptions_make_the_same_model_and_others_are_refused():
-    p = Parallelism(Grid(MPI.COMM_SELF))
-    for name, kind in KINDS.items():
-        description = json.loads(json.dumps(models.describe(kind(MODELS[name], p))))
-        made = models.make(description, p)
-        assert [(q.name, q.value.shape) for q in made.parameters()] == [
-            (q.name, q.value.shape) for q in kind(MODELS[name], p).parameters()
-        ]
-        assert models.describe(made) == description | {"seed": None}
-    with pytest.raises(OptionError, match="kind='rnn': it must be one of gpt, llama, bert, vit"):
-        models.make({"kind": "rnn"}, p)
-    with pytest.raises(OptionError, match="no configuration of a gpt: .*depth"):
-        models.make({"kind": "gpt", "depth": 3}, p)
-    with pytest.raises(OptionError, match="a FirstPool has no kind"):
-        models.describe(FirstPool(p))

@@ -1,13 +1,5 @@
-"""Directories of Hugging Face's transformers: ``config.json`` and safetensors, read and written without transformers.
+"""Hugging Face directories, ``config.json`` and safetensors, without the package transformers.
 
-A mapping for each architecture, as data, says where our weights stand in theirs; reading and writing are its two
-directions. `colossal_mpi.layers.models` makes models of directories, and the other way round.
-
-Modules
--------
-axes : where the elements of one weight stand
-architecture : what such data consist of
-gpt2, llama, bert, vit : the data
-source, sink : a directory to read, a directory to write
-weights : all weights of a model, in both directions
+`architecture` describes as data how a model maps onto a directory, `directory` reads and writes the files. The models
+of ``layers.models`` fill in the data, and ``layers.models.pretrained`` calls both modules.
 """

@@ -1,16 +1,30 @@
-"""What an architecture of Hugging Face is in our terms, as data: keys of its configuration and names of its tensors."""
+"""The mapping of a model onto Hugging Face directories, as data: keys of ``config.json`` and names of tensors.
+
+The file of each model fills in one `Architecture`, and `from_pretrained` and `save_pretrained` read it in the two
+directions. "Ours" is a field or a weight of a model of this package, "theirs" its counterpart in transformers.
+
+``WeightMap("qkv.weight", "htad", ("q.weight", "k.weight", "v.weight"), "(ad)h")`` says that our weight
+``qkv[h, t, a, d]`` is stored as three tensors ``[a d, h]``, one for each t. Letters in brackets are merged into one
+dim, ``1`` is a dim of size 1, and the letter that the dims of theirs lack counts their tensors.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
+from itertools import product
 from typing import Any
 
+import numpy as np
+
 from colossal_mpi.errors import ConfigError
-from colossal_mpi.layers.models.huggingface.axes import Entry
+from colossal_mpi.layout import Box, box_shape
 
 Table = dict[str, Any]
+"""The contents of a ``config.json``."""
 
 ACTIVATIONS = {
     "gelu_new": "gelu-tanh",
@@ -20,42 +34,38 @@ ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
 }
-"""Our name of each of their activations that there is."""
+"""Our name for each activation of transformers that we implement."""
 
 
 @dataclass(frozen=True)
-class Key:
-    """One key of ``config.json`` that says what is computed.
+class ConfigKey:
+    """One key of ``config.json`` that changes what the model computes.
 
     Parameters
     ----------
     theirs : str
+        The key.
     ours : str, optional
-        The field of our configuration. Without one, the key must have one of the `values`.
+        The field of our configuration. A key without a field must have one of the `values`.
     default : optional
-        What transformers takes where the file has no such key.
+        The value that transformers assumes where the file lacks the key.
     values : mapping, optional
-        Our value for each of theirs that can be run; without it, any value of one of `kinds` is taken as it is.
+        Our value for each of their values that we can run. Without it every value of one of `kinds` is taken as it is.
     kinds : tuple of type
+        The types that a value may have.
     missing : callable, optional
-        Of our configuration: their value where ours is None.
+        A function of our configuration that returns their value where ours is None.
     """
 
     theirs: str
     ours: str | None = None
-    default: Any = None
+    default: object = None
     values: Mapping[Any, Any] | None = None
     kinds: tuple[type, ...] = (int,)
-    missing: Callable[[Any], Any] | None = None
+    missing: Callable[[Any], object] | None = None
 
-    def read(self, table: Table) -> Any:
-        """Return our value.
-
-        Raises
-        ------
-        ConfigError
-            If theirs cannot be run.
-        """
+    def read(self, table: Table) -> object:
+        """Return our value for the value in a ``config.json``; raise ConfigError if we cannot run it."""
         value = table.get(self.theirs, self.default)
         if self.values is None:
             if type(value) not in self.kinds:
@@ -67,133 +77,254 @@ class Key:
             raise ConfigError(f"{self.theirs}={value!r} cannot be run: it must be {known}")
         return self.values[value]
 
-    def write(self, config: Any) -> Any:
-        """Return their value for a configuration of ours, or the one that is meant where there is no field.
-
-        Raises
-        ------
-        ConfigError
-            If they have no such value.
-        """
+    def write(self, config: object) -> object:
+        """Return their value for a configuration of ours; raise ConfigError if they have no such value."""
         ours = getattr(config, self.ours) if self.ours else None
         if self.values is None:
             return self.missing(config) if ours is None and self.missing else ours
-        theirs = [value for value, mine in self.values.items() if self.ours is None or mine == ours]
+        theirs = [value for value, mapped in self.values.items() if self.ours is None or mapped == ours]
         if not theirs:
             raise ConfigError(f"{self.ours}={ours!r} has no name in Hugging Face's {self.theirs}")
         return theirs[0]
 
 
-def whole(theirs: str, ours: str, default: int | None, missing: Callable[[Any], Any] | None = None) -> Key:
+def integer(theirs: str, ours: str, default: int, missing: Callable[[Any], object] | None = None) -> ConfigKey:
     """Return the key of an integer."""
-    return Key(theirs, ours, default, missing=missing)
+    return ConfigKey(theirs, ours, default, missing=missing)
 
 
-def optional(theirs: str, ours: str, default: int | None) -> Key:
+def optional_integer(theirs: str, ours: str, default: int | None) -> ConfigKey:
     """Return the key of an integer that may be null."""
-    return Key(theirs, ours, default, kinds=(int, type(None)))
+    return ConfigKey(theirs, ours, default, kinds=(int, type(None)))
 
 
-def real(theirs: str, ours: str, default: float) -> Key:
+def real(theirs: str, ours: str, default: float) -> ConfigKey:
     """Return the key of a real number."""
-    return Key(theirs, ours, default, kinds=(float, int))
+    return ConfigKey(theirs, ours, default, kinds=(float, int))
 
 
-def flag(theirs: str, ours: str, default: bool) -> Key:
-    """Return the key of something that is or is not there."""
-    return Key(theirs, ours, default, kinds=(bool,))
+def boolean(theirs: str, ours: str, default: bool) -> ConfigKey:
+    """Return the key of a boolean."""
+    return ConfigKey(theirs, ours, default, kinds=(bool,))
 
 
-def fixed(theirs: str, default: Any, *values: Any) -> Key:
-    """Return a key that must have the first of `values`, or another that means the same."""
-    return Key(theirs, None, default, dict.fromkeys(values))
+def fixed(theirs: str, default: object, *values: object) -> ConfigKey:
+    """Return a key that must have one of `values`, all of which mean the same; the first is written."""
+    return ConfigKey(theirs, None, default, dict.fromkeys(values))
 
 
-def _as_it_is(table: Table, extra: Table | None = None) -> Table:
-    return table
-
-
-_OF_TRAINING = ("seed", "dtype", "std", "dropout", "drop_path")
-"""Fields that change nothing of what a trained model computes."""
+Range = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """Both directions between a model of ours and the directories of one ``model_type``.
+class BoxPair:
+    """A box of our weight and the box of the tensor of theirs that stores the same elements.
 
     Parameters
     ----------
     name : str
-        The ``model_type`` that is written.
-    classes : tuple of str
-        Classes of transformers with exactly these weights; the first is written.
-    base : str
-        Prefix of the body's tensors, which directories of the body alone leave out.
-    keys : tuple of Key
-        Every key that changes what is computed; others are passed over.
-    entries : tuple of Entry
-        Every weight that a model may have.
-    passed : tuple of str
-        Patterns of tensors that have no part in the result.
-    twins : mapping of str to str
-        By the name of a tensor, that of the one that is the same where weights are tied, and which may stand there too.
-    normal, spelled : callable
-        From the spellings of a table that are read to the one that `keys` know, and from that, and the table that a
-        directory had before, to what is written.
+        The name of their tensor.
+    ours, theirs : Box
+        The two boxes.
+    lengths : tuple of int
+        The lengths of the letters of their box, merged dims taken apart.
+    order : tuple of int
+        For each letter of ours that they have, its index among `lengths`.
     """
 
     name: str
+    ours: Box
+    theirs: Box
+    lengths: tuple[int, ...]
+    order: tuple[int, ...]
+
+    def from_theirs(self, values: np.ndarray) -> np.ndarray:
+        """Return the elements of their box in the shape of ours."""
+        return values.reshape(self.lengths).transpose(self.order).reshape(box_shape(self.ours))
+
+    def to_theirs(self, values: np.ndarray) -> np.ndarray:
+        """Return the elements of our box in the shape of theirs: the inverse of `from_theirs`."""
+        apart = values.reshape([self.lengths[place] for place in self.order])
+        return apart.transpose(np.argsort(self.order)).reshape(box_shape(self.theirs))
+
+
+@dataclass(frozen=True)
+class WeightMap:
+    """One weight of ours and the tensors of theirs that store it.
+
+    Parameters
+    ----------
+    ours : str
+        Name of our parameter; ``{i}`` stands for the number of a block.
+    letters : str
+        A letter for each dim of our parameter.
+    theirs : tuple of str
+        Names of their tensors: one for each index of the letter that `dims` lacks, or a single one.
+    dims : str
+        The dims of each of their tensors.
+    """
+
+    ours: str
+    letters: str
+    theirs: tuple[str, ...]
+    dims: str
+
+    @property
+    def groups(self) -> list[str]:
+        """The letters that are merged into each dim of theirs."""
+        return [dim.strip("()1") for dim in re.findall(r"\([a-z]+\)|[a-z1]", self.dims)]
+
+    def of_block(self, i: int) -> WeightMap:
+        """Return the map of the same weight in block `i`."""
+        return WeightMap(self.ours.format(i=i), self.letters, tuple(x.format(i=i) for x in self.theirs), self.dims)
+
+    def shape(self, ours: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape of each of their tensors, given the shape of our weight."""
+        sizes = dict(zip(self.letters, ours, strict=True))
+        return tuple(math.prod(sizes[x] for x in group) for group in self.groups)
+
+    def box_pairs(self, shape: Sequence[int], box: Box) -> Iterator[BoxPair]:
+        """Yield the pairs of boxes that make up a box of our weight of this global shape.
+
+        The pairs are as few as possible, and each box of theirs is contiguous along each dim.
+        """
+        if 0 in box_shape(box):
+            return
+        sizes, groups = dict(zip(self.letters, shape, strict=True)), self.groups
+        ranges = dict(zip(self.letters, box, strict=True))
+        flat = "".join(groups)
+        order = tuple(flat.index(x) for x in self.letters if x in flat)
+        stack = "".join(x for x in self.letters if x not in flat)
+        intervals = [list(_intervals(group, sizes, ranges)) for group in groups]
+        for number in range(*ranges[stack]) if stack else (0,):
+            for chosen in product(*intervals):
+                covered = {stack: (number, number + 1)}
+                for _, letters in chosen:
+                    covered |= letters
+                lengths = tuple(covered[x][1] - covered[x][0] for x in flat)
+                ours, theirs = tuple(covered[x] for x in self.letters), tuple(interval for interval, _ in chosen)
+                yield BoxPair(self.theirs[number], ours, theirs, lengths, order)
+
+
+def _intervals(
+    group: str, sizes: Mapping[str, int], ranges: Mapping[str, Range]
+) -> Iterator[tuple[Range, dict[str, Range]]]:
+    """Yield the intervals of a merged dim that given ranges of its letters cover, each with its ranges of letters."""
+    inner = math.prod(sizes[x] for x in group[1:])
+    if not group:
+        yield (0, 1), {}
+    elif all(ranges[x] == (0, sizes[x]) for x in group[1:]):
+        start, stop = ranges[group[0]]
+        yield (start * inner, stop * inner), {x: ranges[x] for x in group}
+    else:
+        for i in range(*ranges[group[0]]):
+            for (start, stop), rest in _intervals(group[1:], sizes, ranges):
+                yield (i * inner + start, i * inner + stop), {group[0]: (i, i + 1), **rest}
+
+
+def tensor(ours: str, letters: str, theirs: str, dims: str | None = None) -> WeightMap:
+    """Return the map of a weight that is stored as one tensor, by default with the same dims."""
+    return WeightMap(ours, letters, (theirs,), dims or letters)
+
+
+def norm(ours: str, theirs: str) -> tuple[WeightMap, WeightMap]:
+    """Return the maps of the gain and the bias of a norm."""
+    return tensor(f"{ours}.gain", "h", f"{theirs}.weight"), tensor(f"{ours}.bias", "h", f"{theirs}.bias")
+
+
+def linear(ours: str, letters: str, theirs: Sequence[str], dims: str, summed: str = "h") -> tuple[WeightMap, WeightMap]:
+    """Return the maps of the weight and the bias of a linear layer; the bias lacks the letters `summed`."""
+    weights, biases = (tuple(f"{name}.{kind}" for name in theirs) for kind in ("weight", "bias"))
+    kept, left = ("".join(x for x in text if x not in summed).replace("()", "") for text in (letters, dims))
+    return WeightMap(f"{ours}.weight", letters, weights, dims), WeightMap(f"{ours}.bias", kept, biases, left)
+
+
+def _unchanged(table: Table, extra: Table | None = None) -> Table:
+    return table
+
+
+_TRAINING_ONLY = ("seed", "dtype", "std", "dropout", "drop_path")
+"""Fields of our configurations that do not change what a trained model computes."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The mapping between a model of ours and the directories of one ``model_type``, in both directions.
+
+    Parameters
+    ----------
+    model_type : str
+        The value of this key in ``config.json``.
+    classes : tuple of str
+        Classes of transformers with exactly these weights; the first is written.
+    base : str
+        Prefix of the names of the body's tensors. Directories that store the body alone leave it out.
+    keys : tuple of ConfigKey
+        Every key that changes what is computed; other keys are ignored.
+    weights : tuple of WeightMap
+        Every weight that a model may have.
+    ignored : tuple of str
+        Patterns of the names of tensors that do not enter the result.
+    tied : mapping of str to str
+        From the name of a tensor to the name of its copy, which a directory with tied weights may store, too.
+    normalize : callable
+        A function from a table as it is in the file to one with the `keys`.
+    denormalize : callable
+        A function from a table with the `keys` and the table that the directory had before to the one to write.
+    """
+
+    model_type: str
     classes: tuple[str, ...]
     base: str
-    keys: tuple[Key, ...]
-    entries: tuple[Entry, ...]
-    passed: tuple[str, ...] = ()
-    twins: Mapping[str, str] = field(default_factory=dict)
-    normal: Callable[[Table], Table] = _as_it_is
-    spelled: Callable[[Table, Table], Table] = _as_it_is
+    keys: tuple[ConfigKey, ...]
+    weights: tuple[WeightMap, ...]
+    ignored: tuple[str, ...] = ()
+    tied: Mapping[str, str] = field(default_factory=dict)
+    normalize: Callable[[Table], Table] = _unchanged
+    denormalize: Callable[[Table, Table], Table] = _unchanged
 
-    def fields(self, table: Table) -> Table:
-        """Return the fields of our configuration that a ``config.json`` gives.
+    def read_config(self, table: Table) -> Table:
+        """Return the fields of our configuration that a ``config.json`` determines.
 
         Raises
         ------
         ConfigError
-            If it asks for what cannot be run, by key and value.
+            If it asks for something that we cannot run; the message names key and value.
         """
-        table = self.normal(dict(table))
-        read = [(key.ours, key.read(table)) for key in self.keys]
-        return {ours: value for ours, value in read if ours is not None}
+        table = self.normalize(dict(table))
+        values = [(key.ours, key.read(table)) for key in self.keys]
+        return {ours: value for ours, value in values if ours is not None}
 
-    def table(self, config: Any, extra: Mapping[str, Any] | None = None) -> Table:
-        """Return the ``config.json`` of a configuration of ours, the inverse of `fields`, over further keys.
+    def write_config(self, config: Any, extra: Mapping[str, Any] | None = None) -> Table:
+        """Return the ``config.json`` of a configuration of ours, the inverse of `read_config`, and the `extra` keys.
 
         Raises
         ------
         ConfigError
-            If it says what transformers cannot run.
+            If transformers cannot run what the configuration asks for.
         """
         known, extra = {key.ours for key in self.keys}, dict(extra or {})
         for ours in fields(config):
             value = getattr(config, ours.name)
-            if ours.name not in (*known, *_OF_TRAINING) and value != ours.default:
-                raise ConfigError(f"{ours.name}={value!r} has no place in a {self.name} of Hugging Face")
-        table = {"architectures": [self.classes[0]], "model_type": self.name}
-        return extra | self.spelled(table | {key.theirs: key.write(config) for key in self.keys}, extra)
+            if ours.name not in (*known, *_TRAINING_ONLY) and value != ours.default:
+                raise ConfigError(f"{ours.name}={value!r} has no place in a {self.model_type} of Hugging Face")
+        table = {"architectures": [self.classes[0]], "model_type": self.model_type}
+        return extra | self.denormalize(table | {key.theirs: key.write(config) for key in self.keys}, extra)
 
-    def named(self, layers: int) -> Iterator[Entry]:
-        """Yield the entries of a model of so many blocks."""
-        for entry in self.entries:
-            if "{i}" in entry.ours:
-                yield from map(entry.of_block, range(layers))
+    def weights_of(self, layers: int) -> Iterator[WeightMap]:
+        """Yield the maps of all weights of a model with this number of blocks."""
+        for weight in self.weights:
+            if "{i}" in weight.ours:
+                yield from map(weight.of_block, range(layers))
             else:
-                yield entry
+                yield weight
 
-    def is_passed(self, name: str) -> bool:
-        """Say whether a tensor need have no place in the model."""
-        return name in self.twins.values() or any(fnmatchcase(name, pattern) for pattern in self.passed)
+    def is_ignored(self, name: str) -> bool:
+        """Return whether a tensor need not have a counterpart in the model."""
+        return name in self.tied.values() or any(fnmatchcase(name, pattern) for pattern in self.ignored)
 
     def spellings(self, name: str) -> list[str]:
-        """Return the names under which a tensor may stand: its own, and those of directories of the body alone."""
+        """Return the names that a tensor may have: its own, the one without the body's prefix, and older ones."""
         names = [name, name.removeprefix(f"{self.base}.")]
         old = [("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")]
         return names + [n.replace(new, was) for n in names for new, was in old if new in n]
