@@ -1,11 +1,16 @@
 """Floating-point operations of a training step, in the two conventions of utilisation.
 
-*Model flop* are those that the mathematics asks for, whatever a program does: PaLM's ``6 N + 12 L s a d`` of a token, N
-the weights that it is multiplied with and L s a d the scores of its a heads of width d in L layers, those that a mask
-hides counted as well. *Hardware flop* are those that are done: hidden scores only where they share a tile with one that
-is seen, probabilities once more in the backward pass, and what `recompute` makes again. In both a product of m x k and
-k x n counts 2 m k n, and only products count: biases, norms, activations, softmax, losses and the optimizer are left
-out. A product that ranks do redundantly counts once.
+*Model flop* are the operations that the mathematics asks for, whatever a program does: PaLM's ``6 N + 12 L s a d`` for
+a token, where N is the number of weights that the token is multiplied with and L s a d are the scores of a heads of
+width d in L layers. Scores that a mask hides count as well. *Hardware flop* are the operations that the ranks do: they
+include hidden scores only where these share a tile with a visible one, the probabilities that the backward pass makes
+again, and what `recompute` makes again.
+
+In both conventions a product of m x k and k x n counts 2 m k n, and only products count: biases, norms, activations,
+softmax, losses and the optimizer are left out. A product that several ranks do redundantly counts once.
+
+The meter of a training run divides these numbers by its seconds (MFU and HFU). The rules are here, one for each kind of
+layer; `flop_of` finds them.
 
 References
 ----------
@@ -21,20 +26,35 @@ from dataclasses import dataclass, replace
 from functools import singledispatch
 
 from colossal_mpi.errors import OptionError
-from colossal_mpi.layers.attention.self_attention import SelfAttention
+from colossal_mpi.layers.activation import Activation
+from colossal_mpi.layers.attention.rotary import Rotation
+from colossal_mpi.layers.attention.self_attention import Attention, GroupedAttention, SelfAttention
 from colossal_mpi.layers.containers import Sequential
 from colossal_mpi.layers.conv import Convolution, PatchEmbedding
+from colossal_mpi.layers.dropout import Dropout
+from colossal_mpi.layers.embedding import Embedding, PositionEmbedding, SegmentEmbedding
 from colossal_mpi.layers.kernels.reference.tiles import scores
 from colossal_mpi.layers.layer import Layer
 from colossal_mpi.layers.linear import Linear
 from colossal_mpi.layers.moe import MoE
+from colossal_mpi.layers.norm import RMSNorm
+from colossal_mpi.layers.pooling import FirstPool, MeanPool, Pool2d
 from colossal_mpi.layers.recompute import Discard, Recompute
+from colossal_mpi.layers.softmax import Softmax
 from colossal_mpi.linalg.contraction.subscripts import parse
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What goes through a layer: samples, each of so many positions of the residual stream."""
+class StreamShape:
+    """The shape of the residual stream that a layer is applied to, without its width.
+
+    Parameters
+    ----------
+    samples : int
+        Samples of a step, over all ranks and microbatches.
+    length : int
+        Positions of each sample.
+    """
 
     samples: int
     length: int
@@ -42,117 +62,213 @@ class Shape:
 
 @dataclass(frozen=True)
 class Flop:
-    """Operations of the two passes through a layer."""
+    """The operations of the passes through a layer, in flop.
+
+    Parameters
+    ----------
+    forward : int
+        Operations of the forward pass.
+    backward : int
+        Operations of the backward pass.
+    replay : int
+        Operations of `Layer.replay`, which makes again what the backward pass needs.
+    """
 
     forward: int = 0
     backward: int = 0
     replay: int = 0
-    """Those of `Layer.replay`."""
 
     def __add__(self, other: Flop) -> Flop:
         return Flop(self.forward + other.forward, self.backward + other.backward, self.replay + other.replay)
 
 
 def model_flop(model: Layer, samples: int, length: int) -> int:
-    """Return the operations of forward and backward that the mathematics asks for.
+    """Return the operations of forward and backward pass that the mathematics asks for.
 
     Parameters
     ----------
     model : Layer
-        Of transformer blocks or parts of them; its weights need not be made.
+        A model of transformer blocks or a part of one. Its weights need not exist yet.
     samples : int
-        All of a step, over all ranks and microbatches.
+        Samples of a step, over all ranks and microbatches.
     length : int
-        Positions of the residual stream of a sample.
+        Positions of the residual stream in each sample.
+
+    Returns
+    -------
+    int
+        Operations of all ranks together, in flop.
 
     Raises
     ------
     OptionError
-        If the model has a convolution other than that of patches: its windows are not the positions of a stream.
+        If the model has a layer without a rule (see `flop_of`), or a convolution other than that of patches, whose
+        windows are not the positions of a stream.
     """
-    return 3 * _flop(model, Shape(samples, length), False).forward
+    return 3 * flop_of(model, StreamShape(samples, length), False).forward
 
 
 def hardware_flop(model: Layer, samples: int, length: int) -> int:
-    """Return the operations of forward and backward that the ranks do, as the reference's kernels tile attention.
+    """Return the operations of forward and backward pass that the ranks do, with the reference's tiles of attention.
 
-    Takes and raises what `model_flop` does.
+    Parameters
+    ----------
+    model : Layer
+        A model of transformer blocks or a part of one. Its weights need not exist yet.
+    samples : int
+        Samples of a step, over all ranks and microbatches.
+    length : int
+        Positions of the residual stream in each sample.
+
+    Returns
+    -------
+    int
+        Operations of all ranks together, in flop.
+
+    Raises
+    ------
+    OptionError
+        As `model_flop`.
     """
-    done = _flop(model, Shape(samples, length), True)
+    done = flop_of(model, StreamShape(samples, length), True)
     return done.forward + done.backward
 
 
 @singledispatch
-def _flop(layer: Layer, shape: Shape, hardware: bool) -> Flop:
-    """Return the operations of a layer; those of its parts, unless it is of a kind with a rule of its own."""
-    return _in_full(sum((_flop(part, shape, hardware) for part in _parts(layer)), Flop()))
+def flop_of(layer: Layer, shape: StreamShape, hardware: bool) -> Flop:
+    """Return the operations of a layer, by the rule of its class or as the sum over its parts.
+
+    A layer that has no parts needs a rule: register one for a class of your own. A layer that has parts and does
+    products itself needs one, too, because the sum over its parts leaves those products out.
+
+    Parameters
+    ----------
+    layer : Layer
+        Any layer.
+    shape : StreamShape
+        Samples and positions that go through it.
+    hardware : bool
+        Whether to count hardware flop; otherwise model flop.
+
+    Returns
+    -------
+    Flop
+        Operations of all ranks together.
+
+    Raises
+    ------
+    OptionError
+        If the layer has neither a rule nor parts.
+
+    Examples
+    --------
+    >>> @flop_of.register
+    ... def _(layer: Outer, shape: StreamShape, hardware: bool) -> Flop:
+    ...     forward = 2 * shape.samples * shape.length**2 * layer.width
+    ...     return Flop(forward, 2 * forward, forward)
+    """
+    parts = list(_parts(layer))
+    if not parts:
+        kind = type(layer).__name__
+        raise OptionError(
+            f"{layer.label}: there is no rule for the flop of {kind}: register one, "
+            f"colossal_mpi.layers.analysis.flop_of.register({kind}, rule)"
+        )
+    return _replayed_in_full(sum((flop_of(part, shape, hardware) for part in parts), Flop()))
 
 
-def _in_full(flop: Flop) -> Flop:
-    """Return operations of a layer that does its whole forward pass again."""
+def _replayed_in_full(flop: Flop) -> Flop:
+    """Return the operations of a layer whose replay is its whole forward pass."""
     return replace(flop, replay=flop.forward)
 
 
 def _parts(layer: Layer) -> Iterator[Layer]:
+    """Yield the layers that are attributes of a layer, or items of its lists."""
     for value in vars(layer).values():
         yield from (item for item in (value if isinstance(value, list) else [value]) if isinstance(item, Layer))
 
 
 def _product(rows: int, weight: tuple[int, ...]) -> Flop:
-    """Return the operations of a product, of which the backward pass needs the operands alone."""
-    forward = 2 * rows * math.prod(weight)
+    """Return the operations of a product whose replay does nothing: its backward pass needs the operands alone."""
+    forward = 2 * rows * math.prod(weight)  # X[rows, K] . W[K, N]: dX = dY . W^T and dW = X^T . dY take as much each
     return Flop(forward, 2 * forward)
 
 
-@_flop.register
-def _(layer: Sequential, shape: Shape, hardware: bool) -> Flop:
-    *parts, last = [_flop(part, shape, hardware) for part in layer.layers] or [Flop()]
-    return sum(map(_in_full, parts), last)
+def _no_products(layer: Layer, shape: StreamShape, hardware: bool) -> Flop:
+    """Return nothing: elementwise layers, norms, look-ups and pooling have no products."""
+    return Flop()
 
 
-@_flop.register
-def _(layer: Recompute, shape: Shape, hardware: bool) -> Flop:
-    inside = _flop(layer.layer, shape, hardware)
+for _kind in (
+    Activation,
+    Dropout,
+    Embedding,
+    FirstPool,
+    MeanPool,
+    Pool2d,
+    PositionEmbedding,
+    RMSNorm,
+    Rotation,
+    SegmentEmbedding,
+    Softmax,
+):
+    flop_of.register(_kind, _no_products)
+
+
+@flop_of.register
+def _(layer: Sequential, shape: StreamShape, hardware: bool) -> Flop:
+    *parts, last = [flop_of(part, shape, hardware) for part in layer.layers] or [Flop()]
+    return sum(map(_replayed_in_full, parts), last)
+
+
+@flop_of.register
+def _(layer: Recompute, shape: StreamShape, hardware: bool) -> Flop:
+    inside = flop_of(layer.layer, shape, hardware)
     return Flop(inside.forward, inside.backward + inside.replay)
 
 
-@_flop.register
-def _(layer: Discard, shape: Shape, hardware: bool) -> Flop:
-    inside = _flop(layer.layer, shape, hardware)
+@flop_of.register
+def _(layer: Discard, shape: StreamShape, hardware: bool) -> Flop:
+    inside = flop_of(layer.layer, shape, hardware)
     return replace(inside, backward=inside.backward + inside.forward)
 
 
-@_flop.register
-def _(layer: Linear, shape: Shape, hardware: bool) -> Flop:
+@flop_of.register
+def _(layer: Linear, shape: StreamShape, hardware: bool) -> Flop:
     letters = parse(layer.product.subscripts).a
     return _product(shape.samples * (shape.length if "s" in letters else 1), layer.weight.shape)
 
 
-@_flop.register
-def _(layer: Convolution, shape: Shape, hardware: bool) -> Flop:
+@flop_of.register
+def _(layer: Convolution, shape: StreamShape, hardware: bool) -> Flop:
     if not isinstance(layer, PatchEmbedding):
-        raise OptionError(f"{layer.name}: only of transformers, whose images come as patches, are the flop known")
+        raise OptionError(
+            f"{layer.name}: the flop of a convolution are known for the patches of a transformer only, because the "
+            "windows of an image are not the positions of a stream"
+        )
     lead = 0 if hardware else layer.lead  # the positions before the patches have windows of zeros
-    return _in_full(_product(shape.samples * (shape.length - lead), layer.weight.shape))
+    return _replayed_in_full(_product(shape.samples * (shape.length - lead), layer.weight.shape))
 
 
-@_flop.register
-def _(layer: MoE, shape: Shape, hardware: bool) -> Flop:
-    """Count the slots that tokens fill; the others depend on how the router balances."""
+@flop_of.register
+def _(layer: MoE, shape: StreamShape, hardware: bool) -> Flop:
+    """Count the slots that tokens fill; how many others there are depends on the balance of the router."""
     rows = shape.samples * shape.length * layer.top_k
     weights = [part.weight.shape for part in layer.experts.layers if isinstance(part, Linear)]
-    return _in_full(sum((_product(rows, weight[1:]) for weight in weights), _flop(layer.router, shape, hardware)))
+    experts = (_product(rows, weight[1:]) for weight in weights)  # W[E, H, F]: each row meets one expert
+    return _replayed_in_full(sum(experts, flop_of(layer.router, shape, hardware)))
 
 
-@_flop.register
-def _(layer: SelfAttention, shape: Shape, hardware: bool) -> Flop:
+@flop_of.register
+def _(layer: SelfAttention, shape: StreamShape, hardware: bool) -> Flop:
     *before, out = layer.layers
     assert isinstance(out, Linear)
     *heads, width, _ = out.weight.shape
     causal = any(getattr(part, "causal", False) for part in before)
     count, s = shape.samples * math.prod(heads) * width, shape.length
-    made = scores(s, s, heads[-1] if len(heads) > 1 else 1, causal) if hardware else s * s
-    # Scores and output; backward dq, dk, dv, the cotangent of the probabilities and, as they are not kept, the scores.
-    own = Flop(2 * 2 * made * count, 2 * (5 if hardware else 4) * made * count)
-    parts = [own, *(_flop(part, shape, hardware) for part in before)]
-    return sum(map(_in_full, parts), _flop(out, shape, hardware))
+    pairs = scores(s, s, heads[-1] if len(heads) > 1 else 1, causal) if hardware else s * s
+    # Forward Q . K^T and P . V; backward dQ, dK, dV, dP and, since P is not kept, the scores once more.
+    core = Flop(2 * 2 * pairs * count, 2 * (5 if hardware else 4) * pairs * count)
+    products = [part for part in before if not isinstance(part, Attention | GroupedAttention)]
+    parts = [core, *(flop_of(part, shape, hardware) for part in products)]
+    return sum(map(_replayed_in_full, parts), flop_of(out, shape, hardware))

@@ -11,7 +11,7 @@ from colossal_mpi import Grid
 from colossal_mpi.apps.config import load as configs
 from colossal_mpi.apps.training.trainer import Trainer
 from colossal_mpi.errors import OptionError
-from colossal_mpi.layers import Parallelism
+from colossal_mpi.layers import Layer, Parallelism, Residual
 from colossal_mpi.layers.analysis import flops
 from colossal_mpi.layers.conv import Conv2d
 from colossal_mpi.platform import backend, blas
@@ -96,5 +96,35 @@ def test_model_flop_are_those_of_palm(name, tied):
 
 def test_the_windows_of_an_image_are_no_positions():
     layer = Conv2d(3, 4, 2, Parallelism(Grid(MPI.COMM_SELF)), "conv")
-    with pytest.raises(OptionError, match="conv: only of transformers"):
+    with pytest.raises(OptionError, match="conv: the flop of a convolution are known for the patches"):
         flops.model_flop(layer, 2, 9)
+
+
+class Outer(Layer):
+    """A layer of a user's own, without parts."""
+
+    def __init__(self, width):
+        self.width, self.name = width, "outer"
+
+
+def test_a_layer_without_parts_needs_a_rule():
+    model = Residual(Outer(5))
+    with pytest.raises(OptionError, match=r"outer: there is no rule for the flop of Outer: register one"):
+        flops.model_flop(model, 2, 9)
+    flops.flop_of.register(Outer, lambda layer, shape, hardware: flops.Flop(shape.samples * shape.length * layer.width))
+    assert flops.model_flop(model, 2, 9) == 3 * 2 * 9 * 5
+
+
+def test_every_layer_without_parts_has_a_rule_or_belongs_to_one_that_has():
+    """A leaf is a class that takes no layer; the rules are looked up as `flop_of` does."""
+    within = {"Attention", "GroupedAttention", "Outer"}  # SelfAttention counts the first two
+
+    def kinds(base):
+        for kind in base.__subclasses__():
+            yield kind
+            yield from kinds(kind)
+
+    rules = {kind for kind in kinds(Layer) if flops.flop_of.dispatch(kind) is not flops.flop_of.dispatch(Layer)}
+    holders = {"FanOut", "Gated", "LayerModule", "Linears", "Parallel", "SequenceFirst"}
+    lacking = {kind.__name__ for kind in kinds(Layer) if kind.__module__.startswith("colossal_mpi")} - within
+    assert lacking - {kind.__name__ for kind in rules} <= holders
