@@ -16,7 +16,16 @@ from colossal_mpi.layers.mlp import MLP
 from colossal_mpi.layers.moe import MoE
 from colossal_mpi.layers.norm import LayerNorm, RMSNorm
 from colossal_mpi.layers.optim import LAMB, LARS, SGD, Adafactor, AdamW, Muon
-from colossal_mpi.layers.parallelism import MODES, Parallelism
+from colossal_mpi.layers.parallelism import (
+    MODES,
+    SEQUENCE_MODES,
+    Mode,
+    Parallelism,
+    SequenceMode,
+    Template,
+    register_mode,
+    register_sequence_mode,
+)
 from colossal_mpi.layers.parameter import Parameter
 from colossal_mpi.layers.pooling import AvgPool2d, ClassifierHead, FirstPool, MaxPool2d, MeanPool
 from colossal_mpi.layers.recompute import Recompute, recompute
@@ -29,6 +38,7 @@ __all__ = [
     "LARS",
     "MLP",
     "MODES",
+    "SEQUENCE_MODES",
     "SGD",
     "Adafactor",
     "AdamW",
@@ -53,6 +63,7 @@ __all__ = [
     "MeanPool",
     "MeanSquaredError",
     "MoE",
+    "Mode",
     "Muon",
     "Parallel",
     "Parallelism",
@@ -67,11 +78,15 @@ __all__ = [
     "Rotation",
     "SegmentEmbedding",
     "SelfAttention",
+    "SequenceMode",
     "Sequential",
     "SiLU",
     "Softmax",
+    "Template",
     "TransformerBlock",
     "backpropagate",
     "generate",
     "recompute",
+    "register_mode",
+    "register_sequence_mode",
 ]

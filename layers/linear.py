@@ -27,11 +27,13 @@ class Linear(Layer):
     sizes : mapping of str to int
         Size of each letter of the weight.
     inner : str, optional
-        The letter that the inside is cut on; None where the result stays in the stream, ``"bsh,he->bse"``. If the
-        product has no such letter it is done redundantly.
+        The letter that the inside is cut on; None where the result stays in the stream, ``"bsh,he->bse"``.
     parallelism : Parallelism
     name : str
         Prefix of the names of the parameters ``weight`` and ``bias``.
+    replicate : str
+        Letters that the product lacks on purpose, so that all ranks of the axes that cut them do the same product: for
+        example ``"s"`` for ``"bh,hv->bv"``, the classes of whole samples.
     bias : bool
     std : float
         Standard deviation of the initial weight.
@@ -54,6 +56,7 @@ class Linear(Layer):
         parallelism: Parallelism,
         name: str,
         *,
+        replicate: str = "",
         bias: bool = True,
         std: float = 0.02,
         weight: Parameter | None = None,
@@ -61,7 +64,7 @@ class Linear(Layer):
         dtype: Any = "float32",
     ) -> None:
         self.name = name
-        self.product: Product = parallelism.product(subscripts, inner)
+        self.product: Product = parallelism.product(subscripts, inner, replicate=replicate)
         self.keep, self.keep_weight = parallelism.keep_gathered, parallelism.keep_weights
         x, w, y = parse(subscripts).a, parse(subscripts).b, parse(subscripts).c
         batch = len(list(takewhile(lambda letter: letter in x and letter in y, w)))

@@ -1,14 +1,23 @@
-"""Parallel modes as layouts: the only file that knows a mode by name.
+"""Parallel modes as layouts: the registry of tensor and sequence modes, and the layouts that layers ask of a mode.
+
+This is the only module that knows a mode by its name. `MODES` and `SEQUENCE_MODES` are the registries from which the
+choices of a configuration, the help of the command line, the candidates of a plan and the tables of the documentation
+derive; `register_mode` and `register_sequence_mode` add to them. Layers call the methods of `Parallelism`, which calls
+the maps of `colossal_mpi.linalg.contraction`.
 
 A layer asks three questions: how is the residual stream ``[b, s, h]`` cut, how is the inside of a block ``[b, s, f]``
 cut, and which map of grid axes does a product of the two run on. Two templates answer them.
 
-Template A runs both products of a block on one map. ``3d`` on any row x col x depth is template A, and ``1d`` is its
-case row = depth = 1: Megatron's tensor parallelism with sequence regions. Template B are the classics: ``2d``
-(SUMMA, Optimus) and ``2.5d`` (Tesseract).
+Template A runs both products of a block on one map of the axes row x col x depth. ``3d`` is template A on all three
+axes; ``1d`` is its case row = depth = 1, which is Megatron's tensor parallelism with sequence regions. Template B has
+the classic modes: ``2d`` (SUMMA, as in Optimus) and ``2.5d`` (Tesseract).
 
-In every mode ``data`` cuts b, and ``seq`` and ``ulysses`` cut s: everywhere but in attention, where the axes of a ring
-still cut s and the others cut the heads instead.
+The mode ``2.5d`` is Tesseract's: ``depth`` cuts the batch, and each of its layers multiplies other tokens with the same
+weights. The algorithm ``2.5d`` of `colossal_mpi.linalg.matmul` is Solomonik's and Demmel's: there ``depth`` cuts the
+summed dim k of one product, and the layers' partial sums are added. They share a name and a shape of the grid only.
+
+In every mode ``data`` cuts b, and ``seq`` and ``ulysses`` cut s. In attention the axes of a ring still cut s, and the
+other axes that cut s outside attention cut the heads instead.
 
 References
 ----------
@@ -31,24 +40,35 @@ from colossal_mpi.errors import GridError, OptionError
 from colossal_mpi.grid import Grid
 from colossal_mpi.layers.order import zigzag
 from colossal_mpi.layout import Axes, Layout, bounds
-from colossal_mpi.linalg.contraction.subscripts import layout_map, map_layout, parse
+from colossal_mpi.linalg.contraction.subscripts import Subscripts, layout_map, map_layout, parse
 
 INNER = "inner"
-"""Stands in a template's map for the letter that the inside of a block is cut on: f, the heads a, the vocabulary v."""
+"""In a template's map, stands for the letter that cuts the inside of a block: f, the heads a, or the vocabulary v."""
 
 
 @dataclass(frozen=True)
 class Template:
-    """Axes that cut each letter of the residual stream and of the inside of a block, and the map of each product."""
+    """The axes that cut each letter of the residual stream and of the inside of a block, and the map of each product.
+
+    Parameters
+    ----------
+    stream : mapping of str to tuple of str
+        Axes that cut each letter of the residual stream ``[b, s, h]``, the outermost first. An absent letter is whole.
+    inside : mapping of str to tuple of str
+        Axes that cut each letter of the inside of a block; `INNER` stands for the letter that the layer names.
+    up : mapping of str to str
+        Map of the products from h to the inner letter: the letter that each axis of the grid cuts.
+    down : mapping of str to str
+        Map of the products from the inner letter to h.
+    stored : tuple of str
+        Axes over which a weight is stored, so that each element is stored once among them.
+    """
 
     stream: Mapping[str, Axes]
     inside: Mapping[str, Axes]
     up: Mapping[str, str]
-    """Map of the products from h to an inner letter."""
     down: Mapping[str, str]
-    """Map of the products from an inner letter to h."""
     stored: Axes
-    """Axes over which a weight is stored, each element once among them."""
 
 
 _DATA = ("data",)
@@ -60,28 +80,32 @@ _CUT_S = dict.fromkeys(_SEQUENCE, "s")
 _ONE_MAP = {"data": "b", "row": "b", **_CUT_S, "col": INNER, "depth": "h"}
 _BATCH = {"data": "b", "depth": "b", "row": "b", **_CUT_S}
 
-A = Template(
+TEMPLATE_A = Template(
     stream={"b": ("data", "row"), "s": (*_SEQUENCE, "col"), "h": ("depth",)},
     inside={"b": ("data", "row", "depth"), "s": _SEQUENCE, INNER: ("col",)},
     up=_ONE_MAP,
     down=_ONE_MAP,
     stored=("row", "col", "depth"),
 )
-B = Template(
+"""Both products of a block on one map: a weight ``[h_depth, inner_col]`` meets tokens that ``row`` cuts."""
+
+TEMPLATE_B = Template(
     stream={"b": ("data", "depth", "row"), "s": _SEQUENCE, "h": ("col",)},
     inside={"b": ("data", "depth", "row"), "s": _SEQUENCE, INNER: ("col",)},
     up={**_BATCH, "col": INNER},
     down={**_BATCH, "col": "h"},
     stored=("row", "col"),
 )
+"""SUMMA: the result of each product stays where it is, and stream and inside are both cut over ``col``."""
 
 
 def _of_experts(template: Template) -> Template:
     """Return a template with the letters of a mixture of experts: e experts, p blocks of tokens, c slots of a block.
 
-    Blocks of tokens are cut over all axes that cut tokens in the stream, first over those of the map and over ``data``
-    last: then the slots of a rank's tokens leave it along ``data`` and the axes that its map gathers alone. To the
-    experts, ``data`` cuts e in place of p. An axis that cuts more tokens inside than in the map cuts the slots.
+    Every axis that cuts tokens in the stream cuts the blocks of tokens p: first the axes of the map, ``data`` last.
+    The slots of a rank's tokens then leave that rank along ``data`` and along the axes that its map gathers, and along
+    no other. To the experts, ``data`` cuts e in place of p. An axis that cuts more tokens inside than in the map cuts
+    the slots.
     """
     axes = {axis: {"b": "p", "s": "p"}.get(letter, letter) for axis, letter in template.up.items()}
     mapped = tuple(axis for axis, letter in axes.items() if letter == "p" and axis not in _DATA)
@@ -99,33 +123,207 @@ def _of_experts(template: Template) -> Template:
     )
 
 
-MODES: dict[str, tuple[Template, Axes]] = {
-    "none": (A, ()),
-    "1d": (A, ("col",)),
-    "2d": (B, ("row", "col")),
-    "2.5d": (B, ("depth", "row", "col")),
-    "3d": (A, ("row", "col", "depth")),
-}
-"""Tensor-parallel modes: their template and the axes that they use."""
+@dataclass(frozen=True)
+class Mode:
+    """A tensor-parallel mode: how tensors are cut, and over which axes of the grid.
 
-SEQUENCES: dict[str, tuple[Axes, Axes]] = {"ring": (("seq",), ("ulysses",)), "ulysses": ((), _SEQUENCE)}
-"""What attention makes of a cut of s, by name: the axes that cut s as a ring, and those that cut the heads instead."""
+    Parameters
+    ----------
+    name : str
+        The word for it in configurations and on the command line.
+    template : Template
+        Layouts and maps.
+    axes : tuple of str
+        The axes of the grid that it uses besides ``data``, ``seq`` and ``ulysses``, in the order of the grid.
+    description : str
+        One sentence for help texts and tables.
+    paper : str
+        Authors, title and year of the paper that describes it; empty if there is none.
+    """
+
+    name: str
+    template: Template
+    axes: Axes
+    description: str
+    paper: str = ""
+
+
+@dataclass(frozen=True)
+class SequenceMode:
+    """What attention does with a sequence that is cut: a ring of keys and values, or heads cut in its place.
+
+    Parameters
+    ----------
+    name : str
+        The word for it in configurations and on the command line.
+    ring : tuple of str
+        Axes that cut s inside attention, too: keys and values travel round them.
+    heads : tuple of str
+        Axes that cut s outside attention and the heads inside it.
+    description : str
+        One sentence for help texts and tables.
+    paper : str
+        Authors, title and year of the paper that describes it; empty if there is none.
+    """
+
+    name: str
+    ring: Axes
+    heads: Axes
+    description: str
+    paper: str = ""
+
+
+MODES: dict[str, Mode] = {}
+"""The tensor-parallel modes by name, in the order in which they were registered."""
+
+SEQUENCE_MODES: dict[str, SequenceMode] = {}
+"""The ways to cut the sequence in attention by name, in the order in which they were registered."""
+
+
+def register_mode(mode: Mode) -> Mode:
+    """Register a tensor-parallel mode, so that configurations, the command line, plans and tables know it.
+
+    Parameters
+    ----------
+    mode : Mode
+        Its name must be new, unless it is the same mode again. Its axes must be none of ``data``, ``seq``, ``ulysses``
+        and ``pipe``.
+
+    Returns
+    -------
+    Mode
+        The mode itself.
+
+    Raises
+    ------
+    OptionError
+        If the name is taken, or an axis belongs to every mode.
+
+    Examples
+    --------
+    >>> register_mode(Mode("columns", template, ("col",), "Cut weights by columns."))  # doctest: +SKIP
+    """
+    _require_new(mode, MODES, "tensor mode")
+    reserved = [axis for axis in mode.axes if axis in (*_COPIES, "pipe")]
+    if reserved:
+        raise OptionError(f"tensor mode {mode.name!r}: every mode has the axes {', '.join(reserved)}: leave them out")
+    MODES[mode.name] = mode
+    return mode
+
+
+def register_sequence_mode(mode: SequenceMode) -> SequenceMode:
+    """Register a way to cut the sequence in attention, so that configurations, the command line and tables know it.
+
+    Parameters
+    ----------
+    mode : SequenceMode
+        Its name must be new, unless it is the same mode again. Its axes must be ``seq`` and ``ulysses``, each in one of
+        the two places.
+
+    Returns
+    -------
+    SequenceMode
+        The mode itself.
+
+    Raises
+    ------
+    OptionError
+        If the name is taken, or the axes are not each of ``seq`` and ``ulysses`` once.
+    """
+    _require_new(mode, SEQUENCE_MODES, "sequence mode")
+    if sorted((*mode.ring, *mode.heads)) != sorted(_SEQUENCE):
+        raise OptionError(
+            f"sequence mode {mode.name!r}: ring={mode.ring} and heads={mode.heads} must have each of the axes "
+            f"{', '.join(_SEQUENCE)} once"
+        )
+    SEQUENCE_MODES[mode.name] = mode
+    return mode
+
+
+def _require_new(mode: Mode | SequenceMode, registry: Mapping[str, Mode | SequenceMode], kind: str) -> None:
+    """Refuse another mode of a name that is taken; the same mode may be registered again."""
+    if registry.get(mode.name, mode) != mode:
+        raise OptionError(f"{kind} {mode.name!r} is registered already: choose another name than {', '.join(registry)}")
+
+
+for _mode in (
+    Mode("none", TEMPLATE_A, (), "Keep every weight whole; only data and sequence are cut."),
+    Mode(
+        "1d",
+        TEMPLATE_A,
+        ("col",),
+        "Cut weights by columns, then by rows, over col, and the sequence between them (Megatron-LM).",
+        "Korthikanti et al.: Reducing activation recomputation in large transformer models, 2022",
+    ),
+    Mode(
+        "2d",
+        TEMPLATE_B,
+        ("row", "col"),
+        "Cut weights and activations over row x col and multiply them by SUMMA (Optimus).",
+        "Xu, You: An efficient 2D method for training super-large deep learning models, 2021",
+    ),
+    Mode(
+        "2.5d",
+        TEMPLATE_B,
+        ("depth", "row", "col"),
+        "Do 2d in each of several layers, between which depth cuts the batch (Tesseract; not Solomonik & Demmel's).",
+        "Wang et al.: Tesseract: parallelize the tensor parallelism efficiently, 2021",
+    ),
+    Mode(
+        "3d",
+        TEMPLATE_A,
+        ("row", "col", "depth"),
+        "Cut batch, inner dim and hidden dim of every product over row, col and depth.",
+        "Bian et al.: Maximizing parallelism in distributed training for huge neural networks, 2021",
+    ),
+):
+    register_mode(_mode)
+
+for _sequence in (
+    SequenceMode(
+        "ring",
+        ("seq",),
+        ("ulysses",),
+        "Send keys and values round the ranks of seq; any number of heads will do.",
+        "Liu, Zaharia, Abbeel: Ring attention with blockwise transformers for near-infinite context, 2023",
+    ),
+    SequenceMode(
+        "ulysses",
+        (),
+        _SEQUENCE,
+        "Cut the heads over seq inside attention, for fewer words.",
+        "Jacobs et al.: DeepSpeed Ulysses, 2023",
+    ),
+):
+    register_sequence_mode(_sequence)
 
 
 @dataclass(frozen=True)
 class Product:
-    """How one product of a layer runs: the map, and the layouts of its result and its weight."""
+    """How one product of a layer runs: its map, and the layouts of its operands and its result.
+
+    Parameters
+    ----------
+    subscripts : str
+        The product as an einsum of two operands.
+    axes : mapping of str to str
+        The map: the letter that each axis of the grid cuts.
+    x : Layout
+        The input as the map takes it, gathered.
+    w : Layout
+        The weight as the map takes it, gathered.
+    y : Layout
+        The result as the layer hands it on.
+    dy : Layout
+        The cotangent of the result as both adjoint products take it, gathered.
+    """
 
     subscripts: str
     axes: Mapping[str, str]
     x: Layout
-    """The input as the map takes it (gathered)."""
     w: Layout
-    """The weight as the map takes it (gathered)."""
     y: Layout
-    """The result as the layer hands it on."""
     dy: Layout
-    """The result's cotangent as both adjoints take it (gathered)."""
 
 
 class Parallelism:
@@ -134,30 +332,37 @@ class Parallelism:
     Parameters
     ----------
     grid : Grid
-        With axes among ``data``, ``seq``, ``ulysses`` and those of the mode; absent axes have size 1.
-    tensor : {None, "1d", "2d", "2.5d", "3d"}
+        Its axes are among ``data``, ``seq``, ``ulysses`` and those of the mode; an absent axis has size 1.
+    tensor : str, optional
+        A tensor mode of `MODES`: ``"1d"``, ``"2d"``, ``"2.5d"``, ``"3d"`` or a registered one; None is ``"none"``.
     keep_gathered : bool
-        Whether a product keeps its gathered operands for the backward pass (fewer words), or its stored ones (less
-        memory; they are gathered again: ``mk(P_n - 1) + kn(P_m - 1)`` words more per product).
+        Whether a product keeps its gathered operands for the backward pass, which moves fewer words, or its stored
+        ones, which takes less memory: they are gathered again, for ``mk(P_n - 1) + kn(P_m - 1)`` words more of each
+        product of m x k and k x n.
     zero : {0, 1, 2, 3}
-        What is stored cut over ``data``, ``seq`` and ``ulysses``, too, so that each rank there has its share: 1, the
-        state of the optimizer; 2, also the gradients, reduced after each microbatch; 3, also the weights, which are
-        gathered for each use.
-    sequence : {"ring", "ulysses"}
-        What attention makes of the cut of s over ``seq``. In a ring, keys and values travel round it, in memory that
-        falls with the ranks; any number of heads will do. Otherwise ``seq`` cuts the heads inside attention, for fewer
-        words. An axis ``ulysses`` always cuts heads there, so that a grid with both axes has both.
+        What is cut over ``data``, ``seq`` and ``ulysses``, too, so that each rank there stores its share: with 1 the
+        state of the optimizer; with 2 also the gradients, which are reduced after each microbatch; with 3 also the
+        weights, which are gathered for each use.
+    sequence : str
+        A mode of `SEQUENCE_MODES`. In ``"ring"`` keys and values travel round the ranks of ``seq``: memory falls with
+        the ranks, and any number of heads will do. In ``"ulysses"`` the axis ``seq`` cuts the heads inside attention,
+        for fewer words. The axis ``ulysses`` always cuts heads there, so that a grid with both axes does both.
 
     Raises
     ------
     GridError
-        If there is no such mode, or the grid has an axis larger than 1 that it does not use.
+        If there is no such tensor mode, or the grid has an axis larger than 1 that the mode does not use.
     OptionError
-        If there is no such stage of ZeRO, or no such way to cut the sequence.
+        If there is no such stage of ZeRO or no such sequence mode.
 
     References
     ----------
     Rajbhandari et al.: ZeRO: memory optimizations toward training trillion parameter models, 2020.
+
+    Examples
+    --------
+    >>> Parallelism(Grid(row=2, col=2), "2d").stream()  # on four ranks  # doctest: +SKIP
+    Layout(None, None, 'col')
     """
 
     def __init__(
@@ -174,16 +379,17 @@ class Parallelism:
             raise GridError(f"tensor={tensor!r}: use one of {', '.join(map(repr, MODES))}")
         if zero not in range(4):
             raise OptionError(f"zero={zero!r}: use 0, 1, 2 or 3")
-        if sequence not in SEQUENCES:
-            raise OptionError(f"sequence={sequence!r}: use one of {', '.join(map(repr, SEQUENCES))}")
+        if sequence not in SEQUENCE_MODES:
+            raise OptionError(f"sequence={sequence!r}: use one of {', '.join(map(repr, SEQUENCE_MODES))}")
         self.grid, self.tensor, self.keep_gathered, self.zero = grid, mode, keep_gathered, zero
-        self._template = MODES[mode][0]
+        self._template = MODES[mode].template
         require_axes(grid.axes, mode)
-        self.ring, self._heads = (self._present(axes) for axes in SEQUENCES[sequence])
+        self.ring = self._present(SEQUENCE_MODES[sequence].ring)
+        self._heads = self._present(SEQUENCE_MODES[sequence].heads)
 
     @property
     def copies(self) -> Axes:
-        """Axes over which tokens are cut and weights replicated, unless ZeRO stores them cut."""
+        """Axes that cut tokens and along which weights are replicated, unless ZeRO cuts them."""
         return self._present(_COPIES)
 
     @property
@@ -203,74 +409,142 @@ class Parallelism:
         return Layout(*[self._present(axes.get(INNER if x == inner else x, ())) for x in letters])
 
     def stream(self, letters: str = "bsh") -> Layout:
-        """Return the layout of an array of the residual stream, by its letters."""
-        return self._cut(letters, self._template.stream)
-
-    def inside(self, letters: str, inner: str) -> Layout:
-        """Return the layout of an array inside a block that is cut on the letter `inner`."""
-        return self._cut(letters, self._template.inside, inner)
-
-    def attention(self, letters: str, inner: str, spread: str) -> Layout:
-        """Return the layout of queries, keys or values inside attention: s is cut by the ring alone, if by any.
+        """Return the layout of an array of the residual stream.
 
         Parameters
         ----------
         letters : str
+            One letter for each dim: b samples, s positions, h the width of the stream; any other letter is whole.
+
+        Returns
+        -------
+        Layout
+            The layout in which layers hand on an array of the stream.
+        """
+        return self._cut(letters, self._template.stream)
+
+    def inside(self, letters: str, inner: str) -> Layout:
+        """Return the layout of an array inside a block.
+
+        Parameters
+        ----------
+        letters : str
+            One letter for each dim.
+        inner : str
+            The letter that the inside of the block is cut on.
+
+        Returns
+        -------
+        Layout
+            The layout in which a product from the stream hands on its result.
+        """
+        return self._cut(letters, self._template.inside, inner)
+
+    def attention(self, letters: str, inner: str, spread: str) -> Layout:
+        """Return the layout of queries, keys or values inside attention, where only the axes of the ring cut s.
+
+        Parameters
+        ----------
+        letters : str
+            One letter for each dim.
         inner : str
             The letter that the inside of the block is cut on.
         spread : str
-            The letter that is cut, innermost, by the axes that cut s outside attention and are no ring (`spread`).
+            The letter that the axes cut, innermost, which cut s outside attention and belong to no ring; `spread`
+            chooses it.
+
+        Returns
+        -------
+        Layout
+            The layout in which attention takes the array.
         """
         axes = {**self._template.inside, "s": self.ring}
         cut = [axes.get(INNER if x == inner else x, ()) + (self._heads if x == spread else ()) for x in letters]
         return Layout(*[self._present(axes) for axes in cut])
 
     def order(self, length: int) -> np.ndarray | None:
-        """Return the order of a sequence that gives all ranks of a ring as much causal attention; None: as it is.
+        """Return the order of a sequence that gives all ranks of a ring the same amount of causal attention.
 
-        Element i is the index, in its sequence, of the token that is to stand at index i of the arrays. Tokens, labels,
-        masks, segments and positions, where they are given, are all permuted alike, and `Context.order` says so.
+        Tokens, labels, masks, segments and positions, where they are given, are all permuted by it, and
+        `Context.order` tells the layers so.
+
+        Parameters
+        ----------
+        length : int
+            Tokens of the whole sequence.
 
         Returns
         -------
         array of int64, ``[length]``, or None
-            In NumPy, the same on every rank: `zigzag`. The work of the ranks differs by about ``ranks / length`` of it.
+            A NumPy array, the same on every rank: element i is the index, in its sequence, of the token that stands at
+            index i of the arrays (`zigzag`). The work of two ranks differs by about ``ranks / length`` of it. None
+            without a ring: the order stays as it is.
         """
         return zigzag(length, self.grid.extent(self.ring)) if self.ring else None
 
     def tokens(self) -> Layout:
-        """Return the layout of token ids and labels ``[b, s]``: the same on all ranks of a data x seq slice."""
+        """Return the layout of token ids and labels ``[b, s]``.
+
+        Returns
+        -------
+        Layout
+            ``[b_data, s_(seq,ulysses)]``: all ranks that share data and sequence coordinates hold the same tokens.
+        """
         return Layout(self._present(_DATA), self._present(_SEQUENCE))
 
     def experts(self) -> Parallelism:
-        """Return the same mode inside a mixture of experts, whose letters are ``epch`` in the stream's place.
+        """Return the same mode inside a mixture of experts, where the letters ``epch`` take the place of the stream's.
 
-        e counts experts, cut over ``data`` inside, p the blocks of tokens that ranks hold, c slots of a block.
+        Returns
+        -------
+        Parallelism
+            In it e counts experts, which ``data`` cuts inside, p the blocks of tokens that ranks hold, and c the slots
+            of a block.
         """
         view = copy.copy(self)
         view._template = _of_experts(self._template)
         return view
 
-    def product(self, subscripts: str, inner: str | None) -> Product:
-        """Return how a product between the stream (letter h) and the inside (letter `inner`) runs.
+    def product(self, subscripts: str, inner: str | None, *, replicate: str = "") -> Product:
+        """Return how a product between the stream (letter h) and the inside of a block (letter `inner`) runs.
 
         Parameters
         ----------
         subscripts : str
             ``"bsh,hf->bsf"`` goes in, ``"bsf,fh->bsh"`` comes back.
         inner : str, optional
-            The letter that the inside is cut on. None: there is none, and the result, without h, is cut as the stream.
-            A product that has no such letter, ``""`` say, or no s, is done redundantly on the axes that would cut it.
+            The letter that the inside of the block is cut on. None: the result, which has no h, is cut as the stream.
+        replicate : str
+            Letters that the product lacks on purpose: all ranks of the axes that cut them do the same product. For
+            example ``"s"`` for ``"bh,hv->bv"``, the classes of whole samples.
+
+        Returns
+        -------
+        Product
+            The map of the product and the layouts of its arrays.
+
+        Raises
+        ------
+        GridError
+            If an axis of the grid cuts a letter that the product lacks and `replicate` does not name.
+        OptionError
+            If `replicate` names a letter of the product.
         """
         sub = parse(subscripts)
+        present = {*sub.a, *sub.b}
+        if present & set(replicate):
+            raise OptionError(
+                f"product {subscripts!r} with replicate={replicate!r}: it has the letters "
+                f"{', '.join(sorted(present & set(replicate)))}; replicate names letters that a product lacks"
+            )
         if inner is None:
-            axes = layout_map("bsh", self.stream("bsh"))
+            axes = self._map(sub, layout_map("bsh", self.stream("bsh")), replicate)
             x, w, y = map_layout(sub.a, axes), map_layout(sub.b, axes), map_layout(sub.c, axes)
             return Product(subscripts, axes, x, w, y, y)
         back = "h" in sub.c
         template = self._template.down if back else self._template.up
         named = {axis: inner if letter == INNER else letter for axis, letter in template.items()}
-        axes = {axis: named[axis] for axis in self._present(list(named)) if named[axis] in {*sub.a, *sub.b}}
+        axes = self._map(sub, {axis: named[axis] for axis in self._present(list(named))}, replicate)
         return Product(
             subscripts,
             axes,
@@ -280,44 +554,90 @@ class Parallelism:
             map_layout(sub.c, axes),
         )
 
+    def _map(self, sub: Subscripts, axes: Mapping[str, str], replicate: str) -> dict[str, str]:
+        """Return the part of a map whose letters the product has; refuse the rest unless it is in `replicate`."""
+        for axis, letter in axes.items():
+            if letter not in {*sub.a, *sub.b, *replicate}:
+                raise GridError(
+                    f"product {str(sub)!r} lacks the letter {letter!r}, which axis {axis}={self.grid.axes[axis]} cuts "
+                    f"with tensor={self.tensor!r}: give the product this letter, use a grid without this axis, or pass "
+                    f"replicate={replicate + letter!r} to do the same product on all ranks along {axis}"
+                )
+        return {axis: letter for axis, letter in axes.items() if letter in {*sub.a, *sub.b}}
+
     def inner(self, sizes: Mapping[str, int]) -> str:
-        """Return on which of several letters the inside is cut: the first with an index for each rank, or the longest.
+        """Return which of several letters the inside of a block is cut on.
 
         Parameters
         ----------
         sizes : mapping of str to int
-            Size of each letter, the one that had best be cut first.
+            The global size of each letter, first the letter that is best cut.
+
+        Returns
+        -------
+        str
+            The first letter with an index for each rank that cuts it, else the longest.
         """
         ranks = self.grid.extent(self._present(self._template.inside[INNER]))
         return _widest(sizes, dict.fromkeys(sizes, ranks))
 
     def spread(self, sizes: Mapping[str, int], inner: str) -> str:
-        """Return which of several letters the axes cut inside attention that cut s outside it and are no ring.
+        """Return which of several letters is cut in attention by the axes that cut s outside it and form no ring.
 
         Parameters
         ----------
         sizes : mapping of str to int
-            As `inner` takes them.
+            The global size of each letter, first the letter that is best cut.
         inner : str
-            The letter that the inside is cut on: what that cut leaves of it counts.
+            The letter that the inside of the block is cut on: only what that cut leaves of it counts.
+
+        Returns
+        -------
+        str
+            The first letter with an index for each rank that cuts it, else the one with most indices for each.
         """
         heads, ranks = self.grid.extent(self._heads), self.grid.extent(self._present(self._template.inside[INNER]))
         return _widest(sizes, {letter: heads * ranks if letter == inner else heads for letter in sizes})
 
     def store(self, used: Layout, shape: Sequence[int]) -> Layout:
-        """Return the layout in which a weight is stored that is `used` in another: cut further, innermost.
+        """Return the layout in which a weight is stored, given the layout in which its layer uses it.
 
-        A vector is stored as it is used: reducing its gradient on every rank that uses it moves as many words as
-        scattering the gradient and gathering the vector, in half as many messages. In a matrix each axis that
-        would replicate it goes to the first dim whose blocks it divides evenly, else to the dim with the
-        largest blocks, so that no rank stores more than its share. With ``zero=3`` each weight and vector is cut
-        over the axes of its copies, ``data``, ``seq`` and ``ulysses``, too.
+        A vector is stored as it is used: to reduce its gradient on every rank that uses it moves as many words as to
+        scatter the gradient and gather the vector, in half as many messages. In a matrix each axis that would
+        replicate it cuts the first dim whose blocks it divides evenly, else the dim with the largest blocks, so that
+        no rank stores more than its share. With ``zero=3`` the axes ``data``, ``seq`` and ``ulysses`` cut each weight
+        and vector, too.
+
+        Parameters
+        ----------
+        used : Layout
+            The layout in which the layer uses the weight.
+        shape : sequence of int
+            The global shape of the weight.
+
+        Returns
+        -------
+        Layout
+            `used`, cut further, innermost.
         """
         stored = used if len(shape) == 1 else self._further(used, shape, self._template.stored)
         return self._further(stored, shape, _COPIES) if self.zero == 3 else stored
 
     def own(self, stored: Layout, shape: Sequence[int]) -> Layout:
-        """Return the layout of the reduced gradient and the optimizer's state of a weight: with ZeRO cut further."""
+        """Return the layout of a weight's reduced gradient and of the optimizer's state for it.
+
+        Parameters
+        ----------
+        stored : Layout
+            The layout in which the weight is stored.
+        shape : sequence of int
+            The global shape of the weight.
+
+        Returns
+        -------
+        Layout
+            `stored`; with ZeRO also cut over ``data``, ``seq`` and ``ulysses``.
+        """
         return self._further(stored, shape, _COPIES) if self.zero else stored
 
     def _further(self, layout: Layout, shape: Sequence[int], axes: Axes) -> Layout:
@@ -342,19 +662,26 @@ def _widest(sizes: Mapping[str, int], ranks: Mapping[str, int]) -> str:
 
 
 def require_axes(sizes: Mapping[str, int], mode: str) -> None:
-    """Refuse a grid, without ``pipe``, that has an axis larger than 1 of which a mode makes no use.
+    """Refuse a grid that has an axis larger than 1 of which a mode makes no use.
+
+    Parameters
+    ----------
+    sizes : mapping of str to int
+        The number of ranks along each axis of the grid, ``pipe`` left out.
+    mode : str
+        A tensor mode of `MODES`.
 
     Raises
     ------
     GridError
-        With the modes that use all of them.
+        If there is such an axis; the message names the modes that use all axes of the grid.
     """
-    axes = (*_COPIES, *MODES[mode][1])
+    axes = (*_COPIES, *MODES[mode].axes)
     large = [axis for axis, size in sizes.items() if size > 1]
     alien = [axis for axis in large if axis not in axes]
     if not alien:
         return
-    fitting = [name for name, (_, used) in MODES.items() if all(axis in (*_COPIES, *used) for axis in large)]
+    fitting = [mode.name for mode in MODES.values() if all(axis in (*_COPIES, *mode.axes) for axis in large)]
     product = math.prod(sizes[axis] for axis in alien)
     grid = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
     raise GridError(

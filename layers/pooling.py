@@ -97,7 +97,7 @@ class ClassifierHead(Sequential):
             raise OptionError(f"{name}: pool={pool!r}: use 'first' or 'mean'")
         super().__init__(
             pooling[pool](parallelism),
-            Linear("bh,hv->bv", {"h": hidden, "v": classes}, "v", parallelism, name, **common),
+            Linear("bh,hv->bv", {"h": hidden, "v": classes}, "v", parallelism, name, replicate="s", **common),
         )
 
 

@@ -227,7 +227,7 @@ def _grouped(
     turn = [] if rotary is None else [Parallel(Rotation(rotary), Rotation(rotary, 1))]
     products = Linears(
         Linear("bsh,hgrd->bsgrd", sizes, inner, p, f"{name}.q", **common),
-        Linear("bsh,htgd->bstgd", {**sizes, "t": 2}, inner, p, f"{name}.kv", **common),
+        Linear("bsh,htgd->bstgd", {**sizes, "t": 2}, inner, p, f"{name}.kv", replicate="r", **common),
     )
     return [products, *turn, GroupedAttention(p, inner, spread, causal=causal)], "bsgrd,grdh->bsh", inner
 

@@ -226,7 +226,7 @@ def _next_sentence_head(c: BertConfig, p: Parallelism, initial: dict[str, Any]) 
     sizes = {"h": c.hidden, "f": c.hidden, "v": 2}
     return Sequential(
         FirstPool(p),
-        Linear("bf,fh->bh", sizes, "f", p, "pooler", **initial),
+        Linear("bf,fh->bh", sizes, "f", p, "pooler", replicate="s", **initial),
         Tanh(),
-        Linear("bh,hv->bv", sizes, "v", p, "next_sentence", **initial),
+        Linear("bh,hv->bv", sizes, "v", p, "next_sentence", replicate="s", **initial),
     )

@@ -5,8 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from colossal_mpi import GridError, Layout, ShapeError
-from colossal_mpi.layers import MODES, Parallelism
+from colossal_mpi import GridError, Layout, OptionError, ShapeError
+from colossal_mpi.layers import (
+    MODES,
+    SEQUENCE_MODES,
+    Linear,
+    Mode,
+    Parallelism,
+    SequenceMode,
+    register_mode,
+    register_sequence_mode,
+)
 from colossal_mpi.layers.attention.self_attention import SelfAttention
 
 
@@ -39,6 +48,46 @@ def test_axis_that_the_mode_does_not_use_is_refused(grid):
 def test_axis_of_no_mode_is_refused(grid):
     with pytest.raises(GridError, match="not planes"):
         Parallelism(grid, "3d")
+
+
+@pytest.mark.grids({"seq": 2}, {"seq": 2, "col": 2})
+def test_a_product_without_a_letter_that_an_axis_cuts_is_refused(grid):
+    p = Parallelism(grid, "1d")
+    with pytest.raises(GridError, match=r"'bh,hv->bv' lacks the letter 's', which axis seq=2 cuts with tensor='1d'"):
+        Linear("bh,hv->bv", {"h": 6, "v": 5}, "v", p, "classes")
+    with pytest.raises(GridError, match="pass replicate='s' to do the same product on all ranks along seq"):
+        p.product("bh,he->be", None)
+    product = p.product("bh,hv->bv", "v", replicate="s")
+    assert dict(product.axes) == {axis: "v" for axis in grid.axes if axis == "col"}
+
+
+@pytest.mark.grids({"data": 2, "row": 2})
+def test_the_letters_of_a_replicated_product_are_named_one_by_one(grid):
+    p = Parallelism(grid, "2d")
+    with pytest.raises(GridError, match="lacks the letter 'b', which axis data=2 cuts .* pass replicate='sb'"):
+        p.product("h,hv->v", "v", replicate="s")
+    assert not p.product("h,hv->v", "v", replicate="bs").axes
+    with pytest.raises(OptionError, match="replicate='s': it has the letters s; replicate names letters"):
+        p.product("bsh,hf->bsf", "f", replicate="s")
+
+
+def test_registries_take_new_names_and_the_same_mode_again(monkeypatch):
+    monkeypatch.setattr("colossal_mpi.layers.parallelism.MODES", dict(MODES))
+    monkeypatch.setattr("colossal_mpi.layers.parallelism.SEQUENCE_MODES", dict(SEQUENCE_MODES))
+    mode = Mode("columns", MODES["1d"].template, ("col",), "Cut columns.")
+    assert register_mode(register_mode(mode)) is mode
+    with pytest.raises(OptionError, match="tensor mode '1d' is registered already: choose another name than none, 1d"):
+        register_mode(Mode("1d", MODES["2d"].template, ("col",), "Cut columns."))
+    with pytest.raises(OptionError, match="tensor mode 'own': every mode has the axes data, pipe: leave them out"):
+        register_mode(Mode("own", MODES["1d"].template, ("data", "col", "pipe"), "Cut columns."))
+    with pytest.raises(OptionError, match="sequence mode 'half': .* each of the axes seq, ulysses once"):
+        register_sequence_mode(SequenceMode("half", ("seq",), (), "Cut half."))
+
+
+def test_modes_describe_themselves():
+    for mode in (*MODES.values(), *SEQUENCE_MODES.values()):
+        assert mode.description.endswith(".")
+        assert mode.paper or mode.name == "none"
 
 
 @pytest.mark.grids({"row": 2, "col": 3})

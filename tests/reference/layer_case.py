@@ -112,7 +112,7 @@ CASES = {
     "heads-down": product("bsad,adh->bsh", "a", "bsad"),
     "gates": product("bsh,hpf->bspf", "f"),
     "classifier": product("bsh,hv->bsv", "v"),
-    "vector": product("bh,hv->bv", "v", "bh"),
+    "vector": product("bh,hv->bv", "v", "bh", replicate="s"),
     "layer-norm": norm(LayerNorm),
     "layer-norm-bert": norm(LayerNorm, eps=1e-12),
     "layer-norm-eps": norm(LayerNorm, eps=0.5),
