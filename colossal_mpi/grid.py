@@ -71,6 +71,9 @@ class Grid:
     >>> grid.coords["row"]
     """
 
+    parent: Grid | None = None
+    """The grid that `at` made this one of."""
+
     def __init__(self, comm: MPI.Intracomm | None = None, device: str = "auto", **axes: int) -> None:
         comm = MPI.COMM_WORLD if comm is None else comm
         _check(axes, comm.Get_size())
@@ -230,6 +233,7 @@ class Grid:
             sub = Grid.__new__(Grid)
             sub._cart, sub._node, sub.shares = self.comm(tuple(rest)), self._node, self.shares
             sub.device, sub.awareness, sub._part = self.device, self.awareness, True
+            sub.parent = self
             sub._settle(rest)
             sub._numbers[tuple(rest)] = self._counter(tuple(rest))  # of one communicator
             self._slices[key] = sub

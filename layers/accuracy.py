@@ -35,7 +35,7 @@ def correct(logits: DistArray, labels: DistArray) -> int:
     logits = logits.redistribute(logits.layout.with_partial())
     labels = labels.redistribute(Layout(*logits.layout.dims[:-1]))
     block, (start, stop), axes = logits.local, logits.box[-1], logits.layout.dims[-1]
-    xp, most = backend.namespace(block), kernels.peak(block)
+    xp, most = backend.namespace(block), kernels.of(logits.grid).peak(block)
     top = comm.allreduce(most, logits.grid, axes, comm.MAX)
     # Counted from the end, so that the greatest place is that of the first class.
     place = xp.zeros_like(labels.local)

@@ -7,10 +7,12 @@ from typing import Any
 
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import OptionError, ShapeError
+from colossal_mpi.grid import Grid
 from colossal_mpi.layers import kernels
 from colossal_mpi.layers.layer import Context, Later, Layer
 from colossal_mpi.layout import Layout
 from colossal_mpi.platform import backend
+from colossal_mpi.platform.backend import Block
 
 
 class Activation(Layer):
@@ -21,23 +23,25 @@ class Activation(Layer):
 
     kernel: str
 
-    def value(self, x: Any) -> Any:
+    def value(self, x: Block, grid: Grid) -> Block:
         """Return the function of a block."""
-        return getattr(kernels, self.kernel)(x)
+        function: Callable[[Block], Block] = getattr(kernels.of(grid), self.kernel)
+        return function(x)
 
-    def cotangent(self, dy: Any, x: Any) -> Any:
+    def cotangent(self, dy: Block, x: Block, grid: Grid) -> Block:
         """Return the cotangent of a block `x` for that of the function."""
-        return getattr(kernels, f"{self.kernel}_backward")(dy, x)
+        function: Callable[[Block, Block], Block] = getattr(kernels.of(grid), f"{self.kernel}_backward")
+        return function(dy, x)
 
     def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
         """Return the function of each element, in the layout of `x`."""
         x = x.reduced()
-        return x.like(self.value(x.local)), x
+        return x.like(self.value(x.local, x.grid)), x
 
     def backward(self, dy: DistArray, cache: Any, later: Later = None) -> DistArray:
         """Return `dy` times the slope at each element."""
         dy = dy.redistribute(cache.layout)
-        return cache.like(self.cotangent(dy.local, cache.local))
+        return cache.like(self.cotangent(dy.local, cache.local, dy.grid))
 
 
 class GELU(Activation):
@@ -111,7 +115,7 @@ class Gated(Layer):
             raise ShapeError(f"a gated activation takes pairs of gate and up, [..., 2, f]; its input is {x.shape}")
         *leading, _, last = x.layout.dims
         x = x.redistribute(Layout(*leading, None, last))
-        y = self.activation.value(x.local[..., 0, :])
+        y = self.activation.value(x.local[..., 0, :], x.grid)
         y *= x.local[..., 1, :]
         return DistArray(y, (*x.shape[:-2], x.shape[-1]), Layout(*leading, last), x.grid), x
 
@@ -121,8 +125,8 @@ class Gated(Layer):
         dy = dy.redistribute(Layout(*leading, last)).local
         gate, up = (cache.local[..., t, :] for t in range(2))
         dx = backend.empty_like(cache.local, cache.local.shape)
-        dx[..., 0, :] = self.activation.cotangent(dy * up, gate)
-        dx[..., 1, :] = dy * self.activation.value(gate)
+        dx[..., 0, :] = self.activation.cotangent(dy * up, gate, cache.grid)
+        dx[..., 1, :] = dy * self.activation.value(gate, cache.grid)
         return cache.like(dx)
 
 

@@ -81,7 +81,7 @@ class Convolution(Layer):
 
     def _windows(self, image: DistArray) -> DistArray:
         """Return the windows of an image that is cut over b and c alone. **Communication:** none."""
-        block = kernels.unfold(image.local, self.kernel, self.stride, self.padding)
+        block = kernels.of(image.grid).unfold(image.local, self.kernel, self.stride, self.padding)
         if self.lead:
             zeros = backend.zeros_like(block, (*block.shape[:4], self.lead))
             block = backend.namespace(block).concat([zeros, block], axis=4)
@@ -101,7 +101,7 @@ class Convolution(Layer):
         dx_subscripts, dw_subscripts = adjoints(p.subscripts)
         w = self.weight.use(p.w) if w is None else w
         d = contract(dx_subscripts, dy, w, p.axes)
-        image = kernels.fold(self._all_windows(d), x.shape[2:], self.stride, self.padding)
+        image = kernels.of(d.grid).fold(self._all_windows(d), x.shape[2:], self.stride, self.padding)
         partial = Layout(*d.layout.dims[:2], None, None, partial=(*d.layout.partial, *d.layout.dims[4]))
 
         def weight_product() -> None:

@@ -53,7 +53,7 @@ class Embedding(Layer):
         ids = x.redistribute(self.ids)
         kernels.require_ids(ids.local, self.table.value.shape[0])
         table = self.table.use(self.used)
-        rows = kernels.lookup(table.local, ids.local, table.box[0][0])
+        rows = kernels.of(x.grid).lookup(table.local, ids.local, table.box[0][0])
         partial = map_layout("bsh", self.axes, "v")
         y = DistArray(rows, (*x.shape, table.shape[1]), partial, x.grid)
         return y.redistribute(self.y), (ids, table.box[0])
@@ -62,7 +62,7 @@ class Embedding(Layer):
         """Add the rows of `dy` to the gradient of the table; ids have no cotangent."""
         ids, (start, stop) = cache
         dy = dy.redistribute(self.dy)
-        block = kernels.lookup_backward(dy.local, ids.local, start, stop - start)
+        block = kernels.of(dy.grid).lookup_backward(dy.local, ids.local, start, stop - start)
         layout = map_layout("vh", self.axes, "bs")
         self.table.accumulate(DistArray(block, self.table.value.shape, layout, dy.grid))
 
@@ -104,7 +104,7 @@ class PositionEmbedding(Layer):
         if given is None:
             return x.like(x.local + table[slice(*x.box[1]), :]), (x.layout, None)
         kernels.require_ids(given, count)
-        return x.like(x.local + kernels.lookup(table, given, 0)), (x.layout, given)
+        return x.like(x.local + kernels.of(x.grid).lookup(table, given, 0)), (x.layout, given)
 
     def backward(self, dy: DistArray, cache: Any, later: Later = None) -> DistArray:
         """Return `dy`; its sums over equal positions go to the rows of the table."""
@@ -115,7 +115,7 @@ class PositionEmbedding(Layer):
             block = backend.zeros_like(rows, (count, rows.shape[-1]))
             block[slice(*dy.box[1]), :] = rows
         else:
-            block = kernels.lookup_backward(rows, given, 0, count)
+            block = kernels.of(dy.grid).lookup_backward(rows, given, 0, count)
         of_table = Layout(None, layout.dims[2], partial=(*layout.dims[0], *layout.dims[1]))
         self.table.accumulate(DistArray(block, self.table.value.shape, of_table, dy.grid))
         return dy
@@ -163,7 +163,7 @@ class SegmentEmbedding(Layer):
         """Return ``x + table[segments]``, in the layout of `x` with its partial sums reduced."""
         layout, x = x.layout.with_partial(), x.redistribute(Layout(*x.layout.dims[:2], *self.used.dims[1:]))
         table, ids = self.table.use(self.used), self._ids(x, ctx)
-        return x.like(x.local + kernels.lookup(table.local, ids, 0)), (layout, x.layout, ids)
+        return x.like(x.local + kernels.of(x.grid).lookup(table.local, ids, 0)), (layout, x.layout, ids)
 
     def _ids(self, x: DistArray, ctx: Context) -> Any:
         given, layout = ctx.segments, Layout(*x.layout.dims[:2])
@@ -185,7 +185,7 @@ class SegmentEmbedding(Layer):
         """Return `dy`; its sums over the tokens of each segment go to the rows of the table."""
         layout, used, ids = cache
         dy = dy.redistribute(used)
-        block = kernels.lookup_backward(dy.local, ids, 0, self.table.value.shape[0])
+        block = kernels.of(dy.grid).lookup_backward(dy.local, ids, 0, self.table.value.shape[0])
         summed = Layout(None, dy.layout.dims[2], partial=[axis for dim in dy.layout.dims[:2] for axis in dim])
         self.table.accumulate(DistArray(block, self.table.value.shape, summed, dy.grid))
         return dy.redistribute(layout)

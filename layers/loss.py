@@ -85,10 +85,11 @@ class CrossEntropy:
         logits, labels = logits.redistribute(layout), self._labels(labels.redistribute(Layout(*layout.dims[:-1])))
         kernels.require_ids(labels.local, logits.shape[-1], least=None)
         start, axes = logits.box[-1][0], logits.layout.dims[-1]
-        top = comm.allreduce(kernels.peak(logits.local), grid, axes, comm.MAX)
+        top = comm.allreduce(kernels.of(grid).peak(logits.local), grid, axes, comm.MAX)
         target = {"on": 1 - self.smoothing, "off": self.smoothing / logits.shape[-1]}
-        sums = comm.allreduce(kernels.cross_entropy_sums(logits.local, labels.local, top, start, **target), grid, axes)
-        losses = labels.like(kernels.cross_entropy_losses(top, sums, labels.local >= 0, self.z_loss))
+        sums = kernels.of(grid).cross_entropy_sums(logits.local, labels.local, top, start, **target)
+        sums = comm.allreduce(sums, grid, axes)
+        losses = labels.like(kernels.of(grid).cross_entropy_losses(top, sums, labels.local >= 0, self.z_loss))
         options = {**target, "scale": 1.0 / count, "z_loss": self.z_loss}
         return losses.sum() / count, (logits, labels, top, sums[0, ...], start, options)
 
@@ -107,7 +108,8 @@ class CrossEntropy:
         """Return the cotangent of the logits, times a loss scale, in the layout of the inside of a block."""
         logits, labels, top, total, start, options = cache
         options = {**options, "scale": scale * options["scale"]}
-        return logits.like(kernels.cross_entropy_backward(logits.local, labels.local, top, total, start, **options))
+        backward = kernels.of(logits.grid).cross_entropy_backward
+        return logits.like(backward(logits.local, labels.local, top, total, start, **options))
 
 
 class MeanSquaredError:

@@ -15,7 +15,7 @@ from colossal_mpi import comm
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import OptionError
 from colossal_mpi.layers import kernels
-from colossal_mpi.layers.kernels.reference.wide import like, wide
+from colossal_mpi.layers.kernels import like, wide
 from colossal_mpi.layers.layer import Context, Later, Layer
 from colossal_mpi.layers.linear import Linear
 from colossal_mpi.layers.mlp import MLP
@@ -148,7 +148,7 @@ class MoE(Layer):
         logits, kept = self.router.forward(x, ctx)
         routing = self._route(logits, ctx)
         y, inside = self.experts.forward(self._in_slots(x, routing), ctx)
-        rows = kernels.take_slots(_flat(y), routing.slots, self.top_k)
+        rows = kernels.of(y.grid).take_slots(_flat(y), routing.slots, self.top_k)
         mixed = sum(routing.weights[:, j, None] * rows[j, ...] for j in range(self.top_k))
         return _like(x, mixed), (layout, x, kept, routing, inside, rows)
 
@@ -157,22 +157,23 @@ class MoE(Layer):
         layout, x, kept, routing, inside, rows = cache
         dy = dy.redistribute(self.stream)
         dx = self.experts.backward(self._in_slots(dy, routing, routing.weights), inside, later)
-        back = kernels.take_slots(_flat(dx), routing.slots, self.top_k)
+        back = kernels.of(dx.grid).take_slots(_flat(dx), routing.slots, self.top_k)
         through = _like(x, sum(back[j, ...] for j in range(self.top_k)))
         return (through + self.router.backward(self._dlogits(dy, routing, rows), kept, later)).redistribute(layout)
 
     def _in_slots(self, x: DistArray, routing: Routing, weights: Block | None = None) -> DistArray:
         """Return the tokens of all ranks in their slots ``[e, p, c, h]``. **Communication:** none."""
         e, grid = routing.probabilities.shape[1], x.grid
-        block = like(x.local, kernels.fill_slots(_flat(x), routing.source, self.top_k, weights))
+        block = like(x.local, kernels.of(grid).fill_slots(_flat(x), routing.source, self.top_k, weights))
         capacity, p = block.shape[0] // e, grid.extent(self.slots.dims[1])
         block = backend.namespace(block).reshape(block, (e, 1, capacity, block.shape[1]))
         return DistArray(block, (e, p, capacity, x.shape[-1]), self.slots, grid)
 
     def _route(self, logits: DistArray, ctx: Context) -> Routing:
-        chosen, weights, probabilities, log = kernels.route(_flat(logits), self.top_k, self.renormalise)
-        order, starts = kernels.sort_by_expert(chosen, logits.shape[-1])
-        source, slots = kernels.match_slots(chosen, order, starts, self._capacity(starts, logits))
+        local = kernels.of(logits.grid)
+        chosen, weights, probabilities, log = local.route(_flat(logits), self.top_k, self.renormalise)
+        order, starts = local.sort_by_expert(chosen, logits.shape[-1])
+        source, slots = local.match_slots(chosen, order, starts, self._capacity(starts, logits))
         pull = push = None
         if self.balance or self.z_loss:
             pull, push = self._losses(logits, chosen, probabilities, log, ctx)
@@ -199,7 +200,7 @@ class MoE(Layer):
         xp, e = backend.namespace(log), logits.shape[-1]
         mask = given_mask(ctx, logits)
         valid = None if mask is None else xp.reshape(mask, (-1,))
-        sums = kernels.routing_sums(chosen, probabilities, log, valid)
+        sums = kernels.of(logits.grid).routing_sums(chosen, probabilities, log, valid)
         sums = comm.allreduce(sums, logits.grid, logits.layout.cut)
         assigned, mass, (count, squares) = sums[:e], sums[e : 2 * e], backend.to_host(sums[2 * e :])
         count = max(float(count), 1.0)
@@ -221,7 +222,7 @@ class MoE(Layer):
         d, rows = wide(_flat(dy)), wide(rows)
         dweights = xp.stack([xp.sum(d * rows[j, ...], axis=-1) for j in range(self.top_k)], axis=-1)
         dweights = comm.allreduce(dweights, dy.grid, dy.layout.dims[-1])
-        block = kernels.route_backward(
+        block = kernels.of(dy.grid).route_backward(
             dweights,
             routing.chosen,
             routing.weights,

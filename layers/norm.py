@@ -61,7 +61,7 @@ class RMSNorm(Layer):
             raise ShapeError(f"{self.name} normalises over {self.size}; its input is {x.shape}")
         x, bias = x.reduced(), None if self.bias is None else self._vector(self.bias, x)
         gain = self._vector(self.gain, x)
-        y, statistics = kernels.norm(x.local, gain, bias, self.centred, self.eps, self.size, self._total(x))
+        y, statistics = kernels.of(x.grid).norm(x.local, gain, bias, self.centred, self.eps, self.size, self._total(x))
         return x.like(y), (kept(x, x), gain, statistics)
 
     def _vector(self, parameter: Parameter, x: DistArray) -> Any:
@@ -77,7 +77,7 @@ class RMSNorm(Layer):
         source, gain, statistics = cache
         x: DistArray = taken(source)
         dy = dy.redistribute(x.layout)
-        dx, *sums = kernels.norm_backward(dy.local, x.local, gain, statistics, self.size, self._total(x))
+        dx, *sums = kernels.of(dy.grid).norm_backward(dy.local, x.local, gain, statistics, self.size, self._total(x))
         *rows, last = x.layout.dims
         layout = Layout(last, partial=[axis for axes in rows for axis in axes])
         for parameter, local in zip((self.gain, self.bias), sums, strict=True):

@@ -144,7 +144,7 @@ class Pool2d(Layer):
                 f"{self.padding} no smaller than the kernel {self.kernel}"
             )
         image = x.redistribute(Layout(*x.layout.dims[:2], None, None))
-        block, kept = self._pool(image.local, *sizes)
+        block, kept = self._pool(image, *sizes)
         y = DistArray(block, (*x.shape[:2], *block.shape[2:]), image.layout, x.grid)
         return y, (kept, x.shape, image.layout, x.layout.with_partial())
 
@@ -152,33 +152,33 @@ class Pool2d(Layer):
         """Return the cotangent of the images."""
         kept, shape, cut, layout = cache
         dy = dy.redistribute(cut)
-        block = self._unpool(dy.local, kept, (shape[2], shape[3]), self.kernel, self.stride, self.padding)
+        block = self._unpool(dy, kept, (shape[2], shape[3]), self.kernel, self.stride, self.padding)
         return DistArray(block, shape, cut, dy.grid).redistribute(layout)
 
-    def _pool(self, x: Any, *sizes: Pair) -> tuple[Any, Any]:
+    def _pool(self, x: DistArray, *sizes: Pair) -> tuple[Any, Any]:
         """Return the values of a block and what `_unpool` needs."""
         raise NotImplementedError
 
-    def _unpool(self, dy: Any, kept: Any, size: Pair, *sizes: Pair) -> Any:
+    def _unpool(self, dy: DistArray, kept: Any, size: Pair, *sizes: Pair) -> Any:
         raise NotImplementedError
 
 
 class MaxPool2d(Pool2d):
     """The greatest element of each window, the first of equal ones; parameters are those of `Pool2d`."""
 
-    def _pool(self, x: Any, *sizes: Pair) -> tuple[Any, Any]:
-        y, which = kernels.max_pool(x, *sizes)
+    def _pool(self, x: DistArray, *sizes: Pair) -> tuple[Any, Any]:
+        y, which = kernels.of(x.grid).max_pool(x.local, *sizes)
         return y, which
 
-    def _unpool(self, dy: Any, kept: Any, size: Pair, *sizes: Pair) -> Any:
-        return kernels.max_pool_backward(dy, kept, size, *sizes)
+    def _unpool(self, dy: DistArray, kept: Any, size: Pair, *sizes: Pair) -> Any:
+        return kernels.of(dy.grid).max_pool_backward(dy.local, kept, size, *sizes)
 
 
 class AvgPool2d(Pool2d):
     """The mean of each window, zeros of the padding included; parameters are those of `Pool2d`."""
 
-    def _pool(self, x: Any, *sizes: Pair) -> tuple[Any, Any]:
-        return kernels.mean_pool(x, *sizes), None
+    def _pool(self, x: DistArray, *sizes: Pair) -> tuple[Any, Any]:
+        return kernels.of(x.grid).mean_pool(x.local, *sizes), None
 
-    def _unpool(self, dy: Any, kept: Any, size: Pair, *sizes: Pair) -> Any:
-        return kernels.mean_pool_backward(dy, size, *sizes)
+    def _unpool(self, dy: DistArray, kept: Any, size: Pair, *sizes: Pair) -> Any:
+        return kernels.of(dy.grid).mean_pool_backward(dy.local, size, *sizes)

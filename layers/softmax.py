@@ -7,7 +7,7 @@ from typing import Any
 from colossal_mpi import comm
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.layers import kernels
-from colossal_mpi.layers.kernels.reference.wide import like, wide
+from colossal_mpi.layers.kernels import like, wide
 from colossal_mpi.layers.layer import Context, Later, Layer
 from colossal_mpi.platform import backend
 
@@ -25,7 +25,7 @@ class Softmax(Layer):
         """Return the probabilities, in the layout of `x`."""
         x = x.reduced()
         xp, grid, axes = backend.namespace(x.local), x.grid, x.layout.dims[-1]
-        top = comm.allreduce(kernels.peak(x.local), grid, axes, comm.MAX)
+        top = comm.allreduce(kernels.of(grid).peak(x.local), grid, axes, comm.MAX)
         y = xp.exp(wide(x.local) - wide(top)[..., None])
         y /= comm.allreduce(xp.sum(y, axis=-1), grid, axes)[..., None]
         y = like(x.local, y)

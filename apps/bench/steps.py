@@ -80,7 +80,7 @@ class Ours(Step):
 
     def __init__(self, provider: str, sizes: Sizes, grid: Grid, tensor: str) -> None:
         super().__init__(grid.comm(tuple(grid.axes)))
-        self.name, self.provider, self.sizes = provider, provider, sizes
+        self.name, self.provider, self.sizes, self.grid = provider, provider, sizes, grid
         p = Parallelism(grid, tensor)
         config = GPTConfig(
             vocabulary=sizes.vocabulary,
@@ -108,9 +108,9 @@ class Ours(Step):
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Take the kernels of this provider."""
-        kernels.use(self.provider)
+        kernels.use(self.provider, self.grid)
         yield
-        kernels.use("reference")
+        kernels.use("reference", self.grid)
 
 
 class PyTorch(Step):

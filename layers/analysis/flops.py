@@ -33,7 +33,7 @@ from colossal_mpi.layers.containers import Sequential
 from colossal_mpi.layers.conv import Convolution, PatchEmbedding
 from colossal_mpi.layers.dropout import Dropout
 from colossal_mpi.layers.embedding import Embedding, PositionEmbedding, SegmentEmbedding
-from colossal_mpi.layers.kernels.reference.tiles import scores
+from colossal_mpi.layers.kernels import attention_scores
 from colossal_mpi.layers.layer import Layer
 from colossal_mpi.layers.linear import Linear
 from colossal_mpi.layers.moe import MoE
@@ -266,7 +266,7 @@ def _(layer: SelfAttention, shape: StreamShape, hardware: bool) -> Flop:
     *heads, width, _ = out.weight.shape
     causal = any(getattr(part, "causal", False) for part in before)
     count, s = shape.samples * math.prod(heads) * width, shape.length
-    pairs = scores(s, s, heads[-1] if len(heads) > 1 else 1, causal) if hardware else s * s
+    pairs = attention_scores(s, s, heads[-1] if len(heads) > 1 else 1, causal) if hardware else s * s
     # Forward Q . K^T and P . V; backward dQ, dK, dV, dP and, since P is not kept, the scores once more.
     core = Flop(2 * 2 * pairs * count, 2 * (5 if hardware else 4) * pairs * count)
     products = [part for part in before if not isinstance(part, Attention | GroupedAttention)]

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from colossal_mpi.comm import messages
+from colossal_mpi.grid import Grid
 from colossal_mpi.layers import kernels
 from colossal_mpi.layers.attention.mask import Piece, Sight
 from colossal_mpi.platform import backend
@@ -46,25 +47,24 @@ def attend(q: Block, kv: Blocks, sight: Sight) -> Blocks:
     parts: list[Blocks | None] = [None] * len(rows)
     for source, block in _round(kv, sight):
         for piece in sight.pieces(source):
-            parts[piece.row] = _merged(parts[piece.row], attend_piece(q, block, piece))
+            parts[piece.row] = _merged(parts[piece.row], attend_piece(q, block, piece, sight.grid), sight.grid)
             _progress(sight)
-    nothing = attend_piece(q, kv, Piece(0, slice(None), slice(0), False)) if None in parts else (q, q)
+    nothing = attend_piece(q, kv, Piece(0, slice(None), slice(0), False), sight.grid) if None in parts else (q, q)
     return _joined([part or _rows(nothing, some) for part, some in zip(parts, rows, strict=True)], q)
 
 
-def attend_piece(q: Block, kv: Blocks, piece: Piece) -> Blocks:
+def attend_piece(q: Block, kv: Blocks, piece: Piece, grid: Grid) -> Blocks:
     """Return the attention of a piece's queries to its keys alone. **Communication:** none."""
-    keys = (x[:, piece.keys, ...] for x in kv)
-    pair: Blocks = kernels.attention(q[:, piece.queries, ...], *keys, piece.causal, piece.mask, piece.positions)
-    return pair
+    k, v = (x[:, piece.keys, ...] for x in kv)
+    attention = kernels.of(grid).attention
+    return attention(q[:, piece.queries, ...], k, v, piece.causal, piece.mask, piece.positions)
 
 
-def _merged(before: Blocks | None, part: Blocks) -> Blocks:
+def _merged(before: Blocks | None, part: Blocks, grid: Grid) -> Blocks:
     """Return the attention to both parts of the keys; outputs of 16 bits are summed in 32."""
     if before is None:
         return part
-    merged: Blocks = kernels.attention_merge((_wide(before[0]), before[1]), part)
-    return merged
+    return kernels.of(grid).attention_merge((_wide(before[0]), before[1]), part)
 
 
 def _rows(pair: Blocks, rows: slice) -> Blocks:
@@ -97,8 +97,9 @@ def attend_backward(
         for piece in sight.pieces(source):
             rows, known = (slice(None), piece.queries, ...), _rows((out, statistics), piece.queries)
             k, v = (x[:, piece.keys, ...] for x in block)
-            seen = piece.causal, piece.mask, piece.positions
-            x, y, z = kernels.attention_backward(do[rows], q[rows], k, v, *known, *seen)
+            x, y, z = kernels.of(sight.grid).attention_backward(
+                do[rows], q[rows], k, v, *known, piece.causal, piece.mask, piece.positions
+            )
             dq = _plus(dq, piece.queries, x, q)
             dk, dv = _plus(dk, piece.keys, y, block[0]), _plus(dv, piece.keys, z, block[1])
             _progress(sight)

@@ -141,9 +141,9 @@ class Rotation(Layer):
 
     def _turn(self, x: DistArray, cos: Block, sin: Block) -> DistArray:
         if self.turned is None:
-            return x.like(kernels.rotate(x.local, cos, sin))
+            return x.like(kernels.of(x.grid).rotate(x.local, cos, sin))
         block = backend.empty_like(x.local, x.local.shape)
-        block[:, :, : self.turned, ...] = kernels.rotate(x.local[:, :, : self.turned, ...], cos, sin)
+        block[:, :, : self.turned, ...] = kernels.of(x.grid).rotate(x.local[:, :, : self.turned, ...], cos, sin)
         block[:, :, self.turned :, ...] = x.local[:, :, self.turned :, ...]
         return x.like(block)
 

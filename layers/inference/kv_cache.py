@@ -88,9 +88,8 @@ class KeyValues:
         keys, x = array[:, : at.count(filled), ...], new.local
         heads = backend.namespace(x).reshape(x, (*x.shape[:2], math.prod(x.shape[2:-1]), x.shape[-1]))
         order = positions, at.slots(keys)
-        return q.like(
-            _merged(kernels.attention(heads, keys[:, :, 0, ...], keys[:, :, 1, ...], True, None, order), q, new)
-        )
+        local = kernels.of(q.grid).attention(heads, keys[:, :, 0, ...], keys[:, :, 1, ...], True, None, order)
+        return q.like(_merged(local, q, new))
 
     def _array(self, layer: Layer, kv: DistArray, at: _Place) -> Block:
         if layer not in self._arrays:
@@ -153,7 +152,7 @@ def _merged(made: tuple[Block, Block], q: DistArray, new: DistArray) -> Block:
     parts = parts.redistribute(Layout(None, *q.layout.dims)).local
     b, s = q.local.shape[:2]
     parts = xp.reshape(parts, (c, b, s, math.prod(q.local.shape[2:-1]), q.shape[-1] + 2))
-    merged, _ = reduce(kernels.attention_merge, [_unpacked(parts[i, ...]) for i in range(c)])
+    merged, _ = reduce(kernels.of(q.grid).attention_merge, [_unpacked(parts[i, ...]) for i in range(c)])
     return xp.astype(xp.reshape(merged, q.local.shape), q.dtype, copy=False)
 
 

@@ -5,15 +5,9 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from colossal_mpi.layers.kernels import reference
 from colossal_mpi.layers.kernels.reference.tiles import largest, scores
 from colossal_mpi.meta.array import work
 from colossal_mpi.platform.backend import Block, is_half, namespace
-
-
-def __getattr__(name: str) -> Any:
-    return getattr(reference, name)
-
 
 _scores = lru_cache(scores)
 

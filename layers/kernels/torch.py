@@ -24,10 +24,6 @@ _aten = torch.ops.aten
 _GPU = torch.cuda.is_available()
 
 
-def __getattr__(name: str) -> Any:
-    return getattr(reference, name)
-
-
 def _kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """Make of a function of tensors one of blocks; where it returns NotImplemented the reference is called."""
     formula = getattr(reference, function.__name__)

@@ -51,7 +51,7 @@ class AdamW(Optimizer):
         self, parameter: Parameter, w: DistArray, g: DistArray, slots: dict[str, DistArray], lr: float, **options: Any
     ) -> None:
         """Step by the first moment over the root of the second."""
-        kernels.adamw(w.local, g.local, *_moments(slots), self.steps, lr=lr, **options)
+        kernels.of(w.grid).adamw(w.local, g.local, *_moments(slots), self.steps, lr=lr, **options)
 
 
 def _moments(slots: dict[str, DistArray]) -> tuple[Any, Any]:
@@ -75,7 +75,7 @@ class LAMB(AdamW):
         self, parameter: Parameter, w: DistArray, g: DistArray, slots: dict[str, DistArray], lr: float, **options: Any
     ) -> None:
         """Step by Adam's direction and the decay together, scaled to the norm of the weight."""
-        direction = kernels.adam(g.local, *_moments(slots), self.steps, options["betas"], options["eps"])
+        direction = kernels.of(g.grid).adam(g.local, *_moments(slots), self.steps, options["betas"], options["eps"])
         direction += options["weight_decay"] * w.local
         length, weight = w.like(direction).norm(), w.norm()
         direction *= lr * (weight / length if weight > 0 and length > 0 else 1.0)

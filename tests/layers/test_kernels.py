@@ -1,13 +1,17 @@
 """The reference kernels use nothing outside the array API standard."""
 
 import math
+import sys
+from types import ModuleType
 
 import array_api_strict as strict
 import numpy as np
 import pytest
+from mpi4py import MPI
 
-from colossal_mpi import OptionError
-from colossal_mpi.layers import kernels as facade
+from colossal_mpi import Grid, Layout, OptionError, from_global
+from colossal_mpi.layers import Context, ReLU
+from colossal_mpi.layers.kernels import provider
 from colossal_mpi.layers.kernels import reference as kernels
 from colossal_mpi.layers.kernels.reference import table as table_kernels
 from colossal_mpi.layers.kernels.reference.normal import normal_cdf
@@ -138,8 +142,29 @@ def test_large_scores_and_logits_lose_no_digits(shift):
     assert abs(gradient - exact).max() <= 8 * np.finfo("float32").eps
 
 
-def test_the_kernels_of_the_provider_in_use_are_found_by_name():
-    facade.use("reference")
-    assert facade.gelu is kernels.gelu
+def test_a_provider_from_outside_serves_the_layers_of_its_grid_alone(monkeypatch):
+    module = ModuleType("outside")
+    module.relu = lambda x: kernels.relu(x) + 1
+    monkeypatch.setitem(sys.modules, "outside", module)
+    monkeypatch.setattr(provider, "PROVIDERS", dict(provider.PROVIDERS))
+    provider.register_provider("outside", "outside", "The positive part and one more.")
+    grid, other = Grid(MPI.COMM_SELF), Grid(MPI.COMM_SELF)
+    assert provider.use("outside", grid) == "outside"
+    values = {g: ReLU().forward(from_global(X, g, Layout(None, None, None)), Context())[0].local for g in (grid, other)}
+    assert np.array_equal(values[grid], values[other] + 1)
+    assert provider.of(grid).gelu is kernels.gelu
+    assert list(provider.choices()) == ["auto", "reference", "torch", "outside"]
+
+
+def test_a_meta_grid_has_kernels_without_arithmetic():
+    grid = Grid.meta(col=2)
+    assert provider.use("torch", grid) == "torch"
+    assert provider.of(grid).name == "meta"
+    assert provider.of(grid).gelu is kernels.gelu
+
+
+def test_an_unknown_or_a_second_provider_is_refused():
     with pytest.raises(OptionError, match="kernels='cuda': use one of 'auto', 'reference', 'torch'"):
-        facade.use("cuda")
+        provider.use("cuda", Grid(MPI.COMM_SELF))
+    with pytest.raises(OptionError, match="kernels='torch': there is already a choice of this name"):
+        provider.register_provider("torch", "outside", "Another one.")

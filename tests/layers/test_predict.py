@@ -6,7 +6,7 @@ import pytest
 from mpi4py import MPI
 
 from colossal_mpi import Grid, GridError, comm, ledger, meta
-from colossal_mpi.layers import Parallelism, kernels, recompute
+from colossal_mpi.layers import Parallelism, recompute
 from colossal_mpi.layers.analysis.flops import hardware_flop
 from colossal_mpi.layers.analysis.memory import one_microbatch, saved_bytes
 from colossal_mpi.layers.analysis.predict import TokenFeed, predict_memory
@@ -99,7 +99,6 @@ def traced_peak(model, feed, options):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kinds", ["none", "selective", "full"])
 def test_the_peak_of_a_step_is_that_of_numpy(kinds, dtype):
-    kernels.use("reference")
     config = GPTConfig(vocabulary=256, layers=4, hidden=192, heads=4, positions=192, dtype=dtype)
 
     def feed(p):

@@ -9,7 +9,7 @@ import pytest
 from mpi4py import MPI
 
 from colossal_mpi import Grid
-from colossal_mpi.layers import kernels as facade
+from colossal_mpi.layers import kernels
 from colossal_mpi.layers.kernels import reference
 from tests.cases import host
 from tests.reference import gpt_case
@@ -192,38 +192,37 @@ def test_adamw_is_that_of_the_reference_to_rounding(form, dtype):
     assert np.array_equal(mine[1], DY.astype(dtype))  # a gradient stays as it is
 
 
-@pytest.fixture
-def provider():
-    yield facade.use
-    facade.use("reference")
-
-
-def test_a_model_trains_alike_with_either(provider):
-    loss, model = gpt_case.run(Grid(MPI.COMM_SELF), None)
+def test_two_models_in_one_process_train_alike_with_different_providers():
+    exact_grid, grid = Grid(MPI.COMM_SELF), Grid(MPI.COMM_SELF)
+    assert kernels.use("torch", grid) == "torch"
+    loss, model = gpt_case.run(exact_grid, None)
+    torch_loss, torch_model = gpt_case.run(grid, None)
     exact = {p.name: host(p.grad) for p in model.parameters()}
-    assert provider("torch") == "torch"
-    mine_loss, mine = gpt_case.run(Grid(MPI.COMM_SELF), None)
-    assert abs(mine_loss - loss) <= 1e-12 * loss
-    blocks = {p.name: gpt_case.block_and_index(p.grad) for p in mine.parameters()}
+    assert abs(torch_loss - loss) <= 1e-12 * loss
+    blocks = {p.name: gpt_case.block_and_index(p.grad) for p in torch_model.parameters()}
     assert 0 < gpt_case.difference(blocks, exact) <= 1e-10
+    assert (kernels.of(exact_grid).name, kernels.of(grid).name) == ("reference", "torch")
 
 
-def test_the_provider_is_chosen_by_name_and_auto_takes_torch(provider):
-    assert provider("auto", Grid(MPI.COMM_SELF)) == "torch"
-    assert facade.silu is by_torch.silu
-    assert facade.peak is reference.peak  # which torch has not
-    assert provider("reference") == "reference"
-    assert facade.silu is reference.silu
+def test_auto_takes_torch_and_the_reference_computes_what_torch_lacks():
+    grid = Grid(MPI.COMM_SELF, data=1, pipe=1)
+    assert kernels.use("auto", grid) == "torch"
+    assert kernels.of(grid).silu is by_torch.silu
+    assert kernels.of(grid).peak is reference.peak
+    assert kernels.of(grid.at(pipe=0)) is kernels.of(grid)
+    assert kernels.use("reference", grid) == "reference"
+    assert kernels.of(grid).silu is reference.silu
 
 
 WITHOUT = """
 import sys
 sys.modules["torch"] = None
-from colossal_mpi import OptionError
+from mpi4py import MPI
+from colossal_mpi import Grid, OptionError
 from colossal_mpi.layers import kernels
-print(kernels.use("auto"))
+print(kernels.use("auto", Grid(MPI.COMM_SELF)))
 try:
-    kernels.use("torch")
+    kernels.use("torch", Grid(MPI.COMM_SELF))
 except OptionError as problem:
     print(problem)
 """
@@ -233,11 +232,13 @@ def test_without_torch_auto_is_the_reference_and_torch_is_refused():
     done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=True, timeout=60)
     first, second = done.stdout.splitlines()
     assert first == "reference"
-    assert second.startswith("kernels='torch': PyTorch cannot be imported (")
-    assert second.endswith("): install the extra 'torch', or use 'auto'")
+    assert second.startswith("kernels='torch': torch cannot be imported (")
+    assert second.endswith("): install it, or use 'auto'")
 
 
 def test_the_layers_import_no_torch_unasked():
-    code = "import sys; from colossal_mpi.layers import kernels; kernels.gelu; print('torch' in sys.modules)"
+    code = (
+        "import sys; from colossal_mpi.layers import kernels; kernels.load('reference'); print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "False"
