@@ -25,16 +25,9 @@ def significant(value: float) -> str:
 def binary(size: float) -> str:
     """Return a number of bytes: ``1.50 GiB``."""
     scale, unit = bytes_unit(size)
+    if scale == 1:
+        return f"{size:.0f} B"
     return f"{significant(size / scale)} {unit}"
-
-
-def one_decimal(size: float) -> str:
-    """Return a number of bytes with one decimal: ``1.5 GiB``, ``512.0 B``."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if size < 1024:
-            return f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:,.1f} PiB"
 
 
 def bytes_unit(size: float) -> tuple[int, str]:

@@ -5,9 +5,8 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-import typer
-
-from colossal_mpi.apps.cli import main
+from colossal_mpi.apps.cli.program import program
+from colossal_mpi.apps.command import LazyCommand
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.rst", *sorted((ROOT / "docs").rglob("*.rst"))]
@@ -74,10 +73,10 @@ class Literal:
 
 def command(words):
     """Return the command of ``colossal-mpi`` that words begin with, and the words after it."""
-    found, words = typer.main.get_command(main.app), list(words)
+    found, words = program(), list(words)
     while words and words[0] in getattr(found, "commands", {}):
         found = found.commands[words.pop(0)]
-    return found, words
+    return found.load() if isinstance(found, LazyCommand) else found, words
 
 
 def commands(group=None, *names):

@@ -6,15 +6,18 @@ import json
 import time
 import tracemalloc
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import threadpoolctl
+import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from colossal_mpi.apps.command import Command, JsonFile
 from colossal_mpi.apps.files import check_writable
 from colossal_mpi.errors import ConfigError
 from colossal_mpi.layers import kernels
@@ -91,3 +94,27 @@ def main(sequences: Sequence[int], sizes: Sizes, file: Path | None = None) -> in
     if file is not None:
         file.write_text(json.dumps([{**asdict(row), **asdict(sizes)} for row in rows], indent=1) + "\n")
     return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention(Command):
+    """Measure the memory and time of attention as the sequence grows.
+
+    A measurement is one forward and one backward pass on one thread.
+    """
+
+    example = "colossal-mpi bench attention --sequence 4096 --heads 32 --groups 8"
+
+    sequence: Annotated[list[int], typer.Option(help="Tokens; may be repeated.")] = field(
+        default_factory=lambda: [2**i for i in range(10, 15)]
+    )
+    heads: Annotated[int, typer.Option(help="Heads of the queries.")] = 4
+    groups: Annotated[int | None, typer.Option(help="Heads of keys and values; by default as many.")] = None
+    width: Annotated[int, typer.Option(help="Width of a head.")] = 64
+    dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32"
+    causal: Annotated[bool, typer.Option(help="Whether a query sees only its own and earlier keys.")] = True
+    json: JsonFile = None
+
+    def run(self) -> int:
+        groups = self.heads if self.groups is None else self.groups
+        return main(self.sequence, Sizes(self.heads, groups, self.width, self.dtype, self.causal), self.json)

@@ -9,8 +9,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from mpi4py import MPI
 from rich import box
 from rich.console import Console
@@ -20,6 +21,7 @@ from colossal_mpi.apps import launch
 from colossal_mpi.apps.bench.noise import Meter
 from colossal_mpi.apps.bench.report import warn_of_noise
 from colossal_mpi.apps.bench.saving import Saving, Turn
+from colossal_mpi.apps.command import Command, JsonFile
 from colossal_mpi.apps.files import check_writable
 from colossal_mpi.errors import ConfigError
 
@@ -161,3 +163,22 @@ def _show(options: Options, size: int, rows: Sequence[dict[str, Any]]) -> None:
         markup=False,
     )
     warn_of_noise(console, rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint(Command):
+    """Time saving and loading beside plain writing and reading of files.
+
+    It also measures how long training waits while a checkpoint is written in the background.
+    """
+
+    example = "colossal-mpi bench checkpoint --size 2 --directory /scratch/me"
+
+    size: Annotated[float, typer.Option(help="GiB of the state, of all ranks together.")] = 1.0
+    ranks: Annotated[int | None, typer.Option(help="Ranks to start: 4 by default, unless under mpiexec.")] = None
+    directory: Annotated[Path, typer.Option(help="Directory to write to, on the disk to measure.")] = Path("runs")
+    repeat: Annotated[int, typer.Option(help="Rounds of all of them.")] = 5
+    json: JsonFile = None
+
+    def run(self) -> int:
+        return main(checked(self.size, self.ranks, self.directory, self.repeat, self.json))

@@ -13,7 +13,7 @@ from colossal_mpi.apps.bench import memory, timing
 from colossal_mpi.apps.bench.competitors import Competitor
 from colossal_mpi.apps.bench.operands import TOLERANCE, residual
 from colossal_mpi.apps.bench.options import Problem
-from colossal_mpi.apps.text import one_decimal
+from colossal_mpi.apps.text import binary
 from colossal_mpi.errors import ColossalError
 
 
@@ -43,8 +43,8 @@ class Entry:
         if not fits([self]):
             members, free = self.competitor.members, MPI.COMM_WORLD.bcast(memory.available())
             ranks = f"each of {members} ranks" if members > 1 else "one rank"
-            need = one_decimal(self.competitor.need)
-            self.error = f"out of memory: needs {need} on {ranks}, and the node has {one_decimal(free)} left"
+            need = binary(self.competitor.need)
+            self.error = f"out of memory: needs {need} on {ranks}, and the node has {binary(free)} left"
         return self.error is None
 
     def qualify(self, keep: bool) -> None:

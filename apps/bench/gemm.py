@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
 
 import threadpoolctl
+import typer
 from mpi4py import MPI
 
 from colossal_mpi.apps import launch
+from colossal_mpi.apps.bench import options as checks
 from colossal_mpi.apps.bench import report, scalapack
 from colossal_mpi.apps.bench.competitors import Competitor, OneProcess
 from colossal_mpi.apps.bench.distributed import Distributed, best_sizes
 from colossal_mpi.apps.bench.entry import Entry, blank, fits
 from colossal_mpi.apps.bench.noise import Meter
-from colossal_mpi.apps.bench.options import Options, Problem
+from colossal_mpi.apps.bench.options import DTYPES, NAMES, Options, Problem
+from colossal_mpi.apps.command import Command, JsonFile
+from colossal_mpi.grid import world_size
 
 _FEWEST, _USUAL, _MOST = 3, 10, 100  # rounds
 _SHORT, _LONG = 1.0, 20.0  # seconds
@@ -96,3 +102,33 @@ def _enough(entries: Sequence[Entry], repeat: int | None) -> bool:
     if repeat is not None:
         return rounds >= repeat
     return rounds >= _MOST or (rounds >= _USUAL and ran >= _SHORT) or (rounds >= _FEWEST and ran >= _LONG)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gemm(Command):
+    """Time every matrix product beside NumPy and ScaLAPACK.
+
+    All of them take turns in one run.
+    """
+
+    example = "colossal-mpi bench gemm --size 2048 --size 8192,512,512 --plot gemm.png"
+
+    size: Annotated[list[str], typer.Option(help="M,N,K, or one number for a cube; may be repeated.")] = field(
+        default_factory=lambda: ["2048"]
+    )
+    ranks: Annotated[int | None, typer.Option(help="Ranks to start: 4 by default, unless under mpiexec.")] = None
+    dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")] = "float64"
+    algorithm: Annotated[
+        list[str],
+        typer.Option(help=f"{', '.join(NAMES)}; may be repeated. By default all.", show_default=False),
+    ] = field(default_factory=list)
+    repeat: Annotated[int | None, typer.Option(help="Rounds of all of them. By default 10, and 1 s of each.")] = None
+    json: JsonFile = None
+    plot: Annotated[Path | None, typer.Option(help="Draw the speeds to this file (PNG, PDF, SVG).")] = None
+
+    def run(self) -> int:
+        return main(
+            checks.checked(
+                self.size, self.ranks, self.dtype, self.algorithm, self.repeat, self.json, self.plot, world=world_size()
+            )
+        )

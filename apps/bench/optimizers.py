@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from colossal_mpi import comm
 from colossal_mpi.apps.bench.curves import plot
+from colossal_mpi.apps.command import Command, Settings
 from colossal_mpi.apps.config import load as configs
 from colossal_mpi.apps.files import check_writable
 from colossal_mpi.apps.training.train import make_grid
@@ -181,3 +183,30 @@ def _show(rows: Sequence[dict[str, Any]]) -> None:
     console = Console(highlight=False)
     console.print(table)
     console.print(f"validation loss after {rows[0]['case']['steps']} steps", markup=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizers(Command):
+    """Train one model with several optimizers, and compare validation losses.
+
+    Each optimizer is tried at several learning rates; the losses are compared at equal steps.
+    """
+
+    example = "colossal-mpi bench optimizers --optimizer adamw --optimizer muon=2e-3"
+
+    optimizer: Annotated[list[str], typer.Option(help="NAME, or NAME=RATE,RATE; may be repeated.")] = field(
+        default_factory=lambda: ["adamw", "muon"]
+    )
+    config: Annotated[str, typer.Option(help="A TOML file, or one that comes with the package.")] = "demo"
+    steps: Annotated[int, typer.Option(help="Steps of each run.")] = 400
+    every: Annotated[int, typer.Option(help="Steps between validations.")] = 25
+    seed: Annotated[list[int], typer.Option(help="Seeds; may be repeated.")] = field(default_factory=lambda: [0])
+    setting: Settings = field(default_factory=list)
+    json: Annotated[
+        Path | None, typer.Option(help="Keep the losses in this file; losses that it has are not computed again.")
+    ] = None
+    plot: Annotated[Path | None, typer.Option(help="Draw them to this file (PNG, PDF, SVG).")] = None
+
+    def run(self) -> int:
+        chosen = cases(self.config, self.setting, self.steps, self.every, self.seed, self.optimizer)
+        return main(chosen, self.json, self.plot)

@@ -14,10 +14,11 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import numpy as np
 import threadpoolctl
+import typer
 from mpi4py import MPI
 
 from colossal_mpi import comm, ledger
@@ -25,6 +26,7 @@ from colossal_mpi.apps import launch
 from colossal_mpi.apps.bench import steps, timeline, timing
 from colossal_mpi.apps.bench.noise import Meter
 from colossal_mpi.apps.bench.timeline import KINDS, Bar, Chart
+from colossal_mpi.apps.command import Command, JsonFile
 from colossal_mpi.apps.files import check_writable
 from colossal_mpi.distarray import DistArray, from_global
 from colossal_mpi.errors import ConfigError
@@ -245,3 +247,40 @@ def _simulated(entry: _Entry, stages: int, microbatches: int, seconds: Times) ->
     programs = [list(program(entry.schedule, stages, microbatches, stage, entry.chunks)) for stage in range(stages)]
     spans = simulate(programs, cost)
     return [Bar(s.stage, kinds[type(s.step).__name__], s.step.chunk, s.start, s.stop) for s in spans]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineCommand(Command):
+    """Measure how long the stages of a GPT wait under every pipeline schedule.
+
+    A simulation with the measured times shows more stages.
+    """
+
+    example = "colossal-mpi bench pipeline --microbatches 8 --plot pipeline.png"
+
+    stages: Annotated[int, typer.Option(help="Ranks, one stage each.")] = 2
+    microbatches: Annotated[int, typer.Option(help="Microbatches of a step.")] = 4
+    layers: Annotated[int, typer.Option(help="Transformer blocks.")] = 8
+    hidden: Annotated[int, typer.Option(help="Width of the residual stream.")] = 256
+    heads: Annotated[int, typer.Option(help="Attention heads.")] = 4
+    sequence: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 128
+    batch: Annotated[int, typer.Option(help="Sequences of a step.")] = 8
+    vocabulary: Annotated[int, typer.Option(help="Size of the vocabulary.")] = 256
+    simulate: Annotated[int, typer.Option(help="Stages of the simulation.")] = 8
+    repeat: Annotated[int, typer.Option(help="Rounds of all schedules.")] = 10
+    json: JsonFile = None
+    plot: Annotated[Path | None, typer.Option(help="Draw what the stages do when to this file (PNG, PDF, SVG).")] = None
+
+    def run(self) -> int:
+        sizes = Sizes(
+            self.layers,
+            self.hidden,
+            self.heads,
+            self.sequence,
+            self.batch,
+            self.vocabulary,
+            self.stages,
+            self.microbatches,
+            self.simulate,
+        )
+        return main(checked(sizes, self.repeat, self.json, self.plot))

@@ -10,9 +10,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import threadpoolctl
+import typer
 from mpi4py import MPI
 from rich import box
 from rich.console import Console
@@ -23,10 +24,12 @@ from colossal_mpi.apps.bench import timing
 from colossal_mpi.apps.bench.noise import Meter
 from colossal_mpi.apps.bench.report import warn_of_noise
 from colossal_mpi.apps.bench.steps import Ours, PyTorch, Sizes, Step, peers
+from colossal_mpi.apps.command import Command, GridAxes, JsonFile
 from colossal_mpi.apps.config import load as configs
 from colossal_mpi.apps.files import check_writable
 from colossal_mpi.errors import ConfigError
 from colossal_mpi.grid import Grid
+from colossal_mpi.layers import MODES
 
 _WARM = 3  # steps, whose losses are compared
 TOLERANCE = 1e-4
@@ -185,3 +188,32 @@ def _show(options: Options, rows: Sequence[dict[str, Any]]) -> None:
     for row in (row for row in rows if row["error"]):
         console.print(f"{row['name']}: {row['error']}", markup=False)
     warn_of_noise(console, rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Command):
+    """Time the training step of a GPT beside PyTorch eager.
+
+    All of them take turns.
+    """
+
+    example = "colossal-mpi bench train --hidden 512 --grid row=2,col=2 --tensor 2d"
+
+    layers: Annotated[int, typer.Option(help="Transformer blocks.")] = 4
+    hidden: Annotated[int, typer.Option(help="Width of the residual stream.")] = 256
+    heads: Annotated[int, typer.Option(help="Attention heads.")] = 4
+    sequence: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 128
+    batch: Annotated[int, typer.Option(help="Sequences of a step.")] = 8
+    vocabulary: Annotated[int, typer.Option(help="Size of the vocabulary.")] = 256
+    kernels: Annotated[
+        list[str],
+        typer.Option(help="pytorch, reference, torch; may be repeated; by default all of them.", show_default=False),
+    ] = field(default_factory=list)
+    grid: GridAxes = None
+    tensor: Annotated[str, typer.Option(help=f"Tensor mode: {', '.join(MODES)}.")] = "none"
+    repeat: Annotated[int, typer.Option(help="Rounds of all of them.")] = 15
+    json: JsonFile = None
+
+    def run(self) -> int:
+        sizes = Sizes(self.layers, self.hidden, self.heads, self.sequence, self.batch, self.vocabulary)
+        return main(checked(sizes, self.grid, self.tensor, self.kernels, self.repeat, self.json))

@@ -1,34 +1,65 @@
-"""``colossal-mpi convert``: weights between Hugging Face's directories and checkpoints of HDF5."""
+"""``colossal-mpi convert``: weights between Hugging Face directories and HDF5 checkpoints.
+
+`convert` builds the model on all ranks, each with a part of every matrix, loads it in one format and saves it in the
+other one.
+"""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from colossal_mpi import checkpoint
+from colossal_mpi.apps.command import Command
 from colossal_mpi.apps.training import saved
 from colossal_mpi.errors import OptionError
 from colossal_mpi.grid import Grid, world_size
 from colossal_mpi.layers import Parallelism, models
 
 
+@dataclass(frozen=True, kw_only=True)
+class Convert(Command):
+    """Convert weights between Hugging Face directories and checkpoints, bit for bit.
+
+    Any number of ranks can take part.
+    """
+
+    example = "mpiexec -n 4 colossal-mpi convert gpt2 gpt2.cm --to cm"
+
+    source: Annotated[Path, typer.Argument(help="A Hugging Face directory, a checkpoint or a run.")]
+    target: Annotated[Path, typer.Argument(help="The directory to write; it must not exist.")]
+    to: Annotated[str, typer.Option(help="hf: config.json and safetensors. cm: an HDF5 checkpoint.")]
+    most: Annotated[int, typer.Option(help="Bytes of weights in one safetensors file, at most.")] = 5 * 10**9
+
+    def run(self) -> int:
+        convert(self.source, self.target, self.to, self.most)
+        return 0
+
+
 def convert(source: Path, target: Path, to: str, most: int) -> None:
-    """Write `target` from `source`; every rank has a part of each matrix.
+    """Read weights in one format and write them in the other one.
 
     Parameters
     ----------
-    source, target : path
+    source : Path
+        The directory to read.
+    target : Path
+        The directory to write.
     to : {"hf", "cm"}
-        "hf" reads a checkpoint, or the latest of a run; "cm" reads a directory of Hugging Face.
+        "hf" reads a checkpoint, or the latest one of a run; "cm" reads a Hugging Face directory.
     most : int
-        Bytes of weights in one safetensors file.
+        Bytes of weights in one safetensors file, at most.
 
     Raises
     ------
     OptionError
         If there is no such format.
     CheckpointError
-        If `source` is none of its kind, or `target` cannot be written.
+        If `source` does not hold what `to` reads, or `target` cannot be written.
     """
     parallelism = Parallelism(Grid(col=world_size()), "1d")
     if to == "cm":

@@ -1,77 +1,88 @@
-"""``colossal-mpi generate``: text from a run, a checkpoint or a directory of Hugging Face."""
+"""``colossal-mpi generate``: continue text with the model of a run, a checkpoint or a Hugging Face directory."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
+import typer
+
+from colossal_mpi.apps.command import Command, GridAxes
 from colossal_mpi.apps.config import load as configs
-from colossal_mpi.apps.data.tokenizer import BYTES, Tokenizer
-from colossal_mpi.apps.data.tokenizer import tokenizer as named
+from colossal_mpi.apps.data.tokenizer import BYTES, Tokenizer, tokenizer
 from colossal_mpi.apps.training.saved import restore
 from colossal_mpi.errors import ConfigError
 from colossal_mpi.grid import Grid, world_size
-from colossal_mpi.layers import generate, kernels
+from colossal_mpi.layers import MODES, generate, kernels
 from colossal_mpi.layers.models import GPT, Llama
 
 
-@dataclass(frozen=True)
-class How:
-    """The grid, and how tokens are drawn."""
+@dataclass(frozen=True, kw_only=True)
+class Generate(Command):
+    """Continue text with a GPT or a Llama, on any grid."""
 
-    grid: str | None = None
-    tensor: str = "none"
-    temperature: float = 0.8
-    top_k: int | None = None
-    top_p: float = 1.0
-    seed: int = 0
+    example = "mpiexec -n 2 colossal-mpi generate runs/demo --prompt 'The ' --top-p 0.9 --grid pipe=2"
+
+    source: Annotated[Path, typer.Argument(help="A run, a checkpoint, or a Hugging Face directory.")]
+    prompt: Annotated[
+        list[str], typer.Option(help="Text to continue; may be repeated. By default 'The '.", show_default=False)
+    ] = field(default_factory=lambda: ["The "])
+    count: Annotated[int, typer.Option("-n", help="Tokens to draw after each prompt.")] = 160
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8
+    top_k: Annotated[int | None, typer.Option(help="Draw from this many of the likeliest tokens.")] = None
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this probability together.")] = 1.0
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text on any grid.")] = 0
+    grid: GridAxes = None
+    tensor: Annotated[str, typer.Option(help=f"Tensor mode: {', '.join(MODES)}.")] = "none"
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="A tokenizer.json; by default bytes for a model that was trained here.")
+    ] = None
+
+    def run(self) -> int:
+        """Print each prompt and its continuation on rank 0.
+
+        Raises
+        ------
+        ConfigError
+            If the model does not generate text, or its tokens are unknown.
+        """
+        axes = configs.parse_grid(self.grid) if self.grid else {"data": world_size()}
+        grid = Grid(None, "auto", **axes)
+        kernels.use("auto", grid)
+        model, pipeline, table = restore(self.source, grid, self.tensor)
+        if not isinstance(model, GPT | Llama):
+            raise ConfigError(f"{self.source} is a {type(model).__name__}: only a GPT or a Llama generates text")
+        words = self._tokenizer(bool(table))
+        continuations = generate(
+            model,
+            [words.encode([prompt.encode()], special=True)[0].tolist() for prompt in self.prompt],
+            self.count,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            seed=self.seed,
+            stop=table.get("eos_token_id") or (),
+            vocabulary=words.vocabulary,
+            pipeline=pipeline,
+        )
+        if grid.rank == 0:
+            for prompt, tokens in zip(self.prompt, continuations, strict=True):
+                _print(prompt + words.decode(tokens).decode(errors="replace"))
+        return 0
+
+    def _tokenizer(self, foreign: bool) -> Tokenizer:
+        """Return the tokenizer of the option or of the directory; bytes for a model that was trained here on a text."""
+        path = self.tokenizer or self.source / "tokenizer.json"
+        if self.tokenizer is not None or path.is_file():
+            return tokenizer(str(path))
+        if foreign:
+            raise ConfigError(f"{self.source} has no tokenizer.json: give the tokenizer with --tokenizer FILE")
+        return tokenizer(BYTES)
 
 
-def main(source: Path, prompts: Sequence[str], count: int, how: How, tokenizer: Path | None) -> None:
-    """Print each prompt and what follows it.
-
-    Raises
-    ------
-    ConfigError
-        If the model is of no text, or its tokens are unknown.
-    """
-    grid = Grid(None, "auto", **(configs.parse_grid(how.grid) if how.grid else {"data": world_size()}))
-    kernels.use("auto", grid)
-    model, pipeline, table = restore(source, grid, how.tensor)
-    if not isinstance(model, GPT | Llama):
-        raise ConfigError(f"{source} is a {type(model).__name__}: text is generated by a GPT or a Llama")
-    words, eos = _tokenizer(source, tokenizer, bool(table)), table.get("eos_token_id") or ()
-    texts = [words.encode([prompt.encode()], special=True)[0].tolist() for prompt in prompts]
-    made = generate(
-        model,
-        texts,
-        count,
-        temperature=how.temperature,
-        top_k=how.top_k,
-        top_p=how.top_p,
-        seed=how.seed,
-        stop=eos,
-        vocabulary=words.vocabulary,
-        pipeline=pipeline,
-    )
-    if grid.rank == 0:
-        for prompt, tokens in zip(prompts, made, strict=True):
-            _say(prompt + words.decode(tokens).decode(errors="replace"))
-
-
-def _tokenizer(source: Path, file: Path | None, foreign: bool) -> Tokenizer:
-    """Return the tokenizer of a file, or of the directory, or bytes for what was trained here on a text."""
-    path = file or source / "tokenizer.json"
-    if file is not None or path.is_file():
-        return named(str(path))
-    if foreign:
-        raise ConfigError(f"{source} has no tokenizer.json: give the model's with --tokenizer FILE")
-    return named(BYTES)
-
-
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # what an ASCII terminal cannot show
+        sys.stdout.reconfigure(errors="replace")  # characters that an ASCII terminal cannot show
     print(text, flush=True)

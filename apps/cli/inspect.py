@@ -1,14 +1,19 @@
-"""``colossal-mpi inspect``: what a checkpoint holds, whether it is whole, and in what two differ."""
+"""``colossal-mpi inspect``: print what a checkpoint holds, check its files, and compare two checkpoints.
+
+`inspect` reads the manifest and the arrays with ``colossal_mpi.checkpoint`` and prints on rank 0.
+"""
 
 from __future__ import annotations
 
 import re
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tomli_w
+import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -16,15 +21,44 @@ from rich.text import Text
 from rich.tree import Tree
 
 from colossal_mpi import checkpoint, comm
-from colossal_mpi.apps.text import one_decimal as size_text
+from colossal_mpi.apps import text
+from colossal_mpi.apps.command import Command
 from colossal_mpi.apps.training.run_directory import RunDirectory
 from colossal_mpi.checkpoint import compare, contents
 from colossal_mpi.errors import CheckpointError
 from colossal_mpi.grid import Grid, world_size
 
 
+@dataclass(frozen=True, kw_only=True)
+class Inspect(Command):
+    """Show what a checkpoint holds and whether it is whole, or how two of them differ."""
+
+    example = "mpiexec -n 4 colossal-mpi inspect runs/demo --verify"
+
+    path: Annotated[Path, typer.Argument(help="A checkpoint, or a run for its latest checkpoint.")]
+    verify: Annotated[bool, typer.Option("--verify", help="Check every checksum; the ranks share the work.")] = False
+    diff: Annotated[Path | None, typer.Option(help="Compare with this one; exit code 1 if they differ.")] = None
+
+    def run(self) -> int:
+        return inspect(self.path, self.verify, self.diff)
+
+
 def inspect(path: Path, verify: bool, diff: Path | None) -> int:
-    """Show a checkpoint, or the latest of a run, on rank 0; return 1 if it is damaged or differs from `diff`, else 0.
+    """Show a checkpoint, or the latest one of a run, on rank 0.
+
+    Parameters
+    ----------
+    path : Path
+        The directory of a checkpoint or of a run.
+    verify : bool
+        Whether to check every checksum, and not only the sizes of the files.
+    diff : Path, optional
+        A second checkpoint, or run, to compare with.
+
+    Returns
+    -------
+    int
+        1 if a checkpoint is damaged or the two differ, else 0.
 
     Raises
     ------
@@ -54,7 +88,8 @@ def _show(console: Console, path: Path, table: dict[str, Any]) -> None:
     step = f"step {metadata['step']}, " if "step" in metadata else ""
     count = f"{len(arrays)} array{'s' * (len(arrays) != 1)}"
     console.print(
-        f"{path}: {step}{count}, {size_text(total)}, in {len(table['files'])} files, format {table['format_version']}",
+        f"{path}: {step}{count}, {text.binary(total)}, "
+        f"in {len(table['files'])} files, format {table['format_version']}",
         markup=False,
     )
     console.print(_tree(table))
@@ -81,7 +116,7 @@ def _tree(table: dict[str, Any]) -> Tree:
         _leaf(tree, groups, sizes, name, width, line)
     for name, entry in sorted(table["arrays"].items(), key=lambda item: _natural(item[0])):
         shape = " x ".join(map(str, entry["shape"])) or "scalar"
-        line = f"{shape:>16}  {entry['dtype']:8}  {size_text(contents.size_of(entry)):>10}  {entry['layout']}"
+        line = f"{shape:>16}  {entry['dtype']:8}  {text.binary(contents.size_of(entry)):>10}  {entry['layout']}"
         _leaf(tree, groups, sizes, name, width, line)
     return tree
 
@@ -100,7 +135,7 @@ def _leaf(tree: Tree, groups: dict[str, Tree], sizes: dict[str, int], name: str,
     above = _groups(name)
     for i, group in enumerate(above):
         if group not in groups:
-            size = f"  {size_text(sizes[group])}" if group in sizes else ""
+            size = f"  {text.binary(sizes[group])}" if group in sizes else ""
             parent = groups[above[i - 1]] if i else tree
             groups[group] = parent.add(Text(f"{group.rpartition('/')[2]}{size}", "bold"))
     parent, last = groups[above[-1]] if above else tree, name.rpartition("/")[2]
@@ -119,8 +154,8 @@ def _check(console: Console, path: Path, table: dict[str, Any], verify: bool, gr
     elif verify:
         checks = sum(len(file["parts"]) for file in table["files"].values())
         console.print(
-            f"\n{path}: verified: all {checks} checksums of {size_text(total)} fit ({size_text(total / seconds)}/s on "
-            f"{grid.size} rank{'s' * (grid.size > 1)})",
+            f"\n{path}: verified: all {checks} checksums of {text.binary(total)} fit "
+            f"({text.binary(total / seconds)}/s on {grid.size} rank{'s' * (grid.size > 1)})",
             markup=False,
         )
     else:

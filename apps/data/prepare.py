@@ -14,7 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from colossal_mpi.apps.data.store import Store, Writer
 from colossal_mpi.apps.data.tokenizer import Subwords, Tokenizer, tokenizer
-from colossal_mpi.apps.text import one_decimal as size_text
+from colossal_mpi.apps.text import binary
 from colossal_mpi.errors import ConfigError
 
 PIECE = 1 << 20
@@ -67,7 +67,7 @@ def prepare(inputs: Sequence[Path], out: Path, name: str, end: str | None, key: 
         raise ConfigError(f"{out} cannot be written: {problem.strerror or problem}") from None
     Console(soft_wrap=True, highlight=False).print(
         f"{out}: {writer.tokens:,} tokens of {writer.documents:,} documents, vocabulary {made.vocabulary:,}, "
-        f"{size_text(out.stat().st_size)} from {size_text(sum(sizes))}",
+        f"{binary(out.stat().st_size)} from {binary(sum(sizes))}",
         markup=False,
     )
 
@@ -193,7 +193,7 @@ def inspect(path: Path, shown: int) -> None:
     lengths: Any = np.diff(np.r_[0, store.documents[...]]) if count else np.zeros(1, np.int64)
     made = store.tokenizer
     lines = [
-        f"{path}: {len(store):,} tokens ({store.dtype}), {size_text(path.stat().st_size)}",
+        f"{path}: {len(store):,} tokens ({store.dtype}), {binary(path.stat().st_size)}",
         f"documents   {count:,}, of {lengths.min():,} to {lengths.max():,} tokens, median {np.median(lengths):,.0f}",
         f"vocabulary  {store.vocabulary:,}, tokenizer {store.name}",
         f"sources     {', '.join(store.sources[:5])}{', ...' if len(store.sources) > 5 else ''}",

@@ -3,12 +3,16 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
-from colossal_mpi.apps.cli import main
+from colossal_mpi.apps.bench.attention import Attention
+from colossal_mpi.apps.bench.gemm import Gemm
+from colossal_mpi.apps.cli.program import program
+from colossal_mpi.apps.cli.run import Run
+from colossal_mpi.apps.cli.train import Train
+from tests.documents import command, commands
 
 CLI = [sys.executable, "-m", "colossal_mpi.apps.cli"]
 
@@ -17,24 +21,50 @@ def call(*arguments):
     return subprocess.run([*CLI, *arguments], capture_output=True, text=True, timeout=60, check=False)
 
 
-def commands(group, *names):
-    """Return the words of every command, groups included."""
-    found = [list(names)]
-    for name, command in getattr(group, "commands", {}).items():
-        found += commands(command, *names, name)
-    return found
-
-
 @pytest.mark.parametrize("width", [80, 100])
-@pytest.mark.parametrize("command", commands(typer.main.get_command(main.app)), ids=lambda c: "-".join(c) or "root")
-def test_help_fits_a_screen_and_has_an_example(command, width):
-    result = CliRunner().invoke(main.app, [*command, "--help"], env={"COLUMNS": str(width), "TERMINAL_WIDTH": ""})
-    assert result.exit_code == 0
-    lines = result.output.splitlines()
+@pytest.mark.parametrize("names", [[], *commands()], ids=lambda names: "-".join(names) or "root")
+def test_help_fits_a_screen_and_has_an_example(names, width, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    program().main([*names, "--help"], prog_name="colossal-mpi", standalone_mode=False)
+    lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 40
     assert max(map(len, lines)) <= width
     example = " ".join(" ".join(lines).partition("Example: ")[2].split())
-    assert "colossal-mpi " + " ".join(command) in example
+    assert " ".join(["colossal-mpi", *names]) in example
+
+
+@pytest.mark.parametrize("names", list(commands()), ids="-".join)
+def test_the_summary_in_a_list_begins_the_help(names):
+    listed = program()
+    for name in names:
+        listed = listed.commands[name]
+    assert " ".join(command(names)[0].help.split()).startswith(listed.help)
+
+
+def test_the_list_of_commands_loads_no_heavy_package():
+    code = "import sys; sys.argv[1:] = ['--help']\nfrom colossal_mpi.apps.cli import main\n"
+    code += "try: main()\nfinally: print({'torch', 'matplotlib', 'h5py', 'colossal_mpi.layers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.splitlines()[-1] == "set()", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (Gemm(), []),
+        (Gemm(size=["7,5,9", "8"], ranks=3), ["--size", "7,5,9", "--size", "8", "--ranks", "3"]),
+        (Attention(causal=False, json=Path("x")), ["--no-causal", "--json", "x"]),
+        (Train(config="demo", setting=["a.b=1"], dry_run=True), ["--set", "a.b=1", "--dry-run", "demo"]),
+        (Run(command=["a", "-n", "2"], ranks=4), ["-n", "4", "a", "-n", "2"]),
+    ],
+    ids=lambda value: " ".join(value) or "default" if isinstance(value, list) else "",
+)
+def test_a_command_is_turned_into_words_and_back(made, words, monkeypatch):
+    assert made.arguments() == words
+    parsed = []
+    monkeypatch.setattr(type(made), "run", lambda self: parsed.append(self) or 0)
+    assert type(made).parser("x").main(words, standalone_mode=False) == 0
+    assert parsed == [made]
 
 
 def test_run_prints_the_plain_line():

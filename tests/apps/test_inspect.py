@@ -50,7 +50,7 @@ def test_a_reader_sees_everything(tmp_path):
     assert "step 7 steps" in lines[2]
     assert "300 x 7 float64 16.4 KiB Layout(None, None)" in text
     assert text.index("layer9") < text.index("layer10")
-    assert "scalar float64 8.0 B Layout()" in text
+    assert "scalar float64 8 B Layout()" in text
     assert 'kind = "gpt"' in text
     assert "[training]\nlr = 0.5" in text
     assert "2 files of the sizes written; --verify checks every byte" in text

@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import tomli_w
 from mpi4py import MPI
-from typer.testing import CliRunner
 
 from colossal_mpi import Grid, comm
 from colossal_mpi.apps import machine, report, text
-from colossal_mpi.apps.cli.main import app
+from colossal_mpi.apps.cli.report import Report
 from colossal_mpi.apps.config import load as configs
 from colossal_mpi.apps.report.curves import running_median
 from colossal_mpi.apps.training.meter import Meter
@@ -198,22 +197,21 @@ def test_a_page_stands_alone_and_shows_everything_of_a_run(tmp_path):
         assert (path.parent / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_runs_are_compared_and_what_one_lacks_is_said(tmp_path):
+def test_runs_are_compared_and_what_one_lacks_is_said(tmp_path, capsys):
     data = {"data": {"shift": 1}}
     runs = [make_run(tmp_path / "one" / "run", 80), make_run(tmp_path / "two" / "run", 7, data, old=True)]
-    result = CliRunner().invoke(app, ["report", *map(str, runs), "--output", str(tmp_path / "both")])
-    assert result.exit_code == 0, result.output
-    assert str(tmp_path / "both" / "index.html") in result.output
+    assert Report(runs=runs, output=tmp_path / "both").run() == 0
+    assert str(tmp_path / "both" / "index.html") in capsys.readouterr().out
     page = Page(tmp_path / "both" / "index.html")
     assert {"one/run", "two/run", "data.shift", "7 of 80"} <= set(page.text)
     for picture in ("utilisation", "scale", "memory", "words"):
         assert (
             "Not recorded by two/run" in page.source[page.source.index(f'id="{picture}"') :].partition("</figure>")[0]
         )
-    alone = CliRunner().invoke(app, ["report", str(runs[1])])
-    assert alone.exit_code == 0, alone.output
+    assert Report(runs=runs[1:]).run() == 0
+    output = capsys.readouterr().out
     for title in ("Validation measures", "Utilisation", "Loss scale", "Memory of each rank", "Communication by axis"):
-        assert f"not shown: {title}: " in alone.output
+        assert f"not shown: {title}: " in output
     assert "Utilisation: not recorded" in Page(runs[1] / "report" / "index.html").text
     assert not (runs[1] / "report" / "memory.png").exists()
 

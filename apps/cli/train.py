@@ -1,0 +1,75 @@
+"""``colossal-mpi train``: train a model, resume a run, or show what a run would do."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import typer
+
+from colossal_mpi.apps.command import Command, GridAxes, Settings
+from colossal_mpi.apps.config import load as configs
+from colossal_mpi.apps.data.corpus import fitted
+from colossal_mpi.apps.planning import dry
+from colossal_mpi.apps.planning.beside import predicted
+from colossal_mpi.apps.training import train
+from colossal_mpi.errors import ConfigError
+from colossal_mpi.grid import world_rank
+from colossal_mpi.layers import MODES
+from colossal_mpi.layers.kernels import PROVIDERS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Command):
+    """Train a model on text or images.
+
+    Run it under mpiexec or srun, or alone on one rank.
+    """
+
+    example = "mpiexec -n 8 colossal-mpi train demo --grid data=2,row=2,col=2 --set training.steps=50"
+
+    config: Annotated[
+        str | None, typer.Argument(help=f"A TOML file, or one that comes with the package: {configs.shipped()}.")
+    ] = None
+    grid: GridAxes = None
+    tensor: Annotated[str | None, typer.Option(help=f"Tensor mode: {', '.join(MODES)}.")] = None
+    kernels: Annotated[str | None, typer.Option(help=f"Local kernels: {', '.join(PROVIDERS)}.")] = None
+    setting: Settings = field(default_factory=list)
+    resume: Annotated[str | None, typer.Option(help="Go on with the run in this directory.")] = None
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run in the run directory.")] = False
+    trace: Annotated[int, typer.Option(min=0, help="Trace this many steps, from the second on, into trace.json.")] = 0
+    show_config: Annotated[
+        bool, typer.Option("--show-config", help="Print the configuration with the meaning of every key, and stop.")
+    ] = False
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print memory, words and time of a step on the grid, and stop.")
+    ] = False
+
+    def __post_init__(self) -> None:
+        if (self.config is None) == (self.resume is None):
+            raise ConfigError("train: give a configuration, or --resume and the directory of a run")
+
+    def run(self) -> int:
+        if self.show_config or self.dry_run:
+            return self._show()
+        if self.config is not None:
+            return train.start(configs.load(self.config, self.settings), self.overwrite, self.trace, predicted)
+        return train.resume(str(self.resume), self.settings, self.trace, predicted)
+
+    @property
+    def settings(self) -> list[str]:
+        """The settings of ``--set``, ``--tensor``, ``--kernels`` and ``--grid``."""
+        given = {"tensor": self.tensor, "kernels": self.kernels}
+        found = [*self.setting, *(f'parallel.{key}="{value}"' for key, value in given.items() if value)]
+        return [*found, configs.grid_setting(configs.parse_grid(self.grid))] if self.grid else found
+
+    def _show(self) -> int:
+        """Print the configuration of the run, or the cost of one of its steps."""
+        source = self.config if self.config is not None else f"{self.resume}/config.toml"
+        config = fitted(configs.load(source, self.settings))
+        if self.dry_run:
+            dry.main(config)
+        elif world_rank() == 0:
+            sys.stdout.write(configs.commented(config))
+        return 0
