@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from colossal_mpi import comm
+from colossal_mpi.apps import config as configs
 from colossal_mpi.apps.bench.curves import plot
 from colossal_mpi.apps.command import Command, Settings
-from colossal_mpi.apps.config import load as configs
 from colossal_mpi.apps.files import check_writable
 from colossal_mpi.apps.training.train import make_grid
 from colossal_mpi.apps.training.trainer import Trainer

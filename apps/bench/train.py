@@ -19,13 +19,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from colossal_mpi.apps import config as configs
 from colossal_mpi.apps import launch
 from colossal_mpi.apps.bench import timing
 from colossal_mpi.apps.bench.noise import Meter
 from colossal_mpi.apps.bench.report import warn_of_noise
 from colossal_mpi.apps.bench.steps import Ours, PyTorch, Sizes, Step, peers
 from colossal_mpi.apps.command import Command, GridAxes, JsonFile
-from colossal_mpi.apps.config import load as configs
 from colossal_mpi.apps.files import check_writable
 from colossal_mpi.errors import ConfigError
 from colossal_mpi.grid import Grid

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from colossal_mpi.apps.config.load import parse_grid
+from colossal_mpi.apps.config import parse_grid
 from colossal_mpi.errors import ConfigError
 from colossal_mpi.grid import Grid, world_rank, world_size
 from colossal_mpi.layers import Parallelism

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
+from colossal_mpi.apps import config as configs
 from colossal_mpi.apps.command import Command, GridAxes
-from colossal_mpi.apps.config import load as configs
 from colossal_mpi.apps.data.tokenizer import BYTES, Tokenizer, tokenizer
 from colossal_mpi.apps.training.saved import restore
 from colossal_mpi.errors import ConfigError

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from colossal_mpi.apps import config as configs
 from colossal_mpi.apps.command import Command, JsonFile, Settings
-from colossal_mpi.apps.config import load as configs
 from colossal_mpi.apps.planning import plan
 from colossal_mpi.apps.planning.rates import Given
 

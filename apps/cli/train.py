@@ -8,12 +8,11 @@ from typing import Annotated
 
 import typer
 
+from colossal_mpi.apps import config as configs
 from colossal_mpi.apps.command import Command, GridAxes, Settings
-from colossal_mpi.apps.config import load as configs
-from colossal_mpi.apps.data.corpus import fitted
 from colossal_mpi.apps.planning import dry
 from colossal_mpi.apps.planning.beside import predicted
-from colossal_mpi.apps.training import train
+from colossal_mpi.apps.training import tasks, train
 from colossal_mpi.errors import ConfigError
 from colossal_mpi.grid import world_rank
 from colossal_mpi.layers import MODES
@@ -67,7 +66,7 @@ class Train(Command):
     def _show(self) -> int:
         """Print the configuration of the run, or the cost of one of its steps."""
         source = self.config if self.config is not None else f"{self.resume}/config.toml"
-        config = fitted(configs.load(source, self.settings))
+        config = tasks.complete(configs.load(source, self.settings))
         if self.dry_run:
             dry.main(config)
         elif world_rank() == 0:

@@ -1,15 +1,33 @@
-"""Combinations of keys that no run can have, each of them possible alone; found before any rank does anything."""
+"""Combinations of keys that no run can have, although each key alone is valid.
+
+`validate` and the planner ask for them before any rank does anything.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
+from colossal_mpi.apps.config.sections import Config, TransformerSection
 from colossal_mpi.errors import ColossalError, ConfigError
+from colossal_mpi.layers.attention.self_attention import head_width
+from colossal_mpi.layers.parallelism import require_axes
+from colossal_mpi.layers.pipeline.schedule import program
+from colossal_mpi.layers.pipeline.stage import PIPE
 
 
-def problems(config: Any) -> list[str]:
-    """Return what is wrong with a configuration, a line each: the keys, their values and what would work."""
+def problems(config: Config) -> list[str]:
+    """Return what is wrong with a configuration.
+
+    Parameters
+    ----------
+    config : Config
+        A configuration whose keys are valid one by one.
+
+    Returns
+    -------
+    list of str
+        A line for each problem: the keys, their values and what would work.
+    """
     found = []
     for keys, check in _checks(config):
         try:
@@ -19,30 +37,26 @@ def problems(config: Any) -> list[str]:
     return found
 
 
-def _value(config: Any, key: str) -> Any:
-    for name in key.split("."):
-        config = getattr(config, name)
-    return config
+def _value(config: Config, key: str) -> object:
+    section, _, name = key.partition(".")
+    return getattr(getattr(config, section), name)
 
 
-def _checks(config: Any) -> Iterator[tuple[list[str], Callable[[], Any]]]:
-    from colossal_mpi.layers.attention.self_attention import head_width
-    from colossal_mpi.layers.parallelism import require_axes
-    from colossal_mpi.layers.pipeline.schedule import program
-    from colossal_mpi.layers.pipeline.stage import PIPE
-
+def _checks(config: Config) -> Iterator[tuple[list[str], Callable[[], object]]]:
+    """Yield keys, and a function that raises a ColossalError if their values do not go together."""
     model, parallel, training = config.model, config.parallel, config.training
-    groups = getattr(model, "groups", model.heads)
-    heads = ["model.heads", *(["model.groups"] if groups != model.heads else [])]
-    place = {axis: size for axis, size in parallel.grid.items() if axis != PIPE}
+    if isinstance(model, TransformerSection):
+        heads, groups = model.heads, getattr(model, "groups", model.heads)
+        keys = ["model.heads", *(["model.groups"] if groups != heads else [])]
+        yield keys, lambda: head_width(model.hidden, heads, groups)
+    axes = {axis: size for axis, size in parallel.grid.items() if axis != PIPE}
+    yield ["parallel.tensor"], lambda: require_axes(axes, parallel.tensor)
     order = (parallel.schedule, parallel.grid.get(PIPE, 1), training.microbatches, 0, parallel.virtual_stages)
-    yield heads, lambda: head_width(model.hidden, model.heads, groups)
-    yield ["parallel.tensor"], lambda: require_axes(place, parallel.tensor)
     yield ["parallel.schedule", "parallel.virtual_stages"], lambda: next(program(*order), None)
     yield (
         ["training.keep_every"],
         lambda: _require(
-            training.keep_last or not training.keep_every,
+            training.keep_last > 0 or not training.keep_every,
             "it keeps some of those that training.keep_last removes: set it",
         ),
     )
@@ -55,11 +69,12 @@ def _checks(config: Any) -> Iterator[tuple[list[str], Callable[[], Any]]]:
     yield (
         ["data.shift"],
         lambda: _require(
-            not config.data.shift or model.kind == "vit", "images are moved, of model.kind='vit'; of texts use 0"
+            not config.data.shift or model.reads == "images",
+            f"images are moved, and a model of kind {model.kind!r} reads text: use 0",
         ),
     )
 
 
-def _require(fits: Any, message: str) -> None:
+def _require(fits: bool, message: str) -> None:
     if not fits:
         raise ConfigError(message)

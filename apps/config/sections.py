@@ -1,149 +1,210 @@
-"""The sections of a configuration: every key with its range, a default and a reason."""
+"""The sections of a configuration: every key with its range, a default and a reason.
+
+`load` validates a TOML file against `Config`. Keys that name something in a registry of ``layers`` take their choices
+from it at each validation, so that what a plugin registers is a choice, too. The section of a model kind is declared
+beside its task, in ``apps.training.tasks``; here are the classes that such sections derive from.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    PlainValidator,
+    SerializeAsAny,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from colossal_mpi.apps.config.plugins import absolute
+from colossal_mpi.layers.kernels import PROVIDERS
+from colossal_mpi.layers.optim import OPTIMIZERS
+from colossal_mpi.layers.optim.learning_rate import _SHAPES as SHAPES
+from colossal_mpi.layers.parallelism import MODES, SEQUENCE_MODES
+from colossal_mpi.layers.pipeline.schedule import ORDERS
+from colossal_mpi.layers.pipeline.stage import PIPE
+
+_TASKS = "colossal_mpi.apps.training.tasks"
+"""The module that knows the section of each kind of model. It imports this package, and so is imported when needed."""
 
 
 class Section(BaseModel):
-    """A table of a TOML file: keys that are not listed are errors."""
+    """A table of a TOML file; a key that it does not list is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: object) -> None:
+        """Document each key of a section under Parameters, by its description."""
+        keys = [f"{name} : {_type_of(field)}\n    {_sentence(field)}" for name, field in cls.model_fields.items()]
+        text = (cls.__doc__ or "").partition("\n\nParameters\n")[0]
+        cls.__doc__ = "\n".join([text, "", "Parameters", "----------", *keys])
 
-class _Transformer(Section):
-    kind: str
+
+def _type_of(field: FieldInfo) -> str:
+    kind = field.annotation
+    name = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+    return name if field.is_required() or field.default_factory else f"{name}, default {field.default!r}"
+
+
+def _sentence(field: FieldInfo) -> str:
+    text = field.description or "a field of the model's configuration"
+    return f"{text[0].upper()}{text[1:]}."
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """Marks a string that must be one of the names in a registry.
+
+    Parameters
+    ----------
+    names : callable
+        Returns the names. Each validation calls it again, since plugins add names.
+    """
+
+    names: Callable[[], Iterable[str]]
+
+    def __get_pydantic_core_schema__(self, source: type, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._one_of_them, handler(source))
+
+    def _one_of_them(self, value: str) -> str:
+        names = list(self.names())
+        if value not in names:
+            *first, last = map(repr, names)
+            expected = f"{', '.join(first)} or {last}" if first else last
+            raise PydanticCustomError("choice", "Input should be {expected}", {"expected": expected})
+        return value
+
+
+def _axes() -> list[str]:
+    """Return the names that the axes of a training grid may have, outermost first."""
+    modes = sorted((mode.axes for mode in MODES.values()), key=len, reverse=True)
+    return list(dict.fromkeys((PIPE, "data", "seq", "ulysses", *(axis for axes in modes for axis in axes))))
+
+
+class ModelSection(Section):
+    """The keys that every kind of model has: a residual stream of some width, through some layers."""
+
+    reads: ClassVar[Literal["text", "images"]] = "text"
+    """What the files of ``data.files`` hold for this kind of model."""
+
+    kind: Annotated[str, Choice(lambda: model_sections())] = Field(description="kind of model")
     layers: int = Field(4, ge=1, description="transformer blocks")
     hidden: int = Field(128, ge=1, description="width of the residual stream")
+
+
+class TransformerSection(ModelSection):
+    """The keys of a transformer."""
+
     heads: int = Field(4, ge=1, description="attention heads; must divide hidden")
     std: float = Field(0.02, gt=0, allow_inf_nan=False, description="standard deviation of the initial weights")
 
 
-class Text(_Transformer):
-    """A model of bytes."""
+class TextSection(ModelSection):
+    """The keys of a model that reads a text."""
 
     context: int = Field(64, ge=1, description="tokens per sequence")
 
 
-class _Mixture(Text):
-    """A model whose MLPs may be mixtures of experts."""
+def model_sections() -> Mapping[str, type[ModelSection]]:
+    """Return the section of each kind of model, plugins' kinds included.
 
-    experts: int = Field(0, ge=0, description="experts of each MLP; 0: one MLP for all tokens")
-    experts_per_token: int = Field(2, ge=1, description="experts that a token goes through")
-    expert_balance: float = Field(
-        0.01, ge=0, allow_inf_nan=False, description="coefficient of the loss that balances the experts"
-    )
-    expert_z_loss: float = Field(
-        0.0, ge=0, allow_inf_nan=False, description="coefficient of the loss that keeps the router's logits small"
-    )
-
-    @model_validator(mode="after")
-    def _experts_fit(self) -> _Mixture:
-        if 0 < self.experts < self.experts_per_token:
-            raise ValueError(f"experts_per_token={self.experts_per_token} must be at most experts={self.experts}")
-        return self
+    Returns
+    -------
+    mapping of str to type of ModelSection
+        The sections by the value of ``model.kind``.
+    """
+    sections: Mapping[str, type[ModelSection]] = importlib.import_module(_TASKS).sections()
+    return sections
 
 
-class GPT(_Mixture):
-    """GPT-2, which predicts the next byte of a text."""
-
-    kind: Literal["gpt"] = Field("gpt", description="of the model: gpt, llama, bert or vit")
-    dropout: float = Field(0.0, ge=0, lt=1, description="rate at which elements are dropped")
-    vocabulary: int = Field(256, ge=1, description="tokens; bytes need 256; by default that of a token store")
+class _Kind(BaseModel):
+    kind: Annotated[str, Choice(model_sections)] = "gpt"
 
 
-class Llama(_Mixture):
-    """Llama, which predicts the next byte of a text: rotary positions, grouped queries and a gated MLP."""
-
-    kind: Literal["llama"] = Field("llama", description="of the model: gpt, llama, bert or vit")
-    vocabulary: int = Field(256, ge=1, description="tokens; bytes need 256; by default that of a token store")
-    groups: int = Field(2, ge=1, description="groups of heads that share keys and values; must divide heads")
-    inner: int = Field(352, ge=1, description="width of the gated MLP; Llama has 8/3 x hidden")
-    theta: float = Field(10000.0, gt=0, allow_inf_nan=False, description="base of the rotary frequencies")
-
-
-class Bert(Text):
-    """BERT, which fills in hidden bytes of a text."""
-
-    kind: Literal["bert"] = Field("bert", description="of the model: gpt, llama, bert or vit")
-    context: int = Field(64, ge=5, description="tokens per sequence, with two or three marks among them")
-    vocabulary: int = Field(259, ge=259, description="tokens: 256 bytes and three marks")
-    masked: float = Field(0.15, gt=0, lt=1, description="share of the tokens that are hidden")
-    next_sentence: bool = Field(False, description="also tell whether the second half of a sequence follows the first")
-    dropout: float = Field(0.0, ge=0, lt=1, description="rate at which elements are dropped")
+def _of_its_kind(table: Any) -> ModelSection:
+    """Validate the table ``[model]`` against the section of its ``kind``; without one it is a GPT."""
+    if isinstance(table, ModelSection):
+        return table
+    if not isinstance(table, Mapping):
+        raise PydanticCustomError("dict_type", "Input should be a valid dictionary")
+    kind = _Kind.model_validate(table).kind
+    return model_sections()[kind].model_validate({**table, "kind": kind})
 
 
-class ViT(_Transformer):
-    """A Vision Transformer, which names the class of an image."""
-
-    kind: Literal["vit"] = Field("vit", description="of the model: gpt, llama, bert or vit")
-    patch: int = Field(2, ge=1, description="side of a patch in pixels")
-    pool: Literal["first", "mean"] = Field("first", description="classify a class token, or the mean of the patches")
-    dropout: float = Field(0.0, ge=0, lt=1, description="rate at which elements are dropped")
-    drop_path: float = Field(0.0, ge=0, lt=1, description="rate at which whole branches are dropped, in the last block")
-
-
-KINDS: dict[str, type[Section]] = {"gpt": GPT, "llama": Llama, "bert": Bert, "vit": ViT}
-
-
-def _gpt_by_default(table: Any) -> Any:
-    return {"kind": "gpt", **table} if isinstance(table, dict) else table
-
-
-Model = Annotated[GPT | Llama | Bert | ViT, Field(discriminator="kind"), BeforeValidator(_gpt_by_default)]
-"""What is trained, by ``kind``; without one it is a GPT."""
+Model = Annotated[SerializeAsAny[ModelSection], PlainValidator(_of_its_kind)]
+"""The section of the model that is trained, by its ``kind``."""
 
 
 class Data(Section):
-    """What it is trained on: a corpus as bytes, or images."""
+    """The training data: texts as bytes or tokens, or images."""
 
     files: list[str] = Field(
         [],
-        description="text files, or token stores (.h5, of `colossal-mpi data prepare`) and arrays of tokens (.npy); of "
-        "a vit .npz files with arrays images and labels. None: CPython's own documentation (pydoc_data.topics), or "
-        "scikit-learn's digits",
+        description="text files, or token stores (.h5, of `colossal-mpi data prepare`) and arrays of tokens (.npy); "
+        "for a vit .npz files with arrays images and labels. Without any: CPython's own documentation "
+        "(pydoc_data.topics), or scikit-learn's digits",
     )
-    shift: int = Field(0, ge=0, description="images: greatest number of pixels that one is moved by before each use")
-    validation: float = Field(0.1, gt=0, le=0.5, description="share that is held out: stretches of a text, any images")
+    shift: int = Field(0, ge=0, description="greatest number of pixels that an image is moved by before each use")
+    validation: float = Field(
+        0.1, gt=0, le=0.5, description="share of the data that is held out: stretches of a text, or random images"
+    )
 
 
 class Training(Section):
-    """The optimisation."""
+    """The training: steps, batches, optimizer, learning rate, validations and checkpoints."""
 
-    steps: int = Field(400, ge=1, description="of the optimizer")
+    steps: int = Field(400, ge=1, description="number of optimizer steps")
     batch: int = Field(16, ge=1, description="samples per step, over all ranks and microbatches")
-    microbatches: int = Field(1, ge=1, description="parts of the batch whose gradients are accumulated")
-    optimizer: Literal["adamw", "sgd", "lamb", "lars", "adafactor", "muon"] = Field(
-        "adamw", description="how gradients change weights"
+    microbatches: int = Field(1, ge=1, description="parts of the batch; their gradients are accumulated")
+    optimizer: Annotated[str, Choice(lambda: OPTIMIZERS)] = Field(
+        "adamw", description="rule by which gradients change weights"
     )
-    lr: float = Field(1e-3, gt=0, allow_inf_nan=False, description="greatest learning rate")
+    lr: float = Field(1e-3, gt=0, allow_inf_nan=False, description="peak of the learning rate")
     warmup: int = Field(20, ge=0, description="steps of linear warm-up")
-    rate: Literal["constant", "linear", "cosine", "polynomial", "wsd", "multi-step", "one-cycle"] = Field(
+    rate: Annotated[str, Choice(lambda: SHAPES)] = Field(
         "cosine", description="how the learning rate falls after the warm-up"
     )
     floor: float = Field(0.1, ge=0, le=1, description="share of lr at the end")
-    milestones: list[int] = Field([], description="of rate multi-step: from each of these steps on a tenth")
-    weight_decay: float = Field(0.1, ge=0, allow_inf_nan=False, description="of weights and tables")
-    clip: float = Field(1.0, gt=0, description="greatest norm of the gradient")
+    milestones: list[int] = Field(
+        [], description="for rate multi-step: from each of these steps on, the learning rate is a tenth"
+    )
+    weight_decay: float = Field(
+        0.1, ge=0, allow_inf_nan=False, description="decay of weight matrices and embedding tables"
+    )
+    clip: float = Field(1.0, gt=0, description="norm that longer gradients are scaled down to")
     average: float = Field(
         0.0,
         ge=0,
         lt=1,
-        description="decay of a moving average of the weights, of which validations are; 0: none",
+        description="decay of a moving average of the weights, which validations use; 0: no average",
     )
-    seed: int = Field(0, description="of the initial weights, dropout and the order of the samples")
+    seed: int = Field(0, description="seed of the initial weights, of dropout and of the order of the samples")
     evaluate_every: int = Field(100, ge=1, description="steps between validations")
-    evaluate_batches: int = Field(8, ge=1, description="batches of text per validation; of images, all are taken")
+    evaluate_batches: int = Field(
+        8, ge=1, description="batches of text per validation; a validation takes all held-out images"
+    )
     checkpoint_every: int = Field(200, ge=1, description="steps between checkpoints")
     keep_last: int = Field(0, ge=0, description="newest checkpoints that are kept; 0 keeps all")
-    keep_every: int = Field(0, ge=0, description="with keep_last: checkpoints after each so many steps stay, too")
-    background_checkpoints: bool = Field(
-        True, description="train on while a thread writes a copy of the state, which takes that much host memory"
+    keep_every: int = Field(
+        0, ge=0, description="with keep_last: checkpoints at multiples of this many steps are kept, too"
     )
-    log_every: int = Field(20, ge=1, description="steps between lines of progress without a terminal")
-    sample: int = Field(160, ge=0, description="bytes of text shown at the end; 0 shows nothing, of images either")
+    background_checkpoints: bool = Field(
+        True, description="go on training while a thread writes a copy of the state; the copy takes host memory"
+    )
+    log_every: int = Field(20, ge=1, description="steps between lines of progress where there is no terminal")
+    sample: int = Field(
+        160, ge=0, description="bytes of text that the model writes at the end; 0 shows no text and no images"
+    )
 
     @model_validator(mode="after")
     def _microbatches_fit(self) -> Training:
@@ -153,53 +214,77 @@ class Training(Section):
 
 
 class Parallel(Section):
-    """The grid and the mode."""
+    """The grid of ranks, and how model, batch and optimizer are spread over it."""
 
-    grid: dict[Literal["pipe", "data", "seq", "ulysses", "depth", "row", "col"], Annotated[int, Field(ge=1)]] = Field(
-        {}, description="size of each axis, outermost first; empty: data over all ranks"
+    grid: dict[Annotated[str, Choice(_axes)], Annotated[int, Field(ge=1)]] = Field(
+        {}, description="size of each axis, outermost first; empty: axis data over all ranks"
     )
-    tensor: Literal["none", "1d", "2d", "2.5d", "3d"] = Field(
+    tensor: Annotated[str, Choice(lambda: MODES)] = Field(
         "none", description="how weights and activations are cut over col, row and depth"
     )
-    sequence: Literal["ring", "ulysses"] = Field(
+    sequence: Annotated[str, Choice(lambda: SEQUENCE_MODES)] = Field(
         "ring",
-        description="what attention does over seq: keys and values travel round it, or it cuts heads instead, as an "
-        "axis ulysses always does",
+        description="what attention does over axis seq: ring passes keys and values round it; ulysses cuts the heads "
+        "instead, as an axis ulysses always does",
     )
-    schedule: Literal["gpipe", "1f1b", "interleaved", "zero-bubble"] = Field(
+    schedule: Annotated[str, Choice(lambda: ORDERS)] = Field(
         "1f1b", description="order of the microbatches on the stages of pipe"
     )
-    virtual_stages: int = Field(1, ge=1, description="pieces of the model on each stage; 2 or more if interleaved")
+    virtual_stages: int = Field(
+        1, ge=1, description="chunks of the model on each stage; 2 or more for schedule interleaved"
+    )
     zero: Literal[0, 1, 2, 3] = Field(
         0,
-        description="stored once over data, seq, ulysses: 1 the optimizer's state, 2 also gradients, 3 also weights",
+        description="what data, seq and ulysses store once: 1 the optimizer's state, 2 also gradients, 3 also weights",
     )
     bucket: int = Field(
-        1 << 20, ge=0, description="bytes of gradients reduced together, while the backward pass goes on"
+        1 << 20, ge=0, description="bytes of gradients that are reduced together while the backward pass goes on"
     )
-    keep_gathered: bool = Field(True, description="keep gathered operands for the backward pass: faster, more memory")
-    offload: bool = Field(False, description="keep the optimizer's state in host memory; of GPUs, on CPUs it is there")
+    keep_gathered: bool = Field(
+        True, description="keep gathered operands for the backward pass: faster, but more memory"
+    )
+    offload: bool = Field(False, description="keep the optimizer's state in host memory instead of a GPU's")
     recompute: Literal["none", "selective", "full"] = Field(
         "none",
-        description="made again in the backward pass: selective, outputs of norms and activations; full, whole blocks",
+        description="what the backward pass computes again: selective, outputs of norms and activations; full, blocks",
     )
     dtype: Literal["float32", "float64", "float16", "bfloat16"] = Field(
-        "float32", description="of weights and activations; with 16 bits, the optimizer has float32 masters"
+        "float32", description="of weights and activations; for 16 bits the optimizer keeps float32 master weights"
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where CuPy finds one")
-    kernels: Literal["auto", "reference", "torch"] = Field(
-        "auto", description="local maths: PyTorch's kernels where it is installed, or the formulas in NumPy and CuPy"
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="where blocks are stored; auto takes a GPU if CuPy finds one"
+    )
+    kernels: Annotated[str, Choice(lambda: PROVIDERS)] = Field(
+        "auto",
+        description="local maths: torch, PyTorch's kernels; reference, formulas in NumPy or CuPy; auto, torch if it "
+        "is installed",
     )
 
 
 class Run(Section):
-    """Where the results go."""
+    """The run directory, what is measured, and the plugins."""
 
-    directory: str = Field("runs/run", description="config, metrics, report and checkpoints")
+    directory: str = Field("runs/run", description="folder of the configuration, metrics, report and checkpoints")
     peak_flops: float = Field(
-        0.0, ge=0, allow_inf_nan=False, description="flop/s of all ranks, for MFU; 0: that of products, as measured"
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="flop/s of all ranks together, for MFU; 0: measured with matrix products",
     )
     trace_steps: list[Annotated[int, Field(ge=1)]] = Field(
-        [3], description="steps of which trace.json has what each rank did when"
+        [3], description="steps whose timeline on each rank goes into trace.json"
     )
     tensorboard: bool = Field(False, description="write the metrics as event files, too, into events/ of the directory")
+    plugins: Annotated[list[str], AfterValidator(absolute)] = Field(
+        [], description="Python files or modules that register modes, optimizers, schedules or models; loaded first"
+    )
+
+
+class Config(Section):
+    """The configuration of a run."""
+
+    model: Model = Field(default_factory=lambda: _of_its_kind({}), description="section of the model, by its kind")
+    data: Data = Field(Data(), description="section of the training data")
+    training: Training = Field(Training(), description="section of steps, optimizer and checkpoints")
+    parallel: Parallel = Field(Parallel(), description="section of the grid, and of what is spread over it how")
+    run: Run = Field(Run(), description="section of the run directory and the plugins")

@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 
 from colossal_mpi import comm, random
-from colossal_mpi.apps.config.load import Config
-from colossal_mpi.apps.config.sections import GPT, Llama
 from colossal_mpi.apps.data.store import Store
 from colossal_mpi.apps.data.tokenizer import Bytes, Tokenizer
 from colossal_mpi.apps.data.tokens import Stretches, is_stored, open_files
@@ -137,20 +135,15 @@ def require_vocabulary(corpus: Corpus, most: int, remedy: str) -> None:
         raise ConfigError(f"data.files: tokens of a vocabulary of {corpus.vocabulary}, and {remedy}")
 
 
-def fitted(config: Config) -> Config:
-    """Return a configuration whose model has the vocabulary of its stores, where the file does not give one.
+def stored_vocabulary(files: Sequence[str], least: int) -> int:
+    """Return the vocabulary of stores, or `least` where there are only arrays of tokens, which do not know theirs.
 
     Raises
     ------
     ConfigError
         If a store cannot be read.
     """
-    model, files = config.model, config.data.files
-    if "vocabulary" in model.model_fields_set or not isinstance(model, GPT | Llama) or not is_stored(files):
-        return config
-    stores = [Store(name).vocabulary for name in files if name.endswith(".h5")]
-    wanted = max([*stores, model.vocabulary if not stores else 1])
-    return config.model_copy(update={"model": model.model_copy(update={"vocabulary": wanted})})
+    return max((Store(name).vocabulary for name in files if name.endswith(".h5")), default=least)
 
 
 def _read(files: Sequence[str]) -> bytes:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
-from colossal_mpi.apps.config.load import Config
+from colossal_mpi.apps.config import Config
 from colossal_mpi.layers.pipeline.stage import PIPE
 
 Axes = dict[str, int]
@@ -56,8 +56,14 @@ def _sequences(config: Config, ranks: int, wanted: bool) -> Iterator[Axes]:
     for size in divisors(ranks)[1:] if wanted else []:
         if size <= getattr(config.model, "context", 0) // 2:
             yield {"seq": size}
-        if size <= getattr(config.model, "groups", config.model.heads):
+        if size <= getattr(config.model, "groups", _heads(config)):
             yield {"ulysses": size}
+
+
+def _heads(config: Config) -> int:
+    """Return the number of attention heads; a model without heads is cut as if each feature were one."""
+    heads: int = getattr(config.model, "heads", config.model.hidden)
+    return heads
 
 
 def shapes(config: Config, ranks: int) -> Iterator[tuple[str, Axes]]:
@@ -67,7 +73,7 @@ def shapes(config: Config, ranks: int) -> Iterator[tuple[str, Axes]]:
         return
     if ranks > config.model.hidden:
         return
-    if ranks <= config.model.heads:
+    if ranks <= _heads(config):
         yield "1d", {"col": ranks}
     for tensor, names in (("2d", ("row", "col")), ("2.5d", ("depth", "row", "col")), ("3d", ("row", "col", "depth"))):
         even = most_even(ranks, len(names))

@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from colossal_mpi.apps.config.load import Config
+from colossal_mpi.apps.config import Config
 from colossal_mpi.apps.planning.candidates import with_settings
 from colossal_mpi.apps.planning.forecast import Forecast, copies, forecast
 from colossal_mpi.apps.planning.rates import Given, about, machine_of

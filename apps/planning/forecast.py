@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 
 from colossal_mpi import meta
-from colossal_mpi.apps.config.load import Config
+from colossal_mpi.apps.config import Config
 from colossal_mpi.apps.planning.cost import Cost
-from colossal_mpi.apps.training.feed import StepFeed
+from colossal_mpi.apps.training.tasks import StepFeed
 from colossal_mpi.apps.training.trainer import Trainer
 from colossal_mpi.grid import Grid
 from colossal_mpi.layers.analysis.predict import Prediction, dry_run, predicted, stages

@@ -12,8 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from colossal_mpi.apps.config.load import Config, load
-from colossal_mpi.apps.data.corpus import fitted
+from colossal_mpi.apps.config import Config, load
 from colossal_mpi.apps.files import check_writable
 from colossal_mpi.apps.planning import show
 from colossal_mpi.apps.planning.forecast import Forecast
@@ -21,6 +20,7 @@ from colossal_mpi.apps.planning.rates import Given, about, machine_of, size_of
 from colossal_mpi.apps.planning.search import Plan, search
 from colossal_mpi.apps.planning.trial import trial
 from colossal_mpi.apps.planning.why import shares
+from colossal_mpi.apps.training import tasks
 from colossal_mpi.errors import ConfigError
 from colossal_mpi.grid import Grid, world_size
 from colossal_mpi.meta.machine import Machine
@@ -67,7 +67,7 @@ def checked(
         raise ConfigError(f"plan: --try does steps on {ranks} ranks and this job has {world}: mpiexec -n {ranks}")
     check_writable(file)
     limit = math.inf if memory is None else size_of(memory)
-    return Options(source, settings, fitted(load(source, settings)), ranks, limit, given, count, rounds, file)
+    return Options(source, settings, tasks.complete(load(source, settings)), ranks, limit, given, count, rounds, file)
 
 
 def main(options: Options) -> int:

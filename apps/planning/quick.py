@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from colossal_mpi.apps.config.load import Config
+from colossal_mpi.apps.config import Config
 from colossal_mpi.apps.planning.candidates import with_settings
 from colossal_mpi.apps.planning.cost import Cost
 from colossal_mpi.apps.planning.forecast import axes_of, dry_runs, programs

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import threadpoolctl
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from colossal_mpi.apps.config.load import Config
+from colossal_mpi.apps.config import Config
 from colossal_mpi.apps.planning.measure import measure
 from colossal_mpi.apps.text import si, significant
 from colossal_mpi.errors import ConfigError

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from heapq import nsmallest
 
-from colossal_mpi.apps.config.combinations import problems
-from colossal_mpi.apps.config.load import Config
+from colossal_mpi.apps.config import Config, problems
 from colossal_mpi.apps.planning.candidates import Axes, ladder, variants, with_settings
 from colossal_mpi.apps.planning.quick import Estimate, Estimates
 from colossal_mpi.errors import ColossalError

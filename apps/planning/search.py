@@ -9,7 +9,7 @@ from operator import itemgetter
 from typing import Any
 
 from colossal_mpi import comm
-from colossal_mpi.apps.config.load import Config
+from colossal_mpi.apps.config import Config
 from colossal_mpi.apps.planning.candidates import Axes, grids
 from colossal_mpi.apps.planning.forecast import Forecast, forecast, sampled
 from colossal_mpi.apps.planning.quick import Estimate

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import median
 
 from colossal_mpi import comm
-from colossal_mpi.apps.config.load import Config
+from colossal_mpi.apps.config import Config
 from colossal_mpi.apps.training.trainer import Trainer
 from colossal_mpi.grid import Grid
 

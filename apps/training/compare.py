@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from colossal_mpi import comm, ledger
+from colossal_mpi.apps import config as configs
 from colossal_mpi.apps import launch
-from colossal_mpi.apps.config import load as configs
 from colossal_mpi.apps.training.train import make_grid
 from colossal_mpi.apps.training.trainer import Trainer
 from colossal_mpi.distarray import DistArray

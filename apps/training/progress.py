@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from colossal_mpi.apps import report as reports
-from colossal_mpi.apps.config.load import Config
+from colossal_mpi.apps.config import Config
 from colossal_mpi.apps.machine import peak_memory
 from colossal_mpi.apps.report.runs import shares
 from colossal_mpi.apps.text import binary, duration

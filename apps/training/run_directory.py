@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from colossal_mpi.apps.config import load as configs
+from colossal_mpi.apps import config as configs
 from colossal_mpi.apps.training.lock import Lock
 from colossal_mpi.checkpoint import place
 from colossal_mpi.errors import CheckpointError, ColossalError, ConfigError

@@ -8,8 +8,8 @@ from functools import partial
 from typing import Any
 
 from colossal_mpi import comm
-from colossal_mpi.apps.config.load import Config, load
-from colossal_mpi.apps.data.corpus import fitted
+from colossal_mpi.apps.config import Config, load
+from colossal_mpi.apps.training import tasks
 from colossal_mpi.apps.training.meter import Meter
 from colossal_mpi.apps.training.progress import Report, check
 from colossal_mpi.apps.training.run_directory import RunDirectory
@@ -38,7 +38,7 @@ def start(config: Config, overwrite: bool = False, trace: int = 0, forecast: For
 
     Returns the exit code, 0 or that of a run that was stopped.
     """
-    config = fitted(config)
+    config = tasks.complete(config)
     grid = make_grid(config)
     trainer, directory = Trainer(config, grid), RunDirectory(config.run.directory)
     with comm.agreed(grid):

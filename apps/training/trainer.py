@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from colossal_mpi import checkpoint, comm, ledger
-from colossal_mpi.apps.config.load import Config
+from colossal_mpi.apps.config import Config
 from colossal_mpi.apps.machine import peak_memory
 from colossal_mpi.apps.training import tasks
-from colossal_mpi.apps.training.feed import StepFeed
+from colossal_mpi.apps.training.tasks import StepFeed
 from colossal_mpi.grid import Grid
 from colossal_mpi.layers import Context, Parallelism, kernels, models, precision, recompute
 from colossal_mpi.layers.optim import OPTIMIZERS, MovingAverage

@@ -7,7 +7,7 @@ import pytest
 from mpi4py import MPI
 
 from colossal_mpi import Grid, checkpoint, comm
-from colossal_mpi.apps.config.load import Config
+from colossal_mpi.apps.config import Config
 from colossal_mpi.apps.training.run_directory import RunDirectory
 from colossal_mpi.apps.training.trainer import Trainer
 from colossal_mpi.checkpoint import parts

@@ -8,7 +8,7 @@ from mpi4py import MPI
 
 from colossal_mpi import CheckpointError, Layout, OptionError, checkpoint, distarray
 from colossal_mpi.apps.cli.convert import convert
-from colossal_mpi.apps.config.load import Config
+from colossal_mpi.apps.config import Config
 from colossal_mpi.apps.training import trainer
 from colossal_mpi.grid import Grid
 from colossal_mpi.layers import Parallelism, models

@@ -11,8 +11,7 @@ from pydoc_data.topics import topics
 
 import pytest
 
-from colossal_mpi.apps.config.load import Config
-from colossal_mpi.apps.config.sections import KINDS
+from colossal_mpi.apps.config import Config, model_sections
 from tests.documents import DOCUMENTS, ROOT, Line, Literal, Program, command, commands, parse, paths, read
 from tests.fakes import environment
 
@@ -138,5 +137,5 @@ def is_key(literal):
     section, key = re.match(r"(\w+)\.(\w+)", literal).groups()
     if section not in Config.model_fields:
         return section != section.lower() or "=" not in literal
-    sections = KINDS.values() if section == "model" else [Config.model_fields[section].annotation]
+    sections = model_sections().values() if section == "model" else [Config.model_fields[section].annotation]
     return key in ("json",) or any(key in one.model_fields for one in sections)

@@ -11,7 +11,7 @@ import pytest
 from mpi4py import MPI
 
 from colossal_mpi import ConfigError, Grid, comm, ledger
-from colossal_mpi.apps.config import load as configs
+from colossal_mpi.apps import config as configs
 from colossal_mpi.apps.planning import plan, show
 from colossal_mpi.apps.planning.candidates import grids, most_even, with_settings
 from colossal_mpi.apps.planning.dry import timeline

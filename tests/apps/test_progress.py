@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from colossal_mpi.apps.config.load import load
+from colossal_mpi.apps.config import load
 from colossal_mpi.apps.training import progress, train
 from colossal_mpi.apps.training.run_directory import RunDirectory
 from colossal_mpi.errors import ConfigError

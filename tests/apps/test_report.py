@@ -10,9 +10,9 @@ import tomli_w
 from mpi4py import MPI
 
 from colossal_mpi import Grid, comm
+from colossal_mpi.apps import config as configs
 from colossal_mpi.apps import machine, report, text
 from colossal_mpi.apps.cli.report import Report
-from colossal_mpi.apps.config import load as configs
 from colossal_mpi.apps.report.curves import running_median
 from colossal_mpi.apps.training.meter import Meter
 from colossal_mpi.apps.training.run_directory import PLOTS, RunDirectory

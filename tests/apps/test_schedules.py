@@ -7,7 +7,7 @@ import pytest
 from mpi4py import MPI
 
 from colossal_mpi import Grid, ledger
-from colossal_mpi.apps.config import load as configs
+from colossal_mpi.apps import config as configs
 from colossal_mpi.apps.training.trainer import Trainer
 
 STEPS = 2

@@ -10,10 +10,11 @@ import pytest
 from mpi4py import MPI
 
 from colossal_mpi import ConfigError, Grid, Layout, comm
-from colossal_mpi.apps.config import load as configs
+from colossal_mpi.apps import config as configs
 from colossal_mpi.apps.data import corpus as data
 from colossal_mpi.apps.data import prepare, store
 from colossal_mpi.apps.data.tokens import Joined, Stretches
+from colossal_mpi.apps.training import tasks
 
 CLI = [sys.executable, "-m", "colossal_mpi.apps.cli", "data"]
 TEXT = "".join(f"Line {i} of a text, with naïve “quotes” and\n\n  blanks.\n" for i in range(900))
@@ -222,9 +223,9 @@ def test_what_a_corpus_cannot_be_of_is_refused(tmp_path, subwords):
 def test_a_model_takes_the_vocabulary_of_its_store_unless_it_is_given_one(tmp_path, subwords):
     made(tmp_path / "b.h5", [TEXT], str(subwords))
     settings = [f"data.files=['{tmp_path}/b.h5']"]
-    assert data.fitted(configs.load("llama", settings)).model.vocabulary == 300
-    assert data.fitted(configs.load("llama", [*settings, "model.vocabulary=512"])).model.vocabulary == 512
-    assert data.fitted(configs.load("llama", [])).model.vocabulary == 256
+    assert tasks.complete(configs.load("llama", settings)).model.vocabulary == 300
+    assert tasks.complete(configs.load("llama", [*settings, "model.vocabulary=512"])).model.vocabulary == 512
+    assert tasks.complete(configs.load("llama", [])).model.vocabulary == 256
 
 
 def test_a_run_on_subwords_ends_with_text(tmp_path, monkeypatch, subwords):

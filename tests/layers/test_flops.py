@@ -8,7 +8,7 @@ import pytest
 from mpi4py import MPI
 
 from colossal_mpi import Grid
-from colossal_mpi.apps.config import load as configs
+from colossal_mpi.apps import config as configs
 from colossal_mpi.apps.training.trainer import Trainer
 from colossal_mpi.errors import OptionError
 from colossal_mpi.layers import Layer, Parallelism, Residual

@@ -1,23 +1,40 @@
-"""Tasks: a model, its loss and its data, as the trainer takes them; one file for each kind."""
+"""Tasks: a model, its loss and its data, one file for each, registered by the kinds of models that they train.
 
-from colossal_mpi.apps.config.load import Config
-from colossal_mpi.apps.training.tasks.images import ImageClassification
-from colossal_mpi.apps.training.tasks.language import CausalLanguage
-from colossal_mpi.apps.training.tasks.masked import MaskedLanguage
-from colossal_mpi.apps.training.tasks.task import Batch, Task
-from colossal_mpi.layers import Parallelism
+The trainer, the planner and the commands make the task of a configuration here. Tasks read batches from ``apps.data``
+and make their models with ``layers.models``.
+"""
 
-__all__ = ["Batch", "Task", "make"]
+from colossal_mpi.apps.training.tasks.images import ImageClassification, ImageSection
+from colossal_mpi.apps.training.tasks.language import CausalLanguage, LanguageSection
+from colossal_mpi.apps.training.tasks.masked import MaskedLanguage, MaskedSection
+from colossal_mpi.apps.training.tasks.task import (
+    TASKS,
+    Batch,
+    StepFeed,
+    Task,
+    complete,
+    make,
+    make_model,
+    register_section,
+    register_task,
+    sections,
+)
 
-KINDS: dict[str, type[Task]] = {
-    "gpt": CausalLanguage,
-    "llama": CausalLanguage,
-    "bert": MaskedLanguage,
-    "vit": ImageClassification,
-}
-"""The task of each ``model.kind``."""
-
-
-def make(config: Config, parallelism: Parallelism) -> Task:
-    """Return the task of a configuration; it reads its data, on rank 0, and makes its model."""
-    return KINDS[config.model.kind](config, parallelism)
+__all__ = [
+    "TASKS",
+    "Batch",
+    "CausalLanguage",
+    "ImageClassification",
+    "ImageSection",
+    "LanguageSection",
+    "MaskedLanguage",
+    "MaskedSection",
+    "StepFeed",
+    "Task",
+    "complete",
+    "make",
+    "make_model",
+    "register_section",
+    "register_task",
+    "sections",
+]

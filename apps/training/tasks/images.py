@@ -1,57 +1,77 @@
-"""Classes of images."""
+"""Vision Transformers: the section of their configuration, and the task of naming the class of an image."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
+from pydantic import Field
 
-from colossal_mpi.apps.config import sections
-from colossal_mpi.apps.config.load import Config
+from colossal_mpi.apps.config import Config, ModelSection, TransformerSection
 from colossal_mpi.apps.data import corpus
 from colossal_mpi.apps.data.images import draw, read_images, shifted
-from colossal_mpi.apps.training.tasks.task import Batch, Task, whole
+from colossal_mpi.apps.training.tasks.task import Batch, Task, make_model, register_section, register_task, whole
 from colossal_mpi.distarray import DistArray, from_global
 from colossal_mpi.layers import Context, Parallelism
 from colossal_mpi.layers.accuracy import correct
 from colossal_mpi.layers.loss import CrossEntropy
-from colossal_mpi.layers.models import ViT, ViTConfig
 from colossal_mpi.layout import Layout
 
 _COLUMNS = 80
 
 
-class ImageClassification(Task):
-    """Images ``[b, c, y, x]`` to the logits ``[b, v]`` of their classes; all images are taken once in an epoch."""
+class ImageSection(ModelSection):
+    """The keys of a model that reads images."""
 
+    reads: ClassVar[Literal["text", "images"]] = "images"
+
+
+class ViTSection(ImageSection, TransformerSection):
+    """A Vision Transformer, which names the class of an image."""
+
+    patch: int = Field(2, ge=1, description="side of a patch in pixels")
+    pool: Literal["first", "mean"] = Field("first", description="classify a class token, or the mean of the patches")
+    dropout: float = Field(0.0, ge=0, lt=1, description="rate at which elements are dropped")
+    drop_path: float = Field(0.0, ge=0, lt=1, description="rate at which whole branches are dropped, in the last block")
+
+
+class ImageClassification(Task):
+    """Images ``[b, c, y, x]`` to the logits ``[b, v]`` of their classes.
+
+    Parameters
+    ----------
+    config : Config
+        Its model is an `ImageSection`.
+    parallelism : Parallelism
+        The tensor mode on the grid of one stage.
+
+    Notes
+    -----
+    An epoch has every training image once, in a random order, moved by up to ``data.shift`` pixels. The loss is the
+    cross-entropy, a mean over the images. A validation takes all held-out images.
+    """
+
+    section = ImageSection
     name, unit, per, per_sample = "ViT", "images", "image", 1
 
     def __init__(self, config: Config, parallelism: Parallelism) -> None:
         super().__init__(config, parallelism)
-        assert isinstance(config.model, sections.ViT)
         self.images = read_images(config.data.files, config.data.validation, self.grid)
         channels, height, width = self.images.train.shape[1:]
-        sizes = ViTConfig(
-            **config.model.model_dump(exclude={"kind"}),
-            image=(height, width),
-            channels=channels,
-            classes=self.images.classes,
-            seed=config.training.seed,
-            dtype=config.parallel.dtype,
-        )
-        self.model, self.cross_entropy = ViT(sizes, parallelism), CrossEntropy(parallelism)
+        image = {"image": (height, width), "channels": channels, "classes": self.images.classes}
+        self.model, sizes = make_model(config, parallelism, **image)
+        self.cross_entropy = CrossEntropy(parallelism)
         self.held, self.about = len(self.images.validation), self.images.about
         self.length = sizes.positions
         self.samples = parallelism.tokens().dims[0]
 
     def batch(self, first: int, stop: int) -> Batch:
-        """Return images in the order of their epoch."""
         which = corpus.shuffled(first, stop, len(self.images.train), self.config.training.seed)
         moves = corpus.shifts(first, stop, self.config.data.shift, self.config.training.seed)
-        return self._some(self.images.train, self.images.train_labels, which, moves)
+        return self._batch(self.images.train, self.images.train_labels, which, moves)
 
-    def _some(
+    def _batch(
         self, images: np.ndarray, labels: np.ndarray, which: np.ndarray, moves: np.ndarray | None = None
     ) -> Batch:
         shape, layout = (len(which), *images.shape[1:]), Layout(self.samples, None, None, None)
@@ -64,27 +84,23 @@ class ImageClassification(Task):
         return Batch(x, from_global(labels[which], self.grid, Layout(self.samples)))
 
     def held_out(self) -> Iterator[Batch]:
-        """Yield all images that are held out, a batch of training at a time."""
         for first in range(0, self.held, self.config.training.batch):
             yield self._held(first, min(first + self.config.training.batch, self.held))
 
     def _held(self, first: int, stop: int) -> Batch:
-        return self._some(self.images.validation, self.images.validation_labels, np.arange(first, stop))
+        return self._batch(self.images.validation, self.images.validation_labels, np.arange(first, stop))
 
     def loss(self, outputs: DistArray, labels: DistArray, samples: int) -> tuple[float, Any]:
-        """Return the cross-entropy, a mean over the images."""
         return self.cross_entropy.forward(outputs, labels, samples)
 
     def backward(self, saved: Any, scale: float = 1.0) -> DistArray:
-        """Return the cotangent of the logits, times a loss scale."""
         return self.cross_entropy.backward(saved, scale)
 
     def measures(self, outputs: DistArray, labels: DistArray, samples: int) -> Mapping[str, float]:
-        """Return this batch's part of the share of the images that are given their class."""
         return {"accuracy": correct(outputs, labels) / samples}
 
     def sample(self, count: int) -> bytes:
-        """Return a drawing of the first images held out, as many as fit on a line, and the classes they are given."""
+        # Drawings of the first held-out images, as many as fit on a line, above their labels and the model's answers.
         width = 2 * self.images.train.shape[3] + 2
         shown = max(1, min(self.held, _COLUMNS // width))
         logits = self.run(self._held(0, shown).inputs, Context(train=False))
@@ -93,3 +109,7 @@ class ImageClassification(Task):
         pictures = zip(*(draw(image) for image in self.images.validation[:shown]), strict=True)
         rows = [*pictures, words]
         return "\n".join(["", *("".join(f"{cell:{width}}" for cell in row).rstrip() for row in rows)]).encode()
+
+
+register_task("images", ImageClassification)
+register_section("vit", ViTSection)

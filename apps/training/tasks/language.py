@@ -1,4 +1,4 @@
-"""Causal language models: the next byte of a text."""
+"""Causal language models, GPT and Llama: sections of the configuration, and the task of predicting the next token."""
 
 from __future__ import annotations
 
@@ -6,44 +6,105 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from pydantic import Field, model_validator
 
-from colossal_mpi.apps.config import sections
-from colossal_mpi.apps.config.load import Config
+from colossal_mpi.apps.config import Config, TextSection, TransformerSection
 from colossal_mpi.apps.data import corpus
-from colossal_mpi.apps.training.tasks.task import Batch, Task
+from colossal_mpi.apps.training.tasks.task import Batch, Task, make_model, register_section, register_task
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.layers import Parallelism, generate
 from colossal_mpi.layers.loss import CrossEntropy
-from colossal_mpi.layers.models import GPT, GPTConfig, Llama, LlamaConfig
 
 PROMPT = b"\nThe "
-MODELS: dict[str, tuple[str, type, type]] = {"gpt": ("GPT", GPT, GPTConfig), "llama": ("Llama", Llama, LlamaConfig)}
-"""Of each ``model.kind`` its name, the model and its sizes, which are those of its section and the common ones."""
+
+
+class LanguageSection(TextSection):
+    """The keys of a causal language model."""
+
+    vocabulary: int = Field(256, ge=1, description="number of tokens; bytes need 256; a token store gives its own")
+
+
+class _MixtureSection(LanguageSection, TransformerSection):
+    """The keys of a causal language model whose MLPs may be mixtures of experts."""
+
+    experts: int = Field(0, ge=0, description="experts of each MLP; 0: one MLP for all tokens")
+    experts_per_token: int = Field(2, ge=1, description="experts that a token goes through")
+    expert_balance: float = Field(
+        0.01, ge=0, allow_inf_nan=False, description="coefficient of the loss that balances the experts"
+    )
+    expert_z_loss: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="coefficient of the loss that keeps the router's logits small"
+    )
+
+    @model_validator(mode="after")
+    def _experts_fit(self) -> _MixtureSection:
+        if 0 < self.experts < self.experts_per_token:
+            raise ValueError(f"experts_per_token={self.experts_per_token} must be at most experts={self.experts}")
+        return self
+
+
+class GPTSection(_MixtureSection):
+    """GPT-2, which predicts the next byte of a text."""
+
+    dropout: float = Field(0.0, ge=0, lt=1, description="rate at which elements are dropped")
+
+
+class LlamaSection(_MixtureSection):
+    """Llama, which predicts the next byte of a text: rotary positions, grouped queries and a gated MLP."""
+
+    groups: int = Field(2, ge=1, description="groups of heads that share keys and values; must divide heads")
+    inner: int = Field(352, ge=1, description="width of the gated MLP; Llama has 8/3 x hidden")
+    theta: float = Field(10000.0, gt=0, allow_inf_nan=False, description="base of the rotary frequencies")
 
 
 class CausalLanguage(Task):
-    """Token ids ``[b, s]``, bytes of a corpus, to the logits ``[b, s, v]`` of the byte after each."""
+    """Token ids ``[b, s]`` of a corpus to the logits ``[b, s, v]`` of the token after each.
 
+    Parameters
+    ----------
+    config : Config
+        Its model is a `LanguageSection`.
+    parallelism : Parallelism
+        The tensor mode on the grid of one stage.
+
+    Attributes
+    ----------
+    order : array of int64 or None
+        Positions of a sequence in the order in which the arrays have them, so that all ranks of a ring have equally
+        much to attend to.
+
+    Notes
+    -----
+    The loss is the cross-entropy, a mean over all tokens. A validation takes sequences that are spread evenly over the
+    held-out text.
+    """
+
+    section = LanguageSection
     unit, per = "tokens", "token"
 
     def __init__(self, config: Config, parallelism: Parallelism) -> None:
         super().__init__(config, parallelism)
-        assert isinstance(config.model, sections.Text)
+        assert isinstance(config.model, LanguageSection)
         self.context, training = config.model.context, config.training
         self.corpus = corpus.read_corpus(config.data.files, config.data.validation, self.context, self.grid)
-        vocabulary = config.model.model_dump()["vocabulary"]
+        vocabulary = config.model.vocabulary
         corpus.require_vocabulary(self.corpus, vocabulary, f"model.vocabulary={vocabulary}: give it that many")
-        self.name, model, sizes = MODELS[config.model.kind]
-        given = config.model.model_dump(exclude={"kind", "context"})
-        sizes = sizes(**given, positions=self.context, seed=training.seed, dtype=config.parallel.dtype)
-        self.model, self.cross_entropy = model(sizes, parallelism), CrossEntropy(parallelism)
+        self.model, _ = make_model(config, parallelism, positions=self.context)
+        self.name, self.cross_entropy = type(self.model).__name__, CrossEntropy(parallelism)
         self.length, self.per_sample, self.held = self.context, self.context, training.evaluate_batches * training.batch
         self.about, self.tokenizer = self.corpus.about, self.corpus.tokenizer.text
         self.order = parallelism.order(self.context)
-        """Of the tokens of a sequence in its arrays: all ranks of a ring then have as much to attend to."""
+
+    @classmethod
+    def complete(cls, config: Config) -> Config:
+        section = config.model
+        if "vocabulary" in section.model_fields_set or not corpus.is_stored(config.data.files):
+            return config
+        assert isinstance(section, LanguageSection)
+        vocabulary = corpus.stored_vocabulary(config.data.files, section.vocabulary)
+        return config.model_copy(update={"model": section.model_copy(update={"vocabulary": vocabulary})})
 
     def batch(self, first: int, stop: int) -> Batch:
-        """Return sequences that begin anywhere in the corpus."""
         starts = corpus.sample_starts(first, stop, len(self.corpus.train), self.context, self.config.training.seed)
         return self._sequences(self.corpus.train, starts)
 
@@ -53,25 +114,36 @@ class CausalLanguage(Task):
         return Batch(*arrays, {"order": self.order})
 
     def held_out(self) -> Iterator[Batch]:
-        """Yield sequences spread evenly over the held-out text."""
         starts = corpus.spread_starts(self.held, len(self.corpus.validation), self.context)
-        for some in np.split(starts, self.config.training.evaluate_batches):
-            yield self._sequences(self.corpus.validation, some)
+        for part in np.split(starts, self.config.training.evaluate_batches):
+            yield self._sequences(self.corpus.validation, part)
 
     def loss(self, outputs: DistArray, labels: DistArray, samples: int) -> tuple[float, Any]:
-        """Return the cross-entropy, a mean over all tokens."""
         return self.cross_entropy.forward(outputs, labels, samples * self.context)
 
     def backward(self, saved: Any, scale: float = 1.0) -> DistArray:
-        """Return the cotangent of the logits, times a loss scale."""
         return self.cross_entropy.backward(saved, scale)
 
     def sample(self, count: int) -> bytes:
-        """Return a prompt continued by `count` sampled bytes, the same on any grid up to rounding."""
         return self.generate(PROMPT, count)
 
     def generate(self, prompt: bytes, count: int, temperature: float = 0.8) -> bytes:
-        """Return `prompt` continued by `count` tokens drawn at a temperature."""
+        """Return a prompt and its continuation, the same on any grid up to rounding.
+
+        Parameters
+        ----------
+        prompt : bytes
+            Text in UTF-8.
+        count : int
+            Number of tokens to draw.
+        temperature : float
+            Divides the logits before the softmax.
+
+        Returns
+        -------
+        bytes
+            The whole text, on all ranks.
+        """
         words = self.corpus.tokenizer
         tokens = words.encode([prompt])[0].tolist()
         options: dict[str, Any] = {
@@ -79,5 +151,10 @@ class CausalLanguage(Task):
             "seed": self.config.training.seed,
             "vocabulary": self.corpus.vocabulary,
         }
-        made = generate(self.model, [tokens], count, **options, pipeline=self.pipeline)
-        return words.decode([*tokens, *made[0]])
+        drawn = generate(self.model, [tokens], count, **options, pipeline=self.pipeline)
+        return words.decode([*tokens, *drawn[0]])
+
+
+register_task("language", CausalLanguage)
+register_section("gpt", GPTSection)
+register_section("llama", LlamaSection)

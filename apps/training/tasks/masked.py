@@ -1,4 +1,4 @@
-"""Masked language models: the bytes of a text that are hidden, and whether its second part follows the first."""
+"""Masked language models, BERT: the section of its configuration, and the task of filling in hidden bytes."""
 
 from __future__ import annotations
 
@@ -6,53 +6,75 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from pydantic import Field
 
-from colossal_mpi.apps.config import sections
-from colossal_mpi.apps.config.load import Config
+from colossal_mpi.apps.config import Config, TextSection, TransformerSection
 from colossal_mpi.apps.data import corpus
 from colossal_mpi.apps.data.masks import BYTES, Form
-from colossal_mpi.apps.training.tasks.task import Batch, Task, whole
+from colossal_mpi.apps.training.tasks.task import Batch, Task, make_model, register_section, register_task, whole
 from colossal_mpi.distarray import DistArray, from_global
 from colossal_mpi.layers import Context, Parallelism
 from colossal_mpi.layers.accuracy import correct
 from colossal_mpi.layers.loss import CrossEntropy
-from colossal_mpi.layers.models import Bert, BertConfig
 from colossal_mpi.layout import Layout
 
 
-class MaskedLanguage(Task):
-    """Token ids ``[b, s]``, some of them hidden, to the logits ``[b, s, v]`` of what they were.
+class MaskedSection(TextSection):
+    """The keys of a masked language model."""
 
-    With ``next_sentence`` a sequence has two parts, and half of the second ones are from elsewhere in the corpus: the
-    model has logits ``[b, 2]`` of that, too, and the loss is the sum of both.
+    context: int = Field(64, ge=5, description="tokens per sequence, with two or three marks among them")
+    vocabulary: int = Field(259, ge=259, description="number of tokens: 256 bytes and three marks")
+    masked: float = Field(0.15, gt=0, lt=1, description="share of the tokens that are hidden")
+    next_sentence: bool = Field(False, description="also tell whether the second half of a sequence follows the first")
+
+
+class BertSection(MaskedSection, TransformerSection):
+    """BERT, which fills in hidden bytes of a text."""
+
+    dropout: float = Field(0.0, ge=0, lt=1, description="rate at which elements are dropped")
+
+
+class MaskedLanguage(Task):
+    """Token ids ``[b, s]``, some of them hidden, to the logits ``[b, s, v]`` of the hidden ones.
+
+    Parameters
+    ----------
+    config : Config
+        Its model is a `MaskedSection`.
+    parallelism : Parallelism
+        The tensor mode on the grid of one stage.
+
+    Notes
+    -----
+    The loss is the cross-entropy, a mean over the hidden tokens. With ``next_sentence`` a sequence has two parts, and
+    half of the second parts are from elsewhere in the corpus: the model also has logits ``[b, 2]`` for this, and the
+    loss is the sum of both cross-entropies, the second a mean over the samples. A validation takes sequences that are
+    spread evenly over the held-out text, hidden and paired alike in every validation.
     """
 
+    section = MaskedSection
     name, unit, per = "BERT", "tokens", "masked token"
 
     def __init__(self, config: Config, parallelism: Parallelism) -> None:
         super().__init__(config, parallelism)
-        assert isinstance(config.model, sections.Bert)
+        assert isinstance(config.model, MaskedSection)
         m, training = config.model, config.training
         self.corpus = corpus.read_corpus(config.data.files, config.data.validation, m.context, self.grid)
         corpus.require_vocabulary(
             self.corpus, BYTES, f"a bert reads bytes, {BYTES} of them: prepare with --tokenizer bytes"
         )
         self.pairs, self.form = m.next_sentence, Form(m.context, m.next_sentence, m.masked)
-        sizes = m.model_dump(exclude={"kind", "context", "masked"})
-        seed, dtype = training.seed, config.parallel.dtype
-        self.model = Bert(BertConfig(**sizes, positions=m.context, seed=seed, dtype=dtype), parallelism)
+        self.model, _ = make_model(config, parallelism, positions=m.context)
         self.cross_entropy = CrossEntropy(parallelism)
         self.length, self.per_sample, self.held = m.context, m.context, training.evaluate_batches * training.batch
         self.about = self.corpus.about
 
     def batch(self, first: int, stop: int) -> Batch:
-        """Return sequences that begin anywhere in the corpus."""
         seed, text = self.config.training.seed, self.corpus.train
         starts = corpus.sample_starts(first, stop, len(text), self.form.bytes, seed)
         return self._batch(text, starts, first, seed, "data")
 
     def held_out(self) -> Iterator[Batch]:
-        """Yield sequences spread evenly over the held-out text, hidden and paired alike in every validation."""
         for first in range(0, self.held, self.config.training.batch):
             yield self._held(first, first + self.config.training.batch)
 
@@ -63,38 +85,35 @@ class MaskedLanguage(Task):
     def _batch(self, text: np.ndarray, starts: np.ndarray, first: int, seed: int, stream: str) -> Batch:
         layout, shape = self.parallelism.tokens(), (len(starts), self.form.length)
         (low, high), _ = layout.on(self.grid.axes, 2).box(shape, self.grid.axes, self.grid.coords)
-        made = self.form.make(text, starts[low:high], first + low, seed, stream)
+        rows = self.form.make(text, starts[low:high], first + low, seed, stream)
 
-        def tokens(rows: np.ndarray) -> DistArray:
-            return from_global(lambda index: rows[:, index[1]], self.grid, layout, shape)
+        def tokens(array: np.ndarray) -> DistArray:
+            return from_global(lambda index: array[:, index[1]], self.grid, layout, shape)
 
-        follows = from_global(lambda _: made.other, self.grid, Layout(layout.dims[0]), shape[:1])
-        labels = (tokens(made.labels), follows) if self.pairs else (tokens(made.labels),)
-        return Batch(tokens(made.inputs), labels, {"segments": tokens(made.segments)} if self.pairs else {})
+        follows = from_global(lambda _: rows.other, self.grid, Layout(layout.dims[0]), shape[:1])
+        labels = (tokens(rows.labels), follows) if self.pairs else (tokens(rows.labels),)
+        return Batch(tokens(rows.inputs), labels, {"segments": tokens(rows.segments)} if self.pairs else {})
 
-    def _each(self, outputs: Any, labels: Any) -> list[tuple[DistArray, DistArray, int]]:
-        """Return logits, labels and the number of labels in a sample that count, of each head."""
-        every = outputs if self.pairs else (outputs,)
-        return list(zip(every, labels, (self.form.hidden, 1), strict=False))
+    def _heads(self, outputs: Any, labels: Any) -> list[tuple[DistArray, DistArray, int]]:
+        """Return for each head its logits, its labels and the number of labels in a sample that count."""
+        logits = outputs if self.pairs else (outputs,)
+        return list(zip(logits, labels, (self.form.hidden, 1), strict=False))
 
     def loss(self, outputs: Any, labels: Any, samples: int) -> tuple[float, Any]:
-        """Return the cross-entropy, a mean over the hidden tokens, and over the samples that of the second parts."""
-        results = [self.cross_entropy.forward(x, y, samples * n) for x, y, n in self._each(outputs, labels)]
+        results = [self.cross_entropy.forward(x, y, samples * n) for x, y, n in self._heads(outputs, labels)]
         return sum(value for value, _ in results), [saved for _, saved in results]
 
     def backward(self, saved: Any, scale: float = 1.0) -> Any:
-        """Return the cotangents of the logits, times a loss scale."""
-        cotangents = tuple(self.cross_entropy.backward(one, scale) for one in saved)
+        cotangents = tuple(self.cross_entropy.backward(cache, scale) for cache in saved)
         return cotangents if self.pairs else cotangents[0]
 
     def measures(self, outputs: Any, labels: Any, samples: int) -> Mapping[str, float]:
-        """Return this batch's part of the shares of the hidden tokens, and of the second parts, that are named."""
         names = ("masked accuracy", "next accuracy")
-        each = zip(names, self._each(outputs, labels), strict=False)
-        return {name: correct(x, y) / (samples * n) for name, (x, y, n) in each}
+        heads = zip(names, self._heads(outputs, labels), strict=False)
+        return {name: correct(x, y) / (samples * n) for name, (x, y, n) in heads}
 
     def sample(self, count: int) -> bytes:
-        """Return some held-out text with its hidden bytes as underlines, and as the model fills them in."""
+        # Lines of held-out text: with underlines for the hidden bytes, and as the model fills them in.
         rows = min(self.held, -(-count // self.form.bytes))
         batch = self._held(0, rows)
         outputs = self.run(batch.inputs, Context(train=False, **batch.context))
@@ -106,5 +125,9 @@ class MaskedLanguage(Task):
 
 
 def _text(tokens: np.ndarray) -> bytes:
-    """Return the bytes among some tokens, on one line."""
+    """Return the tokens that are bytes, on one line."""
     return bytes(tokens[tokens < BYTES].tolist()).replace(b"\n", b" ")
+
+
+register_task("masked", MaskedLanguage)
+register_section("bert", BertSection)
