@@ -15,8 +15,8 @@ from colossal_mpi.apps.planning.beside import predicted
 from colossal_mpi.apps.training import tasks, train
 from colossal_mpi.errors import ConfigError
 from colossal_mpi.grid import world_rank
-from colossal_mpi.layers import MODES
-from colossal_mpi.layers.kernels import PROVIDERS
+
+_TENSOR, _KERNELS = (", ".join(configs.choices(key)) for key in ("parallel.tensor", "parallel.kernels"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +32,8 @@ class Train(Command):
         str | None, typer.Argument(help=f"A TOML file, or one that comes with the package: {configs.shipped()}.")
     ] = None
     grid: GridAxes = None
-    tensor: Annotated[str | None, typer.Option(help=f"Tensor mode: {', '.join(MODES)}.")] = None
-    kernels: Annotated[str | None, typer.Option(help=f"Local kernels: {', '.join(PROVIDERS)}.")] = None
+    tensor: Annotated[str | None, typer.Option(help=f"Tensor mode: {_TENSOR}.")] = None
+    kernels: Annotated[str | None, typer.Option(help=f"Local kernels: {_KERNELS}.")] = None
     setting: Settings = field(default_factory=list)
     resume: Annotated[str | None, typer.Option(help="Go on with the run in this directory.")] = None
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run in the run directory.")] = False

@@ -26,7 +26,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from colossal_mpi.apps.config.plugins import absolute
-from colossal_mpi.layers.kernels import PROVIDERS
+from colossal_mpi.layers.kernels import choices as kernel_choices
 from colossal_mpi.layers.optim import OPTIMIZERS
 from colossal_mpi.layers.optim.learning_rate import _SHAPES as SHAPES
 from colossal_mpi.layers.parallelism import MODES, SEQUENCE_MODES
@@ -254,7 +254,7 @@ class Parallel(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="where blocks are stored; auto takes a GPU if CuPy finds one"
     )
-    kernels: Annotated[str, Choice(lambda: PROVIDERS)] = Field(
+    kernels: Annotated[str, Choice(kernel_choices)] = Field(
         "auto",
         description="local maths: torch, PyTorch's kernels; reference, formulas in NumPy or CuPy; auto, torch if it "
         "is installed",
