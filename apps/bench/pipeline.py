@@ -35,7 +35,7 @@ from colossal_mpi.layers import Context, Parallelism, kernels
 from colossal_mpi.layers.loss import CrossEntropy
 from colossal_mpi.layers.models import GPT, GPTConfig
 from colossal_mpi.layers.pipeline.model import Pipeline, cut, place_of
-from colossal_mpi.layers.pipeline.schedule import ORDERS, Instruction, program
+from colossal_mpi.layers.pipeline.schedule import SCHEDULES, Instruction, program
 from colossal_mpi.layers.pipeline.simulate import simulate
 from colossal_mpi.layers.pipeline.stage import Stream
 from colossal_mpi.layout import part
@@ -153,7 +153,7 @@ class _Entry:
     """A schedule and its steps so far."""
 
     def __init__(self, schedule: str, sizes: Sizes, grid: Grid) -> None:
-        self.schedule, self.grid, self.chunks = schedule, grid, _CHUNKS if schedule == "interleaved" else 1
+        self.schedule, self.grid, self.chunks = schedule, grid, _CHUNKS if SCHEDULES[schedule].interleaved else 1
         p = Parallelism(place_of(grid))
         config = GPTConfig(
             vocabulary=sizes.vocabulary,
@@ -183,7 +183,7 @@ class _Entry:
 def _compete(options: Options) -> tuple[list[dict[str, Any]], list[Chart]]:
     grid, sizes = Grid(None, "cpu", pipe=options.sizes.stages), options.sizes
     kernels.use("auto", grid)
-    entries = [_Entry(schedule, sizes, grid) for schedule in ORDERS]
+    entries = [_Entry(schedule, sizes, grid) for schedule in SCHEDULES]
     for _ in range(_WARM):
         for entry in entries:
             entry.turn()

@@ -27,10 +27,9 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from colossal_mpi.apps.config.plugins import absolute
 from colossal_mpi.layers.kernels import choices as kernel_choices
-from colossal_mpi.layers.optim import OPTIMIZERS
-from colossal_mpi.layers.optim.learning_rate import _SHAPES as SHAPES
+from colossal_mpi.layers.optim import LEARNING_RATES, OPTIMIZERS
 from colossal_mpi.layers.parallelism import MODES, SEQUENCE_MODES
-from colossal_mpi.layers.pipeline.schedule import ORDERS
+from colossal_mpi.layers.pipeline import SCHEDULES
 from colossal_mpi.layers.pipeline.stage import PIPE
 
 _TASKS = "colossal_mpi.apps.training.tasks"
@@ -171,7 +170,7 @@ class Training(Section):
     )
     lr: float = Field(1e-3, gt=0, allow_inf_nan=False, description="peak of the learning rate")
     warmup: int = Field(20, ge=0, description="steps of linear warm-up")
-    rate: Annotated[str, Choice(lambda: SHAPES)] = Field(
+    rate: Annotated[str, Choice(lambda: LEARNING_RATES)] = Field(
         "cosine", description="how the learning rate falls after the warm-up"
     )
     floor: float = Field(0.1, ge=0, le=1, description="share of lr at the end")
@@ -227,7 +226,7 @@ class Parallel(Section):
         description="what attention does over axis seq: ring passes keys and values round it; ulysses cuts the heads "
         "instead, as an axis ulysses always does",
     )
-    schedule: Annotated[str, Choice(lambda: ORDERS)] = Field(
+    schedule: Annotated[str, Choice(lambda: SCHEDULES)] = Field(
         "1f1b", description="order of the microbatches on the stages of pipe"
     )
     virtual_stages: int = Field(

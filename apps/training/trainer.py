@@ -19,8 +19,8 @@ from colossal_mpi.apps.training import tasks
 from colossal_mpi.apps.training.tasks import StepFeed
 from colossal_mpi.grid import Grid
 from colossal_mpi.layers import Context, Parallelism, kernels, models, precision, recompute
-from colossal_mpi.layers.optim import OPTIMIZERS, MovingAverage
-from colossal_mpi.layers.optim.learning_rate import Rate
+from colossal_mpi.layers.optim import LEARNING_RATES, OPTIMIZERS, LearningRateSchedule, MovingAverage
+from colossal_mpi.layers.pipeline import SCHEDULES
 from colossal_mpi.layers.pipeline.model import Pipeline, cut, held, place_of
 from colossal_mpi.layers.pipeline.stage import PIPE
 from colossal_mpi.platform import backend
@@ -49,7 +49,7 @@ class Trainer:
         )
         self.task = tasks.make(config, place)
         self.model, self.task.run = self.task.model, self.run
-        whole = recompute(self.model, parallel.recompute, parallel.schedule == "zero-bubble")
+        whole = recompute(self.model, parallel.recompute, SCHEDULES[parallel.schedule].defers_weights)
         chunks, names = cut(whole, grid, parallel.virtual_stages), held(whole, grid, parallel.virtual_stages)
         self.pipeline = self.task.pipeline = Pipeline(chunks, grid, parallel.schedule, parallel.bucket, names)
         self.optimizer = OPTIMIZERS[training.optimizer](
@@ -58,14 +58,9 @@ class Trainer:
         self.average = MovingAverage(self.optimizer.parameters, training.average) if training.average else None
         self.own: dict[str, float] = {}
         """What experts have added to the loss of the last step."""
-        self.learning_rate = Rate(
-            training.rate,
-            training.lr,
-            training.steps,
-            training.warmup,
-            training.floor,
-            milestones=tuple(training.milestones),
-        )
+        given = {"floor": training.floor, "milestones": tuple(training.milestones)}
+        shape = {name: given[name] for name in LEARNING_RATES[training.rate].options if name in given}
+        self.learning_rate = LearningRateSchedule(training.rate, training.lr, training.steps, training.warmup, **shape)
         """Of a step."""
         self.saving = checkpoint.AsyncCheckpointer(grid)
 

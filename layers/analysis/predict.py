@@ -20,7 +20,7 @@ from colossal_mpi.layers.optim.base import Optimizer
 from colossal_mpi.layers.parallelism import Parallelism
 from colossal_mpi.layers.parameter import Parameter
 from colossal_mpi.layers.pipeline.model import PIPE, Pipeline, cut, held, place_of
-from colossal_mpi.layers.pipeline.schedule import program
+from colossal_mpi.layers.pipeline.schedule import SCHEDULES, program
 from colossal_mpi.layers.pipeline.simulate import check
 from colossal_mpi.layers.pipeline.stage import Feed, Stream
 from colossal_mpi.layers.recompute import recompute
@@ -172,7 +172,7 @@ def predict_memory(
     for grid in stages(axes):
         with dry_run() as tally:
             p = Parallelism(place_of(grid), tensor, **modes)
-            whole = recompute(model(p), kinds, schedule == "zero-bubble")
+            whole = recompute(model(p), kinds, SCHEDULES[schedule].defers_weights)
             names = held(whole, grid, chunks)
             pipeline = Pipeline(cut(whole, grid, chunks), grid, schedule, held=names)
             mine, data = optimizer(pipeline.parameters()), feed(p)

@@ -10,11 +10,13 @@ from colossal_mpi import distarray
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.layers.optim.base import Group, Optimizer, is_weight
 from colossal_mpi.layers.optim.matrices import as_matrix, each, from_matrix
+from colossal_mpi.layers.optim.registry import register_optimizer
 from colossal_mpi.layers.parameter import Parameter
 from colossal_mpi.layout import Layout
 from colossal_mpi.platform import backend
 
 
+@register_optimizer("adafactor")
 class Adafactor(Optimizer):
     """Adam without a first moment, whose second moment of a matrix is the product of its rows' and columns' means.
 

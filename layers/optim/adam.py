@@ -8,9 +8,11 @@ from typing import Any
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.layers import kernels
 from colossal_mpi.layers.optim.base import Group, Optimizer
+from colossal_mpi.layers.optim.registry import register_optimizer
 from colossal_mpi.layers.parameter import Parameter
 
 
+@register_optimizer("adamw")
 class AdamW(Optimizer):
     """Adam with decoupled weight decay and clipping by the global norm.
 
@@ -58,6 +60,7 @@ def _moments(slots: dict[str, DistArray]) -> tuple[Any, Any]:
     return slots["m"].local, slots["v"].local
 
 
+@register_optimizer("lamb")
 class LAMB(AdamW):
     """Adam whose step for each parameter is as long as a share of the parameter: for large batches.
 

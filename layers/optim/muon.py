@@ -11,6 +11,7 @@ from colossal_mpi.errors import OptionError
 from colossal_mpi.layers.optim.adam import AdamW
 from colossal_mpi.layers.optim.base import Group, is_weight
 from colossal_mpi.layers.optim.matrices import as_matrix, each, from_matrix
+from colossal_mpi.layers.optim.registry import register_optimizer
 from colossal_mpi.layers.parameter import Parameter
 from colossal_mpi.linalg.factor.polar import newton_schulz
 
@@ -25,6 +26,7 @@ def is_hidden(parameter: Parameter) -> bool:
     return is_weight(parameter) and any(word.isdigit() for word in parameter.name.split("."))
 
 
+@register_optimizer("muon")
 class Muon(AdamW):
     """Steps that are orthogonal matrices: the momentum of each hidden weight, orthogonalised where it lies.
 

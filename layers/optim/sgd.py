@@ -7,9 +7,11 @@ from typing import Any
 
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.layers.optim.base import Group, Optimizer
+from colossal_mpi.layers.optim.registry import register_optimizer
 from colossal_mpi.layers.parameter import Parameter
 
 
+@register_optimizer("sgd")
 class SGD(Optimizer):
     """Gradient descent with momentum; the decay is part of the gradient, as in PyTorch.
 
@@ -55,6 +57,7 @@ class SGD(Optimizer):
         w.local[...] -= lr * direction
 
 
+@register_optimizer("lars")
 class LARS(SGD):
     """SGD whose rate for each parameter is a share of the parameter's norm over its gradient's.
 

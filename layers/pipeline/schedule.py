@@ -12,7 +12,7 @@ language model training on GPU clusters, 2021 (interleaved). Qi et al.: Zero bub
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -64,9 +64,82 @@ class ReceiveGradient(Transfer):
 
 
 Order = Callable[[int, int, int, int], Iterator[Instruction]]
-"""An order of (stages, microbatches, chunks, stage)."""
+"""A function of (stages, microbatches, chunks, stage) that yields the computations of a stage in their order."""
 
 
+@dataclass(frozen=True)
+class ScheduleKind:
+    """An entry of the registry of pipeline schedules.
+
+    Parameters
+    ----------
+    name : str
+        Name in configurations and on the command line.
+    order : callable
+        ``order(stages, microbatches, chunks, stage)`` yields the computations of a stage in their order.
+    description : str
+        One sentence for help texts and tables.
+    interleaved : bool
+        Whether a stage holds two chunks of the model or more; it holds one otherwise.
+    defers_weights : bool
+        Whether weight products may come later than right after the input cotangent of their microbatch.
+    """
+
+    name: str
+    order: Order
+    description: str
+    interleaved: bool = False
+    defers_weights: bool = False
+
+
+SCHEDULES: dict[str, ScheduleKind] = {}
+"""The pipeline schedules by the names that configurations give them."""
+
+
+def register_schedule(
+    name: str, description: str, *, interleaved: bool = False, defers_weights: bool = False
+) -> Callable[[Order], Order]:
+    """Return a decorator that registers a function as the order of a pipeline schedule.
+
+    Parameters
+    ----------
+    name : str
+        Name of the schedule in configurations and on the command line.
+    description : str
+        One sentence for help texts and tables.
+    interleaved : bool
+        Whether a stage holds two chunks of the model or more; it holds one otherwise.
+    defers_weights : bool
+        Whether weight products may come later than right after the input cotangent of their microbatch. Recomputed
+        layers then keep what these products need.
+
+    Returns
+    -------
+    callable
+        Decorator that returns the function unchanged. The function is called as ``order(stages, microbatches, chunks,
+        stage)`` and yields a `Forward`, a `BackwardInput` and a `BackwardWeight` for each microbatch and chunk; the
+        transfers between stages are put in by `program`. The decorator raises `OptionError` if another function has
+        the name.
+
+    Examples
+    --------
+    >>> @register_schedule("one-by-one", "Finish each microbatch before the next one starts.")
+    ... def one_by_one(stages, microbatches, chunks, stage):
+    ...     for i in range(microbatches):
+    ...         yield from (Forward(i), BackwardInput(i), BackwardWeight(i))
+    """
+
+    def register(order: Order) -> Order:
+        taken = SCHEDULES.get(name)
+        if taken is not None and getattr(taken.order, "__qualname__", None) != getattr(order, "__qualname__", None):
+            raise OptionError(f"register_schedule({name!r}): another schedule has this name; choose another one")
+        SCHEDULES[name] = ScheduleKind(name, order, description, interleaved, defers_weights)
+        return order
+
+    return register
+
+
+@register_schedule("gpipe", "All forward passes, then all backward passes.")
 def gpipe(stages: int, microbatches: int, chunks: int, stage: int) -> Iterator[Instruction]:
     """Yield all forwards, then all backwards. Keeps the caches of all microbatches."""
     for c in range(chunks):
@@ -76,6 +149,8 @@ def gpipe(stages: int, microbatches: int, chunks: int, stage: int) -> Iterator[I
             yield from (BackwardInput(mb, c), BackwardWeight(mb, c))
 
 
+@register_schedule("interleaved", "1F1B with several chunks of the model on each stage.", interleaved=True)
+@register_schedule("1f1b", "One forward pass, one backward pass: as few caches as there are stages.")
 def one_f_one_b(stages: int, microbatches: int, chunks: int, stage: int) -> Iterator[Instruction]:
     """Yield a backward as soon as there is one. Keeps ``min(microbatches, stages - stage)`` caches.
 
@@ -100,6 +175,7 @@ def _groups(stages: int, microbatches: int) -> list[range]:
     return [range(*part(microbatches, count, i)) for i in range(count)]
 
 
+@register_schedule("zero-bubble", "1F1B with weight products put off into the bubble: ZB-H1.", defers_weights=True)
 def zero_bubble(stages: int, microbatches: int, chunks: int, stage: int) -> Iterator[Instruction]:
     """Yield 1F1B with the weight products of stage i put off by i microbatches: ZB-H1. Keeps `stages` caches.
 
@@ -116,15 +192,6 @@ def zero_bubble(stages: int, microbatches: int, chunks: int, stage: int) -> Iter
                 yield BackwardWeight(done)
                 done += 1
     yield from (BackwardWeight(mb) for mb in range(done, microbatches))
-
-
-ORDERS: Mapping[str, Order] = {
-    "gpipe": gpipe,
-    "1f1b": one_f_one_b,
-    "interleaved": one_f_one_b,
-    "zero-bubble": zero_bubble,
-}
-"""Schedules by name."""
 
 
 def program(schedule: str, stages: int, microbatches: int, stage: int, chunks: int = 1) -> Iterator[Instruction]:
@@ -145,17 +212,18 @@ def program(schedule: str, stages: int, microbatches: int, stage: int, chunks: i
         If there is no such schedule or it cannot have that many chunks.
     """
     _check(schedule, stages, microbatches, chunks)
-    for step in ORDERS[schedule](stages, microbatches, chunks, stage):
+    for step in SCHEDULES[schedule].order(stages, microbatches, chunks, stage):
         yield from _with_transfers(step, stages, chunks, stage)
 
 
 def _check(schedule: str, stages: int, microbatches: int, chunks: int) -> None:
-    if schedule not in ORDERS:
-        raise OptionError(f"schedule={schedule!r}: use one of {', '.join(map(repr, ORDERS))}")
-    if min(stages, microbatches, chunks) < 1 or (chunks > 1) != (schedule == "interleaved"):
+    if schedule not in SCHEDULES:
+        raise OptionError(f"schedule={schedule!r}: use one of {', '.join(map(repr, SCHEDULES))}")
+    if min(stages, microbatches, chunks) < 1 or (chunks > 1) != SCHEDULES[schedule].interleaved:
+        several = ", ".join(repr(name) for name, kind in SCHEDULES.items() if kind.interleaved)
         raise OptionError(
             f"schedule={schedule!r} of {stages} stages, {microbatches} microbatches and {chunks} virtual stages each: "
-            "all must be 1 or more, with 2 virtual stages or more for 'interleaved' and 1 for the others"
+            f"all must be 1 or more, with 2 virtual stages or more for {several} and 1 for the others"
         )
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from colossal_mpi import OptionError
-from colossal_mpi.layers.optim.learning_rate import Rate
+from colossal_mpi.layers.optim import LEARNING_RATES, LearningRateSchedule, learning_rate, register_learning_rate
 
 TOTAL = 20
 
@@ -22,26 +22,26 @@ def torchs(make):
 
 CASES = {
     "linear": (
-        Rate("linear", 2.0, TOTAL, floor=0.25),
+        LearningRateSchedule("linear", 2.0, TOTAL, floor=0.25),
         lambda s: lambda o: s.LinearLR(o, start_factor=1.0, end_factor=0.25, total_iters=TOTAL),
     ),
     "cosine": (
-        Rate("cosine", 2.0, TOTAL, floor=0.1),
+        LearningRateSchedule("cosine", 2.0, TOTAL, floor=0.1),
         lambda s: lambda o: s.CosineAnnealingLR(o, TOTAL, eta_min=0.2),
     ),
     "polynomial": (
-        Rate("polynomial", 2.0, TOTAL, power=2.5),
+        LearningRateSchedule("polynomial", 2.0, TOTAL, power=2.5),
         lambda s: lambda o: s.PolynomialLR(o, total_iters=TOTAL, power=2.5),
     ),
     "multi-step": (
-        Rate("multi-step", 2.0, TOTAL, milestones=(5, 11), gamma=0.3),
+        LearningRateSchedule("multi-step", 2.0, TOTAL, milestones=(5, 11), gamma=0.3),
         lambda s: lambda o: s.MultiStepLR(o, [5, 11], gamma=0.3),
     ),
     "one-cycle": (
-        Rate("one-cycle", 2.0, TOTAL - 1, warmup=6, floor=4e-6),
+        LearningRateSchedule("one-cycle", 2.0, TOTAL - 1, warmup=6, floor=4e-6),
         lambda s: lambda o: s.OneCycleLR(o, 2.0, TOTAL, pct_start=7 / 20, cycle_momentum=False),
     ),
-    "constant": (Rate("constant", 2.0, TOTAL), lambda s: lambda o: s.ConstantLR(o, factor=1.0)),
+    "constant": (LearningRateSchedule("constant", 2.0, TOTAL), lambda s: lambda o: s.ConstantLR(o, factor=1.0)),
 }
 
 
@@ -51,27 +51,61 @@ def test_the_rate_is_pytorchs(name):
     assert [rate(step) for step in range(TOTAL)] == pytest.approx(torchs(make), rel=1e-12)
 
 
-@pytest.mark.parametrize("shape", ["constant", "linear", "cosine", "polynomial", "wsd"])
-def test_a_warm_up_rises_to_the_peak_and_the_end_is_the_floor(shape):
-    rate = Rate(shape, 3.0, TOTAL, warmup=4, floor=0.5)
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine", "polynomial", "wsd"])
+def test_a_warm_up_rises_to_the_peak_and_the_end_is_the_floor(name):
+    floor = {} if name == "constant" else {"floor": 0.5}
+    rate = LearningRateSchedule(name, 3.0, TOTAL, warmup=4, **floor)
     rates = [rate(step) for step in range(TOTAL + 5)]
     assert rates[:5] == pytest.approx([0.75, 1.5, 2.25, 3.0, 3.0])
     assert rates[4:] == sorted(rates[4:], reverse=True)
     assert rates[TOTAL:] == [rates[TOTAL]] * 5
-    assert rates[TOTAL] == (3.0 if shape == "constant" else 1.5)
+    assert rates[TOTAL] == (3.0 if name == "constant" else 1.5)
 
 
 def test_wsd_is_stable_then_falls():
-    rate = Rate("wsd", 1.0, 14, warmup=4, decay=0.4)
+    rate = LearningRateSchedule("wsd", 1.0, 14, warmup=4, decay=0.4)
     assert [rate(step) for step in range(4, 15)] == pytest.approx([1.0] * 7 + [0.75, 0.5, 0.25, 0.0])
 
 
-@pytest.mark.parametrize("options", [{"warmup": -1}, {"total": 0}, {"floor": 2.0}, {"decay": 0.0}, {"power": -1.0}])
-def test_numbers_out_of_range_are_refused(options):
-    with pytest.raises(OptionError, match="warmup must be 0 or more, total 1 or more"):
-        Rate(**{"shape": "wsd", "peak": 1.0, "total": 10} | options)
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("wsd", {"warmup": -1}, "warmup=-1 must be 0 or more"),
+        ("wsd", {"total": 0}, "total=0 1 or more"),
+        ("wsd", {"floor": 2.0}, "floor=2.0 must be from 0 to 1"),
+        ("wsd", {"decay": 0.0}, "decay=0.0 must be above 0"),
+        ("polynomial", {"power": -1.0}, "power=-1.0 must be 0 or more"),
+        ("wsd", {"power": 1.0}, "no option power; use floor, decay"),
+        ("constant", {"floor": 0.1}, "no option floor; it has none"),
+    ],
+)
+def test_numbers_out_of_range_and_unknown_options_are_refused(name, options, says):
+    with pytest.raises(OptionError, match=says):
+        LearningRateSchedule(name, **{"peak": 1.0, "total": 10} | options)
 
 
-def test_an_unknown_shape_is_refused():
-    with pytest.raises(OptionError, match="shape 'step': use one of 'constant', 'linear'"):
-        Rate("step", 1.0, 10)
+def test_an_unknown_schedule_is_refused():
+    with pytest.raises(OptionError, match="learning rate 'step': use one of 'constant', 'linear'"):
+        LearningRateSchedule("step", 1.0, 10)
+
+
+def test_a_schedule_from_outside_is_found_by_name_with_its_options(monkeypatch):
+    monkeypatch.setattr(learning_rate, "LEARNING_RATES", dict(LEARNING_RATES))
+
+    @register_learning_rate("root")
+    def root(step, progress, *, power: float = 0.5):
+        """Fall with a root of what is left.
+
+        Parameters
+        ----------
+        power : float
+            Exponent of the share that is left,
+            0 or more.
+        """
+        return (1 - progress) ** power
+
+    kind = learning_rate.LEARNING_RATES["root"]
+    assert LearningRateSchedule("root", 2.0, 4, power=2.0)(2) == 0.5
+    assert kind.description == "Fall with a root of what is left."
+    assert (kind.options["power"].default, kind.options["power"].annotation) == (0.5, float)
+    assert kind.options["power"].description == "Exponent of the share that is left, 0 or more."

@@ -18,6 +18,7 @@ pytest.importorskip("torch")
 
 from colossal_mpi.layers.kernels import torch as by_torch
 
+TORCH = kernels.load("torch")
 RNG = np.random.default_rng(3)
 B, S, H = 3, 7, 13
 X, DY = RNG.standard_normal((2, B, S, H))
@@ -97,7 +98,7 @@ def compare(mine, exact, terms):
 def test_kernel_is_that_of_the_reference_to_rounding(name, dtype, form):
     case, terms, *arrays = CASES[name]
     arrays = [FORMS[form](a.astype(dtype)) for a in arrays]
-    mine, exact = case(by_torch, *arrays), case(reference, *[a.astype("float64") for a in arrays])
+    mine, exact = case(TORCH, *arrays), case(reference, *[a.astype("float64") for a in arrays])
     assert {one.dtype for one in leaves(mine) if one is not None} == {np.dtype(dtype)}
     compare(mine, exact, terms)
 
@@ -108,7 +109,7 @@ def test_torch_does_what_it_is_there_for(name, monkeypatch):
     monkeypatch.setattr(by_torch, "_share", lambda result: shared.append(1) or share(result))
     monkeypatch.setattr(by_torch.torch, "get_num_threads", lambda: 2)
     case, _, *arrays = CASES[name]
-    case(by_torch, *arrays)
+    case(TORCH, *arrays)
     expected = {"norm by squares": 0, "lookup": 1, "lookup in a piece": 1}.get(name, 2)
     assert sum(shared) >= expected
 
@@ -140,10 +141,10 @@ def test_empty_blocks(name):
     if "lookup" in name or "some" in name:
         pytest.skip("ids and masks are not of the case's arrays: test_no_tokens_and_no_rows")
     batch = [a[:0] if a.ndim > 1 else a for a in arrays]
-    compare(case(by_torch, *batch), case(reference, *batch), terms)
+    compare(case(TORCH, *batch), case(reference, *batch), terms)
     if "attention" in name:
         heads = [a[:, :0] for a in arrays]
-        compare(case(by_torch, *heads), case(reference, *heads), terms)
+        compare(case(TORCH, *heads), case(reference, *heads), terms)
 
 
 def test_no_tokens_and_no_rows():
@@ -169,7 +170,7 @@ def extended(arrays):
 def test_what_torch_cannot_view_is_the_reference_to_the_bit(name, blocks):
     case, _, *arrays = CASES[name]
     for one, other in zip(
-        *[leaves(case(k, *a)) for k, a in zip((by_torch, reference), blocks(arrays), strict=True)], strict=True
+        *[leaves(case(k, *a)) for k, a in zip((TORCH, reference), blocks(arrays), strict=True)], strict=True
     ):
         assert type(one) is type(other)
         assert np.array_equal(np.asarray(one), np.asarray(other))
