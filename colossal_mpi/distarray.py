@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,7 @@ from colossal_mpi.grid import Grid
 from colossal_mpi.layout import Box, Layout, box_shape, index_of
 from colossal_mpi.platform import backend
 from colossal_mpi.platform.backend import Block
-from colossal_mpi.redistribution.indexing import select
-from colossal_mpi.redistribution.redistribute import redistribute
+from colossal_mpi.redistribution import Plan, gather_to_root, plan_of, redistribute, select, start
 
 _matmul: Callable[[DistArray, DistArray], DistArray] | None = None
 
@@ -131,7 +131,47 @@ class DistArray:
             return np.array(backend.to_host(self.replicated().local))
         if not 0 <= root < self.grid.size:
             raise GridError(f"gather(root={root}) on {self.grid}: the root must be from 0 to {self.grid.size - 1}")
-        return _gather_to(self.reduced(), root)
+        out = np.empty(self.shape if self.grid.rank == root else 0, backend.numpy_dtype(self.dtype))
+
+        def put(box: Box, values: np.ndarray) -> None:
+            out[index_of(box)] = values
+
+        failure = self.reduced().gather_pieces(put, root)
+        if failure is not None:
+            raise failure
+        return out if self.grid.rank == root else None
+
+    def gather_pieces(self, put: Callable[[Box, np.ndarray], None], root: int = 0) -> Exception | None:
+        """Call ``put(box, values)`` on rank `root` for boxes of global indices that tile the array.
+
+        For arrays that no rank can hold. Once `put` has failed, the root goes on receiving and drops what comes, so
+        that no rank is left waiting: `comm.agreed` makes an error of all ranks of the failure that is returned.
+
+        Parameters
+        ----------
+        put : callable
+            Called on the root alone, with a box and a NumPy array of its shape.
+        root : int
+            A rank of the grid.
+
+        Returns
+        -------
+        Exception or None
+            What `put` raised first, on the root.
+
+        Raises
+        ------
+        LayoutError
+            If the array holds partial sums.
+
+        Notes
+        -----
+        **Communication:** the root receives every element that it does not hold, once, at most 32 MiB of float64 at a
+        time: n less its own block. **Adjoint:** a scatter from the root.
+        """
+        if self.layout.partial:
+            raise LayoutError(f"gather_pieces of {self}: reduce its partial sums first, with .reduced()")
+        return gather_to_root(self.local, self.shape, self.layout, self.grid, root, put)
 
     @property
     def T(self) -> DistArray:  # noqa: N802
@@ -267,24 +307,88 @@ class DistArray:
         raise TypeError(f"{self} is no NumPy array: .local is this rank's block, .gather() the whole")
 
 
-def _gather_to(array: DistArray, root: int) -> np.ndarray | None:
-    """Send each owned block to `root`, which lays them side by side."""
-    grid = array.grid
-    boxes = [array.layout.owned(array.shape, grid.axes, grid.coords_of(rank)) for rank in range(grid.size)]
-    counts = [0 if box is None else math.prod(box_shape(box)) for box in boxes]
-    xp = backend.namespace(array.local)
-    own = xp.reshape(array.local, (-1,))[: counts[grid.rank]]
-    send = [counts[grid.rank] if rank == root else 0 for rank in range(grid.size)]
-    recv = counts if grid.rank == root else [0] * grid.size
-    flat = backend.to_host(comm.all_to_all(own, grid, tuple(grid.axes), send, recv, sum(counts)))
-    if grid.rank != root:
-        return None
-    out, start = np.empty(array.shape, flat.dtype), 0
-    for box, count in zip(boxes, counts, strict=True):
-        if box is not None:
-            out[index_of(box)] = flat[start : start + count].reshape(box_shape(box))
-        start += count
-    return out
+@dataclass(frozen=True)
+class _Target:
+    """What an array is to be, and its number among those that are redistributed together."""
+
+    number: int
+    shape: tuple[int, ...]
+    layout: Layout
+    grid: Grid
+
+
+class PendingRedistribution:
+    """Arrays on their way into other layouts."""
+
+    def __init__(
+        self, arrays: dict[int, DistArray], routes: list[tuple[list[_Target], comm.Request[list[Block]]]]
+    ) -> None:
+        self._arrays, self._routes = arrays, routes
+
+    def done(self) -> bool:
+        """Say, without waiting, whether all arrays are there; steps that follow messages which have come are begun."""
+        return sum(request.done() for _, request in self._routes) == len(self._routes)  # asks every one
+
+    def wait(self) -> list[DistArray]:
+        """Wait for the messages and return the arrays, in the order in which they were given."""
+        for targets, request in self._routes:
+            for target, block in zip(targets, request.wait(), strict=True):
+                self._arrays[target.number] = DistArray(block, target.shape, target.layout, target.grid)
+        self._routes = []
+        return [self._arrays[i] for i in range(len(self._arrays))]
+
+
+def start_redistribution(arrays: Sequence[DistArray], layouts: Sequence[Layout]) -> PendingRedistribution:
+    """Begin to bring arrays into other layouts, and return while the messages are under way.
+
+    Arrays of one dtype that go over the same axes share their messages. Sums have the same bits as in
+    `DistArray.redistribute`. They need this rank between their messages: `PendingRedistribution.done`, called now and
+    then, lets the second phase of an allreduce begin.
+
+    Parameters
+    ----------
+    arrays : sequence of DistArray
+        Arrays on one grid. Nobody may write to them before `PendingRedistribution.wait`. Every rank of the grid begins
+        the same redistributions in the same order.
+    layouts : sequence of Layout
+        The new layout of each array.
+
+    Returns
+    -------
+    PendingRedistribution
+        Its `wait` returns the arrays in the other layouts; an array that has its layout already is returned itself.
+
+    Raises
+    ------
+    LayoutError
+        If a layout does not fit its array or the grid.
+
+    Notes
+    -----
+    **Communication:** the words of `DistArray.redistribute`, all as messages from rank to rank. **Adjoint:** the
+    redistributions of the cotangents back.
+
+    Examples
+    --------
+    >>> pending = start_redistribution([A, B], [Layout(None, None)] * 2)
+    >>> C = A @ A  # meanwhile
+    >>> A, B = pending.wait()
+    """
+    there, routes = dict[int, DistArray](), dict[object, list[tuple[_Target, Block, Plan]]]()
+    for i, (array, layout) in enumerate(zip(arrays, layouts, strict=True)):
+        layout = layout.on(array.grid.axes, array.ndim)
+        if layout == array.layout:
+            there[i] = array
+            continue
+        plan = plan_of(array.shape, array.layout, layout, array.grid)
+        target = _Target(i, array.shape, layout, array.grid)
+        routes.setdefault((plan.route, str(array.dtype)), []).append((target, array.local, plan))
+    started = []
+    for members in routes.values():
+        targets = [target for target, _, _ in members]
+        request = start([block for _, block, _ in members], [plan for _, _, plan in members], targets[0].grid)
+        started.append((targets, request))
+    return PendingRedistribution(there, started)
 
 
 def squares(array: DistArray) -> Block:

@@ -18,7 +18,6 @@ from colossal_mpi.errors import CheckpointError, DTypeError
 from colossal_mpi.grid import Grid
 from colossal_mpi.layout import Box, Layout, index_of
 from colossal_mpi.platform import backend
-from colossal_mpi.redistribution import gather
 
 NUMBERS = "biufc"
 """Kinds of dtypes that are stored. bfloat16 is none: h5py would write it as opaque bytes."""
@@ -122,7 +121,7 @@ def _write(opened: Any, name: str, array: DistArray) -> None:
     def put(box: Box, values: np.ndarray) -> None:
         opened[name][index_of(box)] = values
 
-    failure = gather.to_root(array, put)
+    failure = array.gather_pieces(put)
     if opened is not None:
         _close(opened, name, failure)
 

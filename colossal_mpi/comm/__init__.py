@@ -7,10 +7,10 @@ through ``staging``, which says how a block reaches MPI, and is entered into the
 from colossal_mpi.comm.collectives import (
     MAX,
     SUM,
+    add_in_rank_order,
     agreed,
     all_to_all,
     allgather,
-    allreduce,
     bcast,
     cast,
     collect,
@@ -20,10 +20,18 @@ from colossal_mpi.comm.collectives import (
     share,
     widened,
 )
+from colossal_mpi.comm.transport import Blocking, Messages, Request, Started, Steps, Transport, allreduce
 
 __all__ = [
     "MAX",
     "SUM",
+    "Blocking",
+    "Messages",
+    "Request",
+    "Started",
+    "Steps",
+    "Transport",
+    "add_in_rank_order",
     "agreed",
     "all_to_all",
     "allgather",

@@ -1,6 +1,37 @@
-"""Changes of layout: the only code that moves a distributed array between ranks.
+"""The only way from one layout to another: plans of boxes and sums, and their execution, blocking or under way.
 
-``DistArray.redistribute``, indexing, the products of ``linalg`` and the gradient buckets of ``layers`` call this
-package. It plans from global metadata which boxes of the index space each rank sends and receives, and calls ``comm``
-to move them.
+Distributed arrays (`colossal_mpi.distarray`) and the products of linalg call it, with a rank's block, the global shape,
+the layouts and the grid. It calls `colossal_mpi.comm` to move what a rank lacks.
 """
+
+from colossal_mpi.redistribution.execute import plan_of, readable, redistribute, reduce, start
+from colossal_mpi.redistribution.gather import gather_to_root
+from colossal_mpi.redistribution.indexing import select
+from colossal_mpi.redistribution.plan import (
+    Plan,
+    Reduction,
+    cotangent,
+    group_coords,
+    moved_axes,
+    plan_reduce_scatter,
+    received,
+    stages,
+)
+
+__all__ = [
+    "Plan",
+    "Reduction",
+    "cotangent",
+    "gather_to_root",
+    "group_coords",
+    "moved_axes",
+    "plan_of",
+    "plan_reduce_scatter",
+    "readable",
+    "received",
+    "redistribute",
+    "reduce",
+    "select",
+    "stages",
+    "start",
+]

@@ -1,4 +1,8 @@
-"""Bring an array to rank 0 a piece of bounded size at a time, for files that one rank writes."""
+"""Bringing a global array to one rank, in pieces of bounded size.
+
+`DistArray.gather` and `DistArray.gather_pieces` call it, and with these the files that one rank writes (HDF5, Hugging
+Face). It calls `comm.all_to_all`.
+"""
 
 from __future__ import annotations
 
@@ -8,47 +12,97 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from colossal_mpi import comm
-from colossal_mpi.distarray import DistArray
-from colossal_mpi.layout import Box, box_shape, slices
+from colossal_mpi.grid import Grid
+from colossal_mpi.layout import Box, Layout, box_shape, slices
 from colossal_mpi.platform import backend
+from colossal_mpi.platform.backend import Block
+from colossal_mpi.redistribution.plan import Shape
 
 PIECE = 1 << 22
-"""Elements that are sent to rank 0 at once, at most, unless one index of the first dim has more."""
+"""Elements that the root receives at once, at most, unless one index of the first dim has more."""
 
 
-def to_root(array: DistArray, put: Callable[[Box, np.ndarray], None]) -> Exception | None:
-    """Call ``put(box, values)`` on rank 0 for boxes of global indices that tile the array; return what it raised.
+def gather_to_root(
+    block: Block, shape: Shape, layout: Layout, grid: Grid, root: int, put: Callable[[Box, np.ndarray], None]
+) -> Exception | None:
+    """Call ``put(box, values)`` on the root for boxes of global indices that tile the array; return what it raised.
 
-    Once `put` has failed, rank 0 goes on receiving and drops what comes, so that no rank is left waiting. It returns
+    Once `put` has failed, the root goes on receiving and drops what comes, so that no rank is left waiting. It returns
     the failure, the other ranks None: `comm.agreed` makes an error of all ranks of it.
 
     Parameters
     ----------
-    array : DistArray
-        Without partial sums.
+    block : array
+        This rank's block of the array of global `shape` in `layout`.
+    shape : tuple of int
+        The global shape.
+    layout : Layout
+        A layout without partial sums.
+    grid : Grid
+        The grid.
+    root : int
+        The rank of the grid that gets the array.
     put : callable
-        Called on rank 0 alone, with a NumPy array.
+        Called on the root alone, with a box and a NumPy array of its shape.
+
+    Returns
+    -------
+    Exception or None
+        What `put` raised first, on the root.
 
     Notes
     -----
-    **Communication:** rank 0 receives every element that it does not hold, once, in pieces of at most 32 MiB of
-    float64: n less its own block.
+    **Communication:** the root receives every element that it does not hold, once, by an all_to_all over the grid for
+    each `PIECE` elements (32 MiB of float64): n less its own block. **Adjoint:** a scatter from the root.
     """
     failure: Exception | None = None
-    for rank in range(array.grid.size):
-        box = array.layout.owned(array.shape, array.grid.axes, array.grid.coords_of(rank))
-        for piece in _pieces(box) if box is not None else ():
-            came = _to_root(array, rank, piece)
-            if came is not None and failure is None:
-                try:
-                    put(piece, came)
-                except Exception as problem:
-                    failure = problem
+    box = layout.box(shape, grid.axes, grid.coords)
+    for pieces in _rounds(shape, layout, grid):
+        xp = backend.namespace(block)
+        own = [xp.reshape(block[(*slices(piece, box), ...)], (-1,)) for rank, piece in pieces if rank == grid.rank]
+        flat = xp.concat(own) if len(own) > 1 else own[0] if own else xp.reshape(block, (-1,))[:0]
+        if any(rank != root for rank, _ in pieces):
+            counts = [0] * grid.size
+            for rank, piece in pieces:
+                counts[rank] += math.prod(box_shape(piece))
+            send, recv = [0] * grid.size, counts if grid.rank == root else [0] * grid.size
+            send[root] = counts[grid.rank]
+            # X[M_axes] -> X[M] on the root
+            flat = comm.all_to_all(flat, grid, tuple(grid.axes), send, recv, sum(counts))
+        if grid.rank == root and failure is None:
+            try:
+                _put_all(put, pieces, backend.to_host(flat))
+            except Exception as problem:
+                failure = problem
     return failure
 
 
+def _put_all(put: Callable[[Box, np.ndarray], None], pieces: list[tuple[int, Box]], flat: np.ndarray) -> None:
+    start = 0
+    for _, piece in pieces:
+        count = math.prod(box_shape(piece))
+        put(piece, flat[start : start + count].reshape(box_shape(piece)))
+        start += count
+
+
+def _rounds(shape: Shape, layout: Layout, grid: Grid) -> Iterator[list[tuple[int, Box]]]:
+    """Yield what is sent at once: the ranks that own pieces, in order, and pieces of `PIECE` elements together."""
+    pieces, total = list[tuple[int, Box]](), 0
+    for rank in range(grid.size):
+        box = layout.owned(shape, grid.axes, grid.coords_of(rank))
+        for piece in _pieces(box) if box is not None else ():
+            count = math.prod(box_shape(piece))
+            if pieces and total + count > PIECE:
+                yield pieces
+                pieces, total = [], 0
+            pieces.append((rank, piece))
+            total += count
+    if pieces:
+        yield pieces
+
+
 def _pieces(box: Box) -> Iterator[Box]:
-    """Yield boxes of whole rows that tile a box, of some `PIECE` elements each."""
+    """Yield boxes of whole rows that tile a box, of at most `PIECE` elements unless a row has more."""
     if not box:
         yield box
         return
@@ -56,16 +110,3 @@ def _pieces(box: Box) -> Iterator[Box]:
     rows = max(1, PIECE // max(1, math.prod(box_shape(tuple(rest)))))
     for low in range(start, stop, rows):
         yield ((low, min(low + rows, stop)), *rest)
-
-
-def _to_root(array: DistArray, rank: int, piece: Box) -> np.ndarray | None:
-    """Return on rank 0 the piece that `rank` holds."""
-    grid, count = array.grid, math.prod(box_shape(piece))
-    mine = grid.rank == rank
-    block = array.local[slices(piece, array.box)] if mine else array.local
-    flat = backend.namespace(block).reshape(block, (-1,))[: count if mine else 0]
-    if rank:
-        send, recv = [0] * grid.size, [0] * grid.size
-        send[0], recv[rank] = count * mine, count * (grid.rank == 0)
-        flat = comm.all_to_all(flat, grid, tuple(grid.axes), send, recv)
-    return backend.to_host(flat).reshape(box_shape(piece)) if grid.rank == 0 else None

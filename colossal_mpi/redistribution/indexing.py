@@ -16,7 +16,8 @@ from colossal_mpi.errors import IndexingError
 from colossal_mpi.grid import Grid
 from colossal_mpi.layout import Box, Layout, bounds
 from colossal_mpi.platform.backend import Block
-from colossal_mpi.redistribution import boxes
+from colossal_mpi.redistribution.execute import exchange
+from colossal_mpi.redistribution.plan import group_coords, plan_exchange
 
 Shape = tuple[int, ...]
 
@@ -135,10 +136,10 @@ def select(block: Block, shape: Shape, layout: Layout, index: Any, grid: Grid) -
 def _balanced(block: Block, shape: Shape, layout: Layout, picks: list[Pick], grid: Grid) -> Block:
     whole = [pick == Pick(0, 1, n, True) for pick, n in zip(picks, shape, strict=True)]
     axes = grid.ordered([axis for cut, same in zip(layout.dims, whole, strict=True) if not same for axis in cut])
-    group = boxes.group_coords(axes, grid)
+    group = group_coords(axes, grid)
     have = [_have(shape, layout, picks, grid, at) for at in group]
     want = [_want(layout, picks, grid, at) for at in group]
-    return block if have == want else boxes.exchange(block, boxes.plan(have, want, axes, grid), grid)
+    return block if have == want else exchange(block, plan_exchange(have, want, axes, grid), grid)
 
 
 def _have(shape: Shape, layout: Layout, picks: list[Pick], grid: Grid, at: dict[str, int]) -> Box:

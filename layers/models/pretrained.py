@@ -22,7 +22,6 @@ from colossal_mpi.layers.parallelism import Parallelism
 from colossal_mpi.layers.parameter import Parameter
 from colossal_mpi.layout import Box, box_shape, slices
 from colossal_mpi.platform import backend
-from colossal_mpi.redistribution import gather
 
 MOST = 5 * 10**9
 """Bytes of weights in one file: the limit that transformers had for years."""
@@ -209,7 +208,7 @@ def save_pretrained(
         if grid.rank == 0:
             writer = Writer(directory, table, _tensors(pairs), most)
     # value[layout] -> rank 0, box by box: gather to the root
-    failures = [gather.to_root(parameter.value, _box_writer(writer, parameter, weight)) for parameter, weight in pairs]
+    failures = [parameter.value.gather_pieces(_box_writer(writer, parameter, weight)) for parameter, weight in pairs]
     with comm.agreed(grid, CheckpointError):
         if writer is not None:
             writer.close(next((failure for failure in failures if failure is not None), None))

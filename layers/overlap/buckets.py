@@ -9,12 +9,11 @@ from contextlib import ExitStack
 from types import TracebackType
 
 from colossal_mpi.comm import messages
-from colossal_mpi.distarray import DistArray
+from colossal_mpi.distarray import DistArray, PendingRedistribution, start_redistribution
 from colossal_mpi.layers.containers import Sequential
 from colossal_mpi.layers.layer import Layer
 from colossal_mpi.layers.parameter import Parameter
 from colossal_mpi.platform import backend
-from colossal_mpi.redistribution import nonblocking
 
 SIZE = 1 << 20
 """Bytes of a bucket by default."""
@@ -30,7 +29,7 @@ class Bucket:
         self.bytes = 0
         self._parameters: list[Parameter] = []
         self._gradients: list[DistArray] = []
-        self._moving: nonblocking.Moving | None = None
+        self._moving: PendingRedistribution | None = None
 
     def put(self, parameter: Parameter, gradient: DistArray) -> None:
         """Take a gradient, or a contribution to one."""
@@ -41,7 +40,7 @@ class Bucket:
 
     def begin(self) -> None:
         """Begin the reduction."""
-        self._moving = nonblocking.redistribute(self._gradients, [q.owned for q in self._parameters])
+        self._moving = start_redistribution(self._gradients, [q.owned for q in self._parameters])
         self._gradients = []
 
     def get_on(self) -> None:
@@ -72,7 +71,7 @@ class Bucket:
         for parameter, gradient in zip(self._parameters, self._moving.wait(), strict=True):
             parameter.coming.remove(self)
             parameter.add(gradient)
-        self._parameters, self._moving = [], nonblocking.redistribute([], [])
+        self._parameters, self._moving = [], start_redistribution([], [])
 
 
 def _bytes(gradient: DistArray) -> int:

@@ -8,12 +8,11 @@ from contextlib import ExitStack, contextmanager
 from typing import TypeAlias
 
 from colossal_mpi.comm import messages
-from colossal_mpi.distarray import DistArray
+from colossal_mpi.distarray import DistArray, start_redistribution
 from colossal_mpi.layers.containers import Sequential
 from colossal_mpi.layers.layer import Layer
 from colossal_mpi.layers.parameter import Parameter
 from colossal_mpi.layout import Layout
-from colossal_mpi.redistribution import nonblocking
 
 Visit: TypeAlias = tuple[str, int, int]
 """``forward`` or ``backward``, the identity of a chain, the number of a layer in it."""
@@ -23,14 +22,14 @@ class _Gathered:
     """The weights of a layer on their way."""
 
     def __init__(self, uses: Sequence[tuple[Parameter, Layout]]) -> None:
-        self._moving = nonblocking.redistribute([q.value for q, _ in uses], [layout for _, layout in uses])
+        self._moving = start_redistribution([q.value for q, _ in uses], [layout for _, layout in uses])
         self._arrays: list[DistArray | None] | None = None
 
     def take(self, i: int) -> DistArray:
         """Wait, and hand out array i, which is not kept here: it is free when the layer no longer uses it."""
         if self._arrays is None:
             self._arrays = [*self._moving.wait()]
-            self._moving = nonblocking.redistribute([], [])
+            self._moving = start_redistribution([], [])
         array, self._arrays[i] = self._arrays[i], None
         assert array is not None
         return array

@@ -30,7 +30,7 @@ from colossal_mpi.linalg.contraction.gemm import accumulate, empty_product, resu
 from colossal_mpi.linalg.contraction.operands import Operand, Panels
 from colossal_mpi.linalg.contraction.subscripts import Subscripts, extents_of, map_layout, parse
 from colossal_mpi.platform import backend, blas
-from colossal_mpi.redistribution.redistribute import stages
+from colossal_mpi.redistribution import stages
 
 
 def contract(

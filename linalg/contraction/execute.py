@@ -14,7 +14,7 @@ from colossal_mpi.linalg.contraction.operands import Operand, Piece, Space, brin
 from colossal_mpi.linalg.contraction.subscripts import Subscripts
 from colossal_mpi.platform import blas
 from colossal_mpi.platform.backend import Block
-from colossal_mpi.redistribution.redistribute import reduce, scatter, stages
+from colossal_mpi.redistribution import plan_reduce_scatter, reduce, stages
 
 
 @dataclass
@@ -87,7 +87,7 @@ def execute_scattered(
     for j, left, right in _brought(operands):
         box = panels.cut(sub.c, at, j, grid, grid.coords)
         if j not in plans:
-            plans[j] = scatter(shape, made, middle, scattered, grid, box)
+            plans[j] = plan_reduce_scatter(shape, made, middle, scattered, grid, box)
         space.reset()
         c = space.take(box_shape(box), result)
         _clear(work, operands, c)

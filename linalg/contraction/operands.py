@@ -18,9 +18,8 @@ from colossal_mpi.grid import Grid
 from colossal_mpi.layout import Axes, Box, Layout, bounds, box_shape, intersect, part, slices
 from colossal_mpi.platform import backend
 from colossal_mpi.platform.backend import Block
-from colossal_mpi.redistribution import boxes
-from colossal_mpi.redistribution.boxes import group_coords, readable
-from colossal_mpi.redistribution.redistribute import moved_axes
+from colossal_mpi.redistribution import execute as redistribution
+from colossal_mpi.redistribution import group_coords, moved_axes, readable
 
 Piece = tuple[Box, Block]
 """A part of an operand: its global indices and the block that holds it."""
@@ -83,7 +82,7 @@ class Operand:
         """Whether it moves in blocks that are better used piece by piece than laid side by side; alike on all ranks."""
         array = self.array
         stored = math.prod(box_shape(array.layout.box(array.shape, array.grid.axes, self.first)))
-        large = stored * backend.numpy_dtype(array.dtype).itemsize >= boxes.READ_FROM
+        large = stored * backend.numpy_dtype(array.dtype).itemsize >= redistribution.READ_FROM
         return large and array.layout != self.wanted
 
     @property

@@ -13,7 +13,7 @@ from functools import partial
 from colossal_mpi.errors import GridError, LayoutError, ShapeError
 from colossal_mpi.layout import Layout, bounds, box_shape, coords_of, part
 from colossal_mpi.linalg.contraction.subscripts import Subscripts, map_layout, parse
-from colossal_mpi.redistribution.redistribute import received, stages
+from colossal_mpi.redistribution import received, stages
 
 
 @dataclass(frozen=True)

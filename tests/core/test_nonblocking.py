@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from colossal_mpi import DistArray, Layout, comm, from_global, ledger
-from colossal_mpi.redistribution import nonblocking
+from colossal_mpi.distarray import start_redistribution
 from tests.cases import astray, host, integers, layouts, on, some, spread, totals
 
 GRIDS = pytest.mark.grids({"row": 2, "col": 2}, {"row": 3}, {"row": 3, "col": 2}, {"row": 1, "col": 5})
@@ -25,7 +25,7 @@ def test_every_redistribution_is_that_at_once_for_the_same_words(grid):
         with ledger.record() as once:
             array.redistribute(target)
         with ledger.record() as begun:
-            (moved,) = nonblocking.redistribute([array], [target]).wait()
+            (moved,) = start_redistribution([array], [target]).wait()
         assert moved.layout == target.on(grid.axes, 2)
         assert not astray({"": moved}, whole), (source, target)
         assert totals([begun.words], grid) == totals([once.words], grid), (source, target)
@@ -44,7 +44,7 @@ def test_several_go_together_in_any_mixture(grid, dtype):
     if "col" not in grid.axes:
         sources[4], targets[4] = cut, Layout(None, "row")
     arrays = [spread(w, grid, s.on(grid.axes, 2), i + 1) for i, (w, s) in enumerate(zip(wholes, sources, strict=True))]
-    first, second = (nonblocking.redistribute(arrays, targets) for _ in range(2))
+    first, second = (start_redistribution(arrays, targets) for _ in range(2))
     again, results = second.wait(), first.wait()
     for result, other, target, value in zip(results, again, targets, wholes, strict=True):
         assert result.layout == target.on(grid.axes, 2)
@@ -61,15 +61,15 @@ def test_terms_are_added_in_the_order_of_the_ranks(grid, target):
     for row in values:
         exact += row
     array = DistArray(on(grid, values[grid.rank]), (n,), Layout(None, partial=("row",)), grid)
-    alone = nonblocking.redistribute([array], [target])
-    beside = nonblocking.redistribute([spread(integers(n // 3), grid, array.layout), array], [target] * 2)
+    alone = start_redistribution([array], [target])
+    beside = start_redistribution([spread(integers(n // 3), grid, array.layout), array], [target] * 2)
     for moved in (alone.wait()[0], beside.wait()[1]):
         assert np.array_equal(host(moved), exact[slice(*moved.box[0])])
 
 
 @pytest.mark.grids({"row": 3}, {"row": 2})
 def test_done_brings_both_phases_to_their_end(grid):
-    moving = nonblocking.redistribute([spread(integers(50), grid, Layout(None, partial=("row",)))], [Layout(None)])
+    moving = start_redistribution([spread(integers(50), grid, Layout(None, partial=("row",)))], [Layout(None)])
     deadline = time.monotonic() + 30
     while not moving.done():
         assert time.monotonic() < deadline
@@ -84,7 +84,7 @@ def test_an_event_has_the_times_of_begin_wait_and_end(grid):
     array = from_global(integers((6, 4)), grid, Layout("row", None))
     with ledger.record() as moved:
         begun = time.perf_counter()
-        moving = nonblocking.redistribute([array], [Layout(None, None)])
+        moving = start_redistribution([array], [Layout(None, None)])
         with ledger.span("forward", layer="between"):
             np.linalg.norm(np.ones((200, 200)))
         waited = time.perf_counter()

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from colossal_mpi import DistArray, Layout, comm, from_global, ledger
+from colossal_mpi.comm import transport
 from colossal_mpi.layout import part
-from colossal_mpi.redistribution.redistribute import cotangent, received
+from colossal_mpi.redistribution import cotangent, received
 from tests.cases import astray, host, inner, integers, lacking, layouts, on, represents, some, spread, totals
 
 GRIDS = [{"row": 2, "col": 2}, {"row": 2, "col": 3}, {"row": 1, "col": 3}, {"a": 2, "b": 2, "c": 2}]
@@ -180,7 +181,7 @@ def own_terms_only(block, grid, axes, counts, op=None):
     "test", [test_every_move_keeps_the_global_array, test_every_move_has_its_adjoint], ids=["value", "adjoint"]
 )
 def test_these_tests_see_a_sum_that_forgets_other_ranks(grid, monkeypatch, test):
-    monkeypatch.setattr(comm, "reduce_scatter", own_terms_only)
+    monkeypatch.setattr(transport, "reduce_scatter", own_terms_only)
     with pytest.raises(AssertionError):
         test(grid, (7, 5))
 

@@ -11,7 +11,7 @@ import pytest
 from colossal_mpi import Grid, Layout, comm, from_global, ledger
 from colossal_mpi.comm import messages
 from colossal_mpi.platform import shared_memory
-from colossal_mpi.redistribution import boxes
+from colossal_mpi.redistribution import execute
 from tests.cases import integers
 
 MIB = 1 << 20
@@ -85,7 +85,8 @@ def test_another_process_reads_what_lies_there(arena, monkeypatch):
     array = arena.take(MIB).array((6, 7), "int64")
     array[...] = np.arange(42).reshape(6, 7)
     code = (
-        "import sys; from colossal_mpi import shared; process, file, size, key, start, *strides = sys.argv[1:];"
+        "import sys; from colossal_mpi.platform import shared_memory;"
+        "process, file, size, key, start, *strides = sys.argv[1:];"
         "m = shared_memory.mapped(shared_memory.Address(int(process), int(file), int(size), bytes.fromhex(key)));"
         "print(m if m is None else shared_memory.view(m, (2, 6), 'int64', [int(start), *map(int, strides)]).tolist())"
     )
@@ -131,7 +132,7 @@ def test_neighbours_read_each_others_blocks(grid, lies):
 def test_where_one_block_cannot_be_lent_all_get_none_and_moves_go_by_message(grid, monkeypatch):
     if grid.peers(tuple(grid.axes)) is None:
         return
-    monkeypatch.setattr(boxes, "READ_FROM", 0)
+    monkeypatch.setattr(execute, "READ_FROM", 0)
     if grid.rank == 1:
         monkeypatch.setattr(shared_memory.Arena, "take", lambda *_: None)
     whole = integers((7, 5))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from colossal_mpi import comm, from_global, ledger, random
+from colossal_mpi.comm.transport import Completed, Messages, pieces_of
 from colossal_mpi.layers import Context, Parallelism, TransformerBlock
 from colossal_mpi.layers.containers import FanOut, Sequential
 from colossal_mpi.layers.models import GPT
@@ -15,7 +16,6 @@ from colossal_mpi.layers.overlap.buckets import GradientBuckets
 from colossal_mpi.layers.overlap.prefetch import Prefetch
 from colossal_mpi.layers.pipeline.model import Pipeline, cut, place_of
 from colossal_mpi.layout import box_shape
-from colossal_mpi.redistribution import nonblocking
 from tests.cases import host, totals
 from tests.reference import gpt_case as case
 from tests.reference.gpt_feed import GPTFeed
@@ -111,24 +111,14 @@ def test_contributions_against_expectation_are_in(grid, zero):
 @pytest.mark.grids({"data": 2})
 @pytest.mark.parametrize("zero", [0, 1])
 def test_a_sum_left_out_is_seen(grid, zero, monkeypatch):
-    def own_alone(pieces, grid, axes, stream):
-        return pieces[grid.comm(axes).rank]
-        yield
+    def own_alone(group, block, *counts):
+        return Completed(pieces_of(block, *counts)[group.rank] if counts else block)
 
     p, name = Parallelism(grid, zero=zero), "blocks.0.mlp.up.weight"
     exact = host(at_once(p)[name])
-    if zero:
-        monkeypatch.setattr(nonblocking, "_sum", own_alone)
-    else:
-        monkeypatch.setattr(nonblocking, "_gather", lambda own, *_: (x for x in ()))
-        monkeypatch.setattr(nonblocking, "_allreduce", lambda blocks, *_: _unsummed(blocks))
+    monkeypatch.setattr(Messages, "reduce_scatter" if zero else "allreduce", own_alone)
     mine = host(on_the_way(p, 1 << 16)[0][name])
     assert np.abs(mine - exact).max() > 1e-3 * np.abs(exact).max()
-
-
-def _unsummed(blocks):
-    return blocks
-    yield
 
 
 def hidden(event, spans):

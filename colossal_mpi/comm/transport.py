@@ -1,0 +1,238 @@
+"""Two transports for collectives: MPI's blocking calls, and messages under way while the caller computes.
+
+`colossal_mpi.redistribution` writes each step of a plan once, as a generator that yields the transfers it has to wait
+for; the transport decides whether a transfer is over when it returns or goes on. Both call
+`colossal_mpi.comm.collectives` and `colossal_mpi.comm.messages`, and both add terms in the order of the ranks, so that
+a result has the same bits either way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from itertools import accumulate
+from typing import Generic, Protocol, TypeAlias, TypeVar
+
+from colossal_mpi.comm import messages
+from colossal_mpi.comm.collectives import (
+    SUM,
+    add_in_rank_order,
+    all_to_all,
+    allgather,
+    cast,
+    reduce_scatter,
+    require_reducible,
+    widened,
+)
+from colossal_mpi.grid import Grid
+from colossal_mpi.layout import part
+from colossal_mpi.platform import backend
+from colossal_mpi.platform.backend import Block
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Request(Protocol[T_co]):
+    """Something under way that has a result in the end."""
+
+    def done(self) -> bool:
+        """Say, without waiting, whether the result is there."""
+
+    def wait(self) -> T_co:
+        """Wait for the result and return it."""
+
+
+Steps: TypeAlias = Generator[Request[Block], Block, T]
+"""A computation that yields each request it needs the block of, and is sent that block."""
+
+
+class Completed(Generic[T]):
+    """A request whose result is there."""
+
+    def __init__(self, result: T) -> None:
+        self._result = result
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self) -> T:
+        return self._result
+
+
+class _Received:
+    """The block that is made of an exchange of messages once they have come."""
+
+    def __init__(self, exchange: messages.Pending, finish: Callable[[], Block]) -> None:
+        self._exchange, self._finish = exchange, finish
+
+    def done(self) -> bool:
+        return self._exchange.done()
+
+    def wait(self) -> Block:
+        self._exchange.wait()
+        return self._finish()
+
+
+class Started(Generic[T]):
+    """Steps under way: those that follow messages which have come are taken when `done` or `wait` is called."""
+
+    def __init__(self, steps: Steps[T]) -> None:
+        self._steps, self._result = steps, list[T]()
+        self._request: Request[Block] | None = None
+        self._advance(lambda: next(steps))
+
+    def _advance(self, step: Callable[[], Request[Block]]) -> None:
+        try:
+            self._request = step()
+        except StopIteration as end:
+            self._request = None
+            self._result = [end.value]
+
+    def _resume(self) -> None:
+        request, self._request = self._request, None
+        assert request is not None
+        block = request.wait()
+        del request  # what it holds is free while the next step goes on
+        self._advance(lambda: self._steps.send(block))
+
+    def done(self) -> bool:
+        """Say, without waiting, whether the result is there, and take the steps that can be taken."""
+        while self._request is not None and self._request.done():
+            self._resume()
+        return self._request is None
+
+    def wait(self) -> T:
+        """Take the remaining steps and return the result."""
+        while self._request is not None:
+            self._resume()
+        return self._result[0]
+
+
+class Transport(Protocol):
+    """A group of ranks and a way to move flat blocks between them; its requests give flat blocks."""
+
+    blocking: bool
+    """Whether its requests are completed when they are made."""
+    rank: int
+    size: int
+
+    def allgather(self, own: Block, counts: Sequence[int], starts: Sequence[int] | None = None) -> Request[Block]:
+        """Bring the blocks of all ranks to all, rank r's `counts[r]` elements, as `comm.allgather` does."""
+
+    def all_to_all(self, block: Block, counts: Sequence[int], recv_counts: Sequence[int], most: int) -> Request[Block]:
+        """Send piece r of `counts[r]` elements to rank r, as `comm.all_to_all` does."""
+
+    def reduce_scatter(self, block: Block, counts: Sequence[int], op: str = SUM) -> Request[Block]:
+        """Sum piece r of all ranks on rank r, as `comm.reduce_scatter` does."""
+
+    def allreduce(self, block: Block) -> Request[Block]:
+        """Sum the blocks of all ranks on all, as `comm.allreduce` does."""
+
+
+class Blocking:
+    """The group that some axes of a grid span, and MPI's blocking calls."""
+
+    blocking = True
+
+    def __init__(self, grid: Grid, axes: Sequence[str]) -> None:
+        self._grid, self._axes = grid, axes
+        group = grid.comm(axes)
+        self.rank, self.size = group.rank, group.size
+
+    def allgather(self, own: Block, counts: Sequence[int], starts: Sequence[int] | None = None) -> Request[Block]:
+        return Completed(allgather(own, self._grid, self._axes, counts, starts))
+
+    def all_to_all(self, block: Block, counts: Sequence[int], recv_counts: Sequence[int], most: int) -> Request[Block]:
+        return Completed(all_to_all(block, self._grid, self._axes, counts, recv_counts, most))
+
+    def reduce_scatter(self, block: Block, counts: Sequence[int], op: str = SUM) -> Request[Block]:
+        return Completed(reduce_scatter(block, self._grid, self._axes, counts, op))
+
+    def allreduce(self, block: Block) -> Request[Block]:
+        return Completed(allreduce(block, self._grid, self._axes))
+
+
+class Messages:
+    """The group that some axes of a grid span, and messages from rank to rank that the caller need not wait for.
+
+    Every rank of the group makes its transports in the same order: each takes the next two streams of messages.
+    """
+
+    blocking = False
+
+    def __init__(self, grid: Grid, axes: Sequence[str]) -> None:
+        self._grid, self._axes = grid, axes
+        group = grid.comm(axes)
+        self.rank, self.size = group.rank, group.size
+        self._stream = _FIRST + 2 * grid.number(axes) % _STREAMS
+
+    def _start(self, op: str, send: Sequence[Block], recv: Sequence[Block]) -> messages.Pending:
+        others = [r for r in range(self.size) if r != self.rank]
+        stream, self._stream = self._stream, self._stream + 1
+        to, source = [(r, send[r]) for r in others], [(r, recv[r]) for r in others]
+        return messages.start(self._grid, self._axes, to, source, stream, op)
+
+    def allgather(self, own: Block, counts: Sequence[int], starts: Sequence[int] | None = None) -> Request[Block]:
+        whole = backend.empty_like(own, (sum(counts),))
+        places = pieces_of(whole, counts, starts)
+        places[self.rank][...] = own
+        return _Received(self._start("allgather", [own] * self.size, places), lambda: whole)
+
+    def all_to_all(self, block: Block, counts: Sequence[int], recv_counts: Sequence[int], most: int) -> Request[Block]:
+        sent, whole = pieces_of(block, counts), backend.empty_like(block, (sum(recv_counts),))
+        places = pieces_of(whole, recv_counts)
+        places[self.rank][...] = sent[self.rank]
+        return _Received(self._start("all_to_all", sent, places), lambda: whole)
+
+    def reduce_scatter(self, block: Block, counts: Sequence[int], op: str = SUM) -> Request[Block]:
+        require_reducible(op, block)
+        dtype, pieces = block.dtype, pieces_of(widened(block), counts)
+        own = pieces[self.rank]
+        terms = [own if r == self.rank else backend.empty_like(own, own.shape) for r in range(self.size)]
+
+        def finish() -> Block:
+            return cast(add_in_rank_order(terms, backend.empty_like(own, own.shape), op), dtype)
+
+        return _Received(self._start("reduce_scatter", pieces, terms), finish)
+
+    def allreduce(self, block: Block) -> Request[Block]:
+        return Started(_allreduce(block, self))
+
+
+_FIRST, _STREAMS = 16, 1 << 13
+"""The first stream of messages of these transports, and how many there are: more are never under way in one group."""
+
+
+def allreduce(block: Block, grid: Grid, axes: Sequence[str], op: str = SUM) -> Block:
+    """Return the sum (or maximum) over the group, on every rank, bitwise equal on all of them.
+
+    A reduce_scatter and an allgather, so that each element is summed once, by one rank. Two ranks swap their blocks
+    instead: the same words in one message, and the same bits, since both add the blocks in the order of the ranks.
+
+    **Communication:** ``(p - 1) x own + n - own`` words received, own being a 1/p part. **Adjoint:** itself.
+    """
+    if grid.extent(axes) == 1:
+        return block
+    require_reducible(op, block)
+    xp = backend.namespace(block)
+    flat = Started(_allreduce(xp.reshape(block, (-1,)), Blocking(grid, axes), op)).wait()
+    return xp.reshape(flat, block.shape)
+
+
+def _allreduce(flat: Block, group: Transport, op: str = SUM) -> Steps[Block]:
+    n, p, dtype = flat.shape[0], group.size, flat.dtype
+    if p == 2:
+        # X[n] {U_axes} -> X[2, n] on both ranks, which add it
+        both = widened((yield group.allgather(flat, [n, n])))
+        return cast(add_in_rank_order(pieces_of(both, [n, n]), backend.empty_like(both, (n,)), op), dtype)
+    counts = [stop - start for start, stop in (part(n, p, rank) for rank in range(p))]
+    # X[n] {U_axes} -> X[n_axes] -> X[n]: reduce_scatter, then allgather
+    own = yield group.reduce_scatter(flat, counts, op)
+    del flat
+    return (yield group.allgather(own, counts))
+
+
+def pieces_of(flat: Block, counts: Sequence[int], starts: Sequence[int] | None = None) -> list[Block]:
+    """Return the pieces of a flat block as views, one after the other unless `starts` says where they are."""
+    places = [0, *accumulate(counts)] if starts is None else starts
+    return [flat[start : start + count] for start, count in zip(places, counts, strict=False)]
