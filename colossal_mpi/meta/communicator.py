@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from colossal_mpi.meta.array import MetaArray
+from colossal_mpi.meta.array import MetaArray, work
 from colossal_mpi.platform import backend
 
 NAME = "meta"
@@ -83,6 +83,14 @@ class _Device:
 
     def pinned(self, nbytes: int) -> Any:
         raise NotImplementedError("a meta grid has no host memory")
+
+    def gemm(self, a: Any, b: Any, c: Any, alpha: complex, beta: complex, conj: tuple[bool, bool]) -> bool:
+        work(2 * c.size * a.shape[1], a, b, c)
+        return True
+
+    def matmul(self, a: Any, b: Any) -> Any:
+        work(2 * a.size * b.shape[-1], a, b)
+        return MetaArray.namespace.matmul(a, b)
 
 
 backend.register(NAME, _Device())

@@ -51,6 +51,15 @@ class Device(Protocol):
     def pinned(self, nbytes: int) -> Any:
         """Return page-locked host memory, from which copies need no staging of their own, as a writable buffer."""
 
+    def gemm(self, a: Block, b: Block, c: Block, alpha: complex, beta: complex, conj: tuple[bool, bool]) -> bool:
+        """Do ``c = alpha op(a) op(b) + beta c`` in place and return True; False if the device has no such gemm.
+
+        The matrices are of one dtype; op is the complex conjugate where `conj` says so.
+        """
+
+    def matmul(self, a: Block, b: Block) -> Block:
+        """Return the products of two stacks of matrices in a new block."""
+
 
 class _CuPy:
     """GPUs by CuPy, each rank on the current stream of its own."""
@@ -94,6 +103,18 @@ class _CuPy:
 
         # Not alloc_pinned_memory: CuPy's own pool behind it keeps what it is given back without a bound.
         return cupy.cuda.PinnedMemoryPointer(cupy.cuda.PinnedMemory(nbytes), 0)
+
+    def gemm(self, a: Block, b: Block, c: Block, alpha: complex, beta: complex, conj: tuple[bool, bool]) -> bool:
+        if c.dtype.name not in ("float32", "float64", "complex64", "complex128"):
+            return False
+        from cupy import cublas
+
+        (a, op_a), (b, op_b) = ((x.T, "H") if flip else (x, "N") for x, flip in zip((a, b), conj, strict=True))
+        cublas.gemm(op_a, op_b, a, b, out=c, alpha=alpha, beta=beta)
+        return True
+
+    def matmul(self, a: Block, b: Block) -> Block:
+        return namespace(a, b).matmul(a, b)
 
 
 _devices: dict[str, Device] = {"cuda": _CuPy()}

@@ -1,8 +1,8 @@
 """The local matrix product, added into an array that is there: ``c = alpha op(a) op(b) + beta c``.
 
 NumPy's ``matmul`` cannot add, and an addition of its own costs a temporary and three passes through memory. So the
-``gemm`` of the very BLAS that NumPy has loaded is called, and cuBLAS's for CuPy blocks. Any other block, and any stride
-or dtype that BLAS does not take, goes through ``matmul`` of the array's own library.
+``gemm`` of the very BLAS that NumPy has loaded is called, and the gemm of its device for any other block: cuBLAS's for
+CuPy. What a gemm does not take, by its strides or its dtype, goes through ``matmul`` of the array's own library.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 from array_api_compat import is_cupy_array
 
-from colossal_mpi import meta
-from colossal_mpi.meta.array import MetaArray
 from colossal_mpi.platform import backend
 from colossal_mpi.platform.backend import Block
 
@@ -45,11 +43,8 @@ def gemm(
     fits = a.shape[1] and a.dtype == b.dtype == c.dtype
     if fits and type(c) is np.ndarray and _cblas(a, b, c, alpha, beta, conj):
         return
-    if fits and isinstance(c, MetaArray):
-        meta.work(2 * c.size * a.shape[1], a, b, c)
-        return
-    if fits and is_cupy_array(c) and c.dtype.name in _LETTERS:
-        _cublas(a, b, c, alpha, beta, conj)
+    device = backend.device_of(c)
+    if fits and device is not None and device.gemm(a, b, c, alpha, beta, conj):
         return
     blend(c, product(a, b, c.dtype, conj), alpha, beta)
 
@@ -65,9 +60,8 @@ def product(a: Block, b: Block, dtype: Any, conj: tuple[bool, bool] = (False, Fa
         a, b = xp.astype(a, dtype), xp.astype(b, dtype)
     if backend.numpy_dtype(dtype).kind == "c":
         a, b = (xp.conj(x) if flip else x for x, flip in zip((a, b), conj, strict=True))
-    if isinstance(a, MetaArray):
-        meta.work(2 * a.size * b.shape[-1], a, b)
-    return xp.matmul(a, b)
+    device = backend.device_of(a)
+    return xp.matmul(a, b) if device is None else device.matmul(a, b)
 
 
 def scale(c: Block, beta: complex) -> None:
@@ -199,10 +193,3 @@ def _libraries() -> tuple[tuple[ctypes.CDLL, str], ...]:
     found = [info for info in threadpool_info() if info["user_api"] == "blas"]
     found.sort(key=lambda info: "numpy" not in info["filepath"])
     return tuple((ctypes.CDLL(info["filepath"]), info["internal_api"]) for info in found)
-
-
-def _cublas(a: Block, b: Block, c: Block, alpha: complex, beta: complex, conj: tuple[bool, bool]) -> None:
-    from cupy import cublas
-
-    (a, op_a), (b, op_b) = ((x.T, "H") if flip else (x, "N") for x, flip in zip((a, b), conj, strict=True))
-    cublas.gemm(op_a, op_b, a, b, out=c, alpha=alpha, beta=beta)
