@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 import operator
+import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 from mpi4py import MPI
@@ -134,10 +135,6 @@ class Grid:
         self.coords = MappingProxyType(self.coords_of(self.rank))
         self._subs: dict[tuple[str, ...], MPI.Intracomm] = {tuple(axes): self._cart}
         self._slices: dict[tuple[tuple[str, int], ...], Grid] = {}
-        self.plans: dict[Any, Any] = {}
-        """Plans of redistributions and products on this grid, and maps that were chosen, by all that they depend on."""
-        self.spaces: OrderedDict[Any, Any] = OrderedDict()
-        """Memory that streamed products use again, the last used last."""
         self.xp = backend.device_namespace(self.device)
         """The array namespace in which blocks of this grid are made."""
         self._peers: dict[tuple[str, ...], list[shared_memory.Memory] | None] = {}
@@ -254,6 +251,7 @@ class Grid:
 
     def _release(self) -> None:
         """Free what was made of this grid's own communicator."""
+        GridCache.forget(self)
         for sub in self._slices.values():
             sub._release()
         for axes, group in self._subs.items():
@@ -272,6 +270,57 @@ class Grid:
 
     def __repr__(self) -> str:
         return f"Grid({_text(self.axes)})" if self.axes else "Grid()"
+
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+
+class GridCache(Generic[K, V]):
+    """Values that a module keeps for each grid: the plans of its redistributions, for example.
+
+    A grid's values go when the grid is freed or nothing refers to it any more.
+
+    Parameters
+    ----------
+    limit : int
+        The most values that are kept for one grid; the one used longest ago goes first.
+
+    Examples
+    --------
+    >>> _PLANS = GridCache[tuple[Shape, Layout, Layout], Plan](limit=4096)
+    >>> plan = _PLANS.get(grid, (shape, source, target), lambda: make_plan(shape, source, target, grid))
+    """
+
+    _all: ClassVar[weakref.WeakSet[GridCache[Any, Any]]] = weakref.WeakSet()
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._of: weakref.WeakKeyDictionary[Grid, OrderedDict[K, V]] = weakref.WeakKeyDictionary()
+        GridCache._all.add(self)
+
+    def get(self, grid: Grid, key: K, make: Callable[[], V]) -> V:
+        """Return the value of a key, which `make` makes if it is not there."""
+        values = self.of(grid)
+        if key not in values:
+            values[key] = make()
+            if len(values) > self._limit:
+                values.popitem(last=False)
+        values.move_to_end(key)
+        return values[key]
+
+    def of(self, grid: Grid) -> OrderedDict[K, V]:
+        """Return the values that are kept for a grid, the one used last at the end."""
+        values = self._of.get(grid)
+        if values is None:
+            values = self._of[grid] = OrderedDict()
+        return values
+
+    @classmethod
+    def forget(cls, grid: Grid) -> None:
+        """Drop what all caches keep for a grid."""
+        for cache in cls._all:
+            cache._of.pop(grid, None)
 
 
 def _text(axes: Any) -> str:

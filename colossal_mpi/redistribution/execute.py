@@ -17,7 +17,7 @@ import numpy as np
 from colossal_mpi import comm
 from colossal_mpi.comm import messages
 from colossal_mpi.comm.transport import Blocking, Messages, Request, Started, Steps, Transport, pieces_of
-from colossal_mpi.grid import Grid
+from colossal_mpi.grid import Grid, GridCache
 from colossal_mpi.layout import Axes, Layout
 from colossal_mpi.platform import backend
 from colossal_mpi.platform.backend import Block
@@ -25,6 +25,7 @@ from colossal_mpi.redistribution.plan import Exchange, Index, Plan, Reduction, S
 
 READ_FROM = 1 << 18
 """Bytes of the largest block of a group on one node from which on its ranks read each other's memory."""
+_PLANS = GridCache[tuple[Shape, Layout, Layout], Plan](limit=4096)
 
 
 def redistribute(block: Block, shape: Shape, source: Layout, target: Layout, grid: Grid) -> Block:
@@ -87,10 +88,7 @@ def start(blocks: Sequence[Block], plans: Sequence[Plan], grid: Grid) -> Request
 def plan_of(shape: Shape, source: Layout, target: Layout, grid: Grid) -> Plan:
     """Return the steps from one checked layout to another, which are kept for the grid."""
     key = (shape, source, target)
-    plan: Plan | None = grid.plans.get(key)
-    if plan is None:
-        plan = grid.plans[key] = plan_redistribution(shape, source, target, grid)
-    return plan
+    return _PLANS.get(grid, key, lambda: plan_redistribution(shape, source, target, grid))
 
 
 def reduce(block: Block, reduction: Reduction, grid: Grid) -> Block:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from colossal_mpi.distarray import DistArray
+from colossal_mpi.grid import GridCache
 from colossal_mpi.layout import Box, Layout, box_shape, intersect, slices
 from colossal_mpi.linalg.contraction.gemm import Conj, accumulate, empty_product
 from colossal_mpi.linalg.contraction.operands import Operand, Piece, Space, bring, kept
 from colossal_mpi.linalg.contraction.subscripts import Subscripts
 from colossal_mpi.platform import blas
 from colossal_mpi.platform.backend import Block
-from colossal_mpi.redistribution import plan_reduce_scatter, reduce, stages
+from colossal_mpi.redistribution import Reduction, plan_reduce_scatter, reduce, stages
+
+_PLANS = GridCache[Hashable, dict[int, Reduction]](limit=1024)
+"""For each kind of product in panels of the result: the reduce_scatter of each panel."""
 
 
 @dataclass
@@ -82,7 +86,7 @@ def execute_scattered(
     first = operands[0].array.local
     result = empty_product(sub, first, dict(zip(sub.c, box_shape(own), strict=True)), grid)
     key = ("panels", sub.c, shape, made, middle, panels)
-    plans = grid.plans.setdefault(key, {})
+    plans = _PLANS.get(grid, key, dict)
     space = kept(grid, (*key, type(first), str(first.dtype))).setdefault(0, Space())
     for j, left, right in _brought(operands):
         box = panels.cut(sub.c, at, j, grid, grid.coords)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from colossal_mpi.comm import messages
 from colossal_mpi.distarray import DistArray
-from colossal_mpi.grid import Grid
+from colossal_mpi.grid import Grid, GridCache
 from colossal_mpi.layout import Axes, Box, Layout, bounds, box_shape, intersect, part, slices
 from colossal_mpi.platform import backend
 from colossal_mpi.platform.backend import Block
@@ -187,7 +187,7 @@ class Received(InPlace):
         super().__init__(operand)
         grid, array = operand.array.grid, operand.array
         key = ("pieces", operand.side, operand.letters, array.shape, array.layout, operand.wanted, operand.panels)
-        self._plans = grid.plans.setdefault(key, {})
+        self._plans = _PLANS.get(grid, key, dict)
         self._spaces = kept(grid, (*key, type(array.local), str(array.dtype))) if keep else {}
         self._pending: dict[int, tuple[messages.Pending, list[Piece]]] = {}
         self._whole: list[Piece] | None = None
@@ -233,9 +233,7 @@ class Received(InPlace):
             others = [rank for rank in range(len(o.group)) if rank != o.me]
             send = [(rank, intersect(o.have[o.me], o.wants(rank, j))) for rank in others]
             recv = [(rank, intersect(o.have[rank], o.wants(o.me, j))) for rank in others]
-            self._plans[self._panel(j)] = tuple(
-                [(rank, box) for rank, box in side if 0 not in box_shape(box)] for side in (send, recv)
-            )
+            self._plans[self._panel(j)] = _filled(send), _filled(recv)
         return self._plans[self._panel(j)]
 
     def _space(self, j: int) -> Space:
@@ -245,20 +243,20 @@ class Received(InPlace):
         return space
 
 
+def _filled(boxes: Sequence[tuple[int, Box]]) -> list[tuple[int, Box]]:
+    return [(rank, box) for rank, box in boxes if 0 not in box_shape(box)]
+
+
 KEPT = 1 << 28
-"""Bytes of memory for pieces that a grid keeps; what was used longest ago goes first."""
-KINDS = 64
-"""Kinds of products that it is kept for."""
+"""Bytes of memory for pieces that are kept for a grid; what was used longest ago goes first."""
 
 
 def kept(grid: Grid, key: Hashable) -> dict[int, Space]:
     """Return the memory that products of one kind have used on a grid, to be used again."""
-    spaces = grid.spaces
-    mine: dict[int, Space] = spaces.setdefault(key, {})
-    spaces.move_to_end(key)
-    while len(spaces) > KINDS or (len(spaces) > 1 and sum(map(_bytes, spaces.values())) > KEPT):
+    used, spaces = SPACES.get(grid, key, dict), SPACES.of(grid)
+    while len(spaces) > 1 and sum(map(_bytes, spaces.values())) > KEPT:
         spaces.popitem(last=False)
-    return mine
+    return used
 
 
 def _bytes(kind: Mapping[int, Space]) -> int:
@@ -297,3 +295,9 @@ class Space:
         packed = self.take(piece.shape, piece)
         packed[...] = piece
         return packed
+
+
+_PLANS = GridCache[Hashable, dict[int, tuple[list[tuple[int, Box]], list[tuple[int, Box]]]]](limit=1024)
+"""For each kind of operand and each of its panels: the boxes that go to other ranks, and those that come from them."""
+SPACES = GridCache[Hashable, dict[int, Space]](limit=64)
+"""For each kind of streamed product: the memory of its pieces."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 from colossal_mpi import comm, ledger
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import ShapeError
-from colossal_mpi.grid import Grid
+from colossal_mpi.grid import Grid, GridCache
 from colossal_mpi.layout import Layout
 from colossal_mpi.linalg.contraction.contract import contract
 from colossal_mpi.linalg.contraction.subscripts import Subscripts, extents_of, map_layout, parse
@@ -186,12 +186,12 @@ def _ways(
 
 
 def fastest(subscripts: str, a: DistArray, b: DistArray, out: Layout | None = None) -> Option:
-    """Return the first of `options`; the choice is kept on the grid."""
+    """Return the first of `options`; the choice is kept for the grid."""
     key = (subscripts, a.shape, b.shape, a.layout, b.layout, out)
-    plans = a.grid.plans
-    if key not in plans:
-        plans[key] = options(subscripts, a, b, out)[0]
-    return plans[key]
+    return _CHOICES.get(a.grid, key, lambda: options(subscripts, a, b, out)[0])
+
+
+_CHOICES = GridCache[Hashable, Option](limit=1024)
 
 
 def _cut_parts(option: Option, sub: Subscripts, grid: Grid) -> int:

@@ -1,8 +1,11 @@
+import gc
+
 import numpy as np
 import pytest
 from mpi4py import MPI
 
 from colossal_mpi import DistArray, Grid, GridError, Layout, comm, from_global
+from colossal_mpi.grid import GridCache
 from tests.cases import integers, refusal, represents
 
 TWO = {"row": 2, "col": 2}
@@ -130,3 +133,22 @@ def test_a_sub_grid_is_freed_without_its_parent(grid):
         assert comm.collect(part.rank, part) == [0, 1]
     assert comm.collect(grid.rank, grid) == [0, 1, 2, 3]
     assert comm.collect(grid.rank, grid.at(pipe=grid.coords["pipe"])) == [2 * grid.coords["pipe"] + r for r in (0, 1)]
+
+
+def test_a_cache_keeps_the_values_used_last_until_the_grid_is_freed():
+    cache = GridCache[int, int](limit=2)
+    grid, other = Grid(), Grid()
+    made = []
+
+    def value(on, key):
+        return cache.get(on, key, lambda: made.append(key) or 10 * key)
+
+    assert [value(grid, key) for key in (1, 2, 1, 3, 1, 2)] == [10, 20, 10, 30, 10, 20]
+    assert made == [1, 2, 3, 2]  # 3 took the place of 2, which was used longest ago
+    assert value(other, 1) == 10
+    grid.free()
+    assert not cache.of(grid)
+    assert list(cache.of(other)) == [1]
+    del other
+    gc.collect()
+    assert list(cache._of) == [grid]
