@@ -1,7 +1,7 @@
-"""Communication between the ranks of a grid: collectives, messages in flight, and reading on one node.
+"""Communication between the ranks of a grid: collectives, messages under way, and reading of blocks on one node.
 
-``redistribution``, ``linalg`` and ``layers`` call this package; it alone gives buffers to MPI. Every transfer goes
-through ``staging``, which says how a block reaches MPI, and is entered into the ledger.
+``redistribution``, ``linalg`` and ``layers`` call this package, which alone gives buffers to MPI and adds the terms of
+reductions. It calls ``grid`` for the communicators and enters every transfer into the ``ledger``.
 """
 
 from colossal_mpi.comm.collectives import (
@@ -12,21 +12,29 @@ from colossal_mpi.comm.collectives import (
     all_to_all,
     allgather,
     bcast,
-    cast,
     collect,
     collect_later,
-    mpi_type,
     reduce_scatter,
     share,
-    widened,
 )
-from colossal_mpi.comm.transport import Blocking, Messages, Request, Started, Steps, Transport, allreduce
+from colossal_mpi.comm.messages import Pending, progress, reading, start_exchange
+from colossal_mpi.comm.transport import (
+    BlockingTransport,
+    MessageTransport,
+    Request,
+    Started,
+    Steps,
+    Transport,
+    allreduce,
+    pieces_of,
+)
 
 __all__ = [
     "MAX",
     "SUM",
-    "Blocking",
-    "Messages",
+    "BlockingTransport",
+    "MessageTransport",
+    "Pending",
     "Request",
     "Started",
     "Steps",
@@ -37,11 +45,12 @@ __all__ = [
     "allgather",
     "allreduce",
     "bcast",
-    "cast",
     "collect",
     "collect_later",
-    "mpi_type",
+    "pieces_of",
+    "progress",
+    "reading",
     "reduce_scatter",
     "share",
-    "widened",
+    "start_exchange",
 ]

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from mpi4py import MPI
+from numpy.typing import DTypeLike
 
 from colossal_mpi import ledger
 from colossal_mpi.comm.staging import arrived, landing, outgoing
@@ -29,13 +30,13 @@ from colossal_mpi.grid import Grid
 from colossal_mpi.platform import backend
 from colossal_mpi.platform.backend import Block
 
+T = TypeVar("T")
 SUM, MAX = "sum", "max"
 """The reductions: the sum of the terms, and the greatest of them."""
-T = TypeVar("T")
 
 
-def mpi_type(dtype: Any) -> MPI.Datatype:
-    """Return the MPI type of the elements of a buffer."""
+def mpi_type(dtype: DTypeLike) -> MPI.Datatype:
+    """Return the MPI type of the elements of a buffer of this dtype."""
     known = np.dtype(dtype)
     if not known.isnative:
         raise DTypeError(f"MPI cannot carry dtype {dtype}, of foreign byte order: from_global makes it native")
@@ -49,34 +50,35 @@ def _starts(counts: Sequence[int]) -> list[int]:
     return [0, *accumulate(counts[:-1])] if counts else []
 
 
-# Pieces from this many bytes on go from rank to rank by Sendrecv, which MPI copies once: on one node, MPICH's allgather
-# takes twice as long. The words are the same.
+# Pieces of at least this many bytes go from rank to rank by Sendrecv, which MPI copies once: on one node, MPICH's
+# allgather takes twice as long. The words are the same.
 _LARGE = 1 << 15
 # A large reduction receives pieces of at most this many bytes from each rank, adds them, and goes on with the next.
 _CHUNK = 1 << 20
-# Elements of one message: MPI counts them, and where they lie in a buffer, in a C int, and Open MPI has nothing larger.
+# The most elements of one message: MPI counts them, and where they lie in a buffer, in a C int.
 _LIMIT = (1 << 31) - 1
 _TAG = 7
 
 
-def _pairwise(counts: Sequence[int], buffer: Any) -> bool:
-    """Say whether pieces of these counts, which all ranks of a group know, go rank by rank."""
-    return max(counts) * buffer.dtype.itemsize >= _LARGE or sum(counts) > _LIMIT
+def _pairwise(counts: Sequence[int], buffer: Block) -> bool:
+    """Say whether pieces of these counts go from rank to rank; all ranks of a group know them and say the same."""
+    return bool(max(counts) * buffer.dtype.itemsize >= _LARGE or sum(counts) > _LIMIT)
 
 
-def messages(piece: Any) -> list[Any]:
-    """Return a flat piece as the messages that carry it; an empty one needs none."""
-    return [piece[start : start + _LIMIT] for start in range(0, piece.size, _LIMIT)]
+def split_messages(buffer: Block) -> list[Block]:
+    """Return a flat buffer as the messages that carry it; an empty one needs none."""
+    return [buffer[start : start + _LIMIT] for start in range(0, buffer.size, _LIMIT)]
 
 
-def _swap(comm: MPI.Intracomm, send: Any, to: int, recv: Any, source: int) -> None:
+def _swap(comm: MPI.Intracomm, send: Block, to: int, recv: Block, source: int) -> None:
     """Send a flat piece to one rank while receiving one from another.
 
-    Both ends of a message know its count and number it alike, and every rank takes its messages in the order of these
-    numbers: the one with the lowest number can always go, so that none waits for ever.
+    Sender and receiver know the count of the piece, so they give its messages the same numbers. Every rank sends and
+    receives in the order of these numbers: the message with the lowest number can always go, and no rank waits for
+    ever.
     """
     kind = mpi_type(send.dtype)
-    for out, into in zip_longest(messages(send), messages(recv)):
+    for out, into in zip_longest(split_messages(send), split_messages(recv)):
         comm.Sendrecv(
             None if out is None else [out, kind],
             MPI.PROC_NULL if out is None else to,
@@ -88,17 +90,17 @@ def _swap(comm: MPI.Intracomm, send: Any, to: int, recv: Any, source: int) -> No
 
 
 def _shifts(comm: MPI.Intracomm) -> Iterator[tuple[int, int]]:
-    """Yield, for each of p - 1 steps, the rank to send to and the one to receive from."""
+    """Yield the rank to send to and the rank to receive from in each of p - 1 steps."""
     for step in range(1, comm.size):
         yield (comm.rank + step) % comm.size, (comm.rank - step) % comm.size
 
 
-def _pieces(buffer: Any, starts: Sequence[int], counts: Sequence[int]) -> Callable[[int], Any]:
+def _pieces(buffer: Block, starts: Sequence[int], counts: Sequence[int]) -> Callable[[int], Block]:
     return lambda rank: buffer[starts[rank] : starts[rank] + counts[rank]]
 
 
-def _exchange_pairwise(comm: MPI.Intracomm, piece: Callable[[int], Any], place: Callable[[int], Any]) -> None:
-    """Send each rank its piece and put what comes from it in its place; this rank's own is copied."""
+def _exchange_pairwise(comm: MPI.Intracomm, piece: Callable[[int], Block], place: Callable[[int], Block]) -> None:
+    """Send ``piece(r)`` to each rank r and receive ``place(r)`` from it; this rank copies its own piece."""
     for to, source in _shifts(comm):
         _swap(comm, piece(to), to, place(source), source)
     place(comm.rank)[...] = piece(comm.rank)  # a kernel on a GPU: after the messages, which need an idle stream
@@ -133,7 +135,9 @@ def add_in_rank_order(terms: Sequence[Block], out: Block, op: str = SUM) -> Bloc
     return out
 
 
-def _reduce_pairwise(comm: MPI.Intracomm, send: Any, counts: Sequence[int], op: str, total: Any, terms: Any) -> None:
+def _reduce_pairwise(
+    comm: MPI.Intracomm, send: Block, counts: Sequence[int], op: str, total: Block, terms: Block
+) -> None:
     """Reduce large pieces into `total`: `terms` takes at most `_CHUNK` bytes of each rank's term at a time."""
     piece, me = _pieces(send, _starts(counts), counts), comm.rank
     width = _chunk(send)
@@ -147,8 +151,9 @@ def _reduce_pairwise(comm: MPI.Intracomm, send: Any, counts: Sequence[int], op: 
         backend.synchronize(total)  # the next messages must not land before these terms are added
 
 
-def _chunk(buffer: Any) -> int:
-    return max(1, _CHUNK // buffer.dtype.itemsize)
+def _chunk(buffer: Block) -> int:
+    """Return how many elements of each rank's term a large reduction adds at a time."""
+    return max(1, int(_CHUNK // buffer.dtype.itemsize))
 
 
 def _require(count: int, block: Block, what: str) -> None:
@@ -166,9 +171,36 @@ def require_reducible(op: str, block: Block) -> None:
 def allgather(
     block: Block, grid: Grid, axes: Sequence[str], counts: Sequence[int], starts: Sequence[int] | None = None
 ) -> Block:
-    """Return the flat blocks of all ranks of the group, rank r's `counts[r]` elements at `starts[r]`.
+    """Return the flat blocks of all ranks of a group as one flat block.
 
-    **Communication:** allgather, ``sum(counts) - own`` words received. **Adjoint:** `reduce_scatter`.
+    Parameters
+    ----------
+    block : array
+        This rank's flat block, of ``counts[rank]`` elements.
+    grid : Grid
+        The grid.
+    axes : sequence of str
+        The axes that span the group.
+    counts : sequence of int
+        The elements of each rank's block.
+    starts : sequence of int, optional
+        Where each rank's block starts in the result; one after the other by default.
+
+    Returns
+    -------
+    array
+        The blocks of all ranks, ``[sum(counts)]``, beside `block`.
+
+    Raises
+    ------
+    ShapeError
+        If the block has another number of elements than the plan gives it.
+    DTypeError
+        If MPI has no type for the elements.
+
+    Notes
+    -----
+    **Communication:** allgather over `axes`, ``sum(counts) - own`` words received. **Adjoint:** `reduce_scatter`.
     """
     comm, begun = grid.comm(axes), ledger.clock.now()
     _require(counts[comm.rank], block, "allgather")
@@ -185,9 +217,37 @@ def allgather(
 
 
 def reduce_scatter(block: Block, grid: Grid, axes: Sequence[str], counts: Sequence[int], op: str = SUM) -> Block:
-    """Return this rank's piece of the sum over the group; piece r has `counts[r]` elements, in order.
+    """Return this rank's piece of the sum (or maximum) of the blocks of a group.
 
-    **Communication:** reduce_scatter, ``(p - 1) x own`` words received. **Adjoint:** `allgather`.
+    Parameters
+    ----------
+    block : array
+        This rank's term, flat: the pieces of rank 0, 1, ... one after the other, ``[sum(counts)]``.
+    grid : Grid
+        The grid.
+    axes : sequence of str
+        The axes that span the group.
+    counts : sequence of int
+        The elements of each rank's piece.
+    op : {"sum", "max"}
+        The reduction.
+
+    Returns
+    -------
+    array
+        This rank's piece, ``[counts[rank]]``, of the dtype of `block`; its terms are added in the order of the ranks.
+
+    Raises
+    ------
+    ShapeError
+        If the block has another number of elements than the plan gives it.
+    DTypeError
+        If the elements have no such reduction, or MPI has no type for them.
+
+    Notes
+    -----
+    **Communication:** reduce_scatter over `axes`, ``(p - 1) own`` words received, as an all_to_all of the pieces.
+    **Adjoint:** `allgather`.
     """
     comm, begun = grid.comm(axes), ledger.clock.now()
     _require(sum(counts), block, "reduce_scatter")
@@ -201,6 +261,7 @@ def reduce_scatter(block: Block, grid: Grid, axes: Sequence[str], counts: Sequen
     else:
         terms, recv_counts = landing(wide, comm.size * own, grid), [own] * comm.size
         places = _starts(recv_counts)
+        # X[N] {U_axes} -> X[U_axes, N_axes]: all_to_all; then the sum over U in the order of the ranks
         comm.Alltoallv([send, (list(counts), _starts(counts)), kind], [terms, (recv_counts, places), kind])
         add_in_rank_order([terms[at : at + own] for at in places], total, op)
     ledger.post("reduce_scatter", grid.ordered(axes), (comm.size - 1) * own, send.dtype.itemsize, begun)
@@ -209,17 +270,13 @@ def reduce_scatter(block: Block, grid: Grid, axes: Sequence[str], counts: Sequen
 
 
 def widened(block: Block) -> Block:
-    """Return `block` in a dtype in which MPI adds as it should.
-
-    16-bit floats would lose digits, and Open MPI's vectorised sums of 8- and 16-bit integers stop at the greatest one
-    instead of wrapping round.
-    """
+    """Return a block in the dtype in which its elements are summed: 16-bit floats and small integers in 32 bits."""
     wide = backend.wide_dtype(block)
     return block if wide is None else cast(block, wide)
 
 
-def cast(block: Block, dtype: Any) -> Block:
-    """Return `block` in another dtype."""
+def cast(block: Block, dtype: object) -> Block:
+    """Return a block in another dtype."""
     return backend.namespace(block).astype(block, dtype)
 
 
@@ -231,12 +288,41 @@ def all_to_all(
     recv_counts: Sequence[int],
     most: int | None = None,
 ) -> Block:
-    """Return what each rank of the group sent to this one, in order, flat; piece r of `block` goes to rank r.
+    """Send a piece of this rank's block to each rank of a group and return what they sent to this one.
 
-    `most` bounds what any rank sends or receives in all, alike on every rank: each knows its own counts alone, and all
-    must go the same way. Without it the pieces go rank by rank, which is right for any counts and slow for small ones.
+    Parameters
+    ----------
+    block : array
+        This rank's flat block: the pieces for rank 0, 1, ... one after the other, ``[sum(counts)]``.
+    grid : Grid
+        The grid.
+    axes : sequence of str
+        The axes that span the group.
+    counts : sequence of int
+        The elements that this rank sends to each rank.
+    recv_counts : sequence of int
+        The elements that this rank receives from each rank.
+    most : int, optional
+        A bound on the elements that any rank sends or receives in all, the same on every rank: each knows only its own
+        counts, and all must take the same way. Without it the pieces go from rank to rank, which is right for any
+        counts and slow for small ones.
 
-    **Communication:** all_to_all, ``sum(recv_counts) - own`` words received. **Adjoint:** itself, counts swapped.
+    Returns
+    -------
+    array
+        The pieces from rank 0, 1, ... one after the other, ``[sum(recv_counts)]``.
+
+    Raises
+    ------
+    ShapeError
+        If the block has another number of elements than `counts`.
+    DTypeError
+        If MPI has no type for the elements.
+
+    Notes
+    -----
+    **Communication:** all_to_all over `axes`, ``sum(recv_counts) - own`` words received. **Adjoint:** itself, with the
+    counts swapped.
     """
     comm, begun = grid.comm(axes), ledger.clock.now()
     _require(sum(counts), block, "all_to_all")
@@ -252,14 +338,38 @@ def all_to_all(
 
 
 def bcast(block: Block, grid: Grid, axes: Sequence[str], root: int = 0) -> Block:
-    """Return the block of rank `root` of the group on every rank; the others pass one of the same shape and dtype.
+    """Return the block of one rank of a group on all of its ranks.
 
-    **Communication:** bcast, n words received on every rank but the root. **Adjoint:** a reduction to the root.
+    Parameters
+    ----------
+    block : array
+        The block of the root; the other ranks pass a block of the same shape and dtype, which is not changed.
+    grid : Grid
+        The grid.
+    axes : sequence of str
+        The axes that span the group.
+    root : int
+        The rank of the group whose block it is.
+
+    Returns
+    -------
+    array
+        The block of the root; on the root, `block` itself.
+
+    Raises
+    ------
+    DTypeError
+        If MPI has no type for the elements.
+
+    Notes
+    -----
+    **Communication:** bcast over `axes`, n words received on every rank but the root. **Adjoint:** a reduction to the
+    root.
     """
     comm, begun = grid.comm(axes), ledger.clock.now()
     buffer = outgoing(block, grid) if comm.rank == root else landing(block, block.size, grid)
     kind = mpi_type(buffer.dtype)
-    for piece in messages(buffer):
+    for piece in split_messages(buffer):
         comm.Bcast([piece, kind], root)
     words = 0 if comm.rank == root else buffer.size
     ledger.post("bcast", grid.ordered(axes), words, buffer.dtype.itemsize, begun)
@@ -267,42 +377,112 @@ def bcast(block: Block, grid: Grid, axes: Sequence[str], root: int = 0) -> Block
 
 
 def share(value: Any, grid: Grid, root: int = 0) -> Any:
-    """Return the small Python object of rank `root` of the grid on every rank. Not for arrays, not in the ledger."""
+    """Return a small Python object of one rank of the grid on every rank.
+
+    Parameters
+    ----------
+    value : object
+        The object of the root, which is pickled; what the other ranks pass is not read. Not for arrays.
+    grid : Grid
+        The grid.
+    root : int
+        The rank of the grid whose object it is.
+
+    Returns
+    -------
+    object
+        The object of the root.
+
+    Notes
+    -----
+    **Communication:** a broadcast over the grid, which the ledger does not count.
+    """
     return grid.comm(tuple(grid.axes)).bcast(value, root)
 
 
-def collect(value: Any, grid: Grid) -> list[Any]:
-    """Return the small Python objects of all ranks of the grid, in order. Not for arrays, not in the ledger."""
-    return grid.comm(tuple(grid.axes)).allgather(value)
+def collect(value: T, grid: Grid) -> list[T]:
+    """Return the small Python objects of all ranks of the grid, in the order of the ranks.
+
+    Parameters
+    ----------
+    value : object
+        This rank's object, which is pickled. Not for arrays.
+    grid : Grid
+        The grid.
+
+    Returns
+    -------
+    list of object
+        The objects of rank 0, 1, ...
+
+    Notes
+    -----
+    **Communication:** an allgather over the grid, which the ledger does not count.
+    """
+    values: list[T] = grid.comm(tuple(grid.axes)).allgather(value)
+    return values
 
 
 def collect_later(value: int, grid: Grid) -> Callable[[], list[int]]:
-    """Begin to collect integers from 0 to 255, as `collect`, and return what waits for those of all ranks."""
+    """Begin to collect small integers of all ranks of the grid, and return at once.
+
+    Parameters
+    ----------
+    value : int
+        This rank's integer, from 0 to 255.
+    grid : Grid
+        The grid.
+
+    Returns
+    -------
+    callable
+        A function that waits for the integers and returns the list of rank 0's, 1's, ...
+
+    Notes
+    -----
+    **Communication:** a nonblocking allgather over the grid, one byte of each rank, which the ledger does not count.
+    """
     comm = grid.comm(tuple(grid.axes))
     own, every = np.array([value], np.uint8), np.zeros(comm.size, np.uint8)
     request = comm.Iallgather([own, mpi_type(own.dtype)], [every, mpi_type(every.dtype)])
 
     def wait() -> list[int]:
         request.Wait()
-        return every.tolist()
+        return [int(of_rank) for of_rank in every]
 
     return wait
 
 
 @contextmanager
 def agreed(grid: Grid, kind: type[ColossalError] = ColossalError) -> Iterator[None]:
-    """Turn a failure that only some ranks see inside the block into the same error on all of them.
+    """Make a failure that only some ranks see the same error on all of them.
 
     Parameters
     ----------
     grid : Grid
+        The grid, all of whose ranks enter the context.
     kind : type
-        What an error that is none of ours becomes.
+        The type of error that all ranks raise where the failure is no `ColossalError`.
+
+    Yields
+    ------
+    None
+        The context, inside which a rank may fail.
 
     Raises
     ------
     ColossalError
-        The first failing rank's, by rank, with its own type and text.
+        The failure of the first failing rank, with its own type and text.
+
+    Notes
+    -----
+    **Communication:** one `collect` at the end.
+
+    Examples
+    --------
+    >>> with comm.agreed(grid, CheckpointError):
+    ...     if grid.rank == 0:
+    ...         file = open(path)
     """
     failure: BaseException | None = None
     try:

@@ -1,6 +1,7 @@
-"""Blocks of other ranks without a collective: messages under way while the caller goes on, and reading on one node.
+"""Blocks of other ranks without a collective: messages under way while the caller computes, and reading on one node.
 
-With `colossal_mpi.comm` the only file that gives buffers to MPI.
+`colossal_mpi.comm.transport`, the products of linalg and the layers that overlap communication call it. With
+`colossal_mpi.comm.collectives` this is the only module that gives buffers to MPI.
 """
 
 from __future__ import annotations
@@ -8,25 +9,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
 from colossal_mpi import ledger
-from colossal_mpi.comm.collectives import messages, mpi_type
+from colossal_mpi.comm.collectives import mpi_type, split_messages
 from colossal_mpi.comm.staging import arrived, landing, outgoing
 from colossal_mpi.grid import Grid
 from colossal_mpi.platform import backend, shared_memory
 from colossal_mpi.platform.backend import Block
 
 _TAG = 8
-"""Of the first stream of messages; stream i has this and i."""
+"""The tag of the messages of stream 0; stream i has the i-th tag after it."""
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """What the ledger is told of an exchange, but for its end."""
+    """The ledger's entry of an exchange, but for its end."""
 
     op: str
     axes: tuple[str, ...]
@@ -39,16 +39,34 @@ class _Entry:
 
 
 class Pending:
-    """An exchange under way: the blocks that it receives hold their values after `wait`, or once it is `done`."""
+    """An exchange under way: the blocks that it receives hold their values when `wait` returns or `done` is true.
+
+    Parameters
+    ----------
+    requests : list of MPI.Request
+        The messages.
+    sent : list of array
+        The buffers that MPI reads, which must live until the end.
+    landings : list of (array, array)
+        Each buffer that MPI writes, and the block that gets what came.
+    entry : object
+        The ledger's entry.
+    """
 
     def __init__(
-        self, requests: list[MPI.Request], sent: list[Any], landings: list[tuple[Any, Block]], entry: _Entry
+        self, requests: list[MPI.Request], sent: list[Block], landings: list[tuple[Block, Block]], entry: _Entry
     ) -> None:
         self._requests, self._sent, self._landings, self._entry = requests, sent, landings, entry
         self._ended = False
 
     def done(self) -> bool:
-        """Say, without waiting, whether everything is sent and received; MPI gets on with it."""
+        """Say, without waiting, whether everything is sent and received, and let MPI progress.
+
+        Returns
+        -------
+        bool
+            Whether the exchange is over.
+        """
         if not self._ended:
             begun = ledger.clock.now()
             if begun >= self._entry.due and MPI.Request.Testall(self._requests):
@@ -72,7 +90,7 @@ class Pending:
         ledger.post(e.op, e.axes, e.words, e.itemsize, e.begun, e.posted, waited, e.due, e.site)
 
 
-def start(
+def start_exchange(
     grid: Grid,
     axes: Sequence[str],
     send: Sequence[tuple[int, Block]],
@@ -80,30 +98,50 @@ def start(
     stream: int = 0,
     op: str = "all_to_all",
 ) -> Pending:
-    """Send blocks to ranks of the group and receive from them into blocks that are there, while the caller goes on.
+    """Begin to send blocks to ranks of a group and to receive blocks from them, and return at once.
 
     Parameters
     ----------
     grid : Grid
+        The grid.
     axes : sequence of str
-        That span the group.
-    send, recv : sequence of (int, array)
-        Rank of the group and a contiguous block. What one rank sends to another it receives in the same order.
+        The axes that span the group.
+    send : sequence of (int, array)
+        Ranks of the group and the blocks that go to them. Nobody may write to the blocks before the end.
+    recv : sequence of (int, array)
+        Ranks of the group and the contiguous blocks that get what comes from them, in the order in which each rank
+        sends it.
     stream : int
-        Messages of different streams may overtake one another.
+        The stream of the messages: those of one stream arrive in order, those of different streams may overtake one
+        another.
     op : str
-        What the ledger calls it.
+        The name of the operation in the ledger.
 
-    **Communication:** the words of `recv`. **Adjoint:** itself, send and recv swapped.
+    Returns
+    -------
+    Pending
+        The exchange under way.
+
+    Raises
+    ------
+    DTypeError
+        If MPI has no type for the elements.
+
+    Notes
+    -----
+    **Communication:** one message for each block from rank to rank, the words of `recv` received. **Adjoint:** itself,
+    with `send` and `recv` swapped.
     """
     comm, begun = grid.comm(axes), ledger.clock.now()
     landings = [(_into(block, grid), block) for _, block in recv]
     requests = []
     for (source, _), (buffer, _) in zip(recv, landings, strict=True):
-        requests += [comm.Irecv([m, mpi_type(m.dtype)], source, _TAG + stream) for m in messages(buffer.reshape(-1))]
+        requests += [
+            comm.Irecv([m, mpi_type(m.dtype)], source, _TAG + stream) for m in split_messages(buffer.reshape(-1))
+        ]
     sent = [outgoing(block, grid) for _, block in send]
     for (to, _), buffer in zip(send, sent, strict=True):
-        requests += [comm.Isend([m, mpi_type(m.dtype)], to, _TAG + stream) for m in messages(buffer)]
+        requests += [comm.Isend([m, mpi_type(m.dtype)], to, _TAG + stream) for m in split_messages(buffer)]
     words = sum(block.size for _, block in recv)
     itemsize = backend.numpy_dtype(recv[0][1].dtype).itemsize if recv else 0
     due = ledger.clock.arrival(op, axes, words * itemsize)
@@ -112,12 +150,18 @@ def start(
 
 
 def progress(grid: Grid) -> None:
-    """Let MPI get on with what is under way: many move large messages only while they are called."""
+    """Let MPI progress with what is under way: many MPIs move large messages only while they are called.
+
+    Parameters
+    ----------
+    grid : Grid
+        A grid.
+    """
     grid.comm(tuple(grid.axes)).Iprobe(MPI.ANY_SOURCE, _TAG)
 
 
-def _into(block: Block, grid: Grid) -> Any:
-    """Return the buffer that MPI writes for `block`: its own memory if MPI can write there, else one to copy from."""
+def _into(block: Block, grid: Grid) -> Block:
+    """Return the buffer that MPI writes for a block: the block itself if MPI can write it, else one to copy."""
     device = backend.device_of(block)
     own = type(block) is np.ndarray if device is None else grid.awareness.aware
     if not own or backend.is_half(block.dtype):
@@ -140,32 +184,44 @@ def reading(
 ) -> Iterator[list[Block] | None]:
     """Let the ranks of a group on one node read each other's blocks where they lie, until the context ends.
 
-    All ranks get None if one block does not lie in shareable memory and cannot be lent. No rank leaves before all have
-    read.
+    No rank leaves the context before all ranks have read.
 
     Parameters
     ----------
     block : array
-        This rank's; nobody may write to it inside the context.
+        This rank's block; nobody may write to it inside the context.
     grid : Grid
+        The grid.
     axes : sequence of str
-        That span the group; `Grid.peers` must know its ranks.
+        The axes that span the group, all of whose ranks share the memory of one node (`Grid.peers`).
     shapes : sequence of tuple of int
-        Of the blocks of all ranks of the group.
+        The shapes of the blocks of all ranks of the group.
     words : int
-        How many elements of other ranks this one reads, for the ledger.
+        The elements of other ranks that this rank reads, for the ledger.
     lend : bool
-        Copy a block outside the shareable memory into it; if false, such a block makes all ranks get None.
+        Whether a block that lies outside the shareable memory is copied into it; if not, such a block makes all ranks
+        get None.
     leaf : bool
-        Nothing is communicated inside the context: an exception in it leaves no rank waiting.
+        Whether nothing is communicated inside the context: then an exception in it leaves no rank waiting.
+
+    Yields
+    ------
+    list of array or None
+        The blocks of all ranks of the group, which cannot be written; None on all ranks if one block does not lie in
+        shareable memory and cannot be lent.
+
+    Notes
+    -----
+    **Communication:** `words` words read, and two small collectives over `axes`. **Adjoint:** a reduce_scatter of the
+    cotangents of what was read.
     """
     group, begun = grid.comm(axes), ledger.clock.now()
     memories = grid.peers(axes)
     assert memories is not None, "the ranks of this group cannot read each other's memory"
     lent = shared_memory.lend(block) if lend else block
-    told = np.empty((group.size, 1 + block.ndim), np.int64)
-    group.Allgather(np.array(shared_memory.describe(lent), np.int64), told)
-    if min(told[:, 0]) < 0:
+    places = np.empty((group.size, 1 + block.ndim), np.int64)
+    group.Allgather(np.array(shared_memory.describe(lent), np.int64), places)
+    if min(places[:, 0]) < 0:
         yield None
         return
     ledger.post("read", grid.ordered(axes), words, block.dtype.itemsize, begun)
@@ -173,7 +229,7 @@ def reading(
     try:
         yield [
             lent if rank == group.rank else shared_memory.view(memory, shape, block.dtype, where)
-            for rank, (memory, shape, where) in enumerate(zip(memories, shapes, told.tolist(), strict=True))
+            for rank, (memory, shape, where) in enumerate(zip(memories, shapes, places.tolist(), strict=True))
         ]
         read = True
     finally:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Generator, Sequence
 from itertools import accumulate
 from typing import Generic, Protocol, TypeAlias, TypeVar
 
-from colossal_mpi.comm import messages
 from colossal_mpi.comm.collectives import (
     SUM,
     add_in_rank_order,
@@ -23,6 +22,7 @@ from colossal_mpi.comm.collectives import (
     require_reducible,
     widened,
 )
+from colossal_mpi.comm.messages import Pending, start_exchange
 from colossal_mpi.grid import Grid
 from colossal_mpi.layout import part
 from colossal_mpi.platform import backend
@@ -33,17 +33,29 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class Request(Protocol[T_co]):
-    """Something under way that has a result in the end."""
+    """Communication under way that has a result in the end."""
 
     def done(self) -> bool:
-        """Say, without waiting, whether the result is there."""
+        """Say, without waiting, whether the result is there.
+
+        Returns
+        -------
+        bool
+            Whether `wait` returns at once.
+        """
 
     def wait(self) -> T_co:
-        """Wait for the result and return it."""
+        """Wait for the result and return it.
+
+        Returns
+        -------
+        object
+            The result.
+        """
 
 
 Steps: TypeAlias = Generator[Request[Block], Block, T]
-"""A computation that yields each request it needs the block of, and is sent that block."""
+"""A computation that yields each request whose block it needs, and is sent that block."""
 
 
 class Completed(Generic[T]):
@@ -60,9 +72,9 @@ class Completed(Generic[T]):
 
 
 class _Received:
-    """The block that is made of an exchange of messages once they have come."""
+    """A request for the block that `finish` makes when an exchange of messages is over."""
 
-    def __init__(self, exchange: messages.Pending, finish: Callable[[], Block]) -> None:
+    def __init__(self, exchange: Pending, finish: Callable[[], Block]) -> None:
         self._exchange, self._finish = exchange, finish
 
     def done(self) -> bool:
@@ -74,7 +86,15 @@ class _Received:
 
 
 class Started(Generic[T]):
-    """Steps under way: those that follow messages which have come are taken when `done` or `wait` is called."""
+    """Steps under way, as a request for their result.
+
+    A step that follows messages which have come is taken when `done` or `wait` is called.
+
+    Parameters
+    ----------
+    steps : generator
+        The steps, which begin at once.
+    """
 
     def __init__(self, steps: Steps[T]) -> None:
         self._steps, self._result = steps, list[T]()
@@ -96,41 +116,60 @@ class Started(Generic[T]):
         self._advance(lambda: self._steps.send(block))
 
     def done(self) -> bool:
-        """Say, without waiting, whether the result is there, and take the steps that can be taken."""
+        """Say, without waiting, whether the result is there, and take the steps that can be taken.
+
+        Returns
+        -------
+        bool
+            Whether `wait` returns at once.
+        """
         while self._request is not None and self._request.done():
             self._resume()
         return self._request is None
 
     def wait(self) -> T:
-        """Take the remaining steps and return the result."""
+        """Take the remaining steps and return the result.
+
+        Returns
+        -------
+        object
+            The result of the steps.
+        """
         while self._request is not None:
             self._resume()
         return self._result[0]
 
 
 class Transport(Protocol):
-    """A group of ranks and a way to move flat blocks between them; its requests give flat blocks."""
+    """A group of ranks and a way to move flat blocks between them; its requests give flat blocks.
+
+    Attributes
+    ----------
+    blocking : bool
+        Whether its requests are completed when they are made.
+    rank, size : int
+        This rank in the group, and the number of ranks.
+    """
 
     blocking: bool
-    """Whether its requests are completed when they are made."""
     rank: int
     size: int
 
     def allgather(self, own: Block, counts: Sequence[int], starts: Sequence[int] | None = None) -> Request[Block]:
-        """Bring the blocks of all ranks to all, rank r's `counts[r]` elements, as `comm.allgather` does."""
+        """Bring the blocks of all ranks to all ranks, as `comm.allgather` does."""
 
     def all_to_all(self, block: Block, counts: Sequence[int], recv_counts: Sequence[int], most: int) -> Request[Block]:
-        """Send piece r of `counts[r]` elements to rank r, as `comm.all_to_all` does."""
+        """Send piece r of a block to rank r, as `comm.all_to_all` does."""
 
     def reduce_scatter(self, block: Block, counts: Sequence[int], op: str = SUM) -> Request[Block]:
         """Sum piece r of all ranks on rank r, as `comm.reduce_scatter` does."""
 
     def allreduce(self, block: Block) -> Request[Block]:
-        """Sum the blocks of all ranks on all, as `comm.allreduce` does."""
+        """Sum the blocks of all ranks on all ranks, as `comm.allreduce` does."""
 
 
-class Blocking:
-    """The group that some axes of a grid span, and MPI's blocking calls."""
+class BlockingTransport:
+    """The transport of MPI's blocking calls, in the group that some axes of a grid span."""
 
     blocking = True
 
@@ -152,8 +191,8 @@ class Blocking:
         return Completed(allreduce(block, self._grid, self._axes))
 
 
-class Messages:
-    """The group that some axes of a grid span, and messages from rank to rank that the caller need not wait for.
+class MessageTransport:
+    """The transport of messages from rank to rank for which the caller need not wait, in a group of ranks.
 
     Every rank of the group makes its transports in the same order: each takes the next two streams of messages.
     """
@@ -166,11 +205,11 @@ class Messages:
         self.rank, self.size = group.rank, group.size
         self._stream = _FIRST + 2 * grid.number(axes) % _STREAMS
 
-    def _start(self, op: str, send: Sequence[Block], recv: Sequence[Block]) -> messages.Pending:
+    def _start(self, op: str, send: Sequence[Block], recv: Sequence[Block]) -> Pending:
         others = [r for r in range(self.size) if r != self.rank]
         stream, self._stream = self._stream, self._stream + 1
         to, source = [(r, send[r]) for r in others], [(r, recv[r]) for r in others]
-        return messages.start(self._grid, self._axes, to, source, stream, op)
+        return start_exchange(self._grid, self._axes, to, source, stream, op)
 
     def allgather(self, own: Block, counts: Sequence[int], starts: Sequence[int] | None = None) -> Request[Block]:
         whole = backend.empty_like(own, (sum(counts),))
@@ -204,18 +243,46 @@ _FIRST, _STREAMS = 16, 1 << 13
 
 
 def allreduce(block: Block, grid: Grid, axes: Sequence[str], op: str = SUM) -> Block:
-    """Return the sum (or maximum) over the group, on every rank, bitwise equal on all of them.
+    """Return the sum (or maximum) of the blocks of a group on every rank, bitwise equal on all of them.
 
     A reduce_scatter and an allgather, so that each element is summed once, by one rank. Two ranks swap their blocks
     instead: the same words in one message, and the same bits, since both add the blocks in the order of the ranks.
 
-    **Communication:** ``(p - 1) x own + n - own`` words received, own being a 1/p part. **Adjoint:** itself.
+    Parameters
+    ----------
+    block : array
+        This rank's term, of any shape.
+    grid : Grid
+        The grid.
+    axes : sequence of str
+        The axes that span the group.
+    op : {"sum", "max"}
+        The reduction.
+
+    Returns
+    -------
+    array
+        The sum, of the shape and dtype of `block`; the block itself in a group of one rank.
+
+    Raises
+    ------
+    DTypeError
+        If the elements have no such reduction, or MPI has no type for them.
+
+    Notes
+    -----
+    **Communication:** a reduce_scatter and an allgather over `axes`, ``(p - 1) own + n - own`` words received, own
+    being a 1/p part. **Adjoint:** itself.
+
+    Examples
+    --------
+    >>> total = comm.allreduce(losses, grid, ("data",))
     """
     if grid.extent(axes) == 1:
         return block
     require_reducible(op, block)
     xp = backend.namespace(block)
-    flat = Started(_allreduce(xp.reshape(block, (-1,)), Blocking(grid, axes), op)).wait()
+    flat = Started(_allreduce(xp.reshape(block, (-1,)), BlockingTransport(grid, axes), op)).wait()
     return xp.reshape(flat, block.shape)
 
 
@@ -233,6 +300,6 @@ def _allreduce(flat: Block, group: Transport, op: str = SUM) -> Steps[Block]:
 
 
 def pieces_of(flat: Block, counts: Sequence[int], starts: Sequence[int] | None = None) -> list[Block]:
-    """Return the pieces of a flat block as views, one after the other unless `starts` says where they are."""
+    """Return the pieces of a flat block as views: one after the other, or where `starts` says."""
     places = [0, *accumulate(counts)] if starts is None else starts
     return [flat[start : start + count] for start, count in zip(places, counts, strict=False)]

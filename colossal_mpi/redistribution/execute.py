@@ -14,9 +14,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from colossal_mpi import comm
-from colossal_mpi.comm import messages
-from colossal_mpi.comm.transport import Blocking, Messages, Request, Started, Steps, Transport, pieces_of
+from colossal_mpi.comm import (
+    BlockingTransport,
+    MessageTransport,
+    Request,
+    Started,
+    Steps,
+    Transport,
+    add_in_rank_order,
+    pieces_of,
+    reading,
+)
 from colossal_mpi.grid import Grid, GridCache
 from colossal_mpi.layout import Axes, Layout
 from colossal_mpi.platform import backend
@@ -57,7 +65,7 @@ def redistribute(block: Block, shape: Shape, source: Layout, target: Layout, gri
     if source == target:
         return block
     plan = plan_of(shape, source, target, grid)
-    return Started(_steps([block], [plan], grid, _transports([plan], grid, Blocking))).wait()[0]
+    return Started(_steps([block], [plan], grid, _transports([plan], grid, BlockingTransport))).wait()[0]
 
 
 def start(blocks: Sequence[Block], plans: Sequence[Plan], grid: Grid) -> Request[list[Block]]:
@@ -82,7 +90,7 @@ def start(blocks: Sequence[Block], plans: Sequence[Plan], grid: Grid) -> Request
     **Communication:** the words of `redistribute`, all as messages from rank to rank. **Adjoint:** the redistributions
     of the cotangents back.
     """
-    return Started(_steps(list(blocks), plans, grid, _transports(plans, grid, Messages)))
+    return Started(_steps(list(blocks), plans, grid, _transports(plans, grid, MessageTransport)))
 
 
 def plan_of(shape: Shape, source: Layout, target: Layout, grid: Grid) -> Plan:
@@ -113,14 +121,14 @@ def reduce(block: Block, reduction: Reduction, grid: Grid) -> Block:
     **Communication:** a reduce_scatter over the axes of the plan, ``(p - 1) own`` words received, or an allreduce.
     **Adjoint:** an allgather of the cotangent's pieces.
     """
-    return Started(_reduce([block], [reduction], grid, Blocking(grid, reduction.axes))).wait()[0]
+    return Started(_reduce([block], [reduction], grid, BlockingTransport(grid, reduction.axes))).wait()[0]
 
 
 def exchange(block: Block, plan: Exchange, grid: Grid) -> Block:
     """Return this rank's block after an exchange: a view of the one before where nothing has to move."""
     if not plan.axes:
         return _sliced([block], [plan])[0]
-    return Started(_exchange([block], [plan], grid, Blocking(grid, plan.axes))).wait()[0]
+    return Started(_exchange([block], [plan], grid, BlockingTransport(grid, plan.axes))).wait()[0]
 
 
 def readable(block: Block, shapes: Sequence[Shape], grid: Grid, axes: Axes) -> bool:
@@ -147,7 +155,9 @@ def readable(block: Block, shapes: Sequence[Shape], grid: Grid, axes: Axes) -> b
     return max(map(math.prod, shapes)) * block.dtype.itemsize >= READ_FROM and grid.peers(axes) is not None
 
 
-def _transports(plans: Sequence[Plan], grid: Grid, kind: type[Blocking] | type[Messages]) -> list[Transport]:
+def _transports(
+    plans: Sequence[Plan], grid: Grid, kind: type[BlockingTransport] | type[MessageTransport]
+) -> list[Transport]:
     """Return a transport for each step, but a local slice, of plans of one route.
 
     All are made at the beginning, when all ranks begin the same redistributions: it tells their messages apart.
@@ -210,12 +220,12 @@ def _reduce_reading(block: Block, reduction: Reduction, grid: Grid, group: Trans
     if block.dtype.itemsize <= 2:
         return None  # their sum needs another dtype
     words = (group.size - 1) * math.prod(reduction.shape)
-    with messages.reading(block, grid, reduction.axes, [block.shape] * group.size, words) as blocks:
+    with reading(block, grid, reduction.axes, [block.shape] * group.size, words) as blocks:
         if blocks is None:
             return None
         piece = (*reduction.pieces[group.rank], ...)
         # X[M] {U_axes} -> X[M_axes]
-        return comm.add_in_rank_order([term[piece] for term in blocks], grid.empty(reduction.shape, block.dtype))
+        return add_in_rank_order([term[piece] for term in blocks], grid.empty(reduction.shape, block.dtype))
 
 
 def _exchange(blocks: list[Block], exchanges: Sequence[Exchange], grid: Grid, group: Transport) -> Steps[list[Block]]:
@@ -246,7 +256,7 @@ def _exchange(blocks: list[Block], exchanges: Sequence[Exchange], grid: Grid, gr
 def _exchange_reading(block: Block, plan: Exchange, grid: Grid, group: Transport) -> Block | None:
     """Copy what this rank lacks from where the blocks of the group lie; None if they cannot be read."""
     out, words = grid.empty(plan.shape, block.dtype), sum(plan.recv_counts) - plan.recv_counts[group.rank]
-    with messages.reading(block, grid, plan.axes, plan.shapes, words) as blocks:
+    with reading(block, grid, plan.axes, plan.shapes, words) as blocks:
         if blocks is None:
             return None
         for other, source, target in zip(blocks, plan.sources, plan.recv, strict=True):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from colossal_mpi.comm import messages
+from colossal_mpi.comm import Pending, progress, start_exchange
 from colossal_mpi.grid import Grid
 from colossal_mpi.layers import kernels
 from colossal_mpi.layers.attention.mask import Piece, Sight
@@ -128,7 +128,7 @@ class _Homeward:
     def __init__(self, kv: Blocks, sight: Sight) -> None:
         self.kv, self.sight = kv, sight
         self._coming: Sequence[Block] = ()
-        self._pending: messages.Pending | None = None
+        self._pending: Pending | None = None
 
     def add(self, source: int, own: Sequence[Block]) -> None:
         """Add this rank's part to what the others have added for rank `source`, and send the sum on."""
@@ -166,16 +166,16 @@ def _empty(kv: Blocks, sight: Sight, source: int) -> Blocks:
     return k, v
 
 
-def _pass_on(send: Sequence[Block], recv: Sequence[Block], sight: Sight, stream: int) -> messages.Pending:
+def _pass_on(send: Sequence[Block], recv: Sequence[Block], sight: Sight, stream: int) -> Pending:
     """Send blocks to the next rank of the ring while those of the one before arrive."""
     after, before = ((sight.rank + by) % sight.ranks for by in (1, -1))
     there, back = [(after, x) for x in send], [(before, x) for x in recv]
-    return messages.start(sight.grid, sight.axes, there, back, stream, op="receive")
+    return start_exchange(sight.grid, sight.axes, there, back, stream, op="receive")
 
 
 def _progress(sight: Sight) -> None:
     if sight.ranks > 1:
-        messages.progress(sight.grid)
+        progress(sight.grid)
 
 
 def _wide(block: Block) -> Block:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from types import TracebackType
 
-from colossal_mpi.comm import messages
+from colossal_mpi.comm import progress
 from colossal_mpi.distarray import DistArray, PendingRedistribution, start_redistribution
 from colossal_mpi.layers.containers import Sequential
 from colossal_mpi.layers.layer import Layer
@@ -163,7 +163,7 @@ class GradientBuckets:
             self._put(parameter, gradient)
 
     def _put(self, parameter: Parameter, gradient: DistArray) -> None:
-        messages.progress(gradient.grid)
+        progress(gradient.grid)
         self._open.put(parameter, gradient)
         if self._open.bytes >= self._size:
             self._begin()

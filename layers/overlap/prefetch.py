@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TypeAlias
 
-from colossal_mpi.comm import messages
+from colossal_mpi.comm import progress
 from colossal_mpi.distarray import DistArray, start_redistribution
 from colossal_mpi.layers.containers import Sequential
 from colossal_mpi.layers.layer import Layer
@@ -112,7 +112,7 @@ class Prefetch:
         if (parameter, layout) not in self._seen:  # a weight that recompute takes twice would be there twice
             self._seen.append((parameter, layout))
         coming = self._coming[id(parameter), layout]
-        messages.progress(parameter.value.grid)
+        progress(parameter.value.grid)
         if not coming:
             return parameter.value.redistribute(layout)
         gathered, i = coming.popleft()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from colossal_mpi import comm
-from colossal_mpi.comm import messages
+from colossal_mpi.comm import start_exchange
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import GridError
 from colossal_mpi.grid import Grid
@@ -231,6 +231,6 @@ class Pipeline(Stage):
         mine = parameter.grad.redistribute(layout.with_partial(*parameter.deferred))
         theirs = backend.empty_like(mine.local, mine.local.shape)
         send = backend.contiguous(mine.local)
-        messages.start(self.grid, (PIPE,), [(other, send)], [(other, theirs)]).wait()
+        start_exchange(self.grid, (PIPE,), [(other, send)], [(other, theirs)]).wait()
         pair = (mine.local, theirs) if self.number < other else (theirs, mine.local)
         parameter.grad = mine.like(pair[0] + pair[1])  # in one order, so that both copies stay equal to the bit

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from colossal_mpi import comm, ledger
-from colossal_mpi.comm import messages
+from colossal_mpi.comm import Pending, start_exchange
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.grid import Grid
 from colossal_mpi.layers.layer import Context, Layer
@@ -116,9 +116,9 @@ class Run:
         self.going: dict[tuple[str, int, int], DistArray] = {}
         self.caches: dict[tuple[int, int], Any] = {}
         self.later: dict[tuple[int, int], list[Any]] = {}
-        self.sending: list[messages.Pending] = []
+        self.sending: list[Pending] = []
         self.receives = deque(step for step in steps if isinstance(step, ReceiveActivation | ReceiveGradient))
-        self.posted: deque[tuple[DistArray, messages.Pending]] = deque()
+        self.posted: deque[tuple[DistArray, Pending]] = deque()
 
     @singledispatchmethod
     def do(self, step: Instruction) -> None:
@@ -171,7 +171,7 @@ class Run:
         array = self.going.pop((_what(step), step.microbatch, step.chunk)).redistribute(layout)
         self.sending = [pending for pending in self.sending if not pending.done()]
         send = [(step.peer, backend.contiguous(array.local))]
-        self.sending.append(messages.start(self.stage.grid, (PIPE,), send, [], _STREAMS[_what(step)], "send"))
+        self.sending.append(start_exchange(self.stage.grid, (PIPE,), send, [], _STREAMS[_what(step)], "send"))
 
     @do.register(ReceiveActivation)
     @do.register(ReceiveGradient)
@@ -189,7 +189,7 @@ class Run:
         layout, place = layout.on(self.place.axes, len(shape)), self.place
         block = place.empty(box_shape(layout.box(shape, place.axes, place.coords)), dtype)
         recv = [(step.peer, block)]
-        pending = messages.start(self.stage.grid, (PIPE,), [], recv, _STREAMS[_what(step)], "receive")
+        pending = start_exchange(self.stage.grid, (PIPE,), [], recv, _STREAMS[_what(step)], "receive")
         self.posted.append((DistArray(block, shape, layout, place), pending))
 
     def passes(self, steps: Sequence[Instruction]) -> Iterator[tuple[str, Layer]]:

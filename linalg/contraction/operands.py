@@ -12,7 +12,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from colossal_mpi.comm import messages
+from colossal_mpi.comm import Pending, reading, start_exchange
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.grid import Grid, GridCache
 from colossal_mpi.layout import Axes, Box, Layout, bounds, box_shape, intersect, part, slices
@@ -146,9 +146,7 @@ def bring(operand: Operand, stack: ExitStack, keep: bool) -> InPlace:
     if readable(array.local, shapes, array.grid, axes):
         needed, own = operand.want[operand.me], operand.have[operand.me]
         words = math.prod(box_shape(needed)) - math.prod(box_shape(intersect(needed, own)))
-        blocks = stack.enter_context(
-            messages.reading(array.local, array.grid, axes, shapes, words, lend=not keep, leaf=False)
-        )
+        blocks = stack.enter_context(reading(array.local, array.grid, axes, shapes, words, lend=not keep, leaf=False))
         if blocks is not None:
             return Read(operand, blocks)
     return Received(operand, keep)
@@ -189,7 +187,7 @@ class Received(InPlace):
         key = ("pieces", operand.side, operand.letters, array.shape, array.layout, operand.wanted, operand.panels)
         self._plans = _PLANS.get(grid, key, dict)
         self._spaces = kept(grid, (*key, type(array.local), str(array.dtype))) if keep else {}
-        self._pending: dict[int, tuple[messages.Pending, list[Piece]]] = {}
+        self._pending: dict[int, tuple[Pending, list[Piece]]] = {}
         self._whole: list[Piece] | None = None
 
     def _panel(self, j: int) -> int:
@@ -208,7 +206,7 @@ class Received(InPlace):
                 packed[box] = space.pack(operand.array.local[slices(box, origin)])
         landing = [(source, box, space.take(box_shape(box), operand.array.local)) for source, box in recv]
         sent = [(to, packed[box]) for to, box in send]
-        pending = messages.start(grid, operand.axes, sent, [(source, block) for source, _, block in landing])
+        pending = start_exchange(grid, operand.axes, sent, [(source, block) for source, _, block in landing])
         self._pending[self._panel(j)] = pending, [(box, block) for _, box, block in landing]
 
     def pieces(self, j: int) -> list[Piece]:

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from colossal_mpi import Grid, comm, ledger, meta
-from colossal_mpi.comm import messages
+from colossal_mpi.comm import start_exchange
 from colossal_mpi.meta.machine import Clock, Link, Machine
 
 NEAR, FAR = Link(1.0, 10.0), Link(5.0, 2.0)
@@ -66,11 +66,11 @@ def test_messages_under_way_are_hidden_by_computation_where_the_machine_can(over
     grid, clock = planned(machine)
     with meta.tally(clock), ledger.timed_by(clock), ledger.record() as rec:
         own, other = (grid.xp.empty((100,), dtype=grid.xp.float32) for _ in range(2))
-        pending = messages.start(grid, ("col",), [(1, own)], [(1, other)])
+        pending = start_exchange(grid, ("col",), [(1, own)], [(1, other)])
         assert pending.done() is not overlap
         meta.work(2000, own)  # 20 of the 41 seconds
         pending.wait()
-        second = messages.start(grid, ("col",), [(1, own)], [(1, other)])
+        second = start_exchange(grid, ("col",), [(1, own)], [(1, other)])
         meta.work(10_000, own)
         assert second.done()
     exposed = [event.seconds for event in rec.events]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from colossal_mpi import Grid, Layout, comm, from_global, ledger
-from colossal_mpi.comm import messages
+from colossal_mpi.comm import reading
 from colossal_mpi.platform import shared_memory
 from colossal_mpi.redistribution import execute
 from tests.cases import integers
@@ -119,7 +119,7 @@ def test_neighbours_read_each_others_blocks(grid, lies):
         block, shapes = block.T[::-1], [shape[::-1] for shape in shapes]
     with (
         ledger.record() as moved,
-        messages.reading(block, grid, axes, shapes, 12) as blocks,
+        reading(block, grid, axes, shapes, 12) as blocks,
     ):
         sums = [float(x.sum()) for x in blocks]
     assert sums == [(r + 1) * (4 * r + 6.0) for r in range(grid.size)]

@@ -120,7 +120,7 @@ def backwards(add):
 @on_ways
 def test_another_order_is_seen(grid, settings, reduce, monkeypatch):
     wrong = backwards(comm.add_in_rank_order)
-    for module in (collectives, comm, transport):
+    for module in (collectives, transport, execute):
         monkeypatch.setattr(module, "add_in_rank_order", wrong)
     with pytest.raises(AssertionError):
         test_every_way_adds_in_the_order_of_the_ranks(grid, "float64", settings, reduce, monkeypatch)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from colossal_mpi import comm, from_global, ledger, random
-from colossal_mpi.comm.transport import Completed, Messages, pieces_of
+from colossal_mpi.comm import MessageTransport, pieces_of
+from colossal_mpi.comm.transport import Completed
 from colossal_mpi.layers import Context, Parallelism, TransformerBlock
 from colossal_mpi.layers.containers import FanOut, Sequential
 from colossal_mpi.layers.models import GPT
@@ -116,7 +117,7 @@ def test_a_sum_left_out_is_seen(grid, zero, monkeypatch):
 
     p, name = Parallelism(grid, zero=zero), "blocks.0.mlp.up.weight"
     exact = host(at_once(p)[name])
-    monkeypatch.setattr(Messages, "reduce_scatter" if zero else "allreduce", own_alone)
+    monkeypatch.setattr(MessageTransport, "reduce_scatter" if zero else "allreduce", own_alone)
     mine = host(on_the_way(p, 1 << 16)[0][name])
     assert np.abs(mine - exact).max() > 1e-3 * np.abs(exact).max()
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from colossal_mpi import DTypeError, Layout, comm, from_global, linalg, zeros
-from colossal_mpi.comm import messages
+from colossal_mpi.comm import reading
 from colossal_mpi.linalg import contract
 from colossal_mpi.linalg.contraction import operands
 from colossal_mpi.linalg.verify import Check
@@ -119,7 +119,7 @@ def test_an_exception_of_one_rank_that_reads_leaves_no_rank_waiting(grid):
         return
 
     def read():
-        with messages.reading(np.ones(3), grid, ("col",), [(3,)] * 3, 0):
+        with reading(np.ones(3), grid, ("col",), [(3,)] * 3, 0):
             if grid.rank == 1:
                 raise DTypeError("overflow")
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from colossal_mpi import Layout, ShapeError, VerificationError, from_global, ledger, linalg, random
-from colossal_mpi.comm import messages
+from colossal_mpi.comm import Pending
 from colossal_mpi.grid import GridCache
 from colossal_mpi.linalg.contraction import execute
+from colossal_mpi.linalg.contraction import operands as operands_module
 from colossal_mpi.linalg.matmul import ALGORITHMS
 from colossal_mpi.linalg.model.auto import options
 from colossal_mpi.platform import shared_memory
@@ -48,9 +49,9 @@ def test_every_algorithm_in_panels_is_exact_and_moves_the_same_words(grid, way, 
 @pytest.mark.grids(SQUARE)
 def test_the_next_panel_is_under_way_while_one_is_multiplied(grid, monkeypatch):
     execute_as("k-message", grid, monkeypatch)
-    seen, start, accumulate, wait = [], messages.start, execute.accumulate, messages.Pending.wait
-    monkeypatch.setattr(messages, "start", lambda *args: (seen.append("post"), start(*args))[1])
-    monkeypatch.setattr(messages.Pending, "wait", lambda self: (seen.append("wait"), wait(self))[1])
+    seen, start, accumulate, wait = [], operands_module.start_exchange, execute.accumulate, Pending.wait
+    monkeypatch.setattr(operands_module, "start_exchange", lambda *args: (seen.append("post"), start(*args))[1])
+    monkeypatch.setattr(Pending, "wait", lambda self: (seen.append("wait"), wait(self))[1])
     monkeypatch.setattr(execute, "accumulate", lambda *args: (seen.append("multiply"), accumulate(*args))[1])
     _, A, B = operands(grid, "summa", 6, 12, 6)
     linalg.matmul(A, B, "summa", panel=3)
