@@ -1,9 +1,11 @@
-"""How a block reaches MPI and what MPI received becomes one: its own memory, or a pinned copy on the host.
+"""Buffers between blocks and MPI: the memory of the block itself, or a pinned copy on the host.
 
-Host memory goes as it is. Device memory goes as it is on a grid whose ranks have agreed that their MPI reads it
-(`colossal_mpi.platform.cuda_aware`), else through page-locked host buffers from a pool. Both ways the stream is
-synchronised after the last kernel before MPI is given a buffer, to read or to write: a new block can lie where one just
-freed is still being read by a kernel. 16-bit floats, for which MPI has no type, go as 16-bit integers.
+`colossal_mpi.comm.collectives` and `colossal_mpi.comm.messages` call it, and offloading uses its pool of pinned memory.
+A block in host memory is given to MPI as it is. A block on a device is given to MPI as it is on a grid whose ranks have
+agreed that their MPI reads device memory (`colossal_mpi.platform.cuda_aware`); else it is copied through page-locked
+host buffers from a pool. Both ways the stream of the device is synchronised after the last kernel and before MPI gets a
+buffer, to read or to write: a new block can lie where a kernel still reads one that was just freed. 16-bit floats, for
+which MPI has no type, are sent as 16-bit integers.
 """
 
 from __future__ import annotations
@@ -25,15 +27,15 @@ _SMALLEST = 1 << 12
 class Pool:
     """Pinned host memory that is used again, in sizes of powers of two.
 
-    A buffer comes back when nothing refers to it any more, and a request under way in MPI does: what it reads or
-    writes is never handed out a second time.
+    A buffer comes back when nothing refers to it any more. A request under way in MPI refers to its buffers, so that
+    they are never handed out a second time.
 
     Parameters
     ----------
     device : Device
-        Allocates the memory, which takes the driver hundreds of microseconds.
+        The device that allocates the memory, which takes its driver hundreds of microseconds.
     limit : int
-        Most bytes that are kept idle; beyond them, what was used longest ago is freed.
+        The most bytes that are kept idle; beyond them, the buffer used longest ago is freed.
     """
 
     def __init__(self, device: Device, limit: int = 1 << 30) -> None:
@@ -41,7 +43,7 @@ class Pool:
         self._idle: OrderedDict[int, tuple[int, Any]] = OrderedDict()
         self._handed_out = 0
         self.held = 0
-        """Bytes that are kept idle."""
+        """The bytes that are kept idle."""
 
     def array(self, count: int, dtype: Any) -> np.ndarray:
         """Return an uninitialised flat array of `count` elements in pinned memory."""
@@ -49,12 +51,12 @@ class Pool:
         size = max(_SMALLEST, 1 << (nbytes - 1).bit_length() if nbytes else 0)
         memory = self._take(size)
         whole = np.frombuffer(memory, np.uint8, size)
-        # Views refer to `whole`, not to `memory`: its end is the end of the last of them.
+        # Views refer to `whole`, not to `memory`: it lives as long as the last of them.
         weakref.finalize(whole, self._put, size, memory).atexit = False
         return whole[:nbytes].view(dtype)
 
     def _take(self, size: int) -> Any:
-        for key in reversed(list(self._idle)):  # a copy: a buffer may come back in the middle of this
+        for key in reversed(list(self._idle)):  # a copy: a buffer may come back during the loop
             if self._idle[key][0] == size:
                 self.held -= size
                 return self._idle.pop(key)[1]
@@ -71,16 +73,17 @@ class Pool:
 
 @functools.cache
 def pool(device: Device) -> Pool:
-    """Return the pool of a device's pinned host memory in this process."""
+    """Return the pool of this process for the pinned host memory of a device."""
     return Pool(device)
 
 
 def _carried(buffer: Block) -> Block:
+    """Return a buffer in a dtype that MPI knows: 16-bit floats as integers."""
     return buffer.view(np.uint16) if backend.is_half(buffer.dtype) else buffer
 
 
-def outgoing(block: Block, grid: Grid) -> Any:
-    """Return the flat buffer that MPI reads for `block`: its own memory, or a copy in host memory."""
+def outgoing(block: Block, grid: Grid) -> Block:
+    """Return the flat buffer that MPI reads for a block: its own memory, or a copy in host memory."""
     device = backend.device_of(block)
     if device is None:
         return _carried(np.ascontiguousarray(backend.to_host(block)).reshape(-1))
@@ -93,9 +96,9 @@ def outgoing(block: Block, grid: Grid) -> Any:
     return _carried(buffer)
 
 
-def landing(block: Block, count: int, grid: Grid, dtype: Any = None) -> Any:
-    """Return a flat buffer of `count` elements that MPI can write, beside `block` or for `arrived` to bring there."""
-    dtype = backend.numpy_dtype(block.dtype if dtype is None else dtype)
+def landing(block: Block, count: int, grid: Grid) -> Block:
+    """Return a flat buffer that MPI can write, of `count` elements of the block's dtype, for `arrived`."""
+    dtype = backend.numpy_dtype(block.dtype)
     dtype = np.dtype(np.uint16) if backend.is_half(dtype) else dtype
     device = backend.device_of(block)
     if device is None:
@@ -107,8 +110,8 @@ def landing(block: Block, count: int, grid: Grid, dtype: Any = None) -> Any:
     return buffer
 
 
-def arrived(buffer: Any, beside: Block) -> Block:
-    """Return what MPI wrote into a buffer of `landing` as a flat block, on the device of `beside` when it returns."""
+def arrived(buffer: Block, beside: Block) -> Block:
+    """Return what MPI wrote into a buffer of `landing` as a flat block on the device of `beside`."""
     if backend.is_half(beside.dtype) and buffer.dtype == np.uint16:
         buffer = buffer.view(backend.numpy_dtype(beside.dtype))
     return buffer if backend.device_of(buffer) else backend.to_block(buffer, beside)

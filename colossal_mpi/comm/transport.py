@@ -8,9 +8,10 @@ a result has the same bits either way.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from itertools import accumulate
-from typing import Generic, Protocol, TypeAlias, TypeVar
+from typing import ClassVar, Generic, TypeAlias, TypeVar
 
 from colossal_mpi.comm.collectives import (
     SUM,
@@ -32,9 +33,10 @@ T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 
-class Request(Protocol[T_co]):
+class Request(ABC, Generic[T_co]):
     """Communication under way that has a result in the end."""
 
+    @abstractmethod
     def done(self) -> bool:
         """Say, without waiting, whether the result is there.
 
@@ -44,6 +46,7 @@ class Request(Protocol[T_co]):
             Whether `wait` returns at once.
         """
 
+    @abstractmethod
     def wait(self) -> T_co:
         """Wait for the result and return it.
 
@@ -58,7 +61,7 @@ Steps: TypeAlias = Generator[Request[Block], Block, T]
 """A computation that yields each request whose block it needs, and is sent that block."""
 
 
-class Completed(Generic[T]):
+class Completed(Request[T]):
     """A request whose result is there."""
 
     def __init__(self, result: T) -> None:
@@ -71,7 +74,7 @@ class Completed(Generic[T]):
         return self._result
 
 
-class _Received:
+class _Received(Request[Block]):
     """A request for the block that `finish` makes when an exchange of messages is over."""
 
     def __init__(self, exchange: Pending, finish: Callable[[], Block]) -> None:
@@ -85,7 +88,7 @@ class _Received:
         return self._finish()
 
 
-class Started(Generic[T]):
+class Started(Request[T]):
     """Steps under way, as a request for their result.
 
     A step that follows messages which have come is taken when `done` or `wait` is called.
@@ -116,32 +119,25 @@ class Started(Generic[T]):
         self._advance(lambda: self._steps.send(block))
 
     def done(self) -> bool:
-        """Say, without waiting, whether the result is there, and take the steps that can be taken.
-
-        Returns
-        -------
-        bool
-            Whether `wait` returns at once.
-        """
         while self._request is not None and self._request.done():
             self._resume()
         return self._request is None
 
     def wait(self) -> T:
-        """Take the remaining steps and return the result.
-
-        Returns
-        -------
-        object
-            The result of the steps.
-        """
         while self._request is not None:
             self._resume()
         return self._result[0]
 
 
-class Transport(Protocol):
+class Transport(ABC):
     """A group of ranks and a way to move flat blocks between them; its requests give flat blocks.
+
+    Parameters
+    ----------
+    grid : Grid
+        The grid.
+    axes : sequence of str
+        The axes that span the group.
 
     Attributes
     ----------
@@ -151,32 +147,100 @@ class Transport(Protocol):
         This rank in the group, and the number of ranks.
     """
 
-    blocking: bool
-    rank: int
-    size: int
-
-    def allgather(self, own: Block, counts: Sequence[int], starts: Sequence[int] | None = None) -> Request[Block]:
-        """Bring the blocks of all ranks to all ranks, as `comm.allgather` does."""
-
-    def all_to_all(self, block: Block, counts: Sequence[int], recv_counts: Sequence[int], most: int) -> Request[Block]:
-        """Send piece r of a block to rank r, as `comm.all_to_all` does."""
-
-    def reduce_scatter(self, block: Block, counts: Sequence[int], op: str = SUM) -> Request[Block]:
-        """Sum piece r of all ranks on rank r, as `comm.reduce_scatter` does."""
-
-    def allreduce(self, block: Block) -> Request[Block]:
-        """Sum the blocks of all ranks on all ranks, as `comm.allreduce` does."""
-
-
-class BlockingTransport:
-    """The transport of MPI's blocking calls, in the group that some axes of a grid span."""
-
-    blocking = True
+    blocking: ClassVar[bool]
 
     def __init__(self, grid: Grid, axes: Sequence[str]) -> None:
         self._grid, self._axes = grid, axes
         group = grid.comm(axes)
         self.rank, self.size = group.rank, group.size
+
+    @abstractmethod
+    def allgather(self, own: Block, counts: Sequence[int], starts: Sequence[int] | None = None) -> Request[Block]:
+        """Bring the blocks of all ranks to all ranks, as `comm.allgather` does.
+
+        Parameters
+        ----------
+        own : array
+            This rank's flat block, of ``counts[rank]`` elements.
+        counts : sequence of int
+            The elements of each rank's block.
+        starts : sequence of int, optional
+            Where each rank's block starts in the result; one after the other by default.
+
+        Returns
+        -------
+        Request
+            It gives the blocks of all ranks, ``[sum(counts)]``.
+        """
+
+    @abstractmethod
+    def all_to_all(self, block: Block, counts: Sequence[int], recv_counts: Sequence[int], most: int) -> Request[Block]:
+        """Send piece r of a block to rank r, as `comm.all_to_all` does.
+
+        Parameters
+        ----------
+        block : array
+            The pieces for rank 0, 1, ... one after the other, ``[sum(counts)]``.
+        counts : sequence of int
+            The elements that this rank sends to each rank.
+        recv_counts : sequence of int
+            The elements that this rank receives from each rank.
+        most : int
+            A bound on the elements that any rank sends or receives in all.
+
+        Returns
+        -------
+        Request
+            It gives the pieces from rank 0, 1, ... one after the other, ``[sum(recv_counts)]``.
+        """
+
+    @abstractmethod
+    def reduce_scatter(self, block: Block, counts: Sequence[int], op: str = SUM) -> Request[Block]:
+        """Sum piece r of all ranks on rank r, as `comm.reduce_scatter` does.
+
+        Parameters
+        ----------
+        block : array
+            The pieces of rank 0, 1, ... one after the other, ``[sum(counts)]``.
+        counts : sequence of int
+            The elements of each rank's piece.
+        op : {"sum", "max"}
+            The reduction.
+
+        Returns
+        -------
+        Request
+            It gives this rank's piece, ``[counts[rank]]``.
+        """
+
+    @abstractmethod
+    def allreduce(self, block: Block) -> Request[Block]:
+        """Sum the blocks of all ranks on all ranks, as `comm.allreduce` does.
+
+        Parameters
+        ----------
+        block : array
+            This rank's flat term.
+
+        Returns
+        -------
+        Request
+            It gives the sum, of the shape of `block`.
+        """
+
+
+class BlockingTransport(Transport):
+    """The transport of MPI's blocking calls, in the group that some axes of a grid span.
+
+    Parameters
+    ----------
+    grid : Grid
+        The grid.
+    axes : sequence of str
+        The axes that span the group.
+    """
+
+    blocking = True
 
     def allgather(self, own: Block, counts: Sequence[int], starts: Sequence[int] | None = None) -> Request[Block]:
         return Completed(allgather(own, self._grid, self._axes, counts, starts))
@@ -191,18 +255,23 @@ class BlockingTransport:
         return Completed(allreduce(block, self._grid, self._axes))
 
 
-class MessageTransport:
+class MessageTransport(Transport):
     """The transport of messages from rank to rank for which the caller need not wait, in a group of ranks.
 
     Every rank of the group makes its transports in the same order: each takes the next two streams of messages.
+
+    Parameters
+    ----------
+    grid : Grid
+        The grid.
+    axes : sequence of str
+        The axes that span the group.
     """
 
     blocking = False
 
     def __init__(self, grid: Grid, axes: Sequence[str]) -> None:
-        self._grid, self._axes = grid, axes
-        group = grid.comm(axes)
-        self.rank, self.size = group.rank, group.size
+        super().__init__(grid, axes)
         self._stream = _FIRST + 2 * grid.number(axes) % _STREAMS
 
     def _start(self, op: str, send: Sequence[Block], recv: Sequence[Block]) -> Pending:
@@ -300,6 +369,21 @@ def _allreduce(flat: Block, group: Transport, op: str = SUM) -> Steps[Block]:
 
 
 def pieces_of(flat: Block, counts: Sequence[int], starts: Sequence[int] | None = None) -> list[Block]:
-    """Return the pieces of a flat block as views: one after the other, or where `starts` says."""
+    """Return the pieces of a flat block as views.
+
+    Parameters
+    ----------
+    flat : array
+        A flat block.
+    counts : sequence of int
+        The elements of each piece.
+    starts : sequence of int, optional
+        Where each piece starts; one after the other by default.
+
+    Returns
+    -------
+    list of array
+        The pieces.
+    """
     places = [0, *accumulate(counts)] if starts is None else starts
     return [flat[start : start + count] for start, count in zip(places, counts, strict=False)]

@@ -94,7 +94,22 @@ def start(blocks: Sequence[Block], plans: Sequence[Plan], grid: Grid) -> Request
 
 
 def plan_of(shape: Shape, source: Layout, target: Layout, grid: Grid) -> Plan:
-    """Return the steps from one checked layout to another, which are kept for the grid."""
+    """Return the steps from one layout to another, which are kept for the grid.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        The global shape of the array.
+    source, target : Layout
+        Checked layouts (`Layout.on`), without axes of size 1.
+    grid : Grid
+        The grid.
+
+    Returns
+    -------
+    Plan
+        The steps of this rank, for `start`.
+    """
     key = (shape, source, target)
     return _PLANS.get(grid, key, lambda: plan_redistribution(shape, source, target, grid))
 

@@ -1,9 +1,9 @@
 """Parts of a distributed array by NumPy's basic indexing.
 
-Along a dim that no axis cuts, an index is the block's own: a view, and free. Along a cut dim each rank first takes
-what it holds of the part, a contiguous stretch of the part's own indices whatever the step, and then one all_to_all
-over the axes that cut the indexed dims balances the part again: every rank receives exactly what it lacks. Partial
-sums stay partial.
+`DistArray.__getitem__` calls it, and it calls `colossal_mpi.redistribution.execute`. Along a dim that no axis cuts, the
+index is applied to the block: a view, which costs nothing. Along a cut dim each rank first takes the elements that it
+holds, whose positions in the part are contiguous whatever the step. Then one all_to_all over the axes that cut the
+indexed dims balances the part again: every rank receives exactly what it lacks. Partial sums stay partial.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Pick:
-    """The elements ``start + i step`` of a dim, for i below `count`."""
+    """The elements ``start + i step`` of a dim, for i from 0 to ``count - 1``."""
 
     start: int
     step: int
     count: int
     keep: bool
-    """False for an integer, whose dim the result lacks."""
+    """Whether the result has the dim; False for an integer."""
 
     def held(self, low: int, high: int) -> tuple[int, int]:
-        """Return the i whose elements lie in ``low:high``, as ``(start, stop)``."""
+        """Return the range ``(start, stop)`` of the i whose elements lie in ``low:high``."""
         step = abs(self.step)
         if self.step > 0:
             first, last = -((self.start - low) // step), -((self.start - high) // step)
@@ -43,7 +43,7 @@ class Pick:
         return first, min(max(last, first), self.count)
 
     def local(self, low: int, high: int) -> slice:
-        """Return the slice of a block of the elements ``low:high``."""
+        """Return the slice of a block that holds the elements ``low:high``: those that are picked."""
         first, last = self.held(low, high)
         if first == last:
             return slice(0, 0)
@@ -52,15 +52,16 @@ class Pick:
 
 
 _NEW = Pick(0, 1, 1, True)
+"""A new dim of size 1, for None."""
 
 
 def parse(index: Any, shape: Shape) -> list[Pick | None]:
-    """Return what an index picks of each dim; None stands for a new one.
+    """Return which elements an index picks along each dim; None stands for a new dim.
 
     Raises
     ------
     IndexingError
-        If an entry is no integer, slice, ellipsis or None, an integer is out of range, or there are too many.
+        If an entry is no integer, slice, ellipsis or None, an integer is out of range, or there are too many entries.
     """
     entries = list(index) if isinstance(index, tuple) else [index]
     named = sum(entry is not None and entry is not Ellipsis for entry in entries)
@@ -110,15 +111,42 @@ def _text(index: Any) -> str:
 
 
 def select(block: Block, shape: Shape, layout: Layout, index: Any, grid: Grid) -> tuple[Block, Shape, Layout]:
-    """Return this rank's block of the part of a global array that `index` names, its global shape and its layout.
+    """Return this rank's block of a part of a global array, the global shape of the part and its layout.
 
-    A dim keeps the axes that cut it; along an integer's dim the part is replicated over the axes that cut it.
+    A dim keeps the axes that cut it. An integer drops its dim, and the part is replicated over the axes that cut it.
+
+    Parameters
+    ----------
+    block : array
+        This rank's block of the array of global `shape` in `layout`.
+    shape : tuple of int
+        The global shape.
+    layout : Layout
+        The layout.
+    index : int, slice, ellipsis, None or tuple of these
+        An index as NumPy's basic indexing takes it.
+    grid : Grid
+        The grid.
+
+    Returns
+    -------
+    block : array
+        This rank's block of the part; a view where nothing moves.
+    shape : tuple of int
+        The global shape of the part.
+    layout : Layout
+        The layout of the part.
+
+    Raises
+    ------
+    IndexingError
+        If the index is out of range or of another kind.
 
     Notes
     -----
     **Communication:** none along dims that no axis cuts or that are taken whole; else an all_to_all over the axes that
     cut the others, in which a rank receives the elements of its block of the result that it did not hold.
-    **Adjoint:** the cotangent laid into zeros of the whole shape.
+    **Adjoint:** the cotangent, put into zeros of the whole shape.
     """
     entries = parse(index, shape)
     picks = [pick for pick in entries if pick is not None]
@@ -126,27 +154,30 @@ def select(block: Block, shape: Shape, layout: Layout, index: Any, grid: Grid) -
     block = block[tuple(pick.local(*extent) for pick, extent in zip(picks, box, strict=True))]
     block = _balanced(block, shape, layout, picks, grid)
     cut = iter(layout.dims)
-    made = [(_NEW, ()) if pick is None else (pick, next(cut)) for pick in entries]
-    kept = [(pick.count, axes) for pick, axes in made if pick.keep]
-    if len(kept) < len(made) or len(picks) < len(made):
+    dims = [(_NEW, ()) if pick is None else (pick, next(cut)) for pick in entries]
+    kept = [(pick.count, axes) for pick, axes in dims if pick.keep]
+    if len(kept) < len(dims) or len(picks) < len(dims):
         block = block[tuple(None if pick is None else slice(None) if pick.keep else 0 for pick in entries)]
     return block, tuple(n for n, _ in kept), Layout(*[axes for _, axes in kept], partial=layout.partial)
 
 
 def _balanced(block: Block, shape: Shape, layout: Layout, picks: list[Pick], grid: Grid) -> Block:
+    """Return the block of the balanced part, of the elements of the part that each rank holds."""
     whole = [pick == Pick(0, 1, n, True) for pick, n in zip(picks, shape, strict=True)]
     axes = grid.ordered([axis for cut, same in zip(layout.dims, whole, strict=True) if not same for axis in cut])
     group = group_coords(axes, grid)
     have = [_have(shape, layout, picks, grid, at) for at in group]
     want = [_want(layout, picks, grid, at) for at in group]
+    # X[M_axes] -> X[M_axes], M the indices of the part: all_to_all over the axes that cut the indexed dims
     return block if have == want else exchange(block, plan_exchange(have, want, axes, grid), grid)
 
 
 def _have(shape: Shape, layout: Layout, picks: list[Pick], grid: Grid, at: dict[str, int]) -> Box:
-    """Return the box of the part's own indices that the rank at `at` holds before the exchange."""
+    """Return the box of the part's indices that the rank at `at` holds before the exchange."""
     return tuple(pick.held(*extent) for pick, extent in zip(picks, layout.box(shape, grid.axes, at), strict=True))
 
 
 def _want(layout: Layout, picks: list[Pick], grid: Grid, at: dict[str, int]) -> Box:
+    """Return the box of the part's indices that the rank at `at` holds after the exchange."""
     dims = zip(picks, layout.dims, strict=True)
     return tuple(bounds(pick.count, axes if pick.keep else (), grid.axes, at) for pick, axes in dims)

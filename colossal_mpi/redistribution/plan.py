@@ -28,17 +28,28 @@ Index = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class Reduction:
-    """A sum of partial blocks over `axes`: a reduce_scatter of the pieces, or an allreduce of a single one."""
+    """A sum of partial blocks over some axes: a reduce_scatter of their pieces, or an allreduce of a single piece.
+
+    Parameters
+    ----------
+    axes : tuple of str
+        The axes that span the group, in the order of the grid.
+    pieces : list of tuple of slice
+        The piece of this rank's block that is summed on rank 0, 1, ... of the group; a single piece where all ranks get
+        the same sum.
+    counts : list of int
+        The elements of each piece.
+    shape : tuple of int
+        The shape of this rank's piece.
+    packed : bool
+        Whether the pieces, one after the other, are the block as it lies in C order.
+    """
 
     axes: Axes
     pieces: list[Index]
-    """What each rank of the group gets the sum of, in this rank's block; a single piece where all get the same."""
     counts: list[int]
-    """The elements of the pieces."""
     shape: Shape
-    """The shape of this rank's piece."""
     packed: bool
-    """Whether the pieces, one after the other, are the block as it lies in C order."""
 
     @property
     def replicated(self) -> bool:
@@ -73,12 +84,22 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps from one layout to another on this rank."""
+    """The steps of this rank from one layout to another.
+
+    Parameters
+    ----------
+    reductions : tuple of Reduction
+        The sums, first.
+    exchange : Exchange or None
+        What moves then; None where nothing does.
+    keep : bool
+        Whether this rank keeps its block: False where the result is a partial sum whose value another rank holds, so
+        that this rank holds zeros.
+    """
 
     reductions: tuple[Reduction, ...]
     exchange: Exchange | None
     keep: bool
-    """False where the result is a partial sum whose value another rank holds: this rank holds zeros."""
 
     @property
     def route(self) -> tuple[object, ...]:
