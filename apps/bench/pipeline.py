@@ -34,10 +34,16 @@ from colossal_mpi.grid import Grid
 from colossal_mpi.layers import Context, Parallelism, kernels
 from colossal_mpi.layers.loss import CrossEntropy
 from colossal_mpi.layers.models import GPT, GPTConfig
-from colossal_mpi.layers.pipeline.model import Pipeline, cut, place_of
-from colossal_mpi.layers.pipeline.schedule import SCHEDULES, Instruction, program
-from colossal_mpi.layers.pipeline.simulate import simulate
-from colossal_mpi.layers.pipeline.stage import Stream
+from colossal_mpi.layers.pipeline import (
+    SCHEDULES,
+    ArraySpec,
+    Instruction,
+    Pipeline,
+    partition,
+    program,
+    simulate,
+    stage_grid,
+)
 from colossal_mpi.layout import part
 
 Times: TypeAlias = dict[tuple[str, int, int], float]
@@ -144,7 +150,7 @@ class _Feed:
     def loss(self, y: DistArray, microbatch: int) -> tuple[float, Any]:
         return self._loss.forward(y, self._cut(self._labels, microbatch), self.sizes.tokens)
 
-    def stream(self, microbatch: int) -> Stream:
+    def activation_spec(self, microbatch: int) -> ArraySpec:
         first, stop = part(self.sizes.batch, self.microbatches, microbatch)
         return (stop - first, self.sizes.sequence, self.sizes.hidden), self.p.stream(), "float32"
 
@@ -154,7 +160,7 @@ class _Entry:
 
     def __init__(self, schedule: str, sizes: Sizes, grid: Grid) -> None:
         self.schedule, self.grid, self.chunks = schedule, grid, _CHUNKS if SCHEDULES[schedule].interleaved else 1
-        p = Parallelism(place_of(grid))
+        p = Parallelism(stage_grid(grid))
         config = GPTConfig(
             vocabulary=sizes.vocabulary,
             layers=sizes.layers,
@@ -163,7 +169,8 @@ class _Entry:
             positions=sizes.sequence,
             tied=False,
         )
-        self.pipeline, self.feed = Pipeline(cut(GPT(config, p), grid, self.chunks), grid, schedule), _Feed(sizes, p)
+        self.pipeline = Pipeline(partition(GPT(config, p), grid, self.chunks), grid, schedule)
+        self.feed = _Feed(sizes, p)
         self.steps: list[list[Bar]] = []
         """The bars of each step, of all stages; known to all ranks."""
 
@@ -246,7 +253,7 @@ def _simulated(entry: _Entry, stages: int, microbatches: int, seconds: Times) ->
 
     programs = [list(program(entry.schedule, stages, microbatches, stage, entry.chunks)) for stage in range(stages)]
     spans = simulate(programs, cost)
-    return [Bar(s.stage, kinds[type(s.step).__name__], s.step.chunk, s.start, s.stop) for s in spans]
+    return [Bar(s.stage, kinds[type(s.instruction).__name__], s.instruction.chunk, s.start, s.stop) for s in spans]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,7 @@ from colossal_mpi.apps.config.sections import Config, TransformerSection
 from colossal_mpi.errors import ColossalError, ConfigError
 from colossal_mpi.layers.attention.self_attention import head_width
 from colossal_mpi.layers.parallelism import require_axes
-from colossal_mpi.layers.pipeline.schedule import program
-from colossal_mpi.layers.pipeline.stage import PIPE
+from colossal_mpi.layers.pipeline import PIPE, program
 
 
 def problems(config: Config) -> list[str]:

@@ -29,8 +29,7 @@ from colossal_mpi.apps.config.plugins import absolute
 from colossal_mpi.layers.kernels import choices as kernel_choices
 from colossal_mpi.layers.optim import LEARNING_RATES, OPTIMIZERS
 from colossal_mpi.layers.parallelism import MODES, SEQUENCE_MODES
-from colossal_mpi.layers.pipeline import SCHEDULES
-from colossal_mpi.layers.pipeline.stage import PIPE
+from colossal_mpi.layers.pipeline import PIPE, SCHEDULES
 
 _TASKS = "colossal_mpi.apps.training.tasks"
 """The module that knows the section of each kind of model. It imports this package, and so is imported when needed."""

@@ -8,7 +8,7 @@ from itertools import product
 from typing import Any
 
 from colossal_mpi.apps.config import Config
-from colossal_mpi.layers.pipeline.stage import PIPE
+from colossal_mpi.layers.pipeline import PIPE
 
 Axes = dict[str, int]
 Rungs = tuple[tuple[int, str], ...]

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from colossal_mpi import ledger
 from colossal_mpi.layers.analysis.predict import Prediction
-from colossal_mpi.layers.pipeline.schedule import BackwardInput, BackwardWeight, Forward, Instruction
+from colossal_mpi.layers.pipeline import BackwardInput, BackwardWeight, Forward, Instruction
 
 _KINDS = {Forward: "forward", BackwardInput: "backward", BackwardWeight: "weight"}
 _BETWEEN = ("send", "receive")

@@ -16,8 +16,7 @@ from colossal_mpi.apps.planning.rates import Given, about, machine_of
 from colossal_mpi.apps.planning.show import console, grid_of, mode_of
 from colossal_mpi.apps.text import binary, duration, si
 from colossal_mpi.grid import world_rank, world_size
-from colossal_mpi.layers.pipeline.schedule import BackwardInput, BackwardWeight, Forward
-from colossal_mpi.layers.pipeline.simulate import Span, makespan
+from colossal_mpi.layers.pipeline import BackwardInput, BackwardWeight, Forward, Interval, makespan
 
 _COLUMNS = 100
 """Of the timeline."""
@@ -75,17 +74,17 @@ def traffic(one: Forecast) -> Table:
     return made
 
 
-def timeline(spans: Sequence[Span], stages: int) -> list[Text]:
+def timeline(spans: Sequence[Interval], stages: int) -> list[Text]:
     """Return a line for each stage: which microbatch it computes what of, from the left to the right."""
     scale = _COLUMNS / makespan(spans)
     lines = [[(" ", "")] * _COLUMNS for _ in range(stages)]
     for span in spans:
         first, last = round(span.start * scale), max(round(span.stop * scale), round(span.start * scale) + 1)
         for at in range(first, min(last, _COLUMNS)):
-            lines[span.stage][at] = (_sign(span), _STYLES[type(span.step)])
+            lines[span.stage][at] = (_sign(span), _STYLES[type(span.instruction)])
     return [Text.assemble(f"{i:>3} ", *line) for i, line in enumerate(lines)]
 
 
-def _sign(span: Span) -> str:
+def _sign(span: Interval) -> str:
     """Return the sign of a computation: that of its microbatch, again from the first one after nine."""
-    return chr(ord(_FIRST[type(span.step)]) + span.step.microbatch % 9)
+    return chr(ord(_FIRST[type(span.instruction)]) + span.instruction.microbatch % 9)

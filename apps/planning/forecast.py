@@ -14,9 +14,7 @@ from colossal_mpi.apps.training.tasks import StepFeed
 from colossal_mpi.apps.training.trainer import Trainer
 from colossal_mpi.grid import Grid
 from colossal_mpi.layers.analysis.predict import Prediction, dry_run, predicted, stages
-from colossal_mpi.layers.pipeline.schedule import Instruction, program
-from colossal_mpi.layers.pipeline.simulate import Span, check, makespan, simulate
-from colossal_mpi.layers.pipeline.stage import PIPE
+from colossal_mpi.layers.pipeline import PIPE, Instruction, Interval, makespan, program, simulate, verify
 from colossal_mpi.meta.machine import Clock, Machine
 
 _ENDS = 2
@@ -64,7 +62,7 @@ class Forecast:
         return max(one.peak for one in self.stages)
 
     @cached_property
-    def spans(self) -> list[Span]:
+    def spans(self) -> list[Interval]:
         """What each stage computes when, in seconds."""
 
         def cost(step: Instruction, stage: int) -> float:
@@ -122,7 +120,7 @@ def sampled(config: Config, machine: Machine) -> Forecast:
         return forecast(config, machine)
     part = {"batch": _ENDS * -(-training.batch // training.microbatches), "microbatches": _ENDS}
     short = config.model_copy(update={"training": training.model_copy(update=part)})
-    runs = zip(dry_runs(short, machine), check(programs(config)).live, strict=True)
+    runs = zip(dry_runs(short, machine), verify(programs(config)).live, strict=True)
     return Forecast(config, machine, [Cost(one, others, live / chunks) for one, live in runs])
 
 

@@ -15,9 +15,16 @@ from colossal_mpi.apps.config import Config
 from colossal_mpi.apps.planning.candidates import with_settings
 from colossal_mpi.apps.planning.cost import Cost
 from colossal_mpi.apps.planning.forecast import axes_of, dry_runs, programs
-from colossal_mpi.layers.pipeline.schedule import BackwardInput, BackwardWeight, Forward, Instruction
-from colossal_mpi.layers.pipeline.simulate import check, makespan, simulate
-from colossal_mpi.layers.pipeline.stage import PIPE
+from colossal_mpi.layers.pipeline import (
+    PIPE,
+    BackwardInput,
+    BackwardWeight,
+    Forward,
+    Instruction,
+    makespan,
+    simulate,
+    verify,
+)
 from colossal_mpi.meta.machine import Machine
 
 
@@ -141,7 +148,7 @@ def _estimate(config: Config, block: _Part, rest: _Part) -> Estimate:
     inner = _NOTHING.plus(block, -(-config.model.layers // stages))
     parts = [*[inner] * (stages - 1), inner.plus(rest, 1)]
     steps = programs(config)
-    spans, live = simulate(steps, _cost(parts, chunks), 0.0), check(steps).live
+    spans, live = simulate(steps, _cost(parts, chunks), 0.0), verify(steps).live
     peaks = [p.stored + p.passing + p.saved * n / chunks for p, n in zip(parts, live, strict=True)]
     seconds = makespan(spans) + max(p.after for p in parts)
     return Estimate(config, seconds, max(peaks), max(p.stored for p in parts))

@@ -11,7 +11,7 @@ from colossal_mpi.apps.config import Config, problems
 from colossal_mpi.apps.planning.candidates import Axes, ladder, variants, with_settings
 from colossal_mpi.apps.planning.quick import Estimate, Estimates
 from colossal_mpi.errors import ColossalError
-from colossal_mpi.layers.pipeline.stage import PIPE
+from colossal_mpi.layers.pipeline import PIPE
 from colossal_mpi.meta.machine import Machine
 
 

@@ -14,8 +14,7 @@ from colossal_mpi.errors import CheckpointError, GridError
 from colossal_mpi.grid import Grid
 from colossal_mpi.layers import Parallelism, models
 from colossal_mpi.layers.parameter import Parameter
-from colossal_mpi.layers.pipeline.model import Pipeline, cut, place_of
-from colossal_mpi.layers.pipeline.stage import PIPE
+from colossal_mpi.layers.pipeline import PIPE, Pipeline, partition, stage_grid
 
 
 def weights(parameters: Iterable[Parameter], kind: str = "weights") -> dict[str, DistArray]:
@@ -73,7 +72,7 @@ def restore(source: Path, grid: Grid, tensor: str) -> tuple[Any, Pipeline | None
     GridError
         If a directory of Hugging Face is to be cut into stages.
     """
-    place = Parallelism(place_of(grid), tensor)
+    place = Parallelism(stage_grid(grid), tensor)
     if (source / "config.json").is_file():
         if grid.axes.get(PIPE, 1) > 1:
             raise GridError(f"{source} on {grid}: only a checkpoint is cut into stages; make one with convert --to cm")
@@ -82,7 +81,7 @@ def restore(source: Path, grid: Grid, tensor: str) -> tuple[Any, Pipeline | None
     source = checkpoint_of(source)
     metadata = metadata_of(source)
     model = models.from_description(metadata["model"], place)
-    pipeline = Pipeline(cut(model, grid), grid) if grid.axes.get(PIPE, 1) > 1 else None
+    pipeline = Pipeline(partition(model, grid), grid) if grid.axes.get(PIPE, 1) > 1 else None
     parameters = model.parameters() if pipeline is None else pipeline.parameters()
     load(source, parameters, grid)
     return model, pipeline, metadata.get("huggingface", {})

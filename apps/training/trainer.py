@@ -20,9 +20,7 @@ from colossal_mpi.apps.training.tasks import StepFeed
 from colossal_mpi.grid import Grid
 from colossal_mpi.layers import Context, Parallelism, kernels, models, precision, recompute
 from colossal_mpi.layers.optim import LEARNING_RATES, OPTIMIZERS, LearningRateSchedule, MovingAverage
-from colossal_mpi.layers.pipeline import SCHEDULES
-from colossal_mpi.layers.pipeline.model import Pipeline, cut, held, place_of
-from colossal_mpi.layers.pipeline.stage import PIPE
+from colossal_mpi.layers.pipeline import PIPE, SCHEDULES, Pipeline, parameter_names, partition, stage_grid
 from colossal_mpi.platform import backend
 
 OWN_LOSSES = ("balance", "z_loss")
@@ -45,12 +43,13 @@ class Trainer:
         self.before = peak_memory()
         """Bytes that the process had at most before there was a model, the library of its kernels included."""
         place = Parallelism(
-            place_of(grid), parallel.tensor, parallel.keep_gathered, parallel.zero, sequence=parallel.sequence
+            stage_grid(grid), parallel.tensor, parallel.keep_gathered, parallel.zero, sequence=parallel.sequence
         )
         self.task = tasks.make(config, place)
         self.model, self.task.run = self.task.model, self.run
         whole = recompute(self.model, parallel.recompute, SCHEDULES[parallel.schedule].defers_weights)
-        chunks, names = cut(whole, grid, parallel.virtual_stages), held(whole, grid, parallel.virtual_stages)
+        chunks = partition(whole, grid, parallel.virtual_stages)
+        names = parameter_names(whole, grid, parallel.virtual_stages)
         self.pipeline = self.task.pipeline = Pipeline(chunks, grid, parallel.schedule, parallel.bucket, names)
         self.optimizer = OPTIMIZERS[training.optimizer](
             self.pipeline.parameters(), weight_decay=training.weight_decay, clip=training.clip, offload=parallel.offload
@@ -95,7 +94,7 @@ class Trainer:
     def run(self, x: Any, ctx: Context) -> Any:
         """Return the outputs of the model, on all stages."""
         length = x.shape[1] if x.ndim == 2 else None
-        return self.pipeline.outputs(x, ctx, self.task.stream(x.shape[0], length))
+        return self.pipeline.outputs(x, ctx, self.task.activation_spec(x.shape[0], length))
 
     def step(self, step: int, meanwhile: Callable[[], None] | None = None) -> dict[str, float | None]:
         """Do a training step and return its loss, what experts have added to it, gradient norm and learning rate.

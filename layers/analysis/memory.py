@@ -8,8 +8,7 @@ from typing import Any
 from colossal_mpi import distarray, meta
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.layers.layer import Context
-from colossal_mpi.layers.pipeline.model import Pipeline
-from colossal_mpi.layers.pipeline.stage import Feed
+from colossal_mpi.layers.pipeline import Pipeline, StepData
 
 
 def buffers(item: Any) -> Iterator[Any]:
@@ -44,24 +43,24 @@ def saved_bytes(cache: Any, besides: Sequence[Any] = ()) -> int:
     return sum(memory.nbytes for memory in buffers(cache) if id(memory) not in others)
 
 
-def one_microbatch(pipeline: Pipeline, feed: Feed) -> tuple[int, int]:
+def one_microbatch(pipeline: Pipeline, feed: StepData) -> tuple[int, int]:
     """Return the bytes that the first microbatch keeps between its passes, and those of the gradients after them.
 
     All chunks of this stage go forward and back together, on zeros in the place of what other stages would send. On a
     live grid all ranks must do so.
     """
-    shape, layout, dtype = feed.stream(0)
+    shape, layout, dtype = feed.activation_spec(0)
     parameters, caches = pipeline.parameters(), []
-    last = pipeline.number == pipeline.stages - 1
+    last = pipeline.stage == pipeline.stages - 1
     for c, chunk in enumerate(pipeline.chunks):
-        x = feed.inputs(0) if c == pipeline.number == 0 else distarray.zeros(shape, pipeline.place, layout, dtype)
+        x = feed.inputs(0) if c == pipeline.stage == 0 else distarray.zeros(shape, pipeline.stage_grid, layout, dtype)
         y, cache = chunk.forward(x, feed.context(0))
         ends = last and c == len(pipeline.chunks) - 1
         caches.append((cache, feed.loss(y, 0)[1] if ends else None))
     saved = saved_bytes(caches, [q.value for q in parameters])
     while caches:
         cache, loss = caches.pop()
-        dy = distarray.zeros(shape, pipeline.place, layout, dtype) if loss is None else feed.loss_backward(loss)
+        dy = distarray.zeros(shape, pipeline.stage_grid, layout, dtype) if loss is None else feed.loss_backward(loss)
         pipeline.chunks[len(caches)].backward(dy, cache)
     gradients = saved_bytes([q.grad for q in parameters if q.grad is not None])
     for q in parameters:

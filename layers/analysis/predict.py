@@ -19,10 +19,18 @@ from colossal_mpi.layers.optim.adam import AdamW
 from colossal_mpi.layers.optim.base import Optimizer
 from colossal_mpi.layers.parallelism import Parallelism
 from colossal_mpi.layers.parameter import Parameter
-from colossal_mpi.layers.pipeline.model import PIPE, Pipeline, cut, held, place_of
-from colossal_mpi.layers.pipeline.schedule import SCHEDULES, program
-from colossal_mpi.layers.pipeline.simulate import check
-from colossal_mpi.layers.pipeline.stage import Feed, Stream
+from colossal_mpi.layers.pipeline import (
+    PIPE,
+    SCHEDULES,
+    ArraySpec,
+    Pipeline,
+    StepData,
+    parameter_names,
+    partition,
+    program,
+    stage_grid,
+    verify,
+)
 from colossal_mpi.layers.recompute import recompute
 from colossal_mpi.layout import part, rank_of
 from colossal_mpi.meta.machine import Clock
@@ -79,7 +87,7 @@ class TokenFeed:
         """Return the cotangent of the logits."""
         return self.cross_entropy.backward(cache)
 
-    def stream(self, microbatch: int) -> Stream:
+    def activation_spec(self, microbatch: int) -> ArraySpec:
         """Return shape, layout and dtype of the residual stream."""
         first, stop = self._rows(microbatch)
         return (stop - first, *self.sizes[1:]), self.parallelism.stream(), self.dtype
@@ -119,7 +127,7 @@ class Prediction:
 
 def predict_memory(
     model: Callable[[Parallelism], Sequential],
-    feed: Callable[[Parallelism], Feed],
+    feed: Callable[[Parallelism], StepData],
     axes: Mapping[str, int],
     tensor: str | None = None,
     *,
@@ -171,16 +179,16 @@ def predict_memory(
     found = []
     for grid in stages(axes):
         with dry_run() as tally:
-            p = Parallelism(place_of(grid), tensor, **modes)
+            p = Parallelism(stage_grid(grid), tensor, **modes)
             whole = recompute(model(p), kinds, SCHEDULES[schedule].defers_weights)
-            names = held(whole, grid, chunks)
-            pipeline = Pipeline(cut(whole, grid, chunks), grid, schedule, held=names)
+            names = parameter_names(whole, grid, chunks)
+            pipeline = Pipeline(partition(whole, grid, chunks), grid, schedule, names=names)
             mine, data = optimizer(pipeline.parameters()), feed(p)
             found.append(predicted(pipeline, mine, data, tally, partial(_step, pipeline, mine, data)))
     return found
 
 
-def _step(pipeline: Pipeline, optimizer: Optimizer, feed: Feed) -> None:
+def _step(pipeline: Pipeline, optimizer: Optimizer, feed: StepData) -> None:
     pipeline.step(feed)
     optimizer.step()
 
@@ -203,7 +211,7 @@ def dry_run(clock: Clock | None = None) -> Iterator[meta.Tally]:
 
 
 def predicted(
-    pipeline: Pipeline, optimizer: Optimizer, feed: Feed, tally: meta.Tally, step: Callable[[], Any]
+    pipeline: Pipeline, optimizer: Optimizer, feed: StepData, tally: meta.Tally, step: Callable[[], Any]
 ) -> Prediction:
     """Return what a step takes of a stage on a meta grid that was made, and its optimizer with it, in a dry run."""
     weights = [q.value for q in optimizer.parameters]
@@ -232,4 +240,4 @@ def _live(pipeline: Pipeline, microbatches: int) -> float:
     """Return the most microbatches whose caches a stage holds at once; a piece of one counts as its part."""
     chunks, stages = len(pipeline.chunks), range(pipeline.stages)
     programs = [list(program(pipeline.schedule, pipeline.stages, microbatches, i, chunks)) for i in stages]
-    return check(programs).live[pipeline.number] / chunks
+    return verify(programs).live[pipeline.stage] / chunks

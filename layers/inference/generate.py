@@ -14,8 +14,7 @@ from colossal_mpi.layers.head import pick
 from colossal_mpi.layers.inference.kv_cache import KeyValues
 from colossal_mpi.layers.inference.sampling import NONE, Sampling, draw
 from colossal_mpi.layers.layer import Context, Layer
-from colossal_mpi.layers.pipeline.model import Pipeline
-from colossal_mpi.layers.pipeline.stage import PIPE
+from colossal_mpi.layers.pipeline import PIPE, Pipeline
 from colossal_mpi.platform import backend
 
 

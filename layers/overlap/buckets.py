@@ -15,7 +15,7 @@ from colossal_mpi.layers.layer import Layer
 from colossal_mpi.layers.parameter import Parameter
 from colossal_mpi.platform import backend
 
-SIZE = 1 << 20
+BUCKET_BYTES = 1 << 20
 """Bytes of a bucket by default."""
 _FLYING = 4
 """Most buckets under way at once. Many MPIs move large messages only while they are called, and what all buckets of a
@@ -113,7 +113,7 @@ class GradientBuckets:
     >>> optimizer.step()
     """
 
-    def __init__(self, layers: Iterable[Layer], microbatches: int = 1, size: int = SIZE) -> None:
+    def __init__(self, layers: Iterable[Layer], microbatches: int = 1, size: int = BUCKET_BYTES) -> None:
         layers = list(layers)
         places = [parameter for layer in layers for parameter in layer.places()]
         self._parameters = {id(parameter): parameter for parameter in places}
@@ -144,7 +144,7 @@ class GradientBuckets:
             bucket.get_on()
         self._old, self._young = [*filter(Bucket.lasts, self._old), *self._young], []
 
-    def hold(self, parameter: Parameter) -> None:
+    def expect(self, parameter: Parameter) -> None:
         """Expect a contribution more, which is no layer's: the part of another stage."""
         self._lacking[id(parameter)] += 1
 

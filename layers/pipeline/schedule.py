@@ -1,8 +1,9 @@
-"""Pipeline schedules as data: what each stage does, in order, a function of (stages, microbatches, chunks) alone.
+"""Pipeline schedules as data: the instructions of each stage, in order, as a function of three numbers.
 
-A stage holds `chunks` pieces of the model, each a virtual stage: piece c of stage i is number ``c stages + i`` of the
-pieces in order. An *order* says in which order a stage computes; `program` puts the transfers in. Nothing here knows of
-ranks or arrays: `layers.simulate` proves a schedule and times it, without MPI.
+The numbers are the stages, the microbatches and the chunks of the model on each stage. Chunk c of stage i, a virtual
+stage, is number ``c stages + i`` in the order of the model. An *order* yields the computations of a stage; `program`
+puts the transfers between them. Nothing here knows of ranks or arrays: ``simulation`` proves and times a schedule
+without MPI, and ``stage`` carries it out. A new schedule is one function under `register_schedule`.
 
 References
 ----------
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
 from colossal_mpi.errors import OptionError
 from colossal_mpi.layout import part
@@ -22,45 +22,53 @@ from colossal_mpi.layout import part
 
 @dataclass(frozen=True)
 class Instruction:
-    """One step of a stage, for one microbatch and one of the stage's chunks."""
+    """One instruction of a stage, for one microbatch and one chunk.
+
+    Parameters
+    ----------
+    microbatch : int
+        Number of the microbatch, from 0.
+    chunk : int
+        Number of the chunk among those of the stage, from 0.
+    """
 
     microbatch: int
     chunk: int = 0
 
 
 class Forward(Instruction):
-    """Compute the chunk and keep its cache."""
+    """Run the forward pass of the chunk and keep its cache."""
 
 
 class BackwardInput(Instruction):
-    """Compute the cotangent of the chunk's input; the weight products are put off."""
+    """Compute the cotangent of the chunk's input, and put the weight products off."""
 
 
 class BackwardWeight(Instruction):
-    """Compute the weight products that were put off and forget the cache."""
+    """Compute the weight products that were put off, and free the cache."""
 
 
 @dataclass(frozen=True)
 class Transfer(Instruction):
-    """A message from or to another stage; `microbatch` and `chunk` are those of the sender."""
+    """A message between this stage and the stage `peer`. The sender counts `microbatch` and `chunk`."""
 
     peer: int = 0
 
 
 class SendActivation(Transfer):
-    """Begin to send the chunk's output to the stage `peer`."""
+    """Start to send the chunk's output to the stage `peer`."""
 
 
 class ReceiveActivation(Transfer):
-    """Wait for the input of the next piece from the stage `peer`."""
+    """Wait for the input of the next chunk from the stage `peer`."""
 
 
 class SendGradient(Transfer):
-    """Begin to send the cotangent of the chunk's input to the stage `peer`."""
+    """Start to send the cotangent of the chunk's input to the stage `peer`."""
 
 
 class ReceiveGradient(Transfer):
-    """Wait for the cotangent of an output from the stage `peer`."""
+    """Wait for the cotangent of a chunk's output from the stage `peer`."""
 
 
 Order = Callable[[int, int, int, int], Iterator[Instruction]]
@@ -141,7 +149,7 @@ def register_schedule(
 
 @register_schedule("gpipe", "All forward passes, then all backward passes.")
 def gpipe(stages: int, microbatches: int, chunks: int, stage: int) -> Iterator[Instruction]:
-    """Yield all forwards, then all backwards. Keeps the caches of all microbatches."""
+    """Yield all forward passes, then all backward passes. A stage keeps the caches of all microbatches."""
     for c in range(chunks):
         yield from (Forward(mb, c) for mb in range(microbatches))
     for c in reversed(range(chunks)):
@@ -152,10 +160,10 @@ def gpipe(stages: int, microbatches: int, chunks: int, stage: int) -> Iterator[I
 @register_schedule("interleaved", "1F1B with several chunks of the model on each stage.", interleaved=True)
 @register_schedule("1f1b", "One forward pass, one backward pass: as few caches as there are stages.")
 def one_f_one_b(stages: int, microbatches: int, chunks: int, stage: int) -> Iterator[Instruction]:
-    """Yield a backward as soon as there is one. Keeps ``min(microbatches, stages - stage)`` caches.
+    """Yield each backward pass as soon as its cotangent can be there: 1F1B, and with several chunks interleaved 1F1B.
 
-    With more than one chunk this is the interleaved schedule: groups of microbatches go through one chunk after the
-    other, which divides the bubble by the number of chunks.
+    A stage keeps ``min(microbatches, stages - stage)`` caches. With several chunks, groups of microbatches go through
+    one chunk after the other, which divides the bubble by the number of chunks.
     """
     groups = _groups(stages, microbatches)
     forwards = [(mb, c) for group in groups for c in range(chunks) for mb in group]
@@ -170,16 +178,16 @@ def one_f_one_b(stages: int, microbatches: int, chunks: int, stage: int) -> Iter
 
 
 def _groups(stages: int, microbatches: int) -> list[range]:
-    """Return groups of at least `stages` microbatches, larger ones first: a short one would leave the rest waiting."""
+    """Return groups of at least `stages` microbatches, larger groups first: the others would wait for a short one."""
     count = max(1, microbatches // stages)
     return [range(*part(microbatches, count, i)) for i in range(count)]
 
 
 @register_schedule("zero-bubble", "1F1B with weight products put off into the bubble: ZB-H1.", defers_weights=True)
 def zero_bubble(stages: int, microbatches: int, chunks: int, stage: int) -> Iterator[Instruction]:
-    """Yield 1F1B with the weight products of stage i put off by i microbatches: ZB-H1. Keeps `stages` caches.
+    """Yield 1F1B with the weight products of stage i put off by i microbatches: ZB-H1. A stage keeps `stages` caches.
 
-    The input cotangents are then not kept waiting by weight products, which fill the bubble at the end.
+    Weight products then delay no input cotangent, and fill the bubble at the end.
     """
     ahead, done = stages - stage - 1, 0
     for i in range(microbatches + ahead):
@@ -187,7 +195,8 @@ def zero_bubble(stages: int, microbatches: int, chunks: int, stage: int) -> Iter
             yield Forward(i)
         if ahead <= i:
             yield BackwardInput(i - ahead)
-            # Of the products that are put off one is due after each backward, and in the cool-down one more is free.
+            # After each backward pass one of the products that were put off is due; the cool-down has time for one
+            # more.
             if i - ahead - done >= stage or i >= microbatches:
                 yield BackwardWeight(done)
                 done += 1
@@ -195,28 +204,42 @@ def zero_bubble(stages: int, microbatches: int, chunks: int, stage: int) -> Iter
 
 
 def program(schedule: str, stages: int, microbatches: int, stage: int, chunks: int = 1) -> Iterator[Instruction]:
-    """Yield what a stage does in a step: its order, each computation between its receive and its send.
+    """Yield the instructions of a stage for one training step: each computation between its receive and its send.
 
     Parameters
     ----------
-    schedule : {"gpipe", "1f1b", "interleaved", "zero-bubble"}
-    stages, microbatches : int
-        1 or more; any number of microbatches.
+    schedule : str
+        Name of a registered schedule: ``"gpipe"``, ``"1f1b"``, ``"interleaved"``, ``"zero-bubble"`` or another one.
+    stages : int
+        Number of stages.
+    microbatches : int
+        Number of microbatches. It need not be a multiple of the stages.
     stage : int
+        Number of the stage, from 0.
     chunks : int
-        Virtual stages per stage: 2 or more for ``interleaved``, 1 for the others.
+        Number of chunks (virtual stages) on each stage: 2 or more for interleaved schedules, 1 for the others.
+
+    Yields
+    ------
+    Instruction
+        Computations and transfers in the order of the stage.
 
     Raises
     ------
     OptionError
-        If there is no such schedule or it cannot have that many chunks.
+        If the schedule is not registered or cannot have that many chunks.
+
+    Examples
+    --------
+    >>> list(program("1f1b", stages=1, microbatches=1, stage=0))
+    [Forward(microbatch=0, chunk=0), BackwardInput(microbatch=0, chunk=0), BackwardWeight(microbatch=0, chunk=0)]
     """
-    _check(schedule, stages, microbatches, chunks)
-    for step in SCHEDULES[schedule].order(stages, microbatches, chunks, stage):
-        yield from _with_transfers(step, stages, chunks, stage)
+    _require_possible(schedule, stages, microbatches, chunks)
+    for computation in SCHEDULES[schedule].order(stages, microbatches, chunks, stage):
+        yield from _with_transfers(computation, stages, chunks, stage)
 
 
-def _check(schedule: str, stages: int, microbatches: int, chunks: int) -> None:
+def _require_possible(schedule: str, stages: int, microbatches: int, chunks: int) -> None:
     if schedule not in SCHEDULES:
         raise OptionError(f"schedule={schedule!r}: use one of {', '.join(map(repr, SCHEDULES))}")
     if min(stages, microbatches, chunks) < 1 or (chunks > 1) != SCHEDULES[schedule].interleaved:
@@ -227,52 +250,17 @@ def _check(schedule: str, stages: int, microbatches: int, chunks: int) -> None:
         )
 
 
-def _with_transfers(step: Instruction, stages: int, chunks: int, stage: int) -> Iterator[Instruction]:
-    mb, piece = step.microbatch, step.chunk * stages + stage
-    before, after = piece - 1, piece + 1
-    if isinstance(step, BackwardInput):
+def _with_transfers(computation: Instruction, stages: int, chunks: int, stage: int) -> Iterator[Instruction]:
+    microbatch, number = computation.microbatch, computation.chunk * stages + stage
+    before, after = number - 1, number + 1
+    receive: type[Transfer] = ReceiveActivation
+    send: type[Transfer] = SendActivation
+    if isinstance(computation, BackwardInput):
         before, after = after, before
-    receive, send = (
-        (ReceiveGradient, SendGradient) if isinstance(step, BackwardInput) else (ReceiveActivation, SendActivation)
-    )
-    moves = stages > 1 and not isinstance(step, BackwardWeight)
+        receive, send = ReceiveGradient, SendGradient
+    moves = stages > 1 and not isinstance(computation, BackwardWeight)
     if moves and 0 <= before < stages * chunks:
-        yield receive(mb, before // stages, before % stages)
-    yield step
+        yield receive(microbatch, before // stages, before % stages)
+    yield computation
     if moves and 0 <= after < stages * chunks:
-        yield send(mb, step.chunk, after % stages)
-
-
-def balanced(costs: list[float], parts: int) -> list[range]:
-    """Cut a list of layers into contiguous parts, of which the costliest costs as little as can be.
-
-    Parameters
-    ----------
-    costs : list of float
-        Of each layer, 0 or more.
-    parts : int
-        Stages times chunks.
-
-    Raises
-    ------
-    OptionError
-        If there are more parts than layers.
-    """
-    n = len(costs)
-    if not 1 <= parts <= n:
-        raise OptionError(f"{n} layers cannot be cut into {parts} parts: use from 1 to {n}")
-    # least[k][j]: the smallest greatest cost of the first j layers in k parts, and where the last part begins.
-    total = [0.0]
-    for cost in costs:
-        total.append(total[-1] + cost)
-    least = {1: {j: (total[j], 0) for j in range(1, n + 1)}}
-    for k in range(2, parts + 1):
-        least[k] = {
-            j: min((max(least[k - 1][i][0], total[j] - total[i]), i) for i in range(k - 1, j)) for j in range(k, n + 1)
-        }
-    cuts, j = [n], n
-    for k in range(parts, 0, -1):
-        j = least[k][j][1]
-        cuts.append(j)
-    cuts.reverse()
-    return [range(a, b) for a, b in pairwise(cuts)]
+        yield send(microbatch, computation.chunk, after % stages)

@@ -23,7 +23,7 @@ from colossal_mpi.apps.planning.search import USABLE, search
 from colossal_mpi.apps.planning.trial import trial
 from colossal_mpi.apps.training.trainer import Trainer
 from colossal_mpi.errors import ColossalError
-from colossal_mpi.layers.pipeline.model import PIPE
+from colossal_mpi.layers.pipeline import PIPE
 from colossal_mpi.layers.pipeline.schedule import BackwardInput, BackwardWeight, Forward
 from colossal_mpi.meta.machine import Link, Machine
 

@@ -10,7 +10,7 @@ from mpi4py import MPI
 from colossal_mpi import Grid
 from colossal_mpi.apps import config as configs
 from colossal_mpi.apps.training.trainer import Trainer
-from colossal_mpi.layers.pipeline.model import place_of
+from colossal_mpi.layers.pipeline import stage_grid
 from tests.cases import host
 from tests.reference.modes import FEW, mode_of
 
@@ -30,7 +30,7 @@ TASKS = {
 def trainer(name, grid, dtype="float64", **training):
     parallel = {
         "grid": dict(grid.axes),
-        "tensor": mode_of(place_of(grid)) or "none",
+        "tensor": mode_of(stage_grid(grid)) or "none",
         "dtype": dtype,
         "kernels": "reference",
     }
@@ -138,7 +138,7 @@ LEARNS = {"patch": 4, "layers": 2, "hidden": 64, "heads": 4, "std": 0.1}
 @pytest.mark.grids({}, {"row": 2, "col": 2})
 def test_a_vit_names_the_digits(grid):
     training = {"steps": 150, "batch": 64, "microbatches": 1, "warmup": 30, "lr": 2e-3}
-    parallel = {"grid": dict(grid.axes), "tensor": mode_of(place_of(grid)) or "none"}
+    parallel = {"grid": dict(grid.axes), "tensor": mode_of(stage_grid(grid)) or "none"}
     table = {"model": {"kind": "vit", **LEARNS}, "data": {"validation": 0.2}, "training": training}
     run = Trainer(configs.validate({**table, "parallel": parallel}, "digits"), grid)
     for step in range(150):

@@ -12,7 +12,7 @@ from colossal_mpi.layers.containers import Sequential
 from colossal_mpi.layers.head import Head
 from colossal_mpi.layers.inference.kv_cache import KeyValues
 from colossal_mpi.layers.models import GPT, GPTConfig, Llama, LlamaConfig
-from colossal_mpi.layers.pipeline.model import Pipeline, cut, place_of
+from colossal_mpi.layers.pipeline import Pipeline, partition, stage_grid
 from colossal_mpi.platform import backend
 from tests.cases import host, inner, totals
 from tests.reference.modes import GRIDS, SEQUENCE, mode_of
@@ -54,10 +54,10 @@ every_grid = pytest.mark.grids(*GRIDS, *SEQUENCE, {"data": 8}, *PIPES)
 def make(name, grid):
     """Return a model on this rank's stage, its pipeline if there is one, and its parallelism."""
     kind, config = MODELS[name]
-    place = place_of(grid)
+    place = stage_grid(grid)
     p = Parallelism(place, mode_of(place))
     model = kind(config, p)
-    return model, Pipeline(cut(model, grid), grid) if "pipe" in grid.axes else None, p
+    return model, Pipeline(partition(model, grid), grid) if "pipe" in grid.axes else None, p
 
 
 def texts(name, grid, **options):

@@ -15,7 +15,7 @@ from colossal_mpi.layers.models import GPT
 from colossal_mpi.layers.norm import LayerNorm
 from colossal_mpi.layers.overlap.buckets import GradientBuckets
 from colossal_mpi.layers.overlap.prefetch import Prefetch
-from colossal_mpi.layers.pipeline.model import Pipeline, cut, place_of
+from colossal_mpi.layers.pipeline import Pipeline, partition, stage_grid
 from colossal_mpi.layout import box_shape
 from tests.cases import host, totals
 from tests.reference import gpt_case as case
@@ -164,9 +164,9 @@ def test_layers_compute_while_the_weights_of_the_next_are_gathered(grid):
 @pytest.mark.grids({"pipe": 2, "data": 2}, {"pipe": 3})
 def test_stages_compute_while_they_send_and_reduce(grid, schedule, zero):
     """Every message, and every bucket but the last of a stage and that of the table that two stages share."""
-    place = place_of(grid)
+    place = stage_grid(grid)
     p = Parallelism(place, zero=zero)
-    chunks = cut(GPT(case.CONFIG, p), grid, 2 if schedule == "interleaved" else 1)
+    chunks = partition(GPT(case.CONFIG, p), grid, 2 if schedule == "interleaved" else 1)
     pipeline = Pipeline(chunks, grid, schedule, bucket=SMALL)
     with ledger.record() as moved:
         pipeline.step(GPTFeed(p, 5))

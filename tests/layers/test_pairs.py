@@ -11,7 +11,7 @@ from colossal_mpi.layers import Context, Parallelism
 from colossal_mpi.layers.loss import CrossEntropy
 from colossal_mpi.layers.models import GPT, GPTConfig
 from colossal_mpi.layers.optim import AdamW
-from colossal_mpi.layers.pipeline.model import Pipeline, cut, place_of
+from colossal_mpi.layers.pipeline import Pipeline, partition, stage_grid
 from colossal_mpi.layers.recompute import recompute
 from colossal_mpi.layout import part
 from tests.reference import pairs
@@ -54,18 +54,18 @@ class Feed:
     def loss(self, y, microbatch):
         return self.cross_entropy.forward(y, self._cut(LABELS, microbatch), COUNT)
 
-    def stream(self, microbatch):
+    def activation_spec(self, microbatch):
         first, stop = part(BATCH, MICROBATCHES, microbatch)
         return (stop - first, CONFIG.positions, CONFIG.hidden), self.p.stream(), "float64"
 
 
 def train(grid, case):
     """Return losses and gradient norms, the gradients of the first step and the weights after the last."""
-    p = Parallelism(place_of(grid), case.tensor, zero=case.zero, sequence=case.sequence)
+    p = Parallelism(stage_grid(grid), case.tensor, zero=case.zero, sequence=case.sequence)
     model = GPT(CONFIG, p)
     if case.recompute:
         recompute(model, "full")
-    chunks = cut(model, grid, 2 if case.schedule == "interleaved" else 1)
+    chunks = partition(model, grid, 2 if case.schedule == "interleaved" else 1)
     pipeline = Pipeline(chunks, grid, case.schedule)
     optimizer = AdamW(pipeline.parameters(), lr=1e-2, clip=0.5, eps=1e-3)  # the key bias has nothing but noise
     numbers, first = [], {}

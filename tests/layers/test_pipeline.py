@@ -14,8 +14,8 @@ from colossal_mpi.layers.loss import CrossEntropy
 from colossal_mpi.layers.models import GPT
 from colossal_mpi.layers.norm import LayerNorm
 from colossal_mpi.layers.optim import AdamW
-from colossal_mpi.layers.pipeline.model import Pipeline, cut, place_of
-from colossal_mpi.layers.pipeline.schedule import balanced
+from colossal_mpi.layers.pipeline import Pipeline, partition, stage_grid
+from colossal_mpi.layers.pipeline.partition import balanced_ranges
 from colossal_mpi.layout import part
 from tests.cases import host
 from tests.reference import gpt_case as gpt
@@ -60,7 +60,7 @@ class Feed:
     def loss(self, y, microbatch):
         return self.cross_entropy.forward(y, self._cut(LABELS, microbatch), COUNT)
 
-    def stream(self, microbatch):
+    def activation_spec(self, microbatch):
         first, stop = part(B, self.microbatches, microbatch)
         return (stop - first, S, H), self.p.stream(), "float64"
 
@@ -78,7 +78,7 @@ def prepare(path):
 def pieces(grid, chunks, mode=None):
     p = Parallelism(grid.at(pipe=grid.coords["pipe"]), mode or mode_of(grid.at(pipe=grid.coords["pipe"])))
     made, stages = layers(p), grid.axes["pipe"]
-    pieces = balanced(COSTS, stages * chunks)
+    pieces = balanced_ranges(COSTS, stages * chunks)
     mine = [pieces[c * stages + grid.coords["pipe"]] for c in range(chunks)]
     return p, [Sequential(*[made[i]() for i in piece]) for piece in mine]
 
@@ -151,7 +151,7 @@ def test_tied_weights_on_both_ends(grid, prepared, schedule, zero):
     reference = float(exact.pop("loss"))
     place = grid.at(pipe=grid.coords["pipe"])
     p = Parallelism(place, mode_of(place), zero=zero)
-    pipeline = Pipeline(cut(GPT(gpt.CONFIG, p), grid, 2 if schedule == "interleaved" else 1), grid, schedule)
+    pipeline = Pipeline(partition(GPT(gpt.CONFIG, p), grid, 2 if schedule == "interleaved" else 1), grid, schedule)
     optimizer = AdamW(pipeline.parameters(), clip=0.5)
     loss = pipeline.step(GPTFeed(p, 3))
     assert abs(loss - reference) <= 1e-12 * reference
@@ -165,14 +165,14 @@ def test_tied_weights_on_both_ends(grid, prepared, schedule, zero):
     copies = [(at, block) for at, block in comm.collect((place.rank, table), grid) if block is not None]
     assert len(copies) == 2 * place.size
     for at, block in copies:
-        assert all(np.array_equal(block, other) for place_of, other in copies if place_of == at)
+        assert all(np.array_equal(block, other) for place, other in copies if place == at)
 
 
 @pytest.mark.grids({"pipe": 3})
 def test_a_stage_makes_no_weights_of_others(grid):
     p = Parallelism(grid.at(pipe=grid.coords["pipe"]))
     model = GPT(gpt.CONFIG, p)
-    mine = {id(q) for piece in cut(model, grid) for q in piece.parameters()}
+    mine = {id(q) for piece in partition(model, grid) for q in piece.parameters()}
     for q in model.parameters():
         if id(q) in mine:
             assert q.value.shape == q.shape
@@ -182,11 +182,11 @@ def test_a_stage_makes_no_weights_of_others(grid):
 @pytest.mark.parametrize("chunks", [1, 2])
 @pytest.mark.grids({"pipe": 3}, {"pipe": 2, "row": 2, "col": 2}, {"row": 2})
 def test_all_stages_get_the_outputs(grid, chunks):
-    place = place_of(grid)
+    place = stage_grid(grid)
     p = Parallelism(place, mode_of(place))
     x = from_global(gpt.TOKENS, place, p.tokens())
     stream = ((*gpt.TOKENS.shape, gpt.CONFIG.hidden), p.stream(), "float64")
-    pipeline = Pipeline(cut(GPT(gpt.CONFIG, p), grid, chunks), grid, "interleaved" if chunks > 1 else "1f1b")
+    pipeline = Pipeline(partition(GPT(gpt.CONFIG, p), grid, chunks), grid, "interleaved" if chunks > 1 else "1f1b")
     y = pipeline.outputs(x, Context(train=False), stream)
     exact, _ = GPT(gpt.CONFIG, p).forward(x, Context(train=False))
     assert y.layout == exact.layout
@@ -195,7 +195,7 @@ def test_all_stages_get_the_outputs(grid, chunks):
 
 @pytest.mark.grids({"pipe": 3})
 def test_a_stage_without_weights_is_refused(grid):
-    p = Parallelism(place_of(grid))
+    p = Parallelism(stage_grid(grid))
     norm = [LayerNorm(H, p, "norm", **COMMON)] if grid.coords["pipe"] == 1 else []
     with pytest.raises(GridError, match="stages without weights: 0, 2 of 3; use fewer stages"):
         Pipeline([Sequential(*norm)], grid)
@@ -203,7 +203,7 @@ def test_a_stage_without_weights_is_refused(grid):
 
 @pytest.mark.grids({"pipe": 3})
 def test_a_weight_of_three_stages_is_refused(grid):
-    p = Parallelism(place_of(grid))
+    p = Parallelism(stage_grid(grid))
     with pytest.raises(
         GridError, match=r"more than two stages: norm.bias, norm.gain; a weight may be tied to one other"
     ):

@@ -14,7 +14,7 @@ from colossal_mpi.layers.models import GPT, GPTConfig, Llama, LlamaConfig
 from colossal_mpi.layers.moe import MoE
 from colossal_mpi.layers.optim import OPTIMIZERS, AdamW
 from colossal_mpi.layers.optim.average import MovingAverage
-from colossal_mpi.layers.pipeline.model import Pipeline, cut
+from colossal_mpi.layers.pipeline import Pipeline, partition
 from colossal_mpi.layers.precision import LossScale, overflowing
 from colossal_mpi.layout import Layout, part
 from tests.cases import host
@@ -137,7 +137,7 @@ class Feed:
     def loss_backward(self, cache):
         return self.cross_entropy.backward(cache, self.scale)
 
-    def stream(self, microbatch):
+    def activation_spec(self, microbatch):
         first, stop = part(7, self.microbatches, microbatch)
         return (stop - first, 5, SIZES["hidden"]), self.p.stream(), self.dtype
 
@@ -147,7 +147,7 @@ class Feed:
 @pytest.mark.grids({"pipe": 2, "data": 2})
 def test_tied_weights_of_two_stages(grid, prepared, dtype):
     p = Parallelism(grid.at(pipe=grid.coords["pipe"]), zero=1)
-    pipeline = Pipeline(cut(MODELS["gpt"](p, dtype), grid), grid, "zero-bubble")
+    pipeline = Pipeline(partition(MODELS["gpt"](p, dtype), grid), grid, "zero-bubble")
     optimizer = AdamW(pipeline.parameters())
     loss = pipeline.step(Feed(p, 3, dtype, optimizer.loss_scale))
     check(prepared, "gpt", dtype, loss, optimizer.parameters, optimizer.loss_scale)

@@ -12,7 +12,7 @@ from colossal_mpi.layers.analysis.memory import one_microbatch, saved_bytes
 from colossal_mpi.layers.analysis.predict import TokenFeed, predict_memory
 from colossal_mpi.layers.models import GPT, GPTConfig, Llama, LlamaConfig
 from colossal_mpi.layers.optim import SGD, AdamW, Muon
-from colossal_mpi.layers.pipeline.model import PIPE, Pipeline, cut, place_of
+from colossal_mpi.layers.pipeline import PIPE, Pipeline, partition, stage_grid
 from tests.reference.modes import mode_of
 
 SIZES = {"vocabulary": 61, "layers": 3, "hidden": 40, "heads": 10, "inner": 77, "positions": 19}
@@ -37,9 +37,9 @@ def feed_of(dtype):
 
 def measured(grid, tensor, model, dtype, kinds="none", schedule="1f1b", chunks=1, optimizer=AdamW, **modes):
     """Return by name what a step takes on this rank."""
-    p = Parallelism(place_of(grid), tensor, **modes)
+    p = Parallelism(stage_grid(grid), tensor, **modes)
     pipeline = Pipeline(
-        cut(recompute(MODELS[model](dtype)(p), kinds, schedule == "zero-bubble"), grid, chunks), grid, schedule
+        partition(recompute(MODELS[model](dtype)(p), kinds, schedule == "zero-bubble"), grid, chunks), grid, schedule
     )
     optimizer, feed = optimizer(pipeline.parameters()), feed_of(dtype)(p)
     weights = [q.value for q in optimizer.parameters]
@@ -53,9 +53,9 @@ def measured(grid, tensor, model, dtype, kinds="none", schedule="1f1b", chunks=1
 
 
 def check(grid, model, dtype="float32", **options):
-    mine = measured(grid, mode_of(place_of(grid)), model, dtype, **options)
+    mine = measured(grid, mode_of(stage_grid(grid)), model, dtype, **options)
     everyone = comm.collect((grid.coords.get(PIPE, 0), grid.rank, mine), grid)
-    predicted = predict_memory(MODELS[model](dtype), feed_of(dtype), grid.axes, mode_of(place_of(grid)), **options)
+    predicted = predict_memory(MODELS[model](dtype), feed_of(dtype), grid.axes, mode_of(stage_grid(grid)), **options)
     for stage, prediction in enumerate(predicted):
         _, _, first = next(told for told in everyone if told[0] == stage)
         for name, value in first.items():

@@ -10,7 +10,7 @@ from colossal_mpi import Grid, OptionError, comm, from_global, ledger, random
 from colossal_mpi.layers import Context, Parallelism, Sequential, TransformerBlock, backpropagate, recompute
 from colossal_mpi.layers.loss import CrossEntropy, MeanSquaredError
 from colossal_mpi.layers.models import GPT, Bert, BertConfig, GPTConfig, Llama, LlamaConfig, describe
-from colossal_mpi.layers.pipeline.model import Pipeline, cut
+from colossal_mpi.layers.pipeline import Pipeline, partition
 from colossal_mpi.layers.recompute import Discard, Recompute
 from tests.cases import host
 from tests.layers.test_pipeline import GPTFeed
@@ -100,7 +100,7 @@ def test_pipelines_have_the_same_bits(grid, schedule, zero):
     place, results = grid.at(pipe=grid.coords["pipe"]), []
     for kinds in ("none", "full", "selective"):
         p = Parallelism(place, mode_of(place), zero=zero)
-        chunks = cut(
+        chunks = partition(
             recompute(GPT(replace(gpt.CONFIG, dropout=0.2), p), kinds, schedule == "zero-bubble"),
             grid,
             2 if schedule == "interleaved" else 1,

@@ -5,6 +5,8 @@ import itertools
 import pytest
 
 from colossal_mpi import OptionError, ScheduleError
+from colossal_mpi.layers.pipeline import makespan, simulate, verify
+from colossal_mpi.layers.pipeline.partition import balanced_ranges
 from colossal_mpi.layers.pipeline.schedule import (
     BackwardInput,
     BackwardWeight,
@@ -13,10 +15,8 @@ from colossal_mpi.layers.pipeline.schedule import (
     SendActivation,
     SendGradient,
     Transfer,
-    balanced,
     program,
 )
-from colossal_mpi.layers.pipeline.simulate import check, makespan, simulate
 
 KINDS = [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("interleaved", 3), ("zero-bubble", 1)]
 each_kind = pytest.mark.parametrize(("schedule", "chunks"), KINDS, ids=lambda x: str(x))
@@ -36,8 +36,8 @@ def costs(f=F, b=B, w=W, chunks=1):
 def test_any_number_of_stages_and_microbatches_is_sound(schedule, chunks):
     for stages, microbatches in itertools.product(range(1, 7), range(1, 14)):
         made = programs(schedule, stages, microbatches, chunks)
-        proof = check(made)
-        assert check(made, proof.in_flight) == proof
+        proof = verify(made)
+        assert verify(made, proof.in_flight) == proof
         computed = [step for step in made[-1] if not isinstance(step, Transfer)]
         assert len(computed) == 3 * microbatches * chunks
 
@@ -60,11 +60,11 @@ def test_the_bubble_of_zb_h1():
 
 def test_live_caches():
     for p, m in [*EVEN, (4, 2), (5, 3)]:
-        assert check(programs("gpipe", p, m)).live == [m] * p
-        assert check(programs("1f1b", p, m)).live == [min(m, p - i) for i in range(p)]
+        assert verify(programs("gpipe", p, m)).live == [m] * p
+        assert verify(programs("1f1b", p, m)).live == [min(m, p - i) for i in range(p)]
     for p, m in EVEN:
-        assert check(programs("zero-bubble", p, m)).live == [p] * p
-        assert check(programs("interleaved", p, m, 3)).live[0] == 3 * p + p - 1
+        assert verify(programs("zero-bubble", p, m)).live == [p] * p
+        assert verify(programs("interleaved", p, m, 3)).live[0] == 3 * p + p - 1
 
 
 def by_ticks(made, cost, transfer):
@@ -121,9 +121,9 @@ def test_what_is_wrong_is_named():
         (1, swapped, "comes where stage 0 sends"),
     ]:
         with pytest.raises(ScheduleError, match=message):
-            check([steps if i == stage else other for i, other in enumerate(made)])
+            verify([steps if i == stage else other for i, other in enumerate(made)])
     with pytest.raises(ScheduleError, match="never ends"):
-        check(made, 0)
+        verify(made, 0)
 
 
 @pytest.mark.parametrize("options", [("1f1b", 2, 4, 0, 2), ("interleaved", 2, 4, 0, 1), ("gpipe", 0, 4, 0, 1)])
@@ -140,7 +140,7 @@ def test_an_unknown_schedule_is_refused():
 @pytest.mark.parametrize("costs", [[3, 1, 1, 1, 1, 1, 9], [1] * 7, [0, 5, 0, 0, 2, 2], [4]], ids=str)
 def test_layers_are_cut_as_evenly_as_can_be(costs):
     for parts in range(1, len(costs) + 1):
-        cut = balanced(costs, parts)
+        cut = balanced_ranges(costs, parts)
         assert [i for piece in cut for i in piece] == list(range(len(costs)))
         assert all(len(piece) for piece in cut)
         best = min(
@@ -149,4 +149,4 @@ def test_layers_are_cut_as_evenly_as_can_be(costs):
         )
         assert max(sum(costs[i] for i in piece) for piece in cut) == best
     with pytest.raises(OptionError, match=f"{len(costs)} layers cannot be cut into {len(costs) + 1} parts"):
-        balanced(costs, len(costs) + 1)
+        balanced_ranges(costs, len(costs) + 1)

@@ -25,6 +25,6 @@ class GPTFeed:
     def loss(self, y, microbatch):
         return self.cross_entropy.forward(y, self._cut(case.LABELS, microbatch), case.COUNT)
 
-    def stream(self, microbatch):
+    def activation_spec(self, microbatch):
         first, stop = part(case.BATCH, self.microbatches, microbatch)
         return (stop - first, case.CONFIG.positions, case.CONFIG.hidden), self.p.stream(), "float64"

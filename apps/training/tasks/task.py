@@ -21,8 +21,7 @@ from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import OptionError
 from colossal_mpi.layers import Context, Parallelism, Sequential
 from colossal_mpi.layers.models import MODELS, ModelKind
-from colossal_mpi.layers.pipeline.model import Pipeline
-from colossal_mpi.layers.pipeline.stage import Stream
+from colossal_mpi.layers.pipeline import ArraySpec, Pipeline
 from colossal_mpi.layout import part
 
 
@@ -120,7 +119,7 @@ class Task:
         """
         return config
 
-    def stream(self, samples: int, length: int | None = None) -> Stream:
+    def activation_spec(self, samples: int, length: int | None = None) -> ArraySpec:
         """Return global shape, layout and dtype of the residual stream.
 
         Parameters
@@ -502,7 +501,7 @@ class StepFeed:
         """
         return self.task.backward(cache, self.scale)
 
-    def stream(self, microbatch: int) -> Stream:
+    def activation_spec(self, microbatch: int) -> ArraySpec:
         """Return shape, layout and dtype of the residual stream.
 
         Parameters
@@ -516,7 +515,7 @@ class StepFeed:
             Shape ``[samples, length, hidden]``, layout and dtype.
         """
         low, high = self._range(microbatch)
-        return self.task.stream(high - low)
+        return self.task.activation_spec(high - low)
 
 
 def whole(array: DistArray) -> np.ndarray:
