@@ -1,4 +1,8 @@
-"""Distributed arrays: a global shape, a layout on a grid, and this rank's block."""
+"""Distributed arrays: a global shape, a layout on a grid, and this rank's block.
+
+Everything above calls it: linalg multiplies such arrays, layers compute on them, checkpoints store them. It calls
+`colossal_mpi.redistribution` to move them between layouts and `colossal_mpi.comm` to sum their numbers.
+"""
 
 from __future__ import annotations
 
@@ -22,22 +26,24 @@ _matmul: Callable[[DistArray, DistArray], DistArray] | None = None
 
 
 def register_matmul(function: Callable[[DistArray, DistArray], DistArray]) -> None:
-    """Make `function` what ``A @ B`` calls; linalg does so, which spares an upward import."""
+    """Make ``A @ B`` call a function; linalg registers its product here, because this module cannot import linalg."""
     global _matmul
     _matmul = function
 
 
 class DistArray:
-    """A global array of which this rank holds one block.
+    """A global array of which each rank holds one block.
 
     Parameters
     ----------
     local : array
-        This rank's block (NumPy, CuPy or another library of the array API).
+        This rank's block, of the shape that the layout gives it (NumPy, CuPy or another library of the array API).
     shape : tuple of int
-        Global shape.
+        The global shape.
     layout : Layout
+        The axes of the grid that cut each dim, and those over which the blocks are partial sums.
     grid : Grid
+        The ranks.
 
     Raises
     ------
@@ -50,13 +56,17 @@ class DistArray:
     -----
     Elementwise arithmetic takes scalars and arrays of the same global shape; an array in another layout is
     redistributed to this one's. Partial sums allow linear operations only.
+
+    Examples
+    --------
+    >>> A = DistArray(block, (4096, 1024), Layout("row", "col"), grid)
     """
 
     __slots__ = ("grid", "layout", "local", "shape")
     __array_ufunc__ = None  # NumPy scalars and arrays leave the arithmetic to the methods below
 
     def __init__(self, local: Block, shape: Sequence[int], layout: Layout, grid: Grid) -> None:
-        # A NumPy scalar, which arithmetic makes of a 0-d array, cannot be written to.
+        # Arithmetic on a 0-d array gives a NumPy scalar, which cannot be written to.
         self.local: Block = np.asarray(local) if isinstance(local, np.generic) else local
         self.shape, self.grid = tuple(shape), grid
         self.layout = layout.on(grid.axes, len(self.shape))
@@ -91,19 +101,49 @@ class DistArray:
         return f"DistArray(shape={self.shape}, dtype={self.dtype}, {self.layout}, {self.grid})"
 
     def like(self, local: Block) -> DistArray:
-        """Return `local` as the block of an array of this one's shape and layout."""
+        """Return an array of this one's shape and layout with another block.
+
+        Parameters
+        ----------
+        local : array
+            This rank's block of the new array, of any dtype.
+
+        Returns
+        -------
+        DistArray
+            The array, which holds `local` without a copy.
+        """
         return DistArray(local, self.shape, self.layout, self.grid)
 
     def redistribute(self, layout: Layout) -> DistArray:
-        """Return the same global array in another layout; the array itself where nothing changes.
+        """Return the same global array in another layout.
 
-        **Communication:** `colossal_mpi.redistribution.redistribute`. **Adjoint:** a redistribution of the cotangent to
-        this array's layout, partial axes made replicated.
+        Parameters
+        ----------
+        layout : Layout
+            The new layout.
+
+        Returns
+        -------
+        DistArray
+            The array in the new layout; the array itself where nothing changes, and a view of its block where a local
+            slice is enough.
 
         Raises
         ------
         LayoutError
             If `layout` does not fit the array or the grid.
+
+        Notes
+        -----
+        **Communication:** a reduce_scatter over the partial axes that cut the new layout, an allreduce over the other
+        partial axes, and an all_to_all or allgather over the axes whose place changes, in which a rank receives the
+        words of its new block that it lacks. **Adjoint:** a redistribution of the cotangent to this array's layout, its
+        partial axes made replicated.
+
+        Examples
+        --------
+        >>> A.redistribute(Layout("col", None))
         """
         target = layout.on(self.grid.axes, self.ndim)
         if target == self.layout:
@@ -112,20 +152,60 @@ class DistArray:
         return DistArray(block, self.shape, target, self.grid)
 
     def reduced(self) -> DistArray:
-        """Return the array with its partial sums reduced and its cut unchanged; the array itself if it holds none.
+        """Return the array with its partial sums reduced and its cut unchanged.
 
-        **Communication:** an allreduce of the block over the partial axes.
+        Returns
+        -------
+        DistArray
+            The array without partial axes; the array itself if it has none.
+
+        Notes
+        -----
+        **Communication:** an allreduce of the block over the partial axes. **Adjoint:** the identity.
         """
         return self.redistribute(self.layout.with_partial())
 
     def replicated(self) -> DistArray:
-        """Return the array with the whole of it on every rank."""
+        """Return the array replicated on all ranks.
+
+        Returns
+        -------
+        DistArray
+            The array in a layout without axes; the array itself if it is replicated already.
+
+        Notes
+        -----
+        **Communication:** those of `redistribute`: an allreduce over the partial axes, an allgather over the axes that
+        cut the array. **Adjoint:** a redistribution of the cotangent to this array's layout.
+        """
         return self.redistribute(Layout(*[None] * self.ndim))
 
     def gather(self, root: int | None = None) -> np.ndarray | None:
-        """Return the global array as a NumPy array on rank `root` of the grid, or on every rank if None.
+        """Return the global array as a NumPy array on one rank of the grid, or on all.
 
-        **Communication:** n words on `root` alone, or those of a redistribution to a replicated array.
+        Parameters
+        ----------
+        root : int, optional
+            The rank that gets the array; every rank by default.
+
+        Returns
+        -------
+        numpy.ndarray or None
+            The global array, which the caller may write to; None on the ranks that do not get it.
+
+        Raises
+        ------
+        GridError
+            If the grid has no such rank.
+
+        Notes
+        -----
+        **Communication:** after an allreduce of partial sums, the root alone receives n words less its own block;
+        without a root, the words of `replicated`. **Adjoint:** a scatter from the root.
+
+        Examples
+        --------
+        >>> whole = A.gather(root=0)
         """
         if root is None:
             return np.array(backend.to_host(self.replicated().local))
@@ -175,7 +255,7 @@ class DistArray:
 
     @property
     def T(self) -> DistArray:  # noqa: N802
-        """The array with its dims reversed; nothing moves."""
+        """The array with its dims reversed. **Communication:** none."""
         xp = backend.namespace(self.local)
         block = xp.permute_dims(self.local, tuple(reversed(range(self.ndim))))
         layout = Layout(*reversed(self.layout.dims), partial=self.layout.partial)
@@ -183,7 +263,7 @@ class DistArray:
 
     @property
     def mT(self) -> DistArray:  # noqa: N802
-        """The array with its last two dims exchanged, as the array API has it; nothing moves."""
+        """The array with its last two dims exchanged, as in the array API. **Communication:** none."""
         if self.ndim < 2:
             raise ShapeError(f"mT of shape {self.shape}: it needs 2 dims or more")
         xp = backend.namespace(self.local)
@@ -194,11 +274,17 @@ class DistArray:
 
     @property
     def H(self) -> DistArray:  # noqa: N802
-        """The conjugate transpose of a matrix, or of the matrices in the last two dims; nothing moves."""
+        """The conjugate transpose of the matrices in the last two dims. **Communication:** none."""
         return self.mT.conj()
 
     def conj(self) -> DistArray:
-        """Return the complex conjugate; the array itself where it is real."""
+        """Return the complex conjugate.
+
+        Returns
+        -------
+        DistArray
+            The conjugate; the array itself where it is real.
+        """
         if backend.numpy_dtype(self.dtype).kind != "c":
             return self
         return self.like(backend.namespace(self.local).conj(self.local))
@@ -206,17 +292,27 @@ class DistArray:
     def __getitem__(self, index: Any) -> DistArray:
         """Return a part of the array by integers, slices of any step, ``...`` and None, as NumPy does.
 
-        A dim keeps the axes that cut it and its part is balanced over them again; an integer's dim is dropped and the
-        part is replicated over the axes that cut it. Where nothing moves, the part is a view.
+        Parameters
+        ----------
+        index : int, slice, ellipsis, None or tuple of these
+            The index. A dim keeps the axes that cut it and its part is balanced over them again. An integer drops its
+            dim, and the part is replicated over the axes that cut it.
 
-        **Communication:** none along dims that are uncut or taken whole. Else one all_to_all over the axes that cut the
-        others: a rank receives the elements of its block of the result that were not in its own block. **Adjoint:** the
-        cotangent laid into zeros of the whole shape.
+        Returns
+        -------
+        DistArray
+            The part; a view where nothing moves.
 
         Raises
         ------
         IndexingError
-            If the index is out of range or of another kind; lists, masks and arrays are none.
+            If the index is out of range, or is a list, a mask or an array.
+
+        Notes
+        -----
+        **Communication:** none along dims that are uncut or taken whole. Else one all_to_all over the axes that cut the
+        others: a rank receives the elements of its block of the result that were not in its own block. **Adjoint:** the
+        cotangent, put into zeros of the whole shape.
 
         Examples
         --------
@@ -226,29 +322,71 @@ class DistArray:
         return DistArray(block, shape, layout, self.grid)
 
     def astype(self, dtype: Any) -> DistArray:
-        """Return the array in another dtype; partial sums cannot become integers, which would round each of them."""
+        """Return the array in another dtype.
+
+        Parameters
+        ----------
+        dtype : dtype or str
+            The new dtype.
+
+        Returns
+        -------
+        DistArray
+            A copy in that dtype, in the same layout.
+
+        Raises
+        ------
+        LayoutError
+            If partial sums would become integers or bools: each of them would be rounded.
+        """
         xp = backend.namespace(self.local)
         if self.layout.partial and backend.numpy_dtype(backend.dtype_of(xp, dtype)).kind in "iub":
             raise LayoutError(f"{self} as {dtype}: not linear in partial sums; redistribute it first")
         return self.like(xp.astype(self.local, backend.dtype_of(xp, dtype)))
 
     def copy(self) -> DistArray:
-        """Return a copy that shares no memory with this one."""
+        """Return a copy that shares no memory with this array.
+
+        Returns
+        -------
+        DistArray
+            The copy, in the same layout.
+        """
         return self.like(backend.namespace(self.local).asarray(self.local, copy=True))
 
     def sum(self) -> Any:
-        """Return the sum of all elements, the same bits on every rank, as a Python number.
+        """Return the sum of all elements.
 
+        Returns
+        -------
+        int, float or complex
+            The sum, the same bits on every rank; of 16-bit floats in float32.
+
+        Notes
+        -----
         **Communication:** one allreduce of a single word over the axes that cut the array or hold partial sums.
+        **Adjoint:** the cotangent on every element.
         """
         xp = backend.namespace(self.local)
         dtype = backend.wide_dtype(self.local) if backend.is_half(self.dtype) else None
         return _total(self, xp.sum(self.local, dtype=dtype), (*self.layout.cut, *self.layout.partial))
 
     def sum_over(self, dims: Sequence[int]) -> DistArray:
-        """Return the sum over some dims, left partial over the axes that cut them; of 16-bit floats in float32.
+        """Return the sum over some dims, as partial sums over the axes that cut them.
 
-        **Communication:** none.
+        Parameters
+        ----------
+        dims : sequence of int
+            The dims to sum over, not negative.
+
+        Returns
+        -------
+        DistArray
+            The array without these dims; of 16-bit floats in float32.
+
+        Notes
+        -----
+        **Communication:** none. **Adjoint:** the cotangent, broadcast along the dims.
         """
         kept = [d for d in range(self.ndim) if d not in dims]
         summed = [axis for d in dims for axis in self.layout.dims[d]]
@@ -257,8 +395,15 @@ class DistArray:
         return DistArray(block, [self.shape[d] for d in kept], layout, self.grid)
 
     def norm(self) -> float:
-        """Return the Frobenius norm, the same bits on every rank; the squares are summed in float64.
+        """Return the Frobenius norm, whose squares are summed in float64.
 
+        Returns
+        -------
+        float
+            The norm, the same bits on every rank.
+
+        Notes
+        -----
         **Communication:** one allreduce of a single word, after the reduction of partial sums.
         """
         whole = self.reduced()
@@ -290,13 +435,13 @@ class DistArray:
         return self.like(self.local ** _scalar(operator.pow, self, exponent))
 
     def __radd__(self, other: Any) -> DistArray:
-        return self + other
+        return _linear(operator.add, self, other)
 
     def __rsub__(self, other: Any) -> DistArray:
-        return -self + other
+        return _linear(operator.add, -self, other)
 
     def __rmul__(self, other: Any) -> DistArray:
-        return self * other
+        return _scaled(operator.mul, self, other)
 
     def __rtruediv__(self, other: Any) -> DistArray:
         if self.layout.partial:
@@ -304,12 +449,12 @@ class DistArray:
         return self.like(_scalar(operator.truediv, self, other) / self.local)
 
     def __array__(self, *_: Any, **__: Any) -> np.ndarray:
-        raise TypeError(f"{self} is no NumPy array: .local is this rank's block, .gather() the whole")
+        raise TypeError(f"{self} is no NumPy array: use .local, this rank's block, or .gather(), the whole array")
 
 
 @dataclass(frozen=True)
 class _Target:
-    """What an array is to be, and its number among those that are redistributed together."""
+    """The array that a redistribution makes, and its number among the arrays that are redistributed together."""
 
     number: int
     shape: tuple[int, ...]
@@ -392,7 +537,7 @@ def start_redistribution(arrays: Sequence[DistArray], layouts: Sequence[Layout])
 
 
 def squares(array: DistArray) -> Block:
-    """Return the sum of the squares of this rank's block, in float64 whatever its dtype."""
+    """Return the sum of the squares of the elements of this rank's block, in float64 whatever its dtype."""
     xp, block = backend.namespace(array.local), array.local
     size = xp.abs(block) if backend.numpy_dtype(block.dtype).kind == "c" else block
     flat = xp.reshape(xp.astype(size, xp.float64, copy=False), (-1,))
@@ -400,11 +545,14 @@ def squares(array: DistArray) -> Block:
 
 
 def _total(array: DistArray, local: Block, axes: Sequence[str]) -> Any:
+    """Return the sum of a number of each rank over some axes, as a Python number."""
+    # x {U_axes} -> x: allreduce
     total = comm.allreduce(local, array.grid, axes) if axes else local
     return backend.to_host(total).item()
 
 
 def _match(a: DistArray, b: DistArray) -> DistArray:
+    """Return `b` in the layout of `a`, for an elementwise operation."""
     if a.grid is not b.grid:
         raise LayoutError(f"{a} and {b} lie on different grids: make both on the same Grid object")
     if a.shape != b.shape:
@@ -413,7 +561,7 @@ def _match(a: DistArray, b: DistArray) -> DistArray:
 
 
 def _linear(op: Callable[[Any, Any], Any], a: DistArray, b: Any) -> DistArray:
-    """Add or subtract: partial sums stay partial; a scalar would be counted once per rank of them."""
+    """Add or subtract. Partial sums stay partial; a scalar is refused there, as each rank would add it."""
     if isinstance(b, DistArray):
         return a.like(op(a.local, _match(a, b).local))
     if a.layout.partial:
@@ -422,6 +570,7 @@ def _linear(op: Callable[[Any, Any], Any], a: DistArray, b: Any) -> DistArray:
 
 
 def _scaled(op: Callable[[Any, Any], Any], a: DistArray, b: Any) -> DistArray:
+    """Multiply or divide. Partial sums may be scaled by a number, not by an array."""
     if not isinstance(b, DistArray):
         return a.like(op(a.local, _scalar(op, a, b)))
     if a.layout.partial or b.layout.partial:
@@ -430,9 +579,9 @@ def _scaled(op: Callable[[Any, Any], Any], a: DistArray, b: Any) -> DistArray:
 
 
 def _scalar(op: Callable[[Any, Any], Any], a: DistArray, b: Any) -> Any:
-    """Return the number `b`; an array, which would be broadcast against the block, not the global array, is refused.
+    """Return the number `b` as a Python number, which takes the dtype of the array: other libraries refuse or widen.
 
-    NumPy's scalars and 0-d arrays count as Python's, which take the array's dtype: other libraries refuse or widen.
+    An array is refused: it would be broadcast against the block, not against the global array.
     """
     if np.ndim(b):
         raise ShapeError(f"{op.__name__} of {a} and an array of shape {np.shape(b)}: make it one too, with from_global")
@@ -442,21 +591,41 @@ def _scalar(op: Callable[[Any, Any], Any], a: DistArray, b: Any) -> Any:
 def from_global(
     source: Any, grid: Grid, layout: Layout, shape: Sequence[int] | None = None, dtype: Any = None
 ) -> DistArray:
-    """Return the distributed form of a global array.
+    """Return a distributed array with the values of a global array.
 
     Parameters
     ----------
     source : array_like or callable
-        The global array, the same on every rank; or a function of a tuple of slices (this rank's global indices) that
-        returns the block, for arrays that no rank could hold.
+        The global array, the same on every rank. Or a function of a tuple of slices, this rank's global indices, that
+        returns its block: for arrays that no rank could hold.
     grid : Grid
+        The ranks.
     layout : Layout
+        The layout of the result. With partial axes, the ranks of coordinate 0 hold the values and the others zeros.
     shape : tuple of int, optional
-        Global shape; needed with a callable.
-    dtype : optional
-        Of the result; the source's own by default.
+        The global shape, needed with a callable.
+    dtype : dtype or str, optional
+        The dtype of the result; by default that of `source`.
 
-    **Communication:** none. With partial axes, coordinate 0 holds the values and the others zeros.
+    Returns
+    -------
+    DistArray
+        The array, which shares no memory with `source`.
+
+    Raises
+    ------
+    ShapeError
+        If a callable comes without a shape, or `shape` is not the shape of `source`.
+    LayoutError
+        If the layout does not fit the shape or the grid.
+
+    Notes
+    -----
+    **Communication:** none.
+
+    Examples
+    --------
+    >>> A = from_global(np.eye(1024), grid, Layout("row", "col"))
     """
     if callable(source) and shape is None:
         raise ShapeError("from_global: a callable needs shape=, the global shape")
@@ -477,15 +646,69 @@ def from_global(
 
 
 def full(shape: Sequence[int], value: float, grid: Grid, layout: Layout, dtype: Any = "float64") -> DistArray:
-    """Return an array filled with `value`; partial sums of it are held by coordinate 0."""
+    """Return an array filled with one value.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        The global shape.
+    value : float
+        The value of all elements.
+    grid : Grid
+        The ranks.
+    layout : Layout
+        The layout. With partial axes, the ranks of coordinate 0 hold the value and the others zeros.
+    dtype : dtype or str
+        The dtype of the elements.
+
+    Returns
+    -------
+    DistArray
+        The array.
+
+    Raises
+    ------
+    LayoutError
+        If the layout does not fit the shape or the grid.
+
+    Notes
+    -----
+    **Communication:** none.
+    """
     layout = layout.on(grid.axes, len(shape))
-    held = 0 if any(grid.coords[axis] for axis in layout.partial) else value
+    local_value = 0 if any(grid.coords[axis] for axis in layout.partial) else value
     box = layout.box(shape, grid.axes, grid.coords)
     block = grid.empty(box_shape(box), dtype)
-    block[...] = held
+    block[...] = local_value
     return DistArray(block, shape, layout, grid)
 
 
 def zeros(shape: Sequence[int], grid: Grid, layout: Layout, dtype: Any = "float64") -> DistArray:
-    """Return an array of zeros."""
+    """Return an array of zeros.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        The global shape.
+    grid : Grid
+        The ranks.
+    layout : Layout
+        The layout.
+    dtype : dtype or str
+        The dtype of the elements.
+
+    Returns
+    -------
+    DistArray
+        The array.
+
+    Raises
+    ------
+    LayoutError
+        If the layout does not fit the shape or the grid.
+
+    Notes
+    -----
+    **Communication:** none.
+    """
     return full(shape, 0, grid, layout, dtype)

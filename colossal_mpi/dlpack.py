@@ -1,9 +1,9 @@
-"""Blocks as PyTorch tensors and back, on the same memory.
+"""Blocks as PyTorch tensors and tensors as blocks, on the same memory.
 
-Nothing is copied: what one side writes the other reads, and the memory lives as long as either side does. On a GPU the
-exchange orders the stream of the taker after that of the giver (DLPack's ``stream``); from then on both sides must
-stay in one order of their own, as they do on the legacy default stream, on which both work unless told otherwise.
-torch is imported by the first call.
+``layers.torch``, the kernels by torch and users call it; it calls torch, which its first call imports. Nothing is
+copied: what one side writes the other reads, and the memory lives as long as either side does. On a GPU the exchange
+makes the stream of the side that takes the memory wait for the stream of the side that gives it (DLPack's ``stream``).
+From then on both sides must work in one stream, as they do by default, in the legacy default stream.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from colossal_mpi.errors import DTypeError, SharingError
 from colossal_mpi.platform import backend
 from colossal_mpi.platform.backend import Block
 
-# NumPy has bfloat16 by the package ml_dtypes alone, which DLPack of NumPy does not carry: it travels as these bits.
+# NumPy has bfloat16 only with the package ml_dtypes, and its DLPack does not carry it: the tensor is made of these bits.
 _BITS = {"bfloat16": "int16"}
 _SHARED = {
     *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
@@ -33,18 +33,16 @@ def to_torch(array: Block | DistArray, writable: bool = True) -> Any:
     Parameters
     ----------
     array : numpy.ndarray, cupy.ndarray or DistArray
-        Any shape, 0-d and empty ones too; any strides that are not negative. Of a bool, integer, float or complex
-        dtype that torch has, bfloat16 of ml_dtypes among them.
+        An array of any shape, 0-d and empty ones too, and of any strides that are not negative. Its dtype is a bool,
+        integer, float or complex dtype that torch has, bfloat16 of ml_dtypes among them.
     writable : bool
-        Whether the tensor may be written to; with False a read-only array is taken too, on the caller's word (torch
-        has no read-only tensors).
+        Whether the tensor may be written to. With False a read-only array is accepted too, and the caller promises not
+        to write: torch has no read-only tensors.
 
     Returns
     -------
     torch.Tensor
-        On the device of the block, not part of any graph.
-
-    **Communication:** none; what is refused depends on this rank's block alone.
+        A tensor on the device of the block, which is not part of any graph.
 
     Raises
     ------
@@ -55,7 +53,11 @@ def to_torch(array: Block | DistArray, writable: bool = True) -> Any:
 
     See Also
     --------
-    from_torch : the way back.
+    from_torch : The way back.
+
+    Notes
+    -----
+    **Communication:** none; whether the block is refused depends on this rank's block alone.
 
     Examples
     --------
@@ -75,7 +77,7 @@ def to_torch(array: Block | DistArray, writable: bool = True) -> Any:
             plain = np.asarray(_Writable(plain))
         tensor = torch.from_numpy(plain)  # the same as by DLPack, in a quarter of the time
     else:
-        tensor = torch.from_dlpack(plain)
+        tensor = torch.utils.dlpack.from_dlpack(plain)
     return tensor if bits is None else tensor.view(dtype)
 
 
@@ -85,26 +87,29 @@ def from_torch(tensor: Any) -> Block:
     Parameters
     ----------
     tensor : torch.Tensor
-        Dense, on the CPU or a CUDA device, of any shape and strides and of a dtype that NumPy has; bfloat16 needs
-        ml_dtypes (and a CuPy that knows it). One that requires a gradient is taken without its graph.
+        A dense tensor on the CPU or a CUDA device, of any shape and strides and of a dtype that NumPy has; bfloat16
+        needs ml_dtypes (and a CuPy that knows it). A tensor that requires a gradient is taken without its graph.
 
     Returns
     -------
     numpy.ndarray or cupy.ndarray
-        With the strides of the tensor.
-
-    **Communication:** none.
+        An array with the strides of the tensor.
 
     Raises
     ------
     DTypeError
         If NumPy has no such dtype.
     SharingError
-        If the memory cannot be shared: a sparse tensor, another device, a lazy conjugate or negative, no tensor at all.
+        If the memory cannot be shared: a sparse tensor, another device, a lazy conjugate or negative, or no tensor at
+        all.
 
     See Also
     --------
-    to_torch : the way back.
+    to_torch : The way back.
+
+    Notes
+    -----
+    **Communication:** none.
     """
     import torch
 
@@ -124,7 +129,7 @@ def from_torch(tensor: Any) -> Block:
 
 
 class _Writable:
-    """A read-only array, said to be writable: torch warns of others, or takes none."""
+    """A read-only array that claims to be writable: torch warns of read-only arrays, or refuses them."""
 
     def __init__(self, block: np.ndarray) -> None:
         interface = block.__array_interface__
@@ -132,7 +137,7 @@ class _Writable:
 
 
 def _check_memory(block: Block, writable: bool) -> None:
-    """Refuse memory that torch cannot take: by a negative stride it would end the process."""
+    """Refuse memory that torch cannot take; a negative stride would end the process."""
     if min(block.strides, default=0) < 0:
         raise SharingError(f"to_torch: strides {block.strides} of {block.shape}: torch has none below 0: .copy() it")
     if not isinstance(block, np.ndarray) or block.flags.carray:
@@ -145,7 +150,7 @@ def _check_memory(block: Block, writable: bool) -> None:
 
 @cache
 def _torch_dtype(dtype: np.dtype) -> tuple[Any, str | None]:
-    """Return the dtype of torch, and that of the bits by which it travels."""
+    """Return the dtype of torch, and the dtype as whose bits it is shared, if that is another."""
     import torch
 
     if dtype.name not in _SHARED or not dtype.isnative:
@@ -158,7 +163,7 @@ def _torch_dtype(dtype: np.dtype) -> tuple[Any, str | None]:
 
 @cache
 def _numpy_dtype(dtype: Any) -> tuple[np.dtype, str | None]:
-    """Return the dtype of NumPy, and that of the bits by which it travels."""
+    """Return the dtype of NumPy, and the dtype as whose bits it is shared, if that is another."""
     name = str(dtype).removeprefix("torch.")
     if name not in _SHARED:
         raise DTypeError(f"from_torch: NumPy has no {dtype}: use bool, an integer, a float or complex dtype")
@@ -172,5 +177,6 @@ def _numpy_dtype(dtype: Any) -> tuple[np.dtype, str | None]:
 
 
 def _exported(tensor: Any) -> Block:
+    """Return a tensor of a dtype that both libraries know as an array."""
     # Not numpy.from_dlpack, whose arrays are read-only before NumPy 2.1.
     return backend.from_dlpack(tensor) if tensor.is_cuda else tensor.numpy()

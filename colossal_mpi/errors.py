@@ -1,8 +1,9 @@
 """The errors that users see.
 
-Each is raised from *global* metadata, so that every rank raises the same one, and says what was
-required, what came and what would work. What one rank alone can see (a token id out of range) is raised there, and ends
-the job unless it is caught. Start-up code prints such an error once, without a traceback.
+Every module raises them; they call nothing. An error says what was required, what was given and what would work. It is
+raised from *global* metadata, so that every rank raises the same one. What one rank alone can see (a token id out of
+range) is raised there, and ends the job unless it is caught. Start-up code prints such an error once, without a
+traceback.
 """
 
 
@@ -11,47 +12,47 @@ class ColossalError(Exception):
 
 
 class GridError(ColossalError, ValueError):
-    """Sizes or names of grid axes that do not fit the ranks, the mode or one another."""
+    """The sizes or names of grid axes do not fit the ranks, the tensor mode or one another."""
 
 
 class LayoutError(ColossalError, ValueError):
-    """A layout that does not fit its array or its grid."""
+    """A layout does not fit its array or its grid."""
 
 
 class ShapeError(ColossalError, ValueError):
-    """Shapes that do not fit one another."""
+    """Shapes do not fit one another."""
 
 
 class OptionError(ColossalError, ValueError):
-    """An option that has no such value, or none for these arguments."""
+    """An option has no such value, or no such value for these arguments."""
 
 
 class IndexingError(ColossalError, IndexError):
-    """An index that does not fit its array, or that a distributed array cannot take."""
+    """An index does not fit its array, or is of a kind that a distributed array does not take."""
 
 
 class SingularError(ColossalError, ArithmeticError):
-    """A matrix whose columns are not independent enough for the factorization or solution asked for."""
+    """The columns of a matrix are not independent enough for the factorization or the solution."""
 
 
 class DTypeError(ColossalError, TypeError):
-    """Dtypes that do not fit one another or that MPI cannot carry."""
+    """Dtypes do not fit one another, or MPI cannot carry one."""
 
 
 class SharingError(ColossalError, BufferError):
-    """Memory that two array libraries cannot share."""
+    """Two array libraries cannot share a block of memory."""
 
 
 class ConfigError(ColossalError, ValueError):
-    """A configuration that cannot be run."""
+    """A configuration cannot be run."""
 
 
 class ScheduleError(ColossalError, ValueError):
-    """A pipeline schedule that would compute something wrong, or nothing for ever."""
+    """A pipeline schedule would compute something wrong, or would never end."""
 
 
 class CheckpointError(ColossalError, RuntimeError):
-    """A checkpoint that is missing, damaged or of another kind."""
+    """A checkpoint is missing, damaged or of another kind."""
 
 
 class LaunchError(ColossalError, ImportError):
@@ -59,4 +60,4 @@ class LaunchError(ColossalError, ImportError):
 
 
 class VerificationError(ColossalError, ArithmeticError):
-    """A result that fails a check of itself."""
+    """A result fails the check of itself."""

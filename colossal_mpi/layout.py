@@ -1,8 +1,8 @@
-"""How a global array lies on a grid: which axes cut which dim, and over which axes it is a partial sum.
+"""Layouts: how a global array lies on a grid, that is which axes cut which dim, and over which it is a partial sum.
 
-Pure arithmetic; nothing here knows MPI. Blocks are balanced and nested: n over p parts gives the first
-``n mod p`` parts one element more, and a second axis splits each part again, so that any size works on any
-grid and every block is one contiguous box of the global array.
+Every package computes with layouts; they are pure arithmetic and know neither MPI nor arrays. Blocks are balanced and
+nested: n elements over p parts give the first ``n mod p`` parts one element more, and a second axis splits each part
+again. So any size works on any grid, and every block is one contiguous box of the global array.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from colossal_mpi.errors import LayoutError
 
 Axes = tuple[str, ...]
 Box = tuple[tuple[int, int], ...]
-"""Half-open ``(start, stop)`` of each dim, in global indices."""
+"""The half-open range ``(start, stop)`` of each dim, in global indices."""
 
 
 def part(n: int, parts: int, index: int) -> tuple[int, int]:
-    """Return ``(start, stop)`` of part `index` of `n` elements cut into `parts` balanced parts."""
+    """Return the range ``(start, stop)`` of part `index` of `n` elements cut into `parts` balanced parts."""
     size, extra = divmod(n, parts)
     start = index * size + min(index, extra)
     return start, start + size + (index < extra)
@@ -33,7 +33,7 @@ def _axes(dim: str | Iterable[str] | None) -> Axes:
 
 @dataclass(frozen=True, init=False)
 class Layout:
-    """For each dim the grid axes that cut it, outer to inner, and the axes that hold partial sums.
+    """The grid axes that cut each dim, outer to inner, and the axes over which the blocks are partial sums.
 
     The array is replicated over every axis that is not named. ``Layout("row", "col")`` cuts dim 0 over ``row``
     and dim 1 over ``col``; ``Layout(("data", "row"), None)`` cuts dim 0 over ``data`` and each piece over
@@ -42,14 +42,18 @@ class Layout:
     Parameters
     ----------
     *dims : str, sequence of str or None
-        One entry per dim of the array.
+        The axes that cut each dim of the array; None for an uncut dim.
     partial : sequence of str
-        Axes over which the global array is the sum of what the ranks hold.
+        The axes over which the global array is the sum of the blocks of the ranks.
 
     Raises
     ------
     LayoutError
         If an axis is named twice.
+
+    Examples
+    --------
+    >>> Layout(("data", "row"), "col", partial="depth")
     """
 
     dims: tuple[Axes, ...]
@@ -92,16 +96,39 @@ class Layout:
         return self._text(self.dims, self.partial)
 
     def with_partial(self, *axes: str) -> Layout:
-        """Return the same cut with partial sums over exactly `axes`."""
+        """Return the same cut with partial sums over other axes.
+
+        Parameters
+        ----------
+        *axes : str
+            The partial axes of the new layout, all of them.
+
+        Returns
+        -------
+        Layout
+            The layout; this layout itself if nothing changes.
+        """
         return self if axes == self.partial else Layout(*self.dims, partial=axes)
 
     def on(self, sizes: Mapping[str, int], ndim: int) -> Layout:
         """Return this layout without axes of size 1, checked against a grid and a number of dims.
 
+        Parameters
+        ----------
+        sizes : mapping of str to int
+            The size of each axis of the grid.
+        ndim : int
+            The number of dims of the array.
+
+        Returns
+        -------
+        Layout
+            The checked layout, which names only axes of size 2 or more.
+
         Raises
         ------
         LayoutError
-            If the number of dims differs or an axis is not of the grid.
+            If the layout has another number of dims, or names an axis that the grid lacks.
         """
         if len(self.dims) != ndim:
             raise LayoutError(
@@ -120,21 +147,64 @@ class Layout:
         return Layout(*dims, partial=[a for a in self.partial if sizes[a] > 1])
 
     def box(self, shape: Sequence[int], sizes: Mapping[str, int], coords: Mapping[str, int]) -> Box:
-        """Return the box of global indices that the rank at `coords` holds."""
+        """Return the box of global indices that a rank holds.
+
+        Parameters
+        ----------
+        shape : sequence of int
+            The global shape.
+        sizes : mapping of str to int
+            The size of each axis of the grid.
+        coords : mapping of str to int
+            The coordinates of the rank.
+
+        Returns
+        -------
+        box
+            The range ``(start, stop)`` of each dim.
+        """
         return tuple([bounds(n, axes, sizes, coords) for n, axes in zip(shape, self.dims, strict=True)])
 
     def owner(self, sizes: Mapping[str, int], coords: Mapping[str, int]) -> bool:
-        """Say whether the rank at `coords` is the first of those that hold its block (coordinate 0)."""
+        """Say whether a rank is the first of the ranks that hold its block: at coordinate 0 of the other axes.
+
+        Parameters
+        ----------
+        sizes : mapping of str to int
+            The size of each axis of the grid.
+        coords : mapping of str to int
+            The coordinates of the rank.
+
+        Returns
+        -------
+        bool
+            Whether the rank owns its block.
+        """
         return not any(coords[axis] for axis in sizes if axis not in self.cut)
 
     def owned(self, shape: Sequence[int], sizes: Mapping[str, int], coords: Mapping[str, int]) -> Box | None:
-        """Return the box that the rank at `coords` owns, None if it owns none; the owned boxes tile the array."""
+        """Return the box that a rank owns; the boxes of all ranks tile the array.
+
+        Parameters
+        ----------
+        shape : sequence of int
+            The global shape.
+        sizes : mapping of str to int
+            The size of each axis of the grid.
+        coords : mapping of str to int
+            The coordinates of the rank.
+
+        Returns
+        -------
+        box or None
+            The range ``(start, stop)`` of each dim; None if the rank owns nothing.
+        """
         box = self.box(shape, sizes, coords)
         return box if self.owner(sizes, coords) and 0 not in box_shape(box) else None
 
 
 def bounds(n: int, axes: Axes, sizes: Mapping[str, int], coords: Mapping[str, int]) -> tuple[int, int]:
-    """Return ``(start, stop)`` of the piece of `n` elements that nested cuts over `axes` leave at `coords`."""
+    """Return the range ``(start, stop)`` of `n` elements that nested cuts over `axes` leave to the rank at `coords`."""
     start, length = 0, n
     for axis in axes:
         low, high = part(length, sizes[axis], coords[axis])
@@ -169,7 +239,7 @@ def index_of(box: Box) -> tuple[slice, ...]:
 
 
 def intersect(a: Box, b: Box) -> Box:
-    """Return the common part of two boxes; empty extents come out as ``(start, start)``."""
+    """Return the common part of two boxes; an empty extent is ``(start, start)``."""
     return tuple((max(a0, b0), max(max(a0, b0), min(a1, b1))) for (a0, a1), (b0, b1) in zip(a, b, strict=True))
 
 

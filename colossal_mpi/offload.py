@@ -1,6 +1,7 @@
-"""Arrays of a device that are kept in host memory while they are not needed there.
+"""Offload: arrays of a device that are kept in host memory while the device does not need them.
 
-In pinned memory, from which copies go at the speed of the bus. Arrays in host memory anyway stay what they are.
+The optimizers call it for their state. It copies to pinned memory (`colossal_mpi.comm.staging`), which the bus reads at
+full speed. Arrays that are in host memory anyway stay as they are.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from colossal_mpi.platform.backend import Block
 
 
 def to_host(array: DistArray) -> DistArray:
-    """Return the array with its block in host memory, the array itself where that is in host memory."""
+    """Return the array with its block in host memory; the array itself if its block is there already."""
     block, device = array.local, backend.device_of(array.local)
     if device is None:
         return array
@@ -27,14 +28,14 @@ def to_host(array: DistArray) -> DistArray:
 
 
 def to_device(offloaded: DistArray, beside: Block) -> DistArray:
-    """Return an array that `to_host` returned with its block on the device of another; the array itself on a CPU."""
+    """Return an array of `to_host` with its block on the device of `beside`; the array itself on a CPU."""
     if isinstance(offloaded.local, MetaArray):
         return offloaded.copy()
     return offloaded.like(backend.to_block(offloaded.local, beside))
 
 
 def write_back(array: DistArray, offloaded: DistArray) -> None:
-    """Copy what `to_device` returned, as it is now, to host memory."""
+    """Copy the block of an array of `to_device` back to the host memory of the array it was made of."""
     device = backend.device_of(array.local)
     if device is not None and not isinstance(array.local, MetaArray):
         device.read(array.local, offloaded.local)
