@@ -19,7 +19,7 @@ from colossal_mpi.errors import DTypeError, SharingError
 from colossal_mpi.platform import backend
 from colossal_mpi.platform.backend import Block
 
-# NumPy has bfloat16 only with the package ml_dtypes, and its DLPack does not carry it: the tensor is made of these bits.
+# Only the package ml_dtypes gives NumPy a bfloat16, which NumPy does not export by DLPack: its bits are exported.
 _BITS = {"bfloat16": "int16"}
 _SHARED = {
     *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
