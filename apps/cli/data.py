@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from colossal_mpi.apps.command import Command
-from colossal_mpi.apps.data import prepare
+from colossal_mpi.apps.data import show_store, write_store
 from colossal_mpi.errors import ConfigError
 
 
@@ -32,7 +32,7 @@ class Prepare(Command):
             raise ConfigError("data prepare: give one or more inputs and then a store to write, which ends in .h5")
 
     def run(self) -> int:
-        prepare.prepare(self.files[:-1], self.files[-1], self.tokenizer, self.end, self.key, self.overwrite)
+        write_store(self.files[:-1], self.files[-1], self.tokenizer, self.end, self.key, self.overwrite)
         return 0
 
 
@@ -46,5 +46,5 @@ class Inspect(Command):
     shown: Annotated[int, typer.Option("--tokens", help="Number of tokens to show as text, from some documents.")] = 60
 
     def run(self) -> int:
-        prepare.inspect(self.store, self.shown)
+        show_store(self.store, self.shown)
         return 0

@@ -11,7 +11,7 @@ import typer
 
 from colossal_mpi.apps import config as configs
 from colossal_mpi.apps.command import Command, GridAxes
-from colossal_mpi.apps.data.tokenizer import BYTES, Tokenizer, tokenizer
+from colossal_mpi.apps.data import Bytes, Tokenizer, load_tokenizer
 from colossal_mpi.apps.training.saved import restore
 from colossal_mpi.errors import ConfigError
 from colossal_mpi.grid import Grid, world_size
@@ -76,10 +76,10 @@ class Generate(Command):
         """Return the tokenizer of the option or of the directory; bytes for a model that was trained here on a text."""
         path = self.tokenizer or self.source / "tokenizer.json"
         if self.tokenizer is not None or path.is_file():
-            return tokenizer(str(path))
+            return load_tokenizer(str(path))
         if foreign:
             raise ConfigError(f"{self.source} has no tokenizer.json: give the tokenizer with --tokenizer FILE")
-        return tokenizer(BYTES)
+        return Bytes()
 
 
 def _print(text: str) -> None:

@@ -1,4 +1,8 @@
-"""Tokens, split into training and validation, and the order of samples by their global number."""
+"""The corpus of a run: token ids in memory or on a disk, split into tokens to train on and held-out tokens.
+
+Tasks that read text call `read_corpus`. Text files are read by rank 0 and broadcast; token stores (``store``) and NumPy
+files stay on the disk, and each rank reads the tokens that its samples need.
+"""
 
 from __future__ import annotations
 
@@ -6,70 +10,89 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 
-from colossal_mpi import comm, random
+from colossal_mpi import comm
 from colossal_mpi.apps.data.store import Store
 from colossal_mpi.apps.data.tokenizer import Bytes, Tokenizer
-from colossal_mpi.apps.data.tokens import Stretches, is_stored, open_files
-from colossal_mpi.distarray import DistArray, from_global
 from colossal_mpi.errors import ConfigError
 from colossal_mpi.grid import Grid
-from colossal_mpi.layout import Layout
 
 _STRETCH = 4096
 """Tokens that are held out together."""
+_SCANNED = 1 << 22
+"""Tokens of a NumPy file that are looked at together."""
+_SUFFIXES = (".h5", ".npy")
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Token ids: those to train on and those held out, as arrays or as what reads them from a disk."""
+    """The tokens of a run.
 
-    train: Any
-    validation: Any
+    Parameters
+    ----------
+    train, validation : Tokens
+        Token ids to train on, and held-out ones.
+    vocabulary : int
+        One more than the greatest token that may occur.
+    tokenizer : Tokenizer
+        The tokenizer that made the tokens.
+    source : str
+        For tokens on a disk, the end of the sentence that describes them to a reader; ``""`` for text in memory.
+    """
+
+    train: Tokens
+    validation: Tokens
     vocabulary: int = 256
-    """One more than the greatest token."""
     tokenizer: Tokenizer = field(default_factory=Bytes)
-    words: str = ""
-    """What is known of tokens on a disk, for a reader."""
+    source: str = ""
 
     @property
     def about(self) -> str:
-        """Its size, and the loss of a guess from the frequencies of bytes alone, for a reader."""
-        if self.words:
-            return f"{len(self.train):,} tokens to train on, {len(self.validation):,} held out{self.words}"
-        share = np.bincount(self.train) / len(self.train)
+        """The size, and for text the loss in nats of a guess from the frequencies of bytes alone, for a reader."""
+        if self.source:
+            return f"{len(self.train):,} tokens to train on, {len(self.validation):,} held out{self.source}"
+        share = np.bincount(np.asarray(self.train)) / len(self.train)
         entropy = -sum(p * np.log(p) for p in share if p)
         size = f"{len(self.train):,} bytes of text, {len(self.validation):,} held out"
         return f"{size}; entropy of a byte {entropy:.2f} nats"
 
 
 def read_corpus(files: Sequence[str], validation: float, context: int, grid: Grid) -> Corpus:
-    """Return the corpus: text read by rank 0 and sent to the others, or tokens that each rank reads when it needs them.
+    """Return the corpus that some files hold.
 
     Parameters
     ----------
     files : sequence of str
-        Text files, in order, or token stores (``.h5``) and NumPy files of tokens (``.npy``); none means CPython's own
-        documentation, which every Python carries.
+        Text files, in order, or token stores (``.h5``) and NumPy files of tokens (``.npy``). Without any, the corpus is
+        CPython's own documentation, which every Python carries.
     validation : float
-        Share that is held out.
+        Share of the tokens that is held out.
     context : int
-        Tokens per sequence; both parts must hold one and its next token.
+        Tokens of a sequence; both parts must hold one and its next token.
     grid : Grid
+        All ranks of the run.
 
-    **Communication:** of texts, one bcast of the corpus, in bytes; of tokens on a disk small messages.
+    Returns
+    -------
+    Corpus
+        The tokens of text in memory, on every rank; stores and NumPy files opened on every rank.
 
     Raises
     ------
     ConfigError
         On all ranks, if a file cannot be read or the corpus is too short.
+
+    Notes
+    -----
+    **Communication:** for text files, one bcast of the corpus from rank 0 over the grid, in bytes; for stores and NumPy
+    files, messages of a few bytes.
     """
-    corpus = _planned(tuple(files), validation) if grid.is_meta else _corpus(files, validation, grid)
+    corpus = _meta_corpus(tuple(files), validation) if grid.is_meta else _open(files, validation, grid)
     if min(len(corpus.train), len(corpus.validation)) <= context:
-        size, unit = len(corpus.train) + len(corpus.validation), "tokens" if corpus.words else "bytes"
+        size, unit = len(corpus.train) + len(corpus.validation), "tokens" if corpus.source else "bytes"
         raise ConfigError(
             f"the corpus has {size} {unit}, {len(corpus.validation)} of them for validation: both parts must have more "
             f"than model.context={context}; give more text or a smaller context"
@@ -77,47 +100,54 @@ def read_corpus(files: Sequence[str], validation: float, context: int, grid: Gri
     return corpus
 
 
-def _corpus(files: Sequence[str], validation: float, grid: Grid) -> Corpus:
-    return _stored(files, validation, grid) if is_stored(files) else _texts(files, validation, grid)
-
-
 @lru_cache(maxsize=1)
-def _planned(files: tuple[str, ...], validation: float) -> Corpus:
-    """Return the corpus of meta grids: the dry runs of a plan, hundreds of them, read it once."""
-    return _corpus(files, validation, Grid.meta())
+def _meta_corpus(files: tuple[str, ...], validation: float) -> Corpus:
+    """Return the corpus of meta grids: hundreds of dry runs of a plan read it once."""
+    return _open(files, validation, Grid.meta())
 
 
-def _texts(files: Sequence[str], validation: float, grid: Grid) -> Corpus:
+def _open(files: Sequence[str], validation: float, grid: Grid) -> Corpus:
+    return _read_stored(files, validation, grid) if is_stored(files) else _read_texts(files, validation, grid)
+
+
+def _read_texts(files: Sequence[str], validation: float, grid: Grid) -> Corpus:
     text = b""
     with comm.agreed(grid):
         if grid.rank == 0:
-            text = _read(files)
+            text = _text_of(files)
     size = comm.share(len(text), grid)
     tokens = np.frombuffer(text, np.uint8) if grid.rank == 0 else np.empty(size, np.uint8)
     tokens = comm.bcast(tokens, grid, tuple(grid.axes))
     return split(tokens, validation)
 
 
-def _stored(files: Sequence[str], validation: float, grid: Grid) -> Corpus:
-    tokens, vocabulary, tokenizer, words = open_files(files, grid)
-    stretch, held = _held(len(tokens), validation)
-    train, kept = (Stretches(tokens, np.flatnonzero(some), stretch) for some in (~held, held))
-    return Corpus(train, kept, vocabulary, tokenizer, words)
+def _text_of(files: Sequence[str]) -> bytes:
+    if not files:
+        from pydoc_data.topics import topics
+
+        return "\n".join(topics[name] for name in sorted(topics)).encode()
+    texts = []
+    for name in files:
+        try:
+            texts.append(Path(name).read_bytes())
+        except OSError as problem:
+            raise ConfigError(f"data.files: cannot read {name}: {problem.strerror}") from None
+    return b"\n".join(texts)
 
 
 def split(tokens: np.ndarray, validation: float) -> Corpus:
-    """Hold out a share of a corpus, in stretches spread evenly over it.
+    """Hold out a share of a corpus in memory, in stretches spread evenly over it.
 
-    The end alone would be a sample of its own: that of CPython's documentation has a bigram entropy of 2.14 nats
-    per byte against 2.45 of the whole.
+    The end of the corpus would be a sample of its own kind: the end of CPython's documentation has a bigram entropy of
+    2.14 nats per byte, the whole has 2.45.
     """
-    stretch, held = _held(len(tokens), validation)
+    stretch, held = _held_out(len(tokens), validation)
     mask = held[np.arange(len(tokens)) // stretch]
     return Corpus(tokens[~mask], tokens[mask])
 
 
-def _held(count: int, validation: float) -> tuple[int, np.ndarray]:
-    """Return the length of a stretch, and of each whether it is held out."""
+def _held_out(count: int, validation: float) -> tuple[int, np.ndarray]:
+    """Return the length of a stretch, and for each stretch whether it is held out."""
     stretch = max(1, min(_STRETCH, int(count * validation)))
     number = np.arange(-(-count // stretch))
     # Stretch i is held out where the whole part of (i + 1) x share steps up; the tiny term is for shares like 0.1.
@@ -127,77 +157,193 @@ def _held(count: int, validation: float) -> tuple[int, np.ndarray]:
 def require_vocabulary(corpus: Corpus, most: int, remedy: str) -> None:
     """Refuse a corpus that has more kinds of tokens than a model.
 
+    Parameters
+    ----------
+    corpus : Corpus
+        The corpus.
+    most : int
+        Vocabulary of the model.
+    remedy : str
+        The end of the message: what would work.
+
     Raises
     ------
     ConfigError
+        If the vocabulary of the corpus is larger than `most`.
     """
     if corpus.vocabulary > most:
         raise ConfigError(f"data.files: tokens of a vocabulary of {corpus.vocabulary}, and {remedy}")
 
 
-def stored_vocabulary(files: Sequence[str], least: int) -> int:
-    """Return the vocabulary of stores, or `least` where there are only arrays of tokens, which do not know theirs.
+def is_stored(files: Sequence[str]) -> bool:
+    """Say whether files are stores or NumPy files of tokens, and not texts.
+
+    Parameters
+    ----------
+    files : sequence of str
+        The files of ``data.files``.
+
+    Returns
+    -------
+    bool
+        False for texts and for no files.
+
+    Raises
+    ------
+    ConfigError
+        If there are both.
+    """
+    stored = [name for name in files if Path(name).suffix in _SUFFIXES]
+    if stored and len(stored) < len(files):
+        texts = [name for name in files if name not in stored]
+        raise ConfigError(
+            f"data.files: {stored[0]} holds tokens and {texts[0]} text: put the texts into a store with colossal-mpi "
+            "data prepare"
+        )
+    return bool(stored)
+
+
+def stored_vocabulary(files: Sequence[str], default: int) -> int:
+    """Return the largest vocabulary of some stores.
+
+    Parameters
+    ----------
+    files : sequence of str
+        Stores and NumPy files of tokens.
+    default : int
+        The result where no file is a store: NumPy files do not know their vocabulary.
+
+    Returns
+    -------
+    int
+        Number of tokens.
 
     Raises
     ------
     ConfigError
         If a store cannot be read.
     """
-    return max((Store(name).vocabulary for name in files if name.endswith(".h5")), default=least)
+    return max((Store(name).vocabulary for name in files if name.endswith(".h5")), default=default)
 
 
-def _read(files: Sequence[str]) -> bytes:
-    if not files:
-        from pydoc_data.topics import topics
+def _read_stored(files: Sequence[str], validation: float, grid: Grid) -> Corpus:
+    with comm.agreed(grid, ConfigError):
+        opened = [Store(name) if name.endswith(".h5") else NumpyTokens(name) for name in files]
+    arrays = 0
+    with comm.agreed(grid, ConfigError):
+        if grid.rank == 0:
+            arrays = max((one.vocabulary() for one in opened if isinstance(one, NumpyTokens)), default=0)
+    stores = [one for one in opened if isinstance(one, Store)]
+    kinds = {(store.name, store.vocabulary) for store in stores}
+    if len(kinds) > 1:
+        raise ConfigError(f"data.files: stores of several tokenizers, {sorted(kinds)}: they must be of one")
+    vocabulary = max(comm.share(arrays, grid), *(store.vocabulary for store in stores), 1)
+    documents = sum(store.documents.shape[0] for store in stores)
+    with comm.agreed(grid, ConfigError):
+        tokenizer: Tokenizer = stores[0].tokenizer if stores else Bytes()
+    tokens = Concatenated(opened)
+    stretch, held = _held_out(len(tokens), validation)
+    train, kept = (Stretches(tokens, np.flatnonzero(chosen), stretch) for chosen in (~held, held))
+    source = f"{f' of {documents:,} documents' if stores else ''}, vocabulary {vocabulary:,}"
+    return Corpus(train, kept, vocabulary, tokenizer, source)
 
-        return "\n".join(topics[name] for name in sorted(topics)).encode()
-    pieces = []
-    for name in files:
+
+class Concatenated:
+    """Several sequences of tokens, one after the other.
+
+    Parameters
+    ----------
+    parts : sequence of Tokens
+        The sequences, in order.
+    """
+
+    def __init__(self, parts: Sequence[Tokens]) -> None:
+        self._parts, self._ends = list(parts), np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, places: np.ndarray) -> np.ndarray:
+        flat = np.asarray(places, np.int64).reshape(-1)
+        found, which = np.empty(flat.shape, np.int64), np.searchsorted(self._ends, flat, side="right")
+        for i in np.unique(which):
+            here = which == i
+            found[here] = self._parts[i][flat[here] - (self._ends[i - 1] if i else 0)]
+        return found.reshape(np.shape(places))
+
+
+class Stretches:
+    """Some stretches of a sequence of tokens, one after the other.
+
+    Parameters
+    ----------
+    tokens : Tokens
+        The sequence.
+    numbers : array of int64
+        The numbers of the stretches, in ascending order.
+    stretch : int
+        Tokens of one; the last of the sequence may have fewer.
+    """
+
+    def __init__(self, tokens: Tokens, numbers: np.ndarray, stretch: int) -> None:
+        self._tokens, self._numbers, self._stretch = tokens, numbers, stretch
+        last = len(numbers) and min(stretch, len(tokens) - int(numbers[-1]) * stretch)
+        self._length = max(0, len(numbers) - 1) * stretch + last
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, places: np.ndarray) -> np.ndarray:
+        number, offset = np.divmod(np.asarray(places, np.int64), self._stretch)
+        return self._tokens[self._numbers[number] * self._stretch + offset]
+
+
+class NumpyTokens:
+    """The tokens of a NumPy file, which is mapped into memory and not read.
+
+    Parameters
+    ----------
+    path : str
+        A ``.npy`` file.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be read, or holds something else than integers in one dim.
+    """
+
+    def __init__(self, path: str) -> None:
         try:
-            pieces.append(Path(name).read_bytes())
+            self._array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
         except OSError as problem:
-            raise ConfigError(f"data.files: cannot read {name}: {problem.strerror}") from None
-    return b"\n".join(pieces)
+            raise ConfigError(f"data.files: cannot read {path}: {problem.strerror or problem}") from None
+        except ValueError as problem:
+            raise ConfigError(f"data.files: {path} is no .npy file of tokens: {problem}") from None
+        if self._array.ndim != 1 or self._array.dtype.kind not in "iu":
+            shape = "x".join(map(str, self._array.shape))
+            raise ConfigError(f"data.files: {path} holds {self._array.dtype} {shape}: it must be integers in one dim")
+        self.path = path
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def __getitem__(self, places: np.ndarray) -> np.ndarray:
+        found: np.ndarray = self._array[places]
+        return found
+
+    def vocabulary(self) -> int:
+        """Return one more than the greatest token; the whole file is read, some tokens at a time.
+
+        Raises
+        ------
+        ConfigError
+            If a number is negative.
+        """
+        parts = [self._array[i : i + _SCANNED] for i in range(0, len(self), _SCANNED)]
+        if any(part.min() < 0 for part in parts):
+            raise ConfigError(f"data.files: {self.path} holds numbers below 0, which are no tokens")
+        return max((int(part.max()) + 1 for part in parts), default=0)
 
 
-def sample_starts(first: int, stop: int, corpus: int, context: int, seed: int) -> np.ndarray:
-    """Return where the training sequences number `first` to `stop` begin: a function of seed and number alone."""
-    places = corpus - context
-    unit = random.uniform_block(((first, stop),), (stop,), seed, "data")
-    return (unit * places).astype(np.int64)
-
-
-def spread_starts(count: int, corpus: int, context: int) -> np.ndarray:
-    """Return `count` beginnings spread evenly over a corpus."""
-    return np.linspace(0, corpus - context - 1, count).astype(np.int64)
-
-
-def shuffled(first: int, stop: int, count: int, seed: int) -> np.ndarray:
-    """Return which of `count` items the training samples number `first` to `stop` are: each once in an epoch."""
-    epochs, places = np.divmod(np.arange(first, stop), count)
-    return np.array([_order(int(e), count, seed)[at] for e, at in zip(epochs, places, strict=True)], np.int64)
-
-
-@lru_cache(maxsize=2)
-def _order(epoch: int, count: int, seed: int) -> np.ndarray:
-    return np.argsort(random.uniform_block(((0, count),), (count,), seed, f"data/{epoch}"), kind="stable")
-
-
-def shifts(first: int, stop: int, most: int, seed: int) -> np.ndarray:
-    """Return by how many rows and columns, ``[n, 2]``, the images of some training samples are moved."""
-    unit = random.uniform_block(((first, stop), (0, 2)), (stop, 2), seed, "data/shift")
-    return (unit * (2 * most + 1)).astype(np.int64) - most
-
-
-def sequences(
-    tokens: np.ndarray, starts: np.ndarray, context: int, grid: Grid, layout: Layout, order: np.ndarray | None = None
-) -> tuple[DistArray, DistArray]:
-    """Return inputs and labels ``[len(starts), context]``, in an order; each rank cuts out only its own."""
-    order = np.arange(context) if order is None else order
-
-    def cut(index: tuple[slice, ...], shift: int) -> np.ndarray:
-        rows, columns = starts[index[0]], order[index[1]] + shift
-        return tokens[rows[:, None] + columns[None, :]].astype(np.int64)
-
-    shape = (len(starts), context)
-    return tuple(from_global(lambda index, s=s: cut(index, s), grid, layout, shape) for s in (0, 1))  # type: ignore
+Tokens: TypeAlias = np.ndarray | Store | NumpyTokens | Concatenated | Stretches
+"""A sequence of token ids, in memory or on a disk; it has a length, and takes an array of places as its index."""

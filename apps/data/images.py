@@ -1,4 +1,7 @@
-"""Images with classes: scikit-learn's digits or the user's own, split into those to train on and those held out."""
+"""Images with classes: scikit-learn's digits or the user's own, split into training images and held-out ones.
+
+The task ``images`` reads them with `read_images`, moves them with `shifted` and shows some as characters with `draw`.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,19 @@ from colossal_mpi.grid import Grid
 
 @dataclass(frozen=True)
 class Images:
-    """Images ``[n, c, y, x]``, float64 with mean 0 and deviation 1 over all that are trained on, and their classes."""
+    """Images and their classes.
+
+    Parameters
+    ----------
+    train : array of float64
+        Training images ``[n, c, y, x]``, with mean 0 and standard deviation 1.
+    train_labels : array of int64
+        The class of each training image ``[n]``, from 0.
+    validation : array of float64
+        Held-out images ``[n, c, y, x]``, shifted and scaled as the training images.
+    validation_labels : array of int64
+        The class of each held-out image ``[n]``, from 0.
+    """
 
     train: np.ndarray
     train_labels: np.ndarray
@@ -24,12 +39,12 @@ class Images:
 
     @property
     def classes(self) -> int:
-        """The number of classes."""
+        """Number of classes."""
         return 1 + int(max(self.train_labels.max(), self.validation_labels.max()))
 
     @property
     def about(self) -> str:
-        """Their number and size, for a reader."""
+        """Numbers and size of the images, for a reader."""
         size = "x".join(map(str, self.train.shape[1:]))
         return f"{len(self.train):,} images of {size}, {self.classes} classes, {len(self.validation):,} held out"
 
@@ -40,18 +55,30 @@ def read_images(files: Sequence[str], validation: float, grid: Grid) -> Images:
     Parameters
     ----------
     files : sequence of str
-        ``.npz`` files with arrays ``images`` ``[n, y, x]`` or ``[n, c, y, x]`` and ``labels`` ``[n]``, classes from 0;
-        none means the 1,797 handwritten digits that scikit-learn carries (Alpaydin & Kaynak 1998).
+        ``.npz`` files with arrays ``images`` ``[n, y, x]`` or ``[n, c, y, x]`` and ``labels`` ``[n]``, classes from 0.
+        Without any, the images are the 1,797 handwritten digits that scikit-learn carries.
     validation : float
-        Share that is held out.
+        Share of the images that is held out.
     grid : Grid
+        All ranks of the run.
 
-    **Communication:** two bcasts: the images, in their own dtype, and the labels.
+    Returns
+    -------
+    Images
+        All images, on every rank.
 
     Raises
     ------
     ConfigError
-        On all ranks, if a file cannot be read, does not fit, or scikit-learn is not there.
+        On all ranks, if a file cannot be read or does not fit, or scikit-learn is not installed.
+
+    Notes
+    -----
+    **Communication:** two bcasts from rank 0 over the grid: the images, in their own dtype, and the labels.
+
+    References
+    ----------
+    Alpaydin, Kaynak: Optical recognition of handwritten digits, 1998.
     """
     images, labels = np.empty(0, np.uint8), np.empty(0, np.int64)
     with comm.agreed(grid):
@@ -70,9 +97,9 @@ def read_images(files: Sequence[str], validation: float, grid: Grid) -> Images:
 
 
 def _held_out(count: int, share: float) -> np.ndarray:
-    """Return which images are held out, for any seed of a run the same: at random, since many sets are in an order.
+    """Return which images are held out: the same random ones for any seed of a run.
 
-    Of every fifth of the digits, 52 would be a 3 and 21 a 1.
+    They are random because many sets are in some order: of every fifth of the digits, 52 would be a 3 and 21 a 1.
     """
     return np.argsort(np.argsort(random.uniform_block(((0, count),), (count,), 0, "data/held"))) < round(count * share)
 
@@ -122,7 +149,20 @@ def _checked(name: str, images: Any, labels: Any) -> tuple[np.ndarray, np.ndarra
 
 
 def shifted(images: np.ndarray, moves: np.ndarray) -> np.ndarray:
-    """Return images ``[n, c, y, x]`` moved by ``[n, 2]`` pixels down and to the right, their edges drawn out."""
+    """Return images that are moved; their edge pixels are repeated.
+
+    Parameters
+    ----------
+    images : array
+        Shape ``[n, c, y, x]``.
+    moves : array of int64
+        By how many pixels each image moves down and to the right, ``[n, 2]``.
+
+    Returns
+    -------
+    array
+        The moved images, of the same shape and dtype.
+    """
     most, (ny, nx) = int(abs(moves).max(initial=0)), images.shape[2:]
     padded = np.pad(images, ((0, 0), (0, 0), (most, most), (most, most)), mode="edge")
     starts = most - moves
@@ -131,7 +171,18 @@ def shifted(images: np.ndarray, moves: np.ndarray) -> np.ndarray:
 
 
 def draw(image: np.ndarray) -> list[str]:
-    """Return the rows of an image ``[c, y, x]`` as characters, two for a pixel, dark to light."""
+    """Return an image as characters, two for each pixel, from dark to light.
+
+    Parameters
+    ----------
+    image : array
+        Shape ``[c, y, x]``.
+
+    Returns
+    -------
+    list of str
+        The rows of the image.
+    """
     gray = image.mean(axis=0)
     levels = (gray - gray.min()) / (np.ptp(gray) or 1.0)
     return ["".join(2 * " .:-=+*#%@"[int(9 * level)] for level in row) for row in levels]

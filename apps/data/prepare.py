@@ -1,4 +1,8 @@
-"""``colossal-mpi data``: texts to token stores, and what a store holds."""
+"""Make token stores from texts of any size, and show what a store holds.
+
+The commands ``data prepare`` and ``data inspect`` call it. It reads texts in pieces, encodes them with a tokenizer and
+writes them with ``store``.
+"""
 
 from __future__ import annotations
 
@@ -6,44 +10,46 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from colossal_mpi.apps.data.store import Store, Writer
-from colossal_mpi.apps.data.tokenizer import Subwords, Tokenizer, tokenizer
+from colossal_mpi.apps.data.tokenizer import Subwords, Tokenizer, load_tokenizer
 from colossal_mpi.apps.text import binary
 from colossal_mpi.errors import ConfigError
 
 PIECE = 1 << 20
-"""Bytes of text that are read and turned to tokens at once."""
+"""Bytes of text that are read and encoded together."""
 
-_MOST = 1000  # pieces that are turned to tokens at once
+_MOST = 1000
+"""Pieces of text that are encoded together."""
 
 Piece = tuple[bytes, bool, int]
-"""Some text, whether a document ends behind it, and the bytes of the file that it took."""
+"""Some text, whether a document ends after it, and the number of bytes of the file that it took."""
 
 
-def prepare(inputs: Sequence[Path], out: Path, name: str, end: str | None, key: str, overwrite: bool) -> None:
+def write_store(inputs: Sequence[Path], out: Path, name: str, end: str | None, key: str, overwrite: bool) -> None:
     """Write a token store.
 
-    A file is a document; of a ``.jsonl`` file each line is one, by its `key`. Texts are read a piece at a time, so that
-    no file needs to fit into memory; a tokenizer of subwords sees pieces that begin with a line.
+    A file is a document; in a ``.jsonl`` file each line is one. Texts are read in pieces, so that no file needs to fit
+    into memory; a tokenizer of subwords gets pieces that begin with a line.
 
     Parameters
     ----------
     inputs : sequence of Path
+        The texts.
     out : Path
+        The store to write.
     name : str
-        ``bytes``, or a JSON file of tokenizers.
+        ``bytes``, or a JSON file of the package tokenizers.
     end : str, optional
-        What is put behind each document: a token of the tokenizer, or text for bytes.
+        A token of the tokenizer that is put after each document; for bytes, any text.
     key : str
-        Of the text in a line of JSON.
+        The key of the text in a line of JSON.
     overwrite : bool
-        Replace `out`.
+        Whether to replace `out`.
 
     Raises
     ------
@@ -53,27 +59,27 @@ def prepare(inputs: Sequence[Path], out: Path, name: str, end: str | None, key: 
     if out.exists() and not overwrite:
         raise ConfigError(f"{out} exists: replace it with --overwrite, or choose another name")
     sizes = [_size(path) for path in inputs]
-    made = tokenizer(name)
-    last = _end(made, end)
+    encoder = load_tokenizer(name)
+    last = _end(encoder, end)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with Writer(out, made, [str(path) for path in inputs]) as writer, _progress() as bar:
+        with Writer(out, encoder, [str(path) for path in inputs]) as writer, _progress() as bar:
             task = bar.add_task("tokens", total=sum(sizes), tokens=0)
             for path in inputs:
-                for some in _batches(pieces(path, key)):
-                    _add(writer, made, some, last)
-                    bar.update(task, advance=sum(taken for *_, taken in some), tokens=writer.tokens)
+                for batch in _batches(pieces(path, key)):
+                    _add(writer, encoder, batch, last)
+                    bar.update(task, advance=sum(taken for *_, taken in batch), tokens=writer.tokens)
     except OSError as problem:
         raise ConfigError(f"{out} cannot be written: {problem.strerror or problem}") from None
     Console(soft_wrap=True, highlight=False).print(
-        f"{out}: {writer.tokens:,} tokens of {writer.documents:,} documents, vocabulary {made.vocabulary:,}, "
+        f"{out}: {writer.tokens:,} tokens of {writer.documents:,} documents, vocabulary {encoder.vocabulary:,}, "
         f"{binary(out.stat().st_size)} from {binary(sum(sizes))}",
         markup=False,
     )
 
 
-def _add(writer: Writer, made: Tokenizer, some: Sequence[Piece], last: np.ndarray) -> None:
-    for tokens, (_, ends, _) in zip(made.encode([text for text, *_ in some]), some, strict=True):
+def _add(writer: Writer, encoder: Tokenizer, batch: Sequence[Piece], last: np.ndarray) -> None:
+    for tokens, (_, ends, _) in zip(encoder.encode([text for text, *_ in batch]), batch, strict=True):
         writer.add(tokens)
         if ends:
             writer.add(last)
@@ -81,15 +87,15 @@ def _add(writer: Writer, made: Tokenizer, some: Sequence[Piece], last: np.ndarra
 
 
 def _batches(found: Iterator[Piece]) -> Iterator[list[Piece]]:
-    """Yield pieces together that a tokenizer takes at once, and shares among its threads."""
-    some: list[Piece] = []
+    """Yield the pieces in batches; a tokenizer shares a batch among its threads."""
+    batch: list[Piece] = []
     for piece in found:
-        some.append(piece)
-        if len(some) >= _MOST or sum(len(text) for text, *_ in some) >= PIECE:
-            yield some
-            some = []
-    if some:
-        yield some
+        batch.append(piece)
+        if len(batch) >= _MOST or sum(len(text) for text, *_ in batch) >= PIECE:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 def _size(path: Path) -> int:
@@ -100,14 +106,14 @@ def _size(path: Path) -> int:
         raise ConfigError(f"cannot read {path}: {problem.strerror}") from None
 
 
-def _end(made: Tokenizer, end: str | None) -> np.ndarray:
+def _end(encoder: Tokenizer, end: str | None) -> np.ndarray:
     if end is None:
         return np.zeros(0, np.int64)
-    if not isinstance(made, Subwords):
-        return made.encode([end.encode()])[0]
-    number = made.token(end)
+    if not isinstance(encoder, Subwords):
+        return encoder.encode([end.encode()])[0]
+    number = encoder.token(end)
     if number is None:
-        raise ConfigError(f"--end {end!r}: the tokenizer {made.name} has no such token")
+        raise ConfigError(f"--end {end!r}: the tokenizer {encoder.name} has no such token")
     return np.array([number], np.int64)
 
 
@@ -124,12 +130,12 @@ def _progress() -> Progress:
 
 
 def pieces(path: Path, key: str = "text") -> Iterator[Piece]:
-    """Yield the text of a file.
+    """Yield the text of a file in pieces.
 
     Raises
     ------
     ConfigError
-        If a line of a ``.jsonl`` file is no object with a text of that key.
+        If a line of a ``.jsonl`` file is no JSON object with a text under the key.
     """
     yield from _lines(path, key) if path.suffix == ".jsonl" else _document(path)
 
@@ -149,7 +155,7 @@ _BORDER = re.compile(rb"(?<=\S)\n(?=\S)")
 
 
 def _cut(text: bytes) -> int:
-    """Return where a line begins in the second half, with no blank beside, so that subwords stay whole if they can."""
+    """Return where to cut a piece: at a line in its second half with no blank beside it, so that words stay whole."""
     half = len(text) // 2
     borders = [match.end() for match in _BORDER.finditer(text, half)]
     blank = text.rfind(b" ", half)
@@ -157,7 +163,7 @@ def _cut(text: bytes) -> int:
 
 
 def _whole_characters(text: bytes) -> int:
-    """Return the end of the last whole character of UTF-8."""
+    """Return the end of the last complete character of UTF-8."""
     for back in range(1, min(4, len(text)) + 1):
         byte = text[-back]
         if byte & 0xC0 != 0x80:
@@ -180,18 +186,25 @@ def _lines(path: Path, key: str) -> Iterator[Piece]:
             yield text.encode("utf-8", errors="replace"), True, len(line)
 
 
-def inspect(path: Path, shown: int) -> None:
+def show_store(path: Path, shown: int) -> None:
     """Print what a store holds, and the beginning of some documents.
+
+    Parameters
+    ----------
+    path : Path
+        The store.
+    shown : int
+        Number of tokens to show of each document; 0 shows no document.
 
     Raises
     ------
     ConfigError
-        If it is none.
+        If the file is no store.
     """
     store, console = Store(path), Console(soft_wrap=True, highlight=False)
     count = store.documents.shape[0]
-    lengths: Any = np.diff(np.r_[0, store.documents[...]]) if count else np.zeros(1, np.int64)
-    made = store.tokenizer
+    lengths: np.ndarray = np.diff(np.r_[0, store.documents[...]]) if count else np.zeros(1, np.int64)
+    encoder = store.tokenizer
     lines = [
         f"{path}: {len(store):,} tokens ({store.dtype}), {binary(path.stat().st_size)}",
         f"documents   {count:,}, of {lengths.min():,} to {lengths.max():,} tokens, median {np.median(lengths):,.0f}",
@@ -200,6 +213,6 @@ def inspect(path: Path, shown: int) -> None:
     ]
     console.print("\n".join(lines), markup=False)
     for number in np.unique(np.linspace(0, count - 1, min(count, 3)).astype(int)) if shown and count else []:
-        text = made.decode(store.document(number, shown)).decode(errors="replace")
+        text = encoder.decode(store.document(number, shown)).decode(errors="replace")
         console.print(f"\ndocument {number}", style="bold")
         console.print(text, markup=False)

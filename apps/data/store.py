@@ -1,10 +1,12 @@
-"""Token stores: tokens of many documents as one resizable dataset of HDF5.
+"""Token stores: HDF5 files with the tokens of many documents.
+
+``colossal-mpi data prepare`` writes a store with `Writer`, and ``corpus`` reads one with `Store`, a chunk at a time.
 
 ==============  ==================================================================================================
-``tokens``      all documents one after the other, of the smallest dtype that holds the vocabulary, in chunks with
+``tokens``      all documents, one after the other, in the smallest dtype that holds the vocabulary, in chunks with
                 checksums (Fletcher-32)
-``documents``   where each ends, int64
-``tokenizer``   the JSON of its tokenizer, bytes; absent for plain bytes
+``documents``   the place in ``tokens`` where each document ends, int64
+``tokenizer``   the JSON of the tokenizer as bytes; absent where tokens are bytes
 ==============  ==================================================================================================
 
 Attributes of the file: ``format_version``, ``vocabulary``, ``tokenizer``, ``sources``.
@@ -20,15 +22,17 @@ from typing import Any
 
 import numpy as np
 
-from colossal_mpi.apps.data.tokenizer import Tokenizer, restored
+from colossal_mpi.apps.data.tokenizer import Tokenizer, from_text
 from colossal_mpi.checkpoint import flush
 from colossal_mpi.errors import ConfigError
 
 FORMAT_VERSION = 1
 CHUNK = 1 << 16
-"""Tokens of a chunk, which is read as a whole."""
-_KEPT = 64  # chunks in memory of each open store
-_BUFFER = 1 << 20  # tokens that a writer keeps
+"""Tokens of a chunk; HDF5 reads whole chunks."""
+_KEPT = 64
+"""Chunks that each open store keeps in memory."""
+_BUFFER = 1 << 20
+"""Tokens that a writer keeps before it writes them."""
 
 
 def dtype_for(vocabulary: int) -> np.dtype:
@@ -37,14 +41,16 @@ def dtype_for(vocabulary: int) -> np.dtype:
 
 
 class Writer:
-    """Writes a store, which has its name only when it is whole; a context manager.
+    """Writes a store; a context manager. The file has its name only when it is whole.
 
     Parameters
     ----------
     path : Path
+        The file to write.
     tokenizer : Tokenizer
+        The tokenizer that makes the tokens.
     sources : sequence of str
-        What the documents are from, for a reader.
+        Names of the files that the documents come from, for a reader.
     """
 
     def __init__(self, path: Path, tokenizer: Tokenizer, sources: Sequence[str]) -> None:
@@ -70,12 +76,12 @@ class Writer:
         self._count = dict.fromkeys(self._datasets, 0)
 
     def add(self, tokens: np.ndarray) -> None:
-        """Go on with the document."""
+        """Append tokens to the document that is being written."""
         self.tokens += len(tokens)
         self._put("tokens", tokens)
 
     def end(self) -> None:
-        """End the document."""
+        """End the document that is being written."""
         self.documents += 1
         self._put("documents", np.array([self.tokens], np.int64))
 
@@ -95,7 +101,7 @@ class Writer:
     def __enter__(self) -> Writer:
         return self
 
-    def __exit__(self, kind: Any, *_: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
                 for name in self._datasets:
@@ -110,12 +116,17 @@ class Writer:
 
 
 class Store:
-    """A store opened to read.
+    """A store that is open for reading; ``store[places]`` reads the tokens at an array of places.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file.
 
     Raises
     ------
     ConfigError
-        If it is none, or of a newer format.
+        If the file is no store, or has a newer format.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -143,7 +154,7 @@ class Store:
         self._chunk = lru_cache(_KEPT)(self._read)
 
     def _dataset(self, h5py: Any, name: str) -> Any:
-        """Return a plain dataset of numbers in one dim, None if there is none."""
+        """Return a dataset of integers in one dim that lies in this file itself; None if there is none of this name."""
         link = self._file.get(name, getlink=True)
         found: Any = self._file[name] if isinstance(link, h5py.HardLink) else None
         fits = isinstance(found, h5py.Dataset) and not found.is_virtual and not found.external
@@ -151,28 +162,30 @@ class Store:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """What the tokens are of."""
+        """The tokenizer that made the tokens."""
         text = bytes(self._file["tokenizer"][...]).decode() if "tokenizer" in self._file else ""
-        return restored(self.name, text)
+        return from_text(self.name, text)
 
     @property
     def dtype(self) -> np.dtype:
-        """Of a token."""
-        return self.tokens.dtype
+        """The dtype of a token."""
+        dtype: np.dtype = self.tokens.dtype
+        return dtype
 
     def __len__(self) -> int:
-        return self.tokens.shape[0]
+        return int(self.tokens.shape[0])
 
     def _read(self, number: int) -> np.ndarray:
         try:
-            return self.tokens[number * CHUNK : (number + 1) * CHUNK]
+            chunk: np.ndarray = self.tokens[number * CHUNK : (number + 1) * CHUNK]
+            return chunk
         except OSError as problem:
             raise ConfigError(
                 f"data.files: {self.path} is damaged in the tokens from {number * CHUNK} on: {problem}"
             ) from None
 
     def __getitem__(self, places: np.ndarray) -> np.ndarray:
-        """Return the tokens at an array of places; whole chunks are read, and the last few kept."""
+        # Chunks are read as a whole, and the last few are kept.
         flat = np.asarray(places, np.int64).reshape(-1)
         found = np.empty(flat.shape, self.dtype)
         chunks = flat // CHUNK
@@ -182,6 +195,7 @@ class Store:
         return found.reshape(np.shape(places))
 
     def document(self, number: int, most: int) -> np.ndarray:
-        """Return the first tokens of a document."""
+        """Return the first tokens of a document, at most `most`."""
         start = int(self.documents[number - 1]) if number else 0
-        return self.tokens[start : min(int(self.documents[number]), start + most)]
+        tokens: np.ndarray = self.tokens[start : min(int(self.documents[number]), start + most)]
+        return tokens

@@ -1,11 +1,14 @@
-"""Tokenizers: bytes, or a file of the package tokenizers."""
+"""Tokenizers: bytes, or a JSON file of the package tokenizers.
+
+Token stores are made with them, and ``generate`` turns prompts into tokens and tokens into text.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -14,43 +17,77 @@ from colossal_mpi.errors import ConfigError
 BYTES = "bytes"
 
 
-class Tokenizer(Protocol):
-    """What turns text to tokens and back."""
+class Tokenizer:
+    """Turns text into tokens and back.
+
+    Attributes
+    ----------
+    name : str
+        Its name or file, for a reader.
+    vocabulary : int
+        Number of tokens.
+    text : str
+        Its definition as JSON; ``""`` where the name says all.
+    """
 
     name: str
     vocabulary: int
     text: str
-    """Its definition as JSON, ``""`` where the name says all."""
 
     def encode(self, pieces: Sequence[bytes], special: bool = False) -> list[np.ndarray]:
-        """Return the tokens of each piece of UTF-8, with those that belong around a text if `special`."""
+        """Return the tokens of some pieces of text.
+
+        Parameters
+        ----------
+        pieces : sequence of bytes
+            Texts in UTF-8.
+        special : bool
+            Whether to add the tokens that begin and end a text.
+
+        Returns
+        -------
+        list of array
+            The tokens of each piece.
+        """
+        raise NotImplementedError
 
     def decode(self, tokens: Iterable[int]) -> bytes:
-        """Return the text of tokens."""
+        """Return the text of some tokens.
+
+        Parameters
+        ----------
+        tokens : iterable of int
+            Token ids.
+
+        Returns
+        -------
+        bytes
+            The text in UTF-8.
+        """
+        raise NotImplementedError
 
 
-class Bytes:
-    """A token for each byte."""
+class Bytes(Tokenizer):
+    """The tokenizer whose tokens are the bytes of the text."""
 
     name, vocabulary, text = BYTES, 256, ""
 
     def encode(self, pieces: Sequence[bytes], special: bool = False) -> list[np.ndarray]:
-        """Return the bytes themselves."""
         return [np.frombuffer(piece, np.uint8) for piece in pieces]
 
     def decode(self, tokens: Iterable[int]) -> bytes:
-        """Return the tokens that are bytes."""
         return bytes(int(token) for token in tokens if 0 <= token < self.vocabulary)
 
 
-class Subwords:
-    """A tokenizer of the package tokenizers.
+class Subwords(Tokenizer):
+    """A tokenizer of the package tokenizers, whose tokens are parts of words.
 
     Parameters
     ----------
     text : str
         The JSON of its file.
     name : str
+        Its file, for a reader.
 
     Raises
     ------
@@ -72,27 +109,37 @@ class Subwords:
         self.text, self.name, self.vocabulary = text, name, int(self._library.get_vocab_size())
 
     def encode(self, pieces: Sequence[bytes], special: bool = False) -> list[np.ndarray]:
-        """Return the tokens of each piece, with those that the tokenizer puts around a text if `special`."""
         texts = [piece.decode("utf-8", errors="replace") for piece in pieces]
         encoded = self._library.encode_batch(texts, add_special_tokens=special)
         return [np.array(one.ids, np.int64) for one in encoded]
 
     def decode(self, tokens: Iterable[int]) -> bytes:
-        """Return the text of tokens."""
-        return self._library.decode([int(token) for token in tokens], skip_special_tokens=False).encode()
+        text: str = self._library.decode([int(token) for token in tokens], skip_special_tokens=False)
+        return text.encode()
 
     def token(self, word: str) -> int | None:
-        """Return the number of a special token."""
-        return self._library.token_to_id(word)
+        """Return the number of a special token, None if there is no such token."""
+        number: int | None = self._library.token_to_id(word)
+        return number
 
 
-def tokenizer(name: str) -> Tokenizer:
-    """Return ``bytes``, or the tokenizer of a JSON file.
+def load_tokenizer(name: str) -> Tokenizer:
+    """Return the tokenizer that a user names.
+
+    Parameters
+    ----------
+    name : str
+        ``bytes``, or a JSON file of the package tokenizers.
+
+    Returns
+    -------
+    Tokenizer
+        The tokenizer.
 
     Raises
     ------
     ConfigError
-        If the file cannot be read or is none.
+        If the file cannot be read or holds no tokenizer.
     """
     if name == BYTES:
         return Bytes()
@@ -108,6 +155,6 @@ def tokenizer(name: str) -> Tokenizer:
     return Subwords(text, name)
 
 
-def restored(name: str, text: str) -> Tokenizer:
-    """Return the tokenizer that a store was made with."""
+def from_text(name: str, text: str) -> Tokenizer:
+    """Return the tokenizer of a definition as JSON; `Bytes` if the definition is empty."""
     return Subwords(text, name) if text else Bytes()

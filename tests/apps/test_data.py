@@ -6,6 +6,7 @@ from mpi4py import MPI
 
 from colossal_mpi import ConfigError, Grid, Layout
 from colossal_mpi.apps.data import corpus as data
+from colossal_mpi.apps.data import sampling
 
 
 @pytest.mark.grids({}, {"row": 2, "col": 2})
@@ -19,8 +20,8 @@ def test_the_documentation_of_python_is_the_default_corpus(grid):
 @pytest.mark.grids({"data": 2, "col": 2}, {"data": 3})
 def test_every_rank_draws_its_part_of_the_same_batch(grid):
     tokens = np.arange(1000) % 251
-    starts = data.sample_starts(14, 21, len(tokens), 9, seed=3)
-    x, labels = data.sequences(tokens, starts, 9, grid, Layout("data", None))
+    starts = sampling.random_starts(14, 21, len(tokens), 9, seed=3)
+    x, labels = sampling.sequences(tokens, starts, 9, grid, Layout("data", None))
     whole = tokens[starts[:, None] + np.arange(9)]
     assert np.array_equal(x.gather(), whole)
     assert np.array_equal(labels.gather(), tokens[starts[:, None] + 1 + np.arange(9)])
@@ -33,28 +34,29 @@ def test_every_tenth_stretch_is_held_out():
 
 
 def test_samples_depend_on_their_number_only():
-    whole = data.sample_starts(0, 40, 10_000, 16, seed=5)
-    parts = [data.sample_starts(a, b, 10_000, 16, seed=5) for a, b in ((0, 13), (13, 14), (14, 40))]
+    whole = sampling.random_starts(0, 40, 10_000, 16, seed=5)
+    parts = [sampling.random_starts(a, b, 10_000, 16, seed=5) for a, b in ((0, 13), (13, 14), (14, 40))]
     assert np.array_equal(np.concatenate(parts), whole)
-    assert not np.array_equal(data.sample_starts(0, 40, 10_000, 16, seed=6), whole)
+    assert not np.array_equal(sampling.random_starts(0, 40, 10_000, 16, seed=6), whole)
     assert whole.min() >= 0
     assert whole.max() + 16 < 10_000
 
 
 def test_every_item_is_drawn_once_in_an_epoch_and_in_another_order_in_the_next():
-    epochs = data.shuffled(0, 21, 7, seed=2).reshape(3, 7)
+    epochs = sampling.shuffled(0, 21, 7, seed=2).reshape(3, 7)
     assert np.array_equal(np.sort(epochs), np.tile(np.arange(7), (3, 1)))
     assert len({tuple(order) for order in epochs}) == 3
-    parts = [data.shuffled(a, b, 7, seed=2) for a, b in ((0, 5), (5, 5), (5, 16), (16, 21))]
+    parts = [sampling.shuffled(a, b, 7, seed=2) for a, b in ((0, 5), (5, 5), (5, 16), (16, 21))]
     assert np.array_equal(np.concatenate(parts), epochs.ravel())
-    assert not np.array_equal(data.shuffled(0, 7, 7, seed=3), epochs[0])
+    assert not np.array_equal(sampling.shuffled(0, 7, 7, seed=3), epochs[0])
 
 
 def test_shifts_depend_on_their_number_only_and_reach_every_place():
-    whole = data.shifts(0, 200, 1, seed=0)
-    assert np.array_equal(np.concatenate([data.shifts(0, 3, 1, seed=0), data.shifts(3, 200, 1, seed=0)]), whole)
+    whole = sampling.random_shifts(0, 200, 1, seed=0)
+    parts = [sampling.random_shifts(a, b, 1, seed=0) for a, b in ((0, 3), (3, 200))]
+    assert np.array_equal(np.concatenate(parts), whole)
     assert {tuple(move) for move in whole} == {(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1)}
-    assert not data.shifts(0, 9, 0, seed=0).any()
+    assert not sampling.random_shifts(0, 9, 0, seed=0).any()
 
 
 @pytest.mark.grids({}, {"data": 3})

@@ -12,8 +12,8 @@ from mpi4py import MPI
 from colossal_mpi import ConfigError, Grid, Layout, comm
 from colossal_mpi.apps import config as configs
 from colossal_mpi.apps.data import corpus as data
-from colossal_mpi.apps.data import prepare, store
-from colossal_mpi.apps.data.tokens import Joined, Stretches
+from colossal_mpi.apps.data import prepare, sampling, store
+from colossal_mpi.apps.data.corpus import Concatenated, Stretches
 from colossal_mpi.apps.training import tasks
 
 CLI = [sys.executable, "-m", "colossal_mpi.apps.cli", "data"]
@@ -30,7 +30,7 @@ def made(path, texts, tokenizer="bytes", end=None):
     inputs = [path.with_suffix(f".{i}.txt") for i in range(len(texts))]
     for name, text in zip(inputs, texts, strict=True):
         name.write_text(text)
-    prepare.prepare(inputs, path, tokenizer, end, "text", False)
+    prepare.write_store(inputs, path, tokenizer, end, "text", False)
     return store.Store(path)
 
 
@@ -100,7 +100,7 @@ def test_memory_does_not_grow_with_the_input(tmp_path):
             file.write(TEXT * 25)
     size = (tmp_path / "large.txt").stat().st_size
     tracemalloc.start()
-    prepare.prepare([tmp_path / "large.txt"], tmp_path / "large.h5", "bytes", None, "text", False)
+    prepare.write_store([tmp_path / "large.txt"], tmp_path / "large.h5", "bytes", None, "text", False)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert size > 50_000_000
@@ -167,7 +167,7 @@ def test_a_flipped_bit_of_a_store_is_found(tmp_path):
 
 def test_stretches_and_joined_files_are_the_sequence(monkeypatch):
     whole = np.arange(1000)
-    joined = Joined([whole[:7], whole[7:7], whole[7:450], whole[450:]])
+    joined = Concatenated([whole[:7], whole[7:7], whole[7:450], whole[450:]])
     places = np.random.default_rng(0).integers(0, 1000, (5, 9))
     assert np.array_equal(joined[places], places)
     view = Stretches(joined, np.array([0, 2, 14]), 70)
@@ -188,9 +188,9 @@ def test_text_store_and_array_make_the_same_batches(grid, shared_path, monkeypat
         corpus = data.read_corpus([str(shared_path / name)], 0.2, 16, grid)
         parts = []
         for tokens in (corpus.train, corpus.validation):
-            starts = data.sample_starts(3, 12, len(tokens), 16, seed=1)
+            starts = sampling.random_starts(3, 12, len(tokens), 16, seed=1)
             layout = Layout("data" if "data" in grid.axes else None, None)
-            parts += [array.gather() for array in data.sequences(tokens, starts, 16, grid, layout)]
+            parts += [array.gather() for array in sampling.sequences(tokens, starts, 16, grid, layout)]
         batches.append(
             (len(corpus.train), len(corpus.validation), *[part.tobytes() for part in parts if part is not None])
         )

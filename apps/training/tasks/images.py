@@ -8,9 +8,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
+from colossal_mpi.apps import data
 from colossal_mpi.apps.config import Config, ModelSection, TransformerSection
-from colossal_mpi.apps.data import corpus
-from colossal_mpi.apps.data.images import draw, read_images, shifted
 from colossal_mpi.apps.training.tasks.task import Batch, Task, make_model, register_section, register_task, whole
 from colossal_mpi.distarray import DistArray, from_global
 from colossal_mpi.layers import Context, Parallelism
@@ -57,7 +56,7 @@ class ImageClassification(Task):
 
     def __init__(self, config: Config, parallelism: Parallelism) -> None:
         super().__init__(config, parallelism)
-        self.images = read_images(config.data.files, config.data.validation, self.grid)
+        self.images = data.read_images(config.data.files, config.data.validation, self.grid)
         channels, height, width = self.images.train.shape[1:]
         image = {"image": (height, width), "channels": channels, "classes": self.images.classes}
         self.model, sizes = make_model(config, parallelism, **image)
@@ -67,8 +66,8 @@ class ImageClassification(Task):
         self.samples = parallelism.tokens().dims[0]
 
     def batch(self, first: int, stop: int) -> Batch:
-        which = corpus.shuffled(first, stop, len(self.images.train), self.config.training.seed)
-        moves = corpus.shifts(first, stop, self.config.data.shift, self.config.training.seed)
+        which = data.shuffled(first, stop, len(self.images.train), self.config.training.seed)
+        moves = data.random_shifts(first, stop, self.config.data.shift, self.config.training.seed)
         return self._batch(self.images.train, self.images.train_labels, which, moves)
 
     def _batch(
@@ -78,7 +77,7 @@ class ImageClassification(Task):
 
         def cut(index: tuple[slice, ...]) -> np.ndarray:
             rows = index[0]
-            return images[which[rows]] if moves is None else shifted(images[which[rows]], moves[rows])
+            return images[which[rows]] if moves is None else data.shifted(images[which[rows]], moves[rows])
 
         x = from_global(cut, self.grid, layout, shape, self.config.parallel.dtype)
         return Batch(x, from_global(labels[which], self.grid, Layout(self.samples)))
@@ -106,7 +105,7 @@ class ImageClassification(Task):
         logits = self.run(self._held(0, shown).inputs, Context(train=False))
         named = whole(logits).argmax(-1)
         words = [f"{label}, named {n}" for label, n in zip(self.images.validation_labels, named, strict=False)]
-        pictures = zip(*(draw(image) for image in self.images.validation[:shown]), strict=True)
+        pictures = zip(*(data.draw(image) for image in self.images.validation[:shown]), strict=True)
         rows = [*pictures, words]
         return "\n".join(["", *("".join(f"{cell:{width}}" for cell in row).rstrip() for row in rows)]).encode()
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from pydantic import Field, model_validator
 
+from colossal_mpi.apps import data
 from colossal_mpi.apps.config import Config, TextSection, TransformerSection
-from colossal_mpi.apps.data import corpus
 from colossal_mpi.apps.training.tasks.task import Batch, Task, make_model, register_section, register_task
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.layers import Parallelism, generate
@@ -86,9 +86,9 @@ class CausalLanguage(Task):
         super().__init__(config, parallelism)
         assert isinstance(config.model, LanguageSection)
         self.context, training = config.model.context, config.training
-        self.corpus = corpus.read_corpus(config.data.files, config.data.validation, self.context, self.grid)
+        self.corpus = data.read_corpus(config.data.files, config.data.validation, self.context, self.grid)
         vocabulary = config.model.vocabulary
-        corpus.require_vocabulary(self.corpus, vocabulary, f"model.vocabulary={vocabulary}: give it that many")
+        data.require_vocabulary(self.corpus, vocabulary, f"model.vocabulary={vocabulary}: give it that many")
         self.model, _ = make_model(config, parallelism, positions=self.context)
         self.name, self.cross_entropy = type(self.model).__name__, CrossEntropy(parallelism)
         self.length, self.per_sample, self.held = self.context, self.context, training.evaluate_batches * training.batch
@@ -98,23 +98,23 @@ class CausalLanguage(Task):
     @classmethod
     def complete(cls, config: Config) -> Config:
         section = config.model
-        if "vocabulary" in section.model_fields_set or not corpus.is_stored(config.data.files):
+        if "vocabulary" in section.model_fields_set or not data.is_stored(config.data.files):
             return config
         assert isinstance(section, LanguageSection)
-        vocabulary = corpus.stored_vocabulary(config.data.files, section.vocabulary)
+        vocabulary = data.stored_vocabulary(config.data.files, section.vocabulary)
         return config.model_copy(update={"model": section.model_copy(update={"vocabulary": vocabulary})})
 
     def batch(self, first: int, stop: int) -> Batch:
-        starts = corpus.sample_starts(first, stop, len(self.corpus.train), self.context, self.config.training.seed)
+        starts = data.random_starts(first, stop, len(self.corpus.train), self.context, self.config.training.seed)
         return self._sequences(self.corpus.train, starts)
 
-    def _sequences(self, tokens: np.ndarray, starts: np.ndarray) -> Batch:
+    def _sequences(self, tokens: data.Tokens, starts: np.ndarray) -> Batch:
         layout = self.parallelism.tokens()
-        arrays = corpus.sequences(tokens, starts, self.context, self.grid, layout, self.order)
+        arrays = data.sequences(tokens, starts, self.context, self.grid, layout, self.order)
         return Batch(*arrays, {"order": self.order})
 
     def held_out(self) -> Iterator[Batch]:
-        starts = corpus.spread_starts(self.held, len(self.corpus.validation), self.context)
+        starts = data.even_starts(self.held, len(self.corpus.validation), self.context)
         for part in np.split(starts, self.config.training.evaluate_batches):
             yield self._sequences(self.corpus.validation, part)
 

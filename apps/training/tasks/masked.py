@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
+from colossal_mpi.apps import data
 from colossal_mpi.apps.config import Config, TextSection, TransformerSection
-from colossal_mpi.apps.data import corpus
-from colossal_mpi.apps.data.masks import BYTES, Form
 from colossal_mpi.apps.training.tasks.task import Batch, Task, make_model, register_section, register_task, whole
 from colossal_mpi.distarray import DistArray, from_global
 from colossal_mpi.layers import Context, Parallelism
@@ -59,11 +58,13 @@ class MaskedLanguage(Task):
         super().__init__(config, parallelism)
         assert isinstance(config.model, MaskedSection)
         m, training = config.model, config.training
-        self.corpus = corpus.read_corpus(config.data.files, config.data.validation, m.context, self.grid)
-        corpus.require_vocabulary(
-            self.corpus, BYTES, f"a bert reads bytes, {BYTES} of them: prepare with --tokenizer bytes"
+        self.corpus = data.read_corpus(config.data.files, config.data.validation, m.context, self.grid)
+        data.require_vocabulary(
+            self.corpus,
+            data.BYTE_VALUES,
+            f"a bert reads bytes, {data.BYTE_VALUES} of them: prepare with --tokenizer bytes",
         )
-        self.pairs, self.form = m.next_sentence, Form(m.context, m.next_sentence, m.masked)
+        self.pairs, self.form = m.next_sentence, data.MaskedFormat(m.context, m.next_sentence, m.masked)
         self.model, _ = make_model(config, parallelism, positions=m.context)
         self.cross_entropy = CrossEntropy(parallelism)
         self.length, self.per_sample, self.held = m.context, m.context, training.evaluate_batches * training.batch
@@ -71,7 +72,7 @@ class MaskedLanguage(Task):
 
     def batch(self, first: int, stop: int) -> Batch:
         seed, text = self.config.training.seed, self.corpus.train
-        starts = corpus.sample_starts(first, stop, len(text), self.form.bytes, seed)
+        starts = data.random_starts(first, stop, len(text), self.form.bytes, seed)
         return self._batch(text, starts, first, seed, "data")
 
     def held_out(self) -> Iterator[Batch]:
@@ -79,10 +80,10 @@ class MaskedLanguage(Task):
             yield self._held(first, first + self.config.training.batch)
 
     def _held(self, first: int, stop: int) -> Batch:
-        starts = corpus.spread_starts(self.held, len(self.corpus.validation), self.form.bytes)
+        starts = data.even_starts(self.held, len(self.corpus.validation), self.form.bytes)
         return self._batch(self.corpus.validation, starts[first:stop], first, self.config.training.seed, "held")
 
-    def _batch(self, text: np.ndarray, starts: np.ndarray, first: int, seed: int, stream: str) -> Batch:
+    def _batch(self, text: data.Tokens, starts: np.ndarray, first: int, seed: int, stream: str) -> Batch:
         layout, shape = self.parallelism.tokens(), (len(starts), self.form.length)
         (low, high), _ = layout.on(self.grid.axes, 2).box(shape, self.grid.axes, self.grid.coords)
         rows = self.form.make(text, starts[low:high], first + low, seed, stream)
@@ -90,7 +91,7 @@ class MaskedLanguage(Task):
         def tokens(array: np.ndarray) -> DistArray:
             return from_global(lambda index: array[:, index[1]], self.grid, layout, shape)
 
-        follows = from_global(lambda _: rows.other, self.grid, Layout(layout.dims[0]), shape[:1])
+        follows = from_global(lambda _: rows.unrelated, self.grid, Layout(layout.dims[0]), shape[:1])
         labels = (tokens(rows.labels), follows) if self.pairs else (tokens(rows.labels),)
         return Batch(tokens(rows.inputs), labels, {"segments": tokens(rows.segments)} if self.pairs else {})
 
@@ -119,14 +120,14 @@ class MaskedLanguage(Task):
         outputs = self.run(batch.inputs, Context(train=False, **batch.context))
         arrays = [batch.inputs, batch.labels[0], outputs[0] if self.pairs else outputs]
         inputs, labels, logits = map(whole, arrays)
-        filled = np.where(labels >= 0, logits[:, :, :BYTES].argmax(-1), inputs)
+        filled = np.where(labels >= 0, logits[:, :, : data.BYTE_VALUES].argmax(-1), inputs)
         pairs = zip(np.where(labels >= 0, ord("_"), inputs), filled, strict=True)
         return b"\n" + b"\n".join(_text(hidden) + b"  ->  " + _text(full) for hidden, full in pairs)
 
 
 def _text(tokens: np.ndarray) -> bytes:
     """Return the tokens that are bytes, on one line."""
-    return bytes(tokens[tokens < BYTES].tolist()).replace(b"\n", b" ")
+    return bytes(tokens[tokens < data.BYTE_VALUES].tolist()).replace(b"\n", b" ")
 
 
 register_task("masked", MaskedLanguage)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from colossal_mpi.apps.data.masks import BYTES, CLS, MASK, SEP, Form
+from colossal_mpi.apps.data.masked import BYTE_VALUES, CLS, MASK, SEP, MaskedFormat
 
 TEXT = np.random.default_rng(0).integers(0, 256, 5000).astype(np.uint8)
 MANY = np.random.default_rng(1).integers(0, 4000, 400)
@@ -19,33 +19,33 @@ def plain(form, made):
 
 
 def test_a_sequence_is_text_between_marks():
-    form = Form(13, False, 0.15)
+    form = MaskedFormat(13, False, 0.15)
     rows = plain(form, make(form))
     assert np.array_equal(rows[:, [0, -1]], np.tile([CLS, SEP], (400, 1)))
     assert np.array_equal(rows[:, 1:-1], TEXT[MANY[:, None] + np.arange(11)])
     assert not make(form).segments.any()
-    assert not make(form).other.any()
+    assert not make(form).unrelated.any()
 
 
 def test_the_second_part_follows_or_is_from_elsewhere():
-    form = Form(14, True, 0.15)
+    form = MaskedFormat(14, True, 0.15)
     made = make(form)
     rows, follows = plain(form, made), TEXT[MANY[:, None] + np.arange(11)]
     assert np.array_equal(rows[:, [0, 7, 13]], np.tile([CLS, SEP, SEP], (400, 1)))
     assert np.array_equal(rows[:, 1:7], follows[:, :6])
-    assert np.array_equal((rows[:, 8:13] != follows[:, 6:]).any(1), made.other == 1)
+    assert np.array_equal((rows[:, 8:13] != follows[:, 6:]).any(1), made.unrelated == 1)
     assert np.array_equal(made.segments, np.tile([0] * 8 + [1] * 6, (400, 1)))
-    assert abs(made.other.mean() - 0.5) < 5 * 0.5 / np.sqrt(400)
+    assert abs(made.unrelated.mean() - 0.5) < 5 * 0.5 / np.sqrt(400)
 
 
 @pytest.mark.parametrize("pairs", [False, True])
 def test_every_row_hides_the_same_share_of_its_bytes_80_10_10(pairs):
-    form = Form(64, pairs, 0.15)
+    form = MaskedFormat(64, pairs, 0.15)
     made = make(form)
     hidden = made.labels >= 0
     assert form.hidden == 9
     assert np.all(hidden.sum(1) == 9)
-    assert np.all(plain(form, made)[hidden] < BYTES)
+    assert np.all(plain(form, made)[hidden] < BYTE_VALUES)
     shown, labels, n = made.inputs[hidden], made.labels[hidden], hidden.sum()
     replaced = (shown != MASK) & (shown != labels)
     shares = {0.8: (shown == MASK).mean(), 0.1 * 255 / 256: replaced.mean(), 0.1 + 0.1 / 256: (shown == labels).mean()}
@@ -60,11 +60,11 @@ def test_every_row_hides_the_same_share_of_its_bytes_80_10_10(pairs):
 
 @pytest.mark.parametrize("pairs", [False, True])
 def test_rows_depend_on_seed_and_number_alone(pairs):
-    form = Form(20, pairs, 0.3)
+    form = MaskedFormat(20, pairs, 0.3)
     whole = make(form, first=7)
     for low, high in ((0, 3), (3, 3), (3, 400)):
         part = make(form, MANY[low:high], first=7 + low)
-        for name in ("inputs", "labels", "segments", "other"):
+        for name in ("inputs", "labels", "segments", "unrelated"):
             assert np.array_equal(getattr(part, name), getattr(whole, name)[low:high])
     for different in (make(form, first=8), make(form, first=7, seed=1)):
         assert not np.array_equal(different.labels >= 0, whole.labels >= 0)
@@ -72,7 +72,7 @@ def test_rows_depend_on_seed_and_number_alone(pairs):
 
 @pytest.mark.parametrize("length", [5, 6])
 def test_the_shortest_sequences_hide_a_token(length):
-    form = Form(length, True, 0.01)
+    form = MaskedFormat(length, True, 0.01)
     made = make(form)
     assert form.hidden == 1
     assert np.all((made.labels >= 0).sum(1) == 1)
