@@ -24,7 +24,7 @@ from colossal_mpi import checkpoint, comm
 from colossal_mpi.apps import text
 from colossal_mpi.apps.command import Command
 from colossal_mpi.apps.training.run_directory import RunDirectory
-from colossal_mpi.checkpoint import compare, contents
+from colossal_mpi.checkpoint import Manifest
 from colossal_mpi.errors import CheckpointError
 from colossal_mpi.grid import Grid, world_size
 
@@ -82,9 +82,9 @@ def _checkpoint(path: Path) -> Path:
     return RunDirectory(path).latest() if (path / "checkpoints").is_dir() else path
 
 
-def _show(console: Console, path: Path, table: dict[str, Any]) -> None:
+def _show(console: Console, path: Path, table: Manifest) -> None:
     arrays, metadata = table["arrays"], table["metadata"]
-    total = sum(map(contents.size_of, arrays.values()))
+    total = sum(map(checkpoint.array_bytes, arrays.values()))
     step = f"step {metadata['step']}, " if "step" in metadata else ""
     count = f"{len(arrays)} array{'s' * (len(arrays) != 1)}"
     console.print(
@@ -104,19 +104,19 @@ def _toml(table: dict[str, Any]) -> str:
     return tomli_w.dumps({key: value for key, value in table.items() if value is not None})
 
 
-def _tree(table: dict[str, Any]) -> Tree:
+def _tree(table: Manifest) -> Tree:
     tree, groups = Tree("", hide_root=True, guide_style="dim"), dict[str, Tree]()
     width = max((len(name) for name in table["arrays"]), default=0)
     sizes: dict[str, int] = {}
     for name, entry in table["arrays"].items():
         for group in _groups(name):
-            sizes[group] = sizes.get(group, 0) + contents.size_of(entry)
+            sizes[group] = sizes.get(group, 0) + checkpoint.array_bytes(entry)
     for name, value in table["values"].items():
         line = f"{value['value']} {'' if value['units'] == '1' else value['units']}"
         _leaf(tree, groups, sizes, name, width, line)
     for name, entry in sorted(table["arrays"].items(), key=lambda item: _natural(item[0])):
         shape = " x ".join(map(str, entry["shape"])) or "scalar"
-        line = f"{shape:>16}  {entry['dtype']:8}  {text.binary(contents.size_of(entry)):>10}  {entry['layout']}"
+        line = f"{shape:>16}  {entry['dtype']:8}  {text.binary(checkpoint.array_bytes(entry)):>10}  {entry['layout']}"
         _leaf(tree, groups, sizes, name, width, line)
     return tree
 
@@ -143,10 +143,10 @@ def _leaf(tree: Tree, groups: dict[str, Tree], sizes: dict[str, int], name: str,
     parent.add(Text(f"{last:{room}}{line}"))
 
 
-def _check(console: Console, path: Path, table: dict[str, Any], verify: bool, grid: Grid) -> bool:
+def _check(console: Console, path: Path, table: Manifest, verify: bool, grid: Grid) -> bool:
     """Say whether the files are as they were written, by their sizes or by every checksum."""
     begun = time.perf_counter()
-    problems = contents.verify(path, grid) if verify else contents.missing(path, table["files"])
+    problems = checkpoint.verify(path, grid) if verify else checkpoint.missing_files(path, table["files"])
     seconds = time.perf_counter() - begun
     total = sum(file["bytes"] for file in table["files"].values())
     if problems:
@@ -164,7 +164,7 @@ def _check(console: Console, path: Path, table: dict[str, Any], verify: bool, gr
 
 
 def _compare(console: Console, paths: Sequence[Path], grid: Grid) -> int:
-    found = compare.differences(paths[0], paths[1], grid)
+    found = checkpoint.differences(paths[0], paths[1], grid)
     if not found:
         console.print("no difference: the same names, shapes and values, to the bit")
         return 0

@@ -49,7 +49,7 @@ def mine(world: MPI.Comm) -> Facts:
         "load": os.getloadavg()[0],
         "blas": blas(),
         "settings": {name: os.environ[name] for name in _SETTINGS if name in os.environ},
-        "hdf5": hdf5.built(),
+        "hdf5": hdf5.versions(),
         "gpus": gpus(number),
     }
 

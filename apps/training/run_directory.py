@@ -10,7 +10,7 @@ from typing import Any
 
 from colossal_mpi.apps import config as configs
 from colossal_mpi.apps.training.lock import Lock
-from colossal_mpi.checkpoint import place
+from colossal_mpi.checkpoint import point_latest, remove
 from colossal_mpi.errors import CheckpointError, ColossalError, ConfigError
 
 PLOTS = ("loss", "measures", "speed", "utilisation", "rate", "gradient", "scale", "memory", "words", "timeline")
@@ -90,7 +90,7 @@ class RunDirectory:
     def _clear(self) -> None:
         """Remove what a former run wrote, and nothing else that may lie there."""
         for _, folder in self._saved():
-            place.remove(folder)
+            remove(folder)
         self._sweep()
         for file in self.events.glob("events.out.tfevents.*"):
             file.unlink()
@@ -156,12 +156,12 @@ class RunDirectory:
         keep_every : int
             Those after a multiple of so many steps stay as well; 0 for none.
         """
-        place.point_latest(self.checkpoint(step))
+        point_latest(self.checkpoint(step))
         self._sweep()
         older = self._saved()[:-keep_last] if keep_last else []
         for old, directory in older:
             if old != step and not (keep_every and old % keep_every == 0):
-                place.remove(directory)
+                remove(directory)
 
     def _sweep(self) -> None:
         """Remove what a crash has left of checkpoints that were being written or removed."""
@@ -186,5 +186,5 @@ class RunDirectory:
         whole.replace(self.metrics)
         for step, later in self._saved():
             if step > steps:
-                place.remove(later)
+                remove(later)
         self._sweep()

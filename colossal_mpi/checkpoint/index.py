@@ -1,61 +1,70 @@
-"""``index.h5``: every array as one global dataset, for any HDF5 tool and for loading."""
+"""``index.h5``: every array as one global dataset, for HDF5 tools and for loading.
+
+`colossal_mpi.checkpoint.saving` writes the index from the arrays that all ranks save;
+`colossal_mpi.checkpoint.loading` and `colossal_mpi.checkpoint.inspection` read from it which file holds which block.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from colossal_mpi.checkpoint.entries import Entry, stored
-from colossal_mpi.checkpoint.place import INDEX, flush, rank_file
+from colossal_mpi.checkpoint.directory import INDEX, flush, rank_file_name
+from colossal_mpi.checkpoint.manifest import FileRecord, ManifestHead, SavedArray, axes_text, stored_dtype
 from colossal_mpi.errors import CheckpointError
 from colossal_mpi.layout import Box, box_shape, index_of
 
+if TYPE_CHECKING:
+    import h5py
 
-def write_index(directory: Path, entries: Mapping[str, Entry], table: Mapping[str, Any]) -> None:
-    """Write the index of a checkpoint whose manifest is `table` to the disk."""
+
+def write_index(directory: Path, arrays: Mapping[str, SavedArray], head: ManifestHead) -> None:
+    """Write the index of a checkpoint and flush it to the disk."""
     import h5py
 
     with h5py.File(directory / INDEX, "w", libver="v110") as file:
-        file.attrs["format_version"] = table["format_version"]
-        for name, value in table["values"].items():
+        file.attrs["format_version"] = head["format_version"]
+        for name, value in head["values"].items():
             dataset = file.create_dataset(name, data=value["value"])
             dataset.attrs["units"] = value["units"]
-        for entry in entries.values():
-            _add(h5py, file, entry)
+        for array in arrays.values():
+            _add_virtual_dataset(file, array)
     flush(directory / INDEX)
 
 
-def _add(h5py: Any, file: Any, entry: Entry) -> None:
-    whole = h5py.VirtualLayout(entry.shape, stored(entry.dtype))
-    for rank, box in entry.pieces():
-        whole[index_of(box)] = h5py.VirtualSource(rank_file(rank), entry.name, box_shape(box))
-    dataset = file.create_virtual_dataset(entry.name, whole)
-    dataset.attrs["shape"] = np.array(entry.shape, np.int64)
-    dataset.attrs["dtype"] = entry.dtype
-    dataset.attrs["layout"] = repr(entry.layout)
-    dataset.attrs["grid"] = entry.grid
-    dataset.attrs["units"] = "1"  # as UDUNITS and CF write what has no dimension
+def _add_virtual_dataset(file: h5py.File, array: SavedArray) -> None:
+    import h5py
+
+    whole = h5py.VirtualLayout(array.shape, stored_dtype(array.dtype))
+    for rank, box in array.owned_boxes():
+        whole[index_of(box)] = h5py.VirtualSource(rank_file_name(rank), array.name, box_shape(box))
+    dataset = file.create_virtual_dataset(array.name, whole)
+    dataset.attrs["shape"] = np.array(array.shape, np.int64)
+    dataset.attrs["dtype"] = array.dtype
+    dataset.attrs["layout"] = repr(array.layout)
+    dataset.attrs["grid"] = axes_text(array.axes)
+    dataset.attrs["units"] = "1"  # UDUNITS and CF write a quantity without dimension so
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A block of an array and the file that holds it, as a dataset of the array's name."""
+class SavedBlock:
+    """A block of an array: its box, and the file whose dataset of the array's name holds it."""
 
     file: str
     box: Box
 
 
-def read_index(directory: Path, names: list[str], files: Mapping[str, Any]) -> dict[str, list[Piece]]:
-    """Return the pieces of some arrays of a checkpoint whose index is verified.
+def read_index(directory: Path, names: list[str], files: Mapping[str, FileRecord]) -> dict[str, list[SavedBlock]]:
+    """Return the blocks of some arrays; the caller has verified the index.
 
     Raises
     ------
     CheckpointError
-        If it lacks an array or needs files that the manifest does not tell of.
+        If the index lacks an array, or points to files that the manifest does not list.
     """
     import h5py
 
@@ -63,20 +72,20 @@ def read_index(directory: Path, names: list[str], files: Mapping[str, Any]) -> d
         missing = [name for name in names if name not in file]
         if missing:
             raise CheckpointError(f"{directory} is damaged: {INDEX} has no {', '.join(missing[:3])}")
-        pieces = {name: _pieces(file[name]) for name in names}
-    needed = {piece.file for some in pieces.values() for piece in some}
+        blocks = {name: _saved_blocks(file[name]) for name in names}
+    needed = {block.file for of_array in blocks.values() for block in of_array}
     if not needed <= set(files):
         raise CheckpointError(f"{directory} is damaged: {INDEX} needs {sorted(needed - set(files))}")
-    return pieces
+    return blocks
 
 
-def _pieces(dataset: Any) -> list[Piece]:
-    if not dataset.is_virtual:  # of an array without elements
+def _saved_blocks(dataset: h5py.Dataset) -> list[SavedBlock]:
+    if not dataset.is_virtual:  # an array without elements has a plain dataset
         return []
-    return [Piece(source.file_name, _box(source.vspace, dataset.shape)) for source in dataset.virtual_sources()]
+    return [SavedBlock(source.file_name, _box(source.vspace, dataset.shape)) for source in dataset.virtual_sources()]
 
 
-def _box(space: Any, shape: tuple[int, ...]) -> Box:
+def _box(space: h5py.h5s.SpaceID, shape: tuple[int, ...]) -> Box:
     if not shape:
         return ()
     low, high = space.get_select_bounds()

@@ -1,4 +1,6 @@
-"""``manifest.json``: what a checkpoint is, and what its files must be.
+"""``manifest.json``: what a checkpoint holds, and what its files must be.
+
+`colossal_mpi.checkpoint.saving` writes the manifest as the last file, and every reader begins with `read_manifest`.
 
 Versions of the format
 ----------------------
@@ -7,63 +9,158 @@ Versions of the format
 1
     Files have one ``sha256`` each.
 
-The number rises when a reader of the one before would misread or refuse what is written. A newer version of
-colossal_mpi reads all older formats: `_UPGRADES` holds, of each, how its manifest becomes one of the next format. What
-is newer than the reader is refused by its number.
+The number rises when a reader of the version before would misread or refuse what is written. A newer version of
+colossal_mpi reads all older formats: ``_UPGRADES`` holds, for each, the function that turns its manifest into one of
+the next format. A reader refuses a number that is higher than its own.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypeAlias, TypedDict, cast
 
-from colossal_mpi.checkpoint.entries import Entry
-from colossal_mpi.checkpoint.place import INDEX, MANIFEST, flush
+import numpy as np
+
+from colossal_mpi.checkpoint.directory import INDEX, MANIFEST, flush
 from colossal_mpi.errors import CheckpointError
+from colossal_mpi.layout import Box, Layout, coords_of
 
 FORMAT_VERSION = 2
 
+PartRecord: TypeAlias = tuple[int, int, str, str]
+"""Offset in bytes, size in bytes, checksum and dataset of a part of a file; a list in JSON."""
 
-def head(entries: Mapping[str, Entry], metadata: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the manifest without its files, as JSON reads it.
+
+class FileRecord(TypedDict):
+    """What the manifest says of a file: its size in bytes, and the checksums of its parts."""
+
+    bytes: int
+    parts: list[PartRecord]
+
+
+class ArrayRecord(TypedDict):
+    """What the manifest says of an array: global shape, dtype, layout and the axes of its grid."""
+
+    shape: list[int]
+    dtype: str
+    layout: str
+    grid: NotRequired[str]
+
+
+class ValueRecord(TypedDict):
+    """A number, a text or a list of numbers beside the arrays, with its units."""
+
+    value: Any
+    units: str
+
+
+class ManifestHead(TypedDict):
+    """The manifest without its files."""
+
+    format_version: int
+    metadata: dict[str, Any]
+    values: dict[str, ValueRecord]
+    arrays: dict[str, ArrayRecord]
+
+
+class Manifest(ManifestHead):
+    """The manifest of a checkpoint in the newest format."""
+
+    files: dict[str, FileRecord]
+    sha256: NotRequired[str]
+
+
+_UNSIGNED = {"bfloat16": "uint16"}
+"""Dtypes that HDF5 has no type for, and the dtype as which their bits are stored."""
+
+
+def is_stored_as_bits(dtype: str) -> bool:
+    """Return whether the datasets of a dtype hold its bits as unsigned integers."""
+    return dtype in _UNSIGNED
+
+
+def stored_dtype(dtype: str) -> np.dtype:
+    """Return the dtype that the datasets of an array have."""
+    return np.dtype(_UNSIGNED.get(dtype, dtype))
+
+
+def axes_text(axes: Mapping[str, int]) -> str:
+    """Return the axes of a grid as text, ``row=2, col=3``."""
+    return ", ".join(f"{axis}={size}" for axis, size in axes.items())
+
+
+@dataclass(frozen=True)
+class SavedArray:
+    """An array that is being saved, and the ranks of the whole grid that hold it, in the order of its own grid."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    layout: Layout
+    axes: dict[str, int]
+    ranks: list[int]
+
+    def owned_boxes(self) -> Iterator[tuple[int, Box]]:
+        """Yield each rank that writes a block, and the block's box; no two boxes overlap."""
+        for place, rank in enumerate(self.ranks):
+            box = self.layout.owned(self.shape, self.axes, coords_of(place, self.axes))
+            if box is not None:
+                yield rank, box
+
+
+def manifest_head(
+    arrays: Mapping[str, SavedArray], metadata: Mapping[str, Any], values: Mapping[str, ValueRecord]
+) -> ManifestHead:
+    """Return the manifest without its files, as it is after it has been written and read.
 
     Raises
     ------
     CheckpointError
-        If the metadata or the values are nothing that JSON holds.
+        If JSON cannot hold the metadata or the values.
     """
-    arrays = {
-        name: {"shape": e.shape, "dtype": e.dtype, "layout": repr(e.layout), "grid": e.grid}
-        for name, e in entries.items()
+    records = {
+        name: {"shape": a.shape, "dtype": a.dtype, "layout": repr(a.layout), "grid": axes_text(a.axes)}
+        for name, a in arrays.items()
     }
-    table = {"format_version": FORMAT_VERSION, "metadata": metadata, "values": values, "arrays": arrays}
+    head = {"format_version": FORMAT_VERSION, "metadata": metadata, "values": values, "arrays": records}
     try:
-        return json.loads(json.dumps(table))
+        return cast(ManifestHead, json.loads(json.dumps(head)))
     except (TypeError, ValueError) as problem:
         raise CheckpointError(f"the metadata cannot be written as JSON: {problem}") from None
 
 
-def _own_digest(table: Mapping[str, Any]) -> str:
+def _digest(table: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps({**table, "sha256": None}, sort_keys=True).encode()).hexdigest()
 
 
-def write_manifest(directory: Path, table: dict[str, Any]) -> None:
-    """Write a manifest to the disk."""
+def write_manifest(directory: Path, table: Mapping[str, object]) -> None:
+    """Write a manifest, with its digest, and flush it to the disk."""
     path = directory / MANIFEST
-    path.write_text(json.dumps(table | {"sha256": _own_digest(table)}, indent=1))
+    path.write_text(json.dumps({**table, "sha256": _digest(table)}, indent=1))
     flush(path)
 
 
-def read_manifest(directory: str | Path) -> dict[str, Any]:
-    """Return the manifest of a checkpoint, as the newest format has it.
+def read_manifest(directory: str | Path) -> Manifest:
+    """Return the manifest of a checkpoint, converted to the newest format.
+
+    Parameters
+    ----------
+    directory : str or Path
+        The directory of the checkpoint.
+
+    Returns
+    -------
+    Manifest
+        A dict with the keys ``format_version``, ``metadata``, ``values``, ``arrays`` and ``files``.
 
     Raises
     ------
     CheckpointError
-        If there is none, it is damaged, or it is of a format that is newer than this version of colossal_mpi.
+        If there is no manifest, if it is damaged, or if its format is newer than this version of colossal_mpi.
     """
     path = Path(directory) / MANIFEST
     try:
@@ -80,15 +177,15 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
             f"{path}: format_version {version}; this version of colossal_mpi reads 1 to {FORMAT_VERSION}: "
             "use the newer one that wrote it"
         )
-    if version >= 2 and table.get("sha256") != _own_digest(table):
+    if version >= 2 and table.get("sha256") != _digest(table):
         raise CheckpointError(f"{path} is damaged: it is not the file that was written (its SHA-256 differs)")
     for older in range(version, FORMAT_VERSION):
         table = _UPGRADES[older](path, table)
-    _require_whole(path, table)
-    return table
+    _require_complete(path, table)
+    return cast(Manifest, table)
 
 
-def _from_1(path: Path, table: dict[str, Any]) -> dict[str, Any]:
+def _upgrade_from_1(path: Path, table: dict[str, Any]) -> dict[str, Any]:
     try:
         files = {
             name: {"bytes": file["bytes"], "parts": [[0, file["bytes"], f"sha256:{file['sha256']}", ""]]}
@@ -99,14 +196,14 @@ def _from_1(path: Path, table: dict[str, Any]) -> dict[str, Any]:
     return table | {"format_version": 2, "files": files, "values": {}}
 
 
-_UPGRADES: dict[int, Callable[[Path, dict[str, Any]], dict[str, Any]]] = {1: _from_1}
+_UPGRADES: dict[int, Callable[[Path, dict[str, Any]], dict[str, Any]]] = {1: _upgrade_from_1}
 
 
-def _require_whole(path: Path, table: Mapping[str, Any]) -> None:
+def _require_complete(path: Path, table: Mapping[str, Any]) -> None:
     if not all(isinstance(table.get(key), dict) for key in ("metadata", "values", "arrays", "files")):
         raise CheckpointError(f"{path} is damaged: it lacks metadata, values, arrays or files")
-    alien = [name for name in table["files"] if Path(name).name != name]
-    if alien:
-        raise CheckpointError(f"{path} is damaged: {alien[0]!r} is no file of this directory")
+    outside = [name for name in table["files"] if Path(name).name != name]
+    if outside:
+        raise CheckpointError(f"{path} is damaged: {outside[0]!r} is no file of this directory")
     if INDEX not in table["files"]:
         raise CheckpointError(f"{path} is damaged: it does not tell of {INDEX}")

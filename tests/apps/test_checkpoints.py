@@ -10,7 +10,7 @@ from colossal_mpi import Grid, checkpoint, comm
 from colossal_mpi.apps.config import Config
 from colossal_mpi.apps.training.run_directory import RunDirectory
 from colossal_mpi.apps.training.trainer import Trainer
-from colossal_mpi.checkpoint import parts
+from colossal_mpi.checkpoint import checksums
 from colossal_mpi.errors import CheckpointError
 
 LOADING = [
@@ -112,8 +112,8 @@ def test_a_damaged_checkpoint_leaves_the_run_as_it_was(grid, shared_path):
     kept = {name: array.local.copy() for name, array in run._state().items()}
     if grid.rank == 0:
         data = bytearray((shared_path / "step-1" / "rank00000.h5").read_bytes())
-        table = parts.table(checkpoint.read_manifest(shared_path / "step-1")["files"])
-        data[next(part for part in table if part.file == "rank00000.h5" and part.name).offset] ^= 16
+        table = checksums.parts_of(checkpoint.read_manifest(shared_path / "step-1")["files"])
+        data[next(part for part in table if part.file == "rank00000.h5" and part.dataset).offset] ^= 16
         (shared_path / "step-1" / "rank00000.h5").write_bytes(data)
     comm.collect(None, grid)
     with pytest.raises(

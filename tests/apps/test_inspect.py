@@ -11,7 +11,7 @@ from mpi4py import MPI
 
 from colossal_mpi import CheckpointError, Grid, Layout, checkpoint, comm, from_global, random
 from colossal_mpi.apps.cli.inspect import inspect
-from colossal_mpi.checkpoint import compare, contents, parts
+from colossal_mpi.checkpoint import checksums, inspection
 from colossal_mpi.runtime.launcher import mpiexec_command
 
 META = {"step": 7, "config": {"training": {"lr": 0.5}}, "model": {"kind": "gpt", "sizes": None}}
@@ -62,11 +62,11 @@ def test_verifying_finds_every_damage_and_says_so_once(tmp_path, ranks):
     good = call(ranks, tmp_path / "one", "--verify")
     assert good.returncode == 0, good.stderr
     assert good.stdout.count("verified: all") == 1
-    table = parts.table(checkpoint.read_manifest(tmp_path / "one")["files"])
+    table = checksums.parts_of(checkpoint.read_manifest(tmp_path / "one")["files"])
     path = tmp_path / "one" / "rank00000.h5"
     data = bytearray(path.read_bytes())
     for name in ("weights/layer10/w", "weights/b"):
-        data[next(part.offset for part in table if part.name == name) + 3] ^= 1
+        data[next(part.offset for part in table if part.dataset == name) + 3] ^= 1
     path.write_bytes(data)
     assert call(1, tmp_path / "one").returncode == 0
     bad = call(ranks, tmp_path / "one", "--verify")
@@ -106,8 +106,8 @@ def test_two_checkpoints_of_other_grids_differ_in_what_was_changed(shared_path, 
     write(shared_path / "two", Grid(col=3))
     write(shared_path / "three", grid, changed, {"training/step": (8, "steps"), "more": (1, "1")}, skip=["empty"])
     for some in (grid, alone):
-        assert compare.differences(shared_path / "one", shared_path / "two", some) == []
-        found = {d.name: d for d in compare.differences(shared_path / "one", shared_path / "three", some)}
+        assert checkpoint.differences(shared_path / "one", shared_path / "two", some) == []
+        found = {d.name: d for d in checkpoint.differences(shared_path / "one", shared_path / "three", some)}
         assert {name: d.what for name, d in found.items()} == {
             "empty": "only in the first",
             "more": "only in the second",
@@ -129,7 +129,7 @@ def test_two_checkpoints_of_other_grids_differ_in_what_was_changed(shared_path, 
         (Path(shared_path) / "two" / "rank00001.h5").unlink()
     comm.collect(None, grid)
     with pytest.raises(CheckpointError, match=r"rank00001.h5 is missing"):
-        compare.differences(shared_path / "one", shared_path / "two", grid)
+        checkpoint.differences(shared_path / "one", shared_path / "two", grid)
 
 
 def test_boxes_tile_an_array_and_bfloat16_is_read_as_float32(tmp_path, monkeypatch):
@@ -138,8 +138,8 @@ def test_boxes_tile_an_array_and_bfloat16_is_read_as_float32(tmp_path, monkeypat
     state = arrays(grid)
     state["half"] = state["weights/layer10/w"].astype(ml_dtypes.bfloat16)
     checkpoint.save(tmp_path / "one", state, {}, grid)
-    monkeypatch.setattr(contents, "_SLAB", 500)
-    with contents.Reader(tmp_path / "one") as reader:
+    monkeypatch.setattr(inspection, "_BOX_BYTES", 500)
+    with inspection.CheckpointReader(tmp_path / "one") as reader:
         boxes = list(reader.boxes("weights/layer10/w"))
         assert len(boxes) > 30
         read = np.concatenate([reader.read("weights/layer10/w", box) for box in boxes])

@@ -5,7 +5,7 @@ import pytest
 from mpi4py import MPI
 
 from colossal_mpi import CheckpointError, Grid, Layout, checkpoint, random, zeros
-from colossal_mpi.checkpoint import shard
+from colossal_mpi.checkpoint import rank_file
 from tests.cases import host
 
 LAYOUTS = {
@@ -80,7 +80,7 @@ def test_a_failed_write_leaves_no_checkpoint_and_raises_on_all_ranks(grid, share
         raise OSError(28, "No space left on device")
 
     if grid.rank == 1:
-        monkeypatch.setattr(shard, "flush", full)
+        monkeypatch.setattr(rank_file, "flush", full)
     with pytest.raises(CheckpointError, match="No space left on device"):
         checkpoint.save(shared_path / "one", arrays(grid), {}, grid)
     assert not (shared_path / "one").exists()

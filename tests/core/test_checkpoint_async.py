@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from colossal_mpi import CheckpointError, Layout, checkpoint, comm, random, zeros
-from colossal_mpi.checkpoint import background, shard
+from colossal_mpi.checkpoint import async_checkpointer, rank_file
 from tests.cases import host
 
 
@@ -31,13 +31,13 @@ def change(arrays):
 @pytest.fixture
 def gate(monkeypatch):
     """Keep the writing of blocks waiting until it is opened."""
-    opened, write = threading.Event(), shard.write
+    opened, write = threading.Event(), rank_file.write_rank_file
 
     def late(*arguments):
         assert opened.wait(30)
         return write(*arguments)
 
-    monkeypatch.setattr(shard, "write", late)
+    monkeypatch.setattr(rank_file, "write_rank_file", late)
     yield opened
     opened.set()
 
@@ -94,7 +94,7 @@ def test_an_error_of_one_rank_is_raised_on_all_and_leaves_nothing(grid, shared_p
 
     state, saving = arrays(grid), checkpoint.AsyncCheckpointer(grid)
     if grid.rank == 1:
-        monkeypatch.setattr(shard, "_fill", full)
+        monkeypatch.setattr(rank_file, "_write_blocks", full)
     saving.begin(shared_path / "one", state, {})
     with pytest.raises(CheckpointError, match=r"rank00001.h5 cannot be written: No space left on device; it needs"):
         go_on(saving, moment, shared_path / "two", state)
@@ -113,7 +113,7 @@ def test_a_rank_without_memory_for_copies_is_an_error_of_all_and_leaves_nothing(
 
     state, saving = arrays(grid), checkpoint.AsyncCheckpointer(grid)
     if grid.rank == 1:
-        monkeypatch.setattr(background, "_room", refuse)
+        monkeypatch.setattr(async_checkpointer, "_empty_copies", refuse)
     with pytest.raises(CheckpointError, match="Unable to allocate 9 TiB"):
         saving.reserve(state)
     with pytest.raises(CheckpointError, match="Unable to allocate 9 TiB"):
@@ -132,7 +132,7 @@ def test_memory_reserved_is_that_of_the_copies(grid, shared_path, monkeypatch):
     state, saving = arrays(grid), checkpoint.AsyncCheckpointer(grid)
     exact = {name: host(array).copy() for name, array in state.items()}
     saving.reserve(state)
-    monkeypatch.setattr(background, "_room", None)  # no more is taken
+    monkeypatch.setattr(async_checkpointer, "_empty_copies", None)  # no more is taken
     for name in ("one", "two"):
         saving.begin(shared_path / name, state, {})
         saving.finish()

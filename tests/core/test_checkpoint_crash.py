@@ -18,7 +18,6 @@ SAVER = """
 import os, sys
 from pathlib import Path
 from colossal_mpi import Grid, Layout, checkpoint, comm, zeros
-from colossal_mpi.checkpoint import place
 
 background, folder = sys.argv[1] == "background", Path(sys.argv[2])
 grid = Grid(row=int(sys.argv[3]))
@@ -34,7 +33,7 @@ for step in range(1, 10**6):
         def after(directory=directory, step=step):
             checkpoint.point_latest(directory)
             if step > 2:
-                place.remove(folder / f"step-{step - 2}")
+                checkpoint.remove(folder / f"step-{step - 2}")
         saving.begin(directory, state, {"step": step}, after=after)
         saving.poll()
     else:
@@ -42,7 +41,7 @@ for step in range(1, 10**6):
         if grid.rank == 0:
             checkpoint.point_latest(directory)
             if step > 2:
-                place.remove(folder / f"step-{step - 2}")
+                checkpoint.remove(folder / f"step-{step - 2}")
         comm.collect(None, grid)
 """
 

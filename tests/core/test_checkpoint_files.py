@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from colossal_mpi import CheckpointError, Layout, checkpoint, comm, random, zeros
-from colossal_mpi.checkpoint import manifest, parts
+from colossal_mpi.checkpoint import checksums, manifest
 from tests.cases import host
 
 VALUES = {"run/step": (3, "steps"), "run/rate": (0.5, "per step"), "run/name": ("cosine", "1"), "run/at": ([1, 2], "1")}
@@ -76,12 +76,12 @@ def flip(path, at):
     path.write_bytes(data)
 
 
-def place(directory, name):
-    return next(part for part in parts.table(manifest.read_manifest(directory)["files"]) if part.name == name)
+def part_of(directory, name):
+    return next(part for part in checksums.parts_of(manifest.read_manifest(directory)["files"]) if part.dataset == name)
 
 
 def flip_data(directory, other):
-    flip(directory / "rank00000.h5", place(directory, "w/b").offset + 11)
+    flip(directory / "rank00000.h5", part_of(directory, "w/b").offset + 11)
 
 
 def flip_structure(directory, other):
@@ -89,7 +89,7 @@ def flip_structure(directory, other):
 
 
 def truncate(directory, other):
-    where = place(directory, "w/b")
+    where = part_of(directory, "w/b")
     os.truncate(directory / where.file, where.offset + 1)
 
 
@@ -140,7 +140,7 @@ def hide(directory, other):
         del file["w/b"]
         file["w/b"] = h5py.ExternalLink(str(other / "rank00000.h5"), "w/b")
     table = manifest.read_manifest(directory)
-    table["files"]["rank00000.h5"] = parts.whole(directory / "rank00000.h5")
+    table["files"]["rank00000.h5"] = checksums.single_part(directory / "rank00000.h5")
     manifest.write_manifest(directory, table)
 
 

@@ -1,0 +1,130 @@
+"""Names of a checkpoint's files, and the steps by which its directory appears on the disk and leaves it.
+
+`colossal_mpi.checkpoint.saving` creates, publishes and discards directories; the run directories of ``apps`` call
+`point_latest` and `remove`. The module calls only the operating system.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from colossal_mpi.errors import CheckpointError
+
+MANIFEST, INDEX, LATEST = "manifest.json", "index.h5", "latest"
+
+
+def rank_file_name(rank: int) -> str:
+    """Return the name of the file that a rank writes."""
+    return f"rank{rank:05d}.h5"
+
+
+def partial_directory(directory: Path) -> Path:
+    """Return the hidden directory, beside the final one, in which a checkpoint is written."""
+    return directory.with_name(f".{directory.name}.partial")
+
+
+def create(directory: Path) -> None:
+    """Create the hidden directory in which a checkpoint is written.
+
+    Raises
+    ------
+    CheckpointError
+        If the final directory exists.
+    """
+    if directory.exists():
+        raise CheckpointError(
+            f"{directory} exists: a checkpoint is never overwritten; choose another name or remove it"
+        )
+    partial = partial_directory(directory)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+
+def publish(directory: Path) -> None:
+    """Flush a complete checkpoint to the disk and give it its final name."""
+    flush(partial_directory(directory))
+    partial_directory(directory).rename(directory)
+    flush(directory.parent)
+
+
+def discard(directory: Path) -> None:
+    """Remove the hidden directory of a checkpoint that failed."""
+    shutil.rmtree(partial_directory(directory), ignore_errors=True)
+
+
+def remove(directory: str | Path) -> None:
+    """Remove a checkpoint; call it on one rank.
+
+    The directory is hidden first, so that no half removed checkpoint ever has a visible name.
+
+    Parameters
+    ----------
+    directory : str or Path
+        The directory of the checkpoint.
+    """
+    directory = Path(directory)
+    hidden = directory.with_name(f".{directory.name}.removed")
+    shutil.rmtree(hidden, ignore_errors=True)
+    directory.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def write_error(path: Path, problem: Exception, need: int | None = None) -> CheckpointError:
+    """Return the error for a file that could not be written, with the reason that the system gave.
+
+    Parameters
+    ----------
+    path : Path
+        The file or directory.
+    problem : Exception
+        What was raised: an OSError or, when HDF5 closes a file, a RuntimeError. HDF5 wraps the system's reason in a
+        message of its own.
+    need : int, optional
+        Bytes that the file needs.
+    """
+    reported = re.search(r"error message = '([^']*)'", str(problem))
+    reason = reported.group(1) if reported else getattr(problem, "strerror", None) or str(problem)
+    needed = "" if need is None else f"it needs {need:,} bytes, and "
+    return CheckpointError(f"{path} cannot be written: {reason}; {needed}{_free_bytes(path)} bytes are free")
+
+
+def _free_bytes(path: Path) -> str:
+    try:
+        disk = os.statvfs(path.parent)
+    except OSError:
+        return "no"
+    return f"{disk.f_bavail * disk.f_frsize:,}"
+
+
+def flush(path: str | Path) -> None:
+    """Force a file, or the names in a directory, to the disk (``fsync``).
+
+    Parameters
+    ----------
+    path : str or Path
+        An existing file or directory.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def point_latest(directory: str | Path) -> None:
+    """Make the symlink ``latest`` beside a checkpoint point to it, in one atomic step; call it on one rank.
+
+    Parameters
+    ----------
+    directory : str or Path
+        The directory of the checkpoint.
+    """
+    directory = Path(directory)
+    link = directory.parent / f".{LATEST}.partial"
+    link.unlink(missing_ok=True)
+    link.symlink_to(directory.name)
+    os.replace(link, directory.parent / LATEST)
+    flush(directory.parent)
