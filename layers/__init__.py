@@ -8,7 +8,7 @@ from colossal_mpi.layers.containers import FanOut, Parallel, Residual, Sequentia
 from colossal_mpi.layers.conv import Conv2d, PatchEmbedding
 from colossal_mpi.layers.dropout import Dropout, DropPath
 from colossal_mpi.layers.embedding import Embedding, PositionEmbedding, SegmentEmbedding
-from colossal_mpi.layers.inference.generate import generate
+from colossal_mpi.layers.inference import generate
 from colossal_mpi.layers.layer import Context, Layer
 from colossal_mpi.layers.linear import Linear, Linears
 from colossal_mpi.layers.loss import CrossEntropy, MeanSquaredError

@@ -41,7 +41,7 @@ class Context:
     losses: dict[str, float] | None = None
     """Where layers report those losses, times `share`, by name; None: they do not."""
     kv_cache: Any = None
-    """The `KeyValues` of the tokens before these, to which attention appends; None: these tokens are all."""
+    """The `KVCache` of the tokens before these, to which attention appends; None: these tokens are all."""
     wanted: Any = None
     """Integers ``[b]``, on every rank in NumPy: the index in s of the one token of each sample whose logits are wanted,
     None: those of all."""

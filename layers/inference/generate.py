@@ -1,4 +1,8 @@
-"""Continue sequences of tokens by a causal model, on any grid."""
+"""The loop over new tokens: continue prompts by a causal model, on any grid.
+
+`generate` runs the model, or its pipeline, on the tokens that the KV cache does not have, and lets ``sampling`` draw
+the next token of each sequence.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from colossal_mpi import comm
-from colossal_mpi.distarray import from_global
+from colossal_mpi.distarray import DistArray, from_global
 from colossal_mpi.errors import ColossalError, OptionError, ShapeError
 from colossal_mpi.layers.head import pick
-from colossal_mpi.layers.inference.kv_cache import KeyValues
-from colossal_mpi.layers.inference.sampling import NONE, Sampling, draw
+from colossal_mpi.layers.inference.kv_cache import KVCache
+from colossal_mpi.layers.inference.sampling import NO_TOKEN, Sampling, draw
 from colossal_mpi.layers.layer import Context, Layer
 from colossal_mpi.layers.pipeline import PIPE, Pipeline
 from colossal_mpi.platform import backend
@@ -37,172 +41,201 @@ def generate(
 
     Parameters
     ----------
-    model : GPT, Llama or another causal model
-        Of token ids ``[b, s]`` to logits ``[b, s, v]``, on any grid, in any mode.
+    model : Layer
+        Causal model, such as a GPT or a Llama, from token ids ``[b, s]`` to logits ``[b, s, v]``, on any grid and in
+        any tensor mode.
     prompts : sequence of sequences of int
-        b of them, the same on all ranks, each of one token or more; of any lengths, and fewer than ranks if so.
+        b prompts of one token or more, the same on all ranks. Their lengths may differ, and there may be fewer of them
+        than ranks.
     count : int
-    temperature, top_k, top_p, seed, vocabulary
-        As `Sampling` takes them: greedy at temperature 0. The random number of a token is a function of the seed, the
-        number of its prompt and its position, so that a text is the same on any grid and beside any other prompts, but
-        for rounding: see `draw`.
-    stop : int or ints
-        A text ends with the first of these tokens.
+        Greatest number of new tokens for each prompt.
+    temperature : float
+        Divisor of the logits. 0 takes the greatest logit.
+    top_k : int, optional
+        Draw from the k greatest logits alone.
+    top_p : float
+        Draw from the fewest tokens whose probabilities add up to it.
+    seed : int
+        Seed of the random numbers. The random number of a token is a function of the seed, the number of its prompt and
+        its position, so that the tokens are the same on any grid and beside any other prompts, but for rounding
+        (`draw`).
+    stop : int or iterable of int
+        Tokens with which a sequence ends.
+    vocabulary : int, optional
+        Tokens from this number on are never drawn.
     window : int, optional
-        Tokens that the model sees at most; by default the positions of its configuration. A text that has outgrown it
-        goes on with the last half of it.
+        Greatest number of tokens that the model sees; by default the positions of its configuration. A sequence that
+        outgrows the window goes on with the last half of it.
     cached : bool
-        Keep keys and values (`KeyValues`). False does the whole text anew for each token: slow, and a check.
+        Keep keys and values in a `KVCache`. False runs the model on the whole sequence for each token, which is slow
+        and serves as a check.
     pipeline : Pipeline, optional
-        That of the model, where it is cut into stages.
+        The pipeline of the model, if it is cut into stages.
+
+    Returns
+    -------
+    list of list of int
+        New tokens of each prompt, a stop token included.
 
     Raises
     ------
     OptionError
         If a number is out of its range, or the window is larger than the positions of the model.
     ShapeError
-        If a prompt is empty, or has a token that is none of the vocabulary.
+        If a prompt is empty, or has a token outside the vocabulary.
     ColossalError
-        If logits are no numbers.
+        If logits are not numbers.
 
     Notes
     -----
-    Prompts are padded at their ends: a token stands at its position, and keys of padding, which have later positions
-    than any query that counts, are never seen. Of the head, the last token of each text alone is done.
+    Prompts are padded at their ends. A token stands at its position, and no query that counts sees the keys of padding,
+    because their positions are later. The head computes the logits of the last token of each sequence alone.
 
-    **Communication:** for each token that of a forward pass of b tokens, that of `draw`, and b words to every rank;
-    with ``pipe`` the stream of b tokens once over each border. Nothing that is ``[b, s, v]`` is ever gathered.
+    **Communication:** for each new token, that of a forward pass of b tokens, that of `draw`, and an allgather that
+    gives every rank b words; with an axis ``pipe`` the activation of b tokens once over each border between chunks. No
+    rank ever holds logits ``[b, s, v]`` of other ranks.
+
+    References
+    ----------
+    Pope et al.: Efficiently scaling transformer inference, 2022.
 
     Examples
     --------
     >>> generate(model, [list(b"The "), list(b"An integer")], 100, temperature=0.8, top_p=0.95, stop=10)
     """
     config = getattr(model, "config", None)
-    known = getattr(config, "positions", None)
-    window = known if window is None else window
-    if count < 0 or (window is not None and not 1 <= window <= (known or window)):
-        raise OptionError(f"generate: count={count}, window={window} of {known} positions: 0 or more, from 1 to these")
-    _check(prompts, getattr(config, "vocabulary", None))
+    positions = getattr(config, "positions", None)
+    window = positions if window is None else window
+    if count < 0 or (window is not None and not 1 <= window <= (positions or window)):
+        raise OptionError(
+            f"generate: count={count}, window={window} of {positions} positions: 0 or more, from 1 to these"
+        )
+    _require_tokens(prompts, getattr(config, "vocabulary", None))
     sampling = Sampling(temperature, top_k, top_p, seed, vocabulary)
-    texts = _Texts(prompts, {stop} if isinstance(stop, int) else set(stop), window)
-    passes, cache = _Passes(model, pipeline, sampling), None
-    for made in range(count):
-        if texts.done:  # all at once, where there are none
+    sequences = _Sequences(prompts, {stop} if isinstance(stop, int) else set(stop), window)
+    decoder, cache = _Decoder(model, pipeline, sampling), None
+    for new in range(count):
+        if sequences.done:  # at once, if there are no prompts
             break
-        if texts.forget() or not cached or not made:
-            cache = KeyValues(texts.room(count - made)) if cached else None
-            ids, context = texts.contexts(), Context(train=False, kv_cache=cache, wanted=texts.sizes() - 1)
+        if sequences.truncate() or not cached or not new:
+            cache = KVCache(sequences.capacity(count - new)) if cached else None
+            ids, context = sequences.visible(), Context(train=False, kv_cache=cache, wanted=sequences.sizes() - 1)
         else:
-            ids, context = texts.last(), Context(train=False, kv_cache=cache, positions=texts.sizes()[:, None] - 1)
-        texts.append(passes.next(ids, context, texts.lengths()))
-    return texts.made()
+            at = sequences.sizes()[:, None] - 1
+            ids, context = sequences.last(), Context(train=False, kv_cache=cache, positions=at)
+        sequences.append(decoder.next_tokens(ids, context, sequences.lengths()))
+    return sequences.continuations()
 
 
-def _check(prompts: Sequence[Sequence[int]], vocabulary: int | None) -> None:
+def _require_tokens(prompts: Sequence[Sequence[int]], vocabulary: int | None) -> None:
     for i, prompt in enumerate(prompts):
-        least, most = (min(prompt), max(prompt)) if len(prompt) else (NONE, NONE)
+        least, most = (min(prompt), max(prompt)) if len(prompt) else (NO_TOKEN, NO_TOKEN)
         if least < 0 or (vocabulary is not None and most >= vocabulary):
-            kinds = "" if vocabulary is None else f", all below {vocabulary}"
+            below = "" if vocabulary is None else f", all below {vocabulary}"
             raise ShapeError(
                 f"generate: prompt {i} has {len(prompt)} tokens from {least} to {most}: it must have one or more, "
-                f"from 0 on{kinds}"
+                f"from 0 on{below}"
             )
 
 
-class _Texts:
-    """Prompts and what has been drawn after them, and from where on the model sees each."""
+class _Sequences:
+    """Prompts with the tokens that were drawn after them, and the place from which on the model sees each."""
 
     def __init__(self, prompts: Sequence[Sequence[int]], stop: set[int], window: int | None) -> None:
         self.tokens = [[int(token) for token in prompt] for prompt in prompts]
         self.stop, self.window = stop, window
-        self.prompts, self.start = self.lengths(), np.zeros(len(self.tokens), np.int64)
+        self.prompt_lengths, self.start = self.lengths(), np.zeros(len(self.tokens), np.int64)
         self.running = np.ones(len(self.tokens), bool)
 
     @property
     def done(self) -> bool:
-        """Whether all have ended."""
+        """Whether every sequence has ended."""
         return not self.running.any()
 
     def lengths(self) -> np.ndarray:
-        """Return the numbers of tokens ``[b]``."""
+        """Return the number of tokens of each sequence, ``[b]``."""
         return np.array([len(tokens) for tokens in self.tokens], np.int64)
 
     def sizes(self) -> np.ndarray:
-        """Return how many of them the model sees."""
+        """Return how many tokens of each sequence the model sees, ``[b]``."""
         return self.lengths() - self.start
 
-    def forget(self) -> bool:
-        """Let go of the beginning of texts that have outgrown the window; say whether there are any."""
+    def truncate(self) -> bool:
+        """Drop the beginning of sequences that have outgrown the window, and say whether there are any."""
         if self.window is None:
             return False
-        grown = self.sizes() > self.window  # of those that have ended, too: they are carried along
+        grown = self.sizes() > self.window  # sequences that have ended stay in the batch and are truncated, too
         self.start = np.where(grown, self.lengths() - max(1, self.window // 2), self.start)
         return bool(grown.any())
 
-    def room(self, count: int) -> int:
-        """Return how many slots it takes until `count` more tokens are drawn, or a text is to be cut."""
+    def capacity(self, count: int) -> int:
+        """Return how many slots a KV cache needs until `count` more tokens are drawn, or a sequence is truncated."""
         most = int(self.sizes().max()) + count - 1
         return most if self.window is None else min(most, self.window)
 
-    def contexts(self) -> np.ndarray:
-        """Return what the model sees of each, ``[b, s]``, padded at the end."""
+    def visible(self) -> np.ndarray:
+        """Return the tokens that the model sees, ``[b, s]``, padded at the end."""
         ids = np.zeros((len(self.tokens), int(self.sizes().max())), np.int64)
         for row, tokens, start in zip(ids, self.tokens, self.start, strict=True):
             row[: len(tokens) - start] = tokens[start:]
         return ids
 
     def last(self) -> np.ndarray:
-        """Return the last token of each, ``[b, 1]``."""
+        """Return the last token of each sequence, ``[b, 1]``."""
         return np.array([[tokens[-1]] for tokens in self.tokens], np.int64)
 
     def append(self, drawn: np.ndarray) -> None:
-        """Add a token to each that has not ended."""
+        """Append a token to each sequence that has not ended."""
         for i in np.flatnonzero(self.running):
             self.tokens[i].append(int(drawn[i]))
             self.running[i] = int(drawn[i]) not in self.stop
 
-    def made(self) -> list[list[int]]:
-        """Return what has been drawn."""
-        return [tokens[n:] for tokens, n in zip(self.tokens, self.prompts, strict=True)]
+    def continuations(self) -> list[list[int]]:
+        """Return the tokens after each prompt."""
+        return [tokens[n:] for tokens, n in zip(self.tokens, self.prompt_lengths, strict=True)]
 
 
-class _Passes:
-    """Forward passes of a model, each to one more token of every text."""
+class _Decoder:
+    """Forward passes of a model, each of which gives one more token of every sequence."""
 
     def __init__(self, model: Layer, pipeline: Pipeline | None, sampling: Sampling) -> None:
         self.model, self.pipeline, self.sampling = model, pipeline, sampling
         first = next(iter(model.parameters() if pipeline is None else pipeline.parameters()))
         self.parallelism, self.dtype = first.parallelism, first.value.dtype
 
-    def next(self, ids: np.ndarray, context: Context, lengths: np.ndarray) -> np.ndarray:
-        """Return the token at position `lengths` of each text, on all ranks."""
-        place = self.parallelism
-        x = from_global(ids, place.grid, place.tokens())
-        y = self.model.forward(x, context)[0] if self.pipeline is None else self._through(x, context)
-        tokens = None if y is None else self._drawn(y, context, lengths)
-        tokens = self._everywhere(tokens, len(ids))
-        if (tokens == NONE).any():
-            lost = ", ".join(map(str, np.flatnonzero(tokens == NONE)))
-            raise ColossalError(f"generate: the logits after text {lost} are no numbers: are the weights?")
+    def next_tokens(self, ids: np.ndarray, context: Context, lengths: np.ndarray) -> np.ndarray:
+        """Return the token at position `lengths` of each sequence, ``[b]``, on all ranks."""
+        p = self.parallelism
+        # ids[B, S] in NumPy on all ranks -> x[B_data, S_seq]: each rank takes its block
+        x = from_global(ids, p.grid, p.tokens())
+        logits = self.model.forward(x, context)[0] if self.pipeline is None else self._pipelined(x, context)
+        tokens = self._on_all_stages(None if logits is None else self._drawn(logits, context, lengths), len(ids))
+        if (tokens == NO_TOKEN).any():
+            broken = ", ".join(map(str, np.flatnonzero(tokens == NO_TOKEN)))
+            raise ColossalError(f"generate: the logits after prompt {broken} are not numbers: are the weights?")
         return tokens
 
-    def _everywhere(self, tokens: np.ndarray | None, count: int) -> np.ndarray:
-        """Return the tokens of the last stage on all stages."""
+    def _on_all_stages(self, tokens: np.ndarray | None, count: int) -> np.ndarray:
+        """Return the tokens that the last stage has drawn on all stages."""
         if self.pipeline is not None and self.pipeline.stages > 1:
             own = self.parallelism.grid.own(np.zeros(count, np.int64) if tokens is None else tokens)
+            # tokens[B] on the last stage -> tokens[B] on all stages: bcast over pipe
             tokens = backend.to_host(comm.bcast(own, self.pipeline.grid, (PIPE,), self.pipeline.stages - 1))
         assert tokens is not None
         return tokens
 
-    def _through(self, x: Any, context: Context) -> Any:
+    def _pipelined(self, x: DistArray, context: Context) -> Any:
+        """Return the logits on the last stage, None on the others."""
         assert self.pipeline is not None
         hidden = self.model.config.hidden  # type: ignore[attr-defined]
-        border = (*x.shape, hidden), self.parallelism.stream(), backend.numpy_dtype(self.dtype).name
-        return self.pipeline.forward(x, context, border)
+        spec = (*x.shape, hidden), self.parallelism.stream(), backend.numpy_dtype(self.dtype).name
+        return self.pipeline.forward(x, context, spec)
 
-    def _drawn(self, y: Any, context: Context, lengths: np.ndarray) -> np.ndarray:
-        if context.wanted is not None and y.shape[1] != 1:
-            y = pick(y, context.wanted)  # of a model whose head does all
-        tokens = draw(y, lengths[:, None], self.sampling).gather()
+    def _drawn(self, logits: DistArray, context: Context, lengths: np.ndarray) -> np.ndarray:
+        """Return a token for each sequence, ``[b]``."""
+        if context.wanted is not None and logits.shape[1] != 1:
+            logits = pick(logits, context.wanted)  # the head of some models computes the logits of all tokens
+        # tokens[B_data, 1] -> tokens[B, 1] on all ranks: allgather
+        tokens = draw(logits, lengths[:, None], self.sampling).gather()
         assert tokens is not None
         return tokens[:, 0]

@@ -1,4 +1,8 @@
-"""Keys and values of the tokens so far, kept for the queries to come."""
+"""The KV cache: keys and values of the tokens so far, kept for the queries of later tokens.
+
+`generate` makes a `KVCache` and hands it to the model in the `Context`; attention layers call `KVCache.attend`, which
+calls the attention kernels of ``layers.kernels``.
+"""
 
 from __future__ import annotations
 
@@ -15,30 +19,34 @@ from colossal_mpi.platform import backend
 from colossal_mpi.platform.backend import Block
 
 
-class KeyValues:
-    """Keys and values of every attention layer, one array for each, written in place as tokens come.
+class KVCache:
+    """Keys and values of every attention layer, one array for each layer, written in place as tokens come.
 
-    A `Context` with such a cache makes causal attention append the keys and values of its tokens and attend to all that
-    are there. Slot i of a sample is that of position i. A query sees the slots up to its own position: what padding has
-    left in later ones is never seen, and overwritten by the token that comes to stand there. Such a pass has no
-    adjoint.
+    With a cache in its `Context`, causal attention appends the keys and values of its tokens, and its queries attend to
+    everything in the cache. Slot i of a sample belongs to the token at position i. A query sees the slots up to its own
+    position: it never sees what padding left in later slots, and the token that comes to stand there overwrites it. A
+    forward pass with a cache has no adjoint.
 
     Parameters
     ----------
     length : int
-        Slots of a sample: positions must be below it.
+        Number of slots of a sample. Positions must be below it.
 
     Notes
     -----
-    Of L layers with g heads of keys and values of width d, b samples and T slots, all ranks together hold
-    ``2 L b T g d`` elements, and each rank its share: b is cut as it is inside a block, the heads by the axes that cut
-    them (where these cut the queries of a group, each holds all groups), and slot i is on rank ``i mod c`` of the c
-    that cut s in attention.
+    For L layers with g heads of keys and values of width d, b samples and T slots, all ranks together hold
+    ``2 L b T g d`` elements, and each rank holds its share. b is cut as it is inside a block, and heads are cut by the
+    axes that cut them there; where these axes cut the queries of a group, each rank holds the keys and values of all
+    groups. Slot i is on rank ``i mod c`` of the c ranks that cut s in attention.
 
-    **Communication:** none where no axis cuts s in attention. Else, for s new tokens, b samples and a heads of queries
-    on a rank, the tokens are gathered, ``(c - 1) (s/c) b (a + 2 g) d`` words, and each rank receives of the others what
-    their slots add to the outputs of its tokens, ``(c - 1) (s/c) b a (d + 2)``; the parts are merged by the peaks and
-    sums of their scores, which is exact.
+    **Communication:** none where no axis cuts s in attention. Elsewhere, for s new tokens, b samples and a heads of
+    queries on a rank: an allgather of the new tokens, ``(c - 1) (s/c) b (a + 2 g) d`` words, and an all_to_all, in
+    which each rank receives from every other one the attention of its tokens to that rank's slots,
+    ``(c - 1) (s/c) b a (d + 2)`` words. The partial results are merged exactly, by the peaks and sums of their scores.
+
+    References
+    ----------
+    Pope et al.: Efficiently scaling transformer inference, 2022.
     """
 
     def __init__(self, length: int) -> None:
@@ -47,54 +55,62 @@ class KeyValues:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the arrays of this rank."""
+        """Bytes of this rank's arrays."""
         return sum(array.size * backend.numpy_dtype(array.dtype).itemsize for array in self._arrays.values())
 
     def attend(self, layer: Layer, q: DistArray, kv: DistArray, ctx: Context) -> DistArray:
-        """Append keys and values ``[b, s, 2, g, d]``; return the attention of queries ``[b, s, ..., d]`` to all slots.
+        """Append the keys and values of new tokens, and return the attention of their queries to all slots.
 
         Parameters
         ----------
         layer : Layer
-            Whose they are.
-        q, kv : DistArray
-            Cut alike over b and s; the heads of q between s and d, some for each of g.
+            Attention layer that the keys and values belong to.
+        q : DistArray
+            Queries ``[b, s, ..., d]`` of the new tokens, the heads between s and d, in order of their groups.
+        kv : DistArray
+            Keys and values ``[b, s, 2, g, d]`` of the new tokens, cut over b and s as `q` is.
         ctx : Context
-            Its positions are those of the new tokens, in ascending order; without any they are the first.
+            Its positions are those of the new tokens, in ascending order; by default they are the first positions.
 
         Returns
         -------
         DistArray
-            Shaped and cut as q.
+            Attention of each query, in the shape and layout of `q`.
 
         Raises
         ------
         OptionError
-            If the layer is not causal: its queries would see tokens to come.
+            If the layer is not causal: its queries would see later tokens.
         ShapeError
-            On the ranks that hold it, if a position is beyond the last slot.
+            On the ranks that hold the token, if a position is beyond the last slot.
+
+        Notes
+        -----
+        **Communication:** as the class says, over the axes that cut s. **Adjoint:** none.
         """
         if not getattr(layer, "causal", False):
             raise OptionError("keys and values are kept for causal attention alone: use a model of causal=True")
-        at = _Place(q)
+        own = _Slots(q)
+        # q[B_data, S_seq, A_col, D], kv[B_data, S_seq, 2, G_col, D] -> whole s on each rank: allgather over seq
         new, pairs = (x.redistribute(Layout(x.layout.dims[0], None, *x.layout.dims[2:])) for x in (q, kv))
         positions = given_positions(ctx, new)
-        array = self._array(layer, pairs, at)
+        array = self._array(layer, pairs, own)
         if positions is None:
             positions = backend.namespace(array).arange(new.shape[1])
-            filled = _put_first(array, self._checked(new.shape[1]), pairs.local, at)
+            filled = _put_first(array, self._checked(new.shape[1]), pairs.local, own)
         else:
-            filled = _put(array, self._checked(_most(positions)), pairs.local, positions, at)
-        keys, x = array[:, : at.count(filled), ...], new.local
+            filled = _put(array, self._checked(_greatest(positions)), pairs.local, positions, own)
+        keys, x = array[:, : own.count(filled), ...], new.local
         heads = backend.namespace(x).reshape(x, (*x.shape[:2], math.prod(x.shape[2:-1]), x.shape[-1]))
-        order = positions, at.slots(keys)
+        order = positions, own.positions(keys)
+        # q[B_data, S, A_col, D] . k[B_data, T_seq, G_col, D] -> out[B_data, S, A_col, D], of this rank's slots T_seq
         local = kernels.of(q.grid).attention(heads, keys[:, :, 0, ...], keys[:, :, 1, ...], True, None, order)
         return q.like(_merged(local, q, new))
 
-    def _array(self, layer: Layer, kv: DistArray, at: _Place) -> Block:
+    def _array(self, layer: Layer, kv: DistArray, own: _Slots) -> Block:
         if layer not in self._arrays:
             b, _, two, g, d = kv.local.shape
-            self._arrays[layer] = backend.zeros_like(kv.local, (b, at.count(self.length), two, g, d))
+            self._arrays[layer] = backend.zeros_like(kv.local, (b, own.count(self.length), two, g, d))
         return self._arrays[layer]
 
     def _checked(self, slots: int) -> int:
@@ -103,8 +119,8 @@ class KeyValues:
         return slots
 
 
-class _Place:
-    """Which slots this rank holds: every c-th, from its number among the c ranks that cut s on."""
+class _Slots:
+    """The slots of this rank: every c-th one, from its number among the c ranks that cut s on."""
 
     def __init__(self, x: DistArray) -> None:
         axes = x.layout.dims[1]
@@ -112,28 +128,28 @@ class _Place:
         self.number = bounds(self.ranks, axes, x.grid.axes, x.grid.coords)[0]
 
     def count(self, slots: int) -> int:
-        """Return how many of the first slots of a sample are here."""
+        """Return how many of the first slots of a sample are on this rank."""
         return len(range(self.number, slots, self.ranks))
 
-    def slots(self, array: Block) -> Block:
-        """Return the slots ``[n]`` of an array ``[b, n, ...]``."""
+    def positions(self, array: Block) -> Block:
+        """Return the positions ``[n]`` of the slots of an array ``[b, n, ...]``."""
         return backend.namespace(array).arange(array.shape[1]) * self.ranks + self.number
 
 
-def _most(positions: Block) -> int:
+def _greatest(positions: Block) -> int:
     """Return the number of slots up to the greatest position."""
     return int(backend.namespace(positions).max(positions)) + 1 if positions.size else 0
 
 
-def _put_first(array: Block, filled: int, kv: Block, at: _Place) -> int:
-    """Write the keys and values of the first tokens; return how many slots are filled."""
-    array[:, : at.count(filled), ...] = kv[:, at.number :: at.ranks, ...]
+def _put_first(array: Block, filled: int, kv: Block, own: _Slots) -> int:
+    """Write the keys and values of the first tokens, and return how many slots are filled."""
+    array[:, : own.count(filled), ...] = kv[:, own.number :: own.ranks, ...]
     return filled
 
 
-def _put(array: Block, filled: int, kv: Block, positions: Block, at: _Place) -> int:
-    """Write keys and values at positions ``[s]`` or ``[b, s]``; return how many slots are filled at most."""
-    xp, slots = backend.namespace(array), at.slots(array)
+def _put(array: Block, filled: int, kv: Block, positions: Block, own: _Slots) -> int:
+    """Write keys and values at positions ``[s]`` or ``[b, s]``, and return how many slots are filled at most."""
+    xp, slots = backend.namespace(array), own.positions(array)
     positions = xp.broadcast_to(positions, kv.shape[:2])
     for j in range(kv.shape[1]):
         hit = slots[None, :] == positions[:, j][:, None]
@@ -141,14 +157,25 @@ def _put(array: Block, filled: int, kv: Block, positions: Block, at: _Place) -> 
     return filled
 
 
-def _merged(made: tuple[Block, Block], q: DistArray, new: DistArray) -> Block:
-    """Return the attention ``[b, s, ..., d]`` of this rank's tokens to the slots of all ranks."""
-    (out, statistics), axes = made, q.layout.dims[1]
+def _merged(local: tuple[Block, Block], q: DistArray, new: DistArray) -> Block:
+    """Return the attention ``[b, s, ..., d]`` of this rank's tokens to the slots of all ranks.
+
+    Parameters
+    ----------
+    local : pair of array
+        Attention of all new tokens to this rank's slots, as ``kernels.attention`` returns it.
+    q : DistArray
+        Queries, cut over s.
+    new : DistArray
+        Queries, not cut over s.
+    """
+    (out, statistics), axes = local, q.layout.dims[1]
     xp, c = backend.namespace(out), q.grid.extent(axes)
     if c == 1:
         return xp.reshape(out, q.local.shape)
     pair = xp.reshape(_packed(out, statistics), (1, *new.local.shape[:-1], q.shape[-1] + 2))
     parts = DistArray(pair, (c, *q.shape[:-1], q.shape[-1] + 2), Layout(axes, *new.layout.dims), q.grid)
+    # parts[C_seq, B_data, S, A_col, D + 2] -> parts[C, B_data, S_seq, A_col, D + 2]: all_to_all over seq
     parts = parts.redistribute(Layout(None, *q.layout.dims)).local
     b, s = q.local.shape[:2]
     parts = xp.reshape(parts, (c, b, s, math.prod(q.local.shape[2:-1]), q.shape[-1] + 2))
@@ -157,12 +184,12 @@ def _merged(made: tuple[Block, Block], q: DistArray, new: DistArray) -> Block:
 
 
 def _packed(out: Block, statistics: Block) -> Block:
-    """Return outputs, peaks and sums, ``[b, s, a, d + 2]``."""
+    """Return outputs, peaks and sums in one array ``[b, s, a, d + 2]``."""
     xp = backend.namespace(out)
     rest = xp.permute_dims(statistics[..., 0], (1, 3, 2, 0))
     return xp.concat([xp.astype(out, rest.dtype, copy=False), rest], axis=-1)
 
 
 def _unpacked(pair: Block) -> tuple[Block, Block]:
-    """Return outputs and statistics as `kernels.attention` does."""
+    """Return outputs and statistics as ``kernels.attention`` returns them."""
     return pair[..., :-2], backend.namespace(pair).permute_dims(pair[..., -2:], (3, 0, 2, 1))[..., None]

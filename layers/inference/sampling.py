@@ -1,4 +1,8 @@
-"""Draw tokens by their logits, of which each rank has those of some tokens: no rank ever holds all."""
+"""Sampling: draw tokens by their logits, of which each rank holds some tokens, so that no rank ever holds all.
+
+`generate` calls `draw` once for each new token. The ranks that cut the vocabulary offer one another their greatest
+logits, and every rank draws from the same candidates.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +18,12 @@ from colossal_mpi.layout import Layout
 from colossal_mpi.platform import backend
 from colossal_mpi.platform.backend import Block
 
-FIRST = 64
-"""Candidates that each rank offers where their number is not known before, and by how much it grows."""
+CANDIDATES = 64
+"""Candidates that each rank offers in the first round, where their number is not known beforehand."""
 GROWTH = 8
-NONE = -1
-"""Stands for the token where the logits are no numbers."""
+"""Factor by which the number of candidates grows from round to round."""
+NO_TOKEN = -1
+"""Stands for the token where the logits are not numbers."""
 
 
 @dataclass(frozen=True)
@@ -28,15 +33,16 @@ class Sampling:
     Parameters
     ----------
     temperature : float
-        Logits are divided by it; 0 takes the greatest, the first of equal ones.
+        Divisor of the logits. 0 takes the greatest logit, the first one of equal ones.
     top_k : int, optional
-        Only the k greatest are drawn, of equal ones the first.
+        Draw from the k greatest logits alone, of equal ones from the first.
     top_p : float
-        Only the greatest are drawn, as many as it takes for their probabilities to add up to it (of those of `top_k`,
-        which are made to add up to 1 before).
+        Draw from the fewest tokens whose probabilities add up to it. With `top_k` the probabilities of the k tokens are
+        made to add up to 1 before.
     seed : int
+        Seed of the random numbers.
     vocabulary : int, optional
-        Tokens from this one on are never drawn.
+        Tokens from this number on are never drawn.
 
     Raises
     ------
@@ -64,41 +70,42 @@ class Sampling:
             )
 
     @property
-    def most(self) -> int | None:
-        """The number of candidates, where it is known before."""
+    def candidates(self) -> int | None:
+        """The number of candidates, None if it depends on the logits."""
         return 1 if self.temperature == 0 else self.top_k
 
 
 def draw(logits: DistArray, positions: np.ndarray, sampling: Sampling) -> DistArray:
-    """Return a token for each row of logits ``[b, s, v]``, -1 where they are no numbers.
+    """Return a token for each row of logits, -1 where they are not numbers.
 
     Parameters
     ----------
     logits : DistArray
-        In any layout; free in that of a head's result.
-    positions : array of int, ``[b, s]``
-        Of the tokens that are drawn. The random number of sample i at position p is a function of (seed, i, p).
+        Logits ``[b, s, v]`` in any layout. The layout of a head's result costs no redistribution.
+    positions : array of int
+        Positions ``[b, s]`` of the tokens that are drawn, in NumPy, the same on all ranks. The random number of sample
+        i at position p is a function of (seed, i, p).
     sampling : Sampling
+        How the tokens are drawn.
 
     Returns
     -------
-    DistArray of int64, ``[b, s]``
-        Cut as the logits are.
+    DistArray
+        Tokens ``[b, s]`` in int64, cut over b and s as the logits are.
 
     Notes
     -----
-    Tokens are taken in descending order of their probabilities, equal ones in ascending order: the token is the first
-    at which their sum passes the random number. Each rank offers the greatest of its own and all merge what they are
-    offered. The sums are in float64; where a random number falls within rounding of a border another grid may take the
-    neighbour.
+    Tokens are taken in descending order of their probabilities, equal ones in ascending order. The token drawn is the
+    first one at which the sum of the probabilities passes the random number. The sums are in float64; where a random
+    number falls within rounding of a border, another grid may draw the neighbour.
 
-    **Communication:** over the p ranks that cut v, for each row: ``2 m (p - 1)`` words received by each rank for m
-    candidates of each, which are `top_k`, or 1 at temperature 0. Without `top_k` m is 64, or, in rounds, 8 times more
-    each time while the sum of those that are known to be the greatest falls short, and the softmax's divisor is summed:
-    a word each.
+    **Communication:** over the p ranks that cut v, an allgather of the candidates of all ranks: ``2 m (p - 1)`` words
+    received by each rank for each row and m candidates of each rank. m is `top_k`, or 1 at temperature 0. Without
+    `top_k` m starts at 64 and grows 8 times from round to round, as long as the probabilities of the tokens that are
+    known to be the greatest do not suffice; an allreduce of one word for each row gives the divisor of the softmax.
     """
     logits = logits.reduced()
-    dims, at = logits.layout.dims, tuple(slice(*span) for span in logits.box[:2])
+    dims, at = logits.layout.dims, tuple(slice(*extent) for extent in logits.box[:2])
     xp, block = backend.namespace(logits.local), logits.local
     rows = _Rows(xp.astype(xp.reshape(block, (block.shape[0] * block.shape[1], block.shape[2])), xp.float64), logits)
     samples = np.broadcast_to(np.arange(logits.shape[0])[:, None], logits.shape[:2])[at].reshape(-1)
@@ -108,7 +115,7 @@ def draw(logits: DistArray, positions: np.ndarray, sampling: Sampling) -> DistAr
 
 
 class _Rows:
-    """The part of rows of logits ``[n, v]`` that this rank has."""
+    """The block of this rank of the logits ``[n, v]`` of n rows, cut over v."""
 
     def __init__(self, block: Block, logits: DistArray) -> None:
         self.block, self.grid, self.axes, self.start = block, logits.grid, logits.layout.dims[2], logits.box[2][0]
@@ -116,10 +123,11 @@ class _Rows:
         self._order: Block | None = None
 
     def hide(self, vocabulary: int) -> None:
-        """Make the logits of tokens from `vocabulary` on minus infinity."""
+        """Set the logits of tokens from `vocabulary` on to minus infinity."""
         self.block[:, max(0, vocabulary - self.start) :] = -math.inf
 
-    def _first(self, count: int) -> Block:
+    def _greatest_here(self, count: int) -> Block:
+        """Return the indices ``[n, count]`` of the greatest logits of this rank."""
         xp = backend.namespace(self.block)
         if count == 1:
             return xp.argmax(self.block, axis=1, keepdims=True)
@@ -128,19 +136,21 @@ class _Rows:
         return self._order[:, :count]
 
     def greatest(self, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return logits and tokens that all ranks offer, ``[n, m]`` in order, and what all that are not offered reach.
+        """Return the candidates of all ranks: their logits and tokens ``[n, m]`` in order, and a bound ``[n, 1]``.
 
-        The last ``[n, 1]`` is the greatest of what the ranks offered last; minus infinity where they offered all.
+        Each rank offers its `count` greatest logits. No logit that is not offered exceeds the bound, which is the
+        greatest of the last logits that the ranks offered; it is minus infinity where the ranks offered all.
         """
         xp, (n, own) = backend.namespace(self.block), self.block.shape
         offered = xp.zeros((2, n, count), dtype=xp.float64)
         offered[0, ...] = -math.inf
         if own:
-            first = self._first(min(count, own))
+            first = self._greatest_here(min(count, own))
             offered[0, :, : first.shape[1]] = xp.take_along_axis(self.block, first, axis=1)
             offered[1, :, : first.shape[1]] = xp.astype(first + self.start, xp.float64)
         p = self.grid.extent(self.axes)
         if p > 1:
+            # offered[2, N, M] of each rank -> all[P, 2, N, M]: allgather over the axes that cut v
             offered = comm.allgather(xp.reshape(offered, (-1,)), self.grid, self.axes, [offered.size] * p)
         each = backend.to_host(offered).reshape(p, 2, n, count)
         values, tokens = (each[:, i].swapaxes(0, 1).reshape(n, p * count) for i in (0, 1))
@@ -149,20 +159,22 @@ class _Rows:
         return np.take_along_axis(values, order, 1), np.take_along_axis(tokens, order, 1).astype(np.int64), bound
 
     def total(self, top: np.ndarray, temperature: float) -> np.ndarray:
-        """Return the sums ``[n, 1]`` of ``exp((logits - top) / temperature)`` over all ranks."""
+        """Return the sums ``[n, 1]`` of ``exp((logits - top) / temperature)`` over the whole vocabulary."""
         xp = backend.namespace(self.block)
+        # sums[N] {U_v} -> sums[N]: allreduce over the axes that cut v
         sums = xp.sum(xp.exp((self.block - backend.to_block(top, self.block)) / temperature), axis=1)
         return backend.to_host(comm.allreduce(sums, self.grid, self.axes))[:, None]
 
 
 def _draw(rows: _Rows, unit: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """Return a token for each row ``[n]``, drawn by random numbers ``[n]`` from 0 to 1."""
     if sampling.vocabulary is not None:
         rows.hide(sampling.vocabulary)
-    count = FIRST if sampling.most is None else min(sampling.most, rows.size)
+    count = CANDIDATES if sampling.candidates is None else min(sampling.candidates, rows.size)
     values, tokens, bound = rows.greatest(count)
     if sampling.temperature == 0:
         return _checked(tokens[:, 0], values[:, 0])
-    total = None if sampling.most is not None else rows.total(values[:, :1], sampling.temperature)
+    total = None if sampling.candidates is not None else rows.total(values[:, :1], sampling.temperature)
     while True:
         if total is None:
             values, bound = values[:, :count], np.full_like(bound, -math.inf)
@@ -176,9 +188,9 @@ def _draw(rows: _Rows, unit: np.ndarray, sampling: Sampling) -> np.ndarray:
 def _which(
     values: np.ndarray, bound: np.ndarray, total: np.ndarray | None, unit: np.ndarray, sampling: Sampling
 ) -> tuple[np.ndarray, bool]:
-    """Return which candidates ``[n, 1]`` are drawn, and whether all that counted for it is among the candidates."""
+    """Return which candidates ``[n, 1]`` are drawn, and whether the candidates sufficed to tell for all rows."""
     certain = np.sum(values > bound, axis=1, keepdims=True)
-    with np.errstate(invalid="ignore"):  # of logits that are no numbers
+    with np.errstate(invalid="ignore"):  # from logits that are not numbers
         sums = np.cumsum(np.exp((values - values[:, :1]) / sampling.temperature), axis=1)
     last = np.maximum(certain - 1, 0)
     whole = sums[:, -1:] if total is None else total
@@ -192,4 +204,5 @@ def _which(
 
 
 def _checked(tokens: np.ndarray, figures: np.ndarray) -> np.ndarray:
-    return np.where(np.isfinite(figures), tokens, NONE)
+    """Return the tokens, `NO_TOKEN` where a figure of the row is not finite."""
+    return np.where(np.isfinite(figures), tokens, NO_TOKEN)

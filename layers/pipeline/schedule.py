@@ -37,15 +37,39 @@ class Instruction:
 
 
 class Forward(Instruction):
-    """Run the forward pass of the chunk and keep its cache."""
+    """Run the forward pass of the chunk and keep its cache.
+
+    Parameters
+    ----------
+    microbatch : int
+        Number of the microbatch, from 0.
+    chunk : int
+        Number of the chunk among those of the stage, from 0.
+    """
 
 
 class BackwardInput(Instruction):
-    """Compute the cotangent of the chunk's input, and put the weight products off."""
+    """Compute the cotangent of the chunk's input, and put the weight products off.
+
+    Parameters
+    ----------
+    microbatch : int
+        Number of the microbatch, from 0.
+    chunk : int
+        Number of the chunk among those of the stage, from 0.
+    """
 
 
 class BackwardWeight(Instruction):
-    """Compute the weight products that were put off, and free the cache."""
+    """Compute the weight products that were put off, and free the cache.
+
+    Parameters
+    ----------
+    microbatch : int
+        Number of the microbatch, from 0.
+    chunk : int
+        Number of the chunk among those of the stage, from 0.
+    """
 
 
 @dataclass(frozen=True)

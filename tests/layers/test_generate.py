@@ -10,7 +10,7 @@ from colossal_mpi import ColossalError, Grid, OptionError, ShapeError, comm, fro
 from colossal_mpi.layers import Context, Parallelism, SelfAttention, generate
 from colossal_mpi.layers.containers import Sequential
 from colossal_mpi.layers.head import Head
-from colossal_mpi.layers.inference.kv_cache import KeyValues
+from colossal_mpi.layers.inference.kv_cache import KVCache
 from colossal_mpi.layers.models import GPT, GPTConfig, Llama, LlamaConfig
 from colossal_mpi.layers.pipeline import Pipeline, partition, stage_grid
 from colossal_mpi.platform import backend
@@ -84,7 +84,7 @@ prepared_by = pytest.mark.prepare(prepare)
 def step_by_step(name, grid):
     """Return the logits of the last token of each prompt and of the tokens after it, on the last stage."""
     model, pipeline, p = make(name, grid)
-    cache, made = KeyValues(int(LENGTHS.max()) + STEPS), []
+    cache, made = KVCache(int(LENGTHS.max()) + STEPS), []
     for step in range(STEPS + 1):
         at = LENGTHS + step - 1
         ids = np.take_along_axis(TOKENS, at[:, None], 1) if step else TOKENS[:, : LENGTHS.max()]
@@ -161,7 +161,7 @@ def test_words_of_a_token(grid):
             model.forward(ids, Context(train=False, kv_cache=cache, positions=np.full((B, 1), length)))
         return moved.words
 
-    cache = KeyValues(9)
+    cache = KVCache(9)
     assert words(0, None) == words(0, cache) == words(8, cache)
 
 
@@ -169,7 +169,7 @@ def test_words_of_a_token(grid):
 def test_words_in_a_ring(grid):
     p, (b, s, h, heads), c = Parallelism(grid), (2, 7, 12, 3), grid.size
     layer = SelfAttention(h, heads, p, "a", dtype="float64")
-    x, cache = random.normal((b, s, h), grid, p.stream(), 0, "x"), KeyValues(s + 1)
+    x, cache = random.normal((b, s, h), grid, p.stream(), 0, "x"), KVCache(s + 1)
     for step, tokens in enumerate((x, x[:, :1])):
         positions = np.full((b, 1), s) if step else None
         with ledger.record() as moved:
@@ -226,10 +226,10 @@ def test_what_cannot_be_generated_is_refused(grid):
     both = SelfAttention(6, 3, p, "a", causal=False)
     x = random.normal((2, 3, 6), grid, p.stream(), 0, "x").astype("float32")
     with pytest.raises(OptionError, match="kept for causal attention alone"):
-        both.forward(x, Context(kv_cache=KeyValues(3)))
+        both.forward(x, Context(kv_cache=KVCache(3)))
     causal = SelfAttention(6, 3, p, "a")
     with pytest.raises(ShapeError, match="a token at position 2 needs 3 slots; the cache has 2"):
-        causal.forward(x, Context(kv_cache=KeyValues(2)))
+        causal.forward(x, Context(kv_cache=KVCache(2)))
     model.layers[-1].weight.value.local[...] *= backend.namespace(x.local).nan
-    with pytest.raises(ColossalError, match="the logits after text 0, 1, 2, 3, 4 are no numbers"):
+    with pytest.raises(ColossalError, match="the logits after prompt 0, 1, 2, 3, 4 are not numbers"):
         generate(model, PROMPTS, 3)

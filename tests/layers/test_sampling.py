@@ -5,7 +5,7 @@ import pytest
 from mpi4py import MPI
 
 from colossal_mpi import DistArray, Grid, Layout, comm, from_global, ledger, random
-from colossal_mpi.layers.inference.sampling import FIRST, Sampling, draw
+from colossal_mpi.layers.inference.sampling import CANDIDATES, Sampling, draw
 from tests.cases import host
 
 ROWS, TOKENS = 7, 301
@@ -97,8 +97,8 @@ def test_words_of_a_draw(grid):
     assert words(steep, temperature=0.0) == candidates
     assert words(steep, top_k=4) == 4 * candidates
     divisors = 2 * (p - 1) * ROWS
-    assert words(steep) == words(steep, top_p=0.9) == FIRST * candidates + divisors
-    assert words(LOGITS["equal"], top_p=0.99) == 9 * FIRST * candidates + divisors
+    assert words(steep) == words(steep, top_p=0.9) == CANDIDATES * candidates + divisors
+    assert words(LOGITS["equal"], top_p=0.99) == 9 * CANDIDATES * candidates + divisors
 
 
 @pytest.mark.grids({"col": 2})
