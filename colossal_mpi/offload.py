@@ -20,7 +20,7 @@ def to_host(array: DistArray) -> DistArray:
     if device is None:
         return array
     if isinstance(block, MetaArray):
-        return array.like(meta.elsewhere(block))
+        return array.like(meta.on_host(block))
     host = pool(device).array(block.size, backend.numpy_dtype(block.dtype)).reshape(block.shape)
     device.read(block, host)
     device.synchronize()

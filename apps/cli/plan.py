@@ -8,9 +8,8 @@ from typing import Annotated
 import typer
 
 from colossal_mpi.apps import config as configs
+from colossal_mpi.apps import planning
 from colossal_mpi.apps.command import Command, JsonFile, Settings
-from colossal_mpi.apps.planning import plan
-from colossal_mpi.apps.planning.rates import Given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +40,7 @@ class Plan(Command):
     json: JsonFile = None
 
     def run(self) -> int:
-        given = Given(
+        given = planning.GivenRates(
             self.flops,
             self.memory_bandwidth,
             self.latency,
@@ -50,5 +49,7 @@ class Plan(Command):
             self.ranks_per_node,
         )
         memory, count = self.memory, self.show
-        options = plan.checked(self.config, self.setting, self.ranks, memory, given, count, self.rounds, self.json)
-        return plan.main(options)
+        options = planning.checked_options(
+            self.config, self.setting, self.ranks, memory, given, count, self.rounds, self.json
+        )
+        return planning.plan(options)

@@ -9,9 +9,8 @@ from typing import Annotated
 import typer
 
 from colossal_mpi.apps import config as configs
+from colossal_mpi.apps import planning
 from colossal_mpi.apps.command import Command, GridAxes, Settings
-from colossal_mpi.apps.planning import dry
-from colossal_mpi.apps.planning.beside import predicted
 from colossal_mpi.apps.training import tasks, train
 from colossal_mpi.errors import ConfigError
 from colossal_mpi.grid import world_rank
@@ -53,8 +52,10 @@ class Train(Command):
         if self.show_config or self.dry_run:
             return self._show()
         if self.config is not None:
-            return train.start(configs.load(self.config, self.settings), self.overwrite, self.trace, predicted)
-        return train.resume(str(self.resume), self.settings, self.trace, predicted)
+            return train.start(
+                configs.load(self.config, self.settings), self.overwrite, self.trace, planning.forecast_of_run
+            )
+        return train.resume(str(self.resume), self.settings, self.trace, planning.forecast_of_run)
 
     @property
     def settings(self) -> list[str]:
@@ -68,7 +69,7 @@ class Train(Command):
         source = self.config if self.config is not None else f"{self.resume}/config.toml"
         config = tasks.complete(configs.load(source, self.settings))
         if self.dry_run:
-            dry.main(config)
+            planning.dry_run(config)
         elif world_rank() == 0:
             sys.stdout.write(configs.commented(config))
         return 0

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 from mpi4py import MPI
 
 import colossal_mpi
-from colossal_mpi.apps import machine
+from colossal_mpi.apps import environment
 from colossal_mpi.checkpoint import hdf5
 from colossal_mpi.platform import backend, cuda_aware
 from colossal_mpi.runtime import guards, launcher
@@ -40,7 +40,7 @@ def mine(world: MPI.Comm) -> Facts:
         "python": platform.python_version(),
         "executable": sys.executable,
         "source": source(Path(colossal_mpi.__file__).parent),
-        "versions": machine.versions(),
+        "versions": environment.versions(),
         "library": guards.library(),
         "libraries": cuda_aware.library_files(),
         "threads": MPI.Query_thread(),

@@ -7,7 +7,7 @@ from typing import Any
 
 from colossal_mpi.apps.doctor.facts import Facts
 from colossal_mpi.apps.doctor.finding import BAD, GOOD, Finding, named
-from colossal_mpi.apps.machine import PACKAGES
+from colossal_mpi.apps.environment import PACKAGES
 
 _TOPIC = "program"
 _REMEDY = "start every rank with the same interpreter, by its full path, in a folder that all hosts share"

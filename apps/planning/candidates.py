@@ -1,4 +1,8 @@
-"""The grids and modes that a run could have on so many ranks."""
+"""The grids, tensor modes, schedules and memory-saving settings that a training run could have on so many ranks.
+
+`search` goes through them. Nothing here costs anything: what a candidate takes is the matter of `estimate` and
+`forecast`.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +15,12 @@ from colossal_mpi.apps.config import Config
 from colossal_mpi.layers.pipeline import PIPE
 
 Axes = dict[str, int]
-Rungs = tuple[tuple[int, str], ...]
+"""The axes of a grid and their sizes, outermost first."""
+Saving = tuple[int, str]
+"""A ZeRO stage, and what is recomputed."""
 
-_ALONE: Rungs = ((0, "none"), (0, "selective"), (0, "full"))
-_COPIED: Rungs = (
+_ALONE: tuple[Saving, ...] = ((0, "none"), (0, "selective"), (0, "full"))
+_REPLICATED: tuple[Saving, ...] = (
     (0, "none"),
     (1, "none"),
     (1, "selective"),
@@ -25,35 +31,35 @@ _COPIED: Rungs = (
     (3, "selective"),
     (3, "full"),
 )
-"""ZeRO stages and what is recomputed, by the memory that they save and what they cost."""
+"""Each saves more memory, or costs less time, than the ones before it. ZeRO needs ranks that replicate weights."""
 
 
 def grids(config: Config, ranks: int, sequences: bool) -> list[tuple[Axes, str]]:
-    """Return the axes of grids of so many ranks that a model can fill, outermost first, and their tensor mode.
+    """Return the grids of so many ranks that a model can fill, each with a tensor mode.
 
-    Of the shapes of a mode the one is taken whose axes are the most alike. Sequences are cut one way at a time, and
-    only if it is asked for: to cut the batch moves less, as long as there are samples.
+    Of the shapes of a mode only the one with the most even axes is taken. Sequences are cut only if `sequences` is
+    true, and by one axis at a time: cutting the batch moves fewer words as long as there are samples.
     """
     found = []
     for pipe, data in product(divisors(ranks), repeat=2):
         if ranks % (pipe * data) or pipe > config.model.layers or data > config.training.batch:
             continue
-        for cut in _sequences(config, ranks // pipe // data, sequences):
-            for tensor, shape in shapes(config, ranks // pipe // data // math.prod(cut.values())):
+        for cut in _sequence_axes(config, ranks // pipe // data, sequences):
+            for tensor, shape in tensor_shapes(config, ranks // pipe // data // math.prod(cut.values())):
                 axes = {PIPE: pipe, "data": data, **cut, **shape}
                 found.append(({axis: size for axis, size in axes.items() if size > 1} or {"data": 1}, tensor))
     return found
 
 
 def divisors(n: int) -> list[int]:
-    """Return the numbers that divide another, in order."""
+    """Return the divisors of a number, in order."""
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def _sequences(config: Config, ranks: int, wanted: bool) -> Iterator[Axes]:
-    """Yield the ways to cut sequences over a part of some ranks."""
+def _sequence_axes(config: Config, ranks: int, sequences: bool) -> Iterator[Axes]:
+    """Yield the axes that can cut sequences with some of the ranks, no axis first."""
     yield {}
-    for size in divisors(ranks)[1:] if wanted else []:
+    for size in divisors(ranks)[1:] if sequences else []:
         if size <= getattr(config.model, "context", 0) // 2:
             yield {"seq": size}
         if size <= getattr(config.model, "groups", _heads(config)):
@@ -66,8 +72,8 @@ def _heads(config: Config) -> int:
     return heads
 
 
-def shapes(config: Config, ranks: int) -> Iterator[tuple[str, Axes]]:
-    """Yield the tensor modes of so many ranks, each with the shape that it does best in."""
+def tensor_shapes(config: Config, ranks: int) -> Iterator[tuple[str, Axes]]:
+    """Yield the tensor modes for so many ranks, each with the most even shape of its axes."""
     if ranks == 1:
         yield "none", {}
         return
@@ -76,26 +82,29 @@ def shapes(config: Config, ranks: int) -> Iterator[tuple[str, Axes]]:
     if ranks <= _heads(config):
         yield "1d", {"col": ranks}
     for tensor, names in (("2d", ("row", "col")), ("2.5d", ("depth", "row", "col")), ("3d", ("row", "col", "depth"))):
-        even = most_even(ranks, len(names))
+        even = even_factors(ranks, len(names))
         if even is not None:
             yield tensor, dict(zip(names, even, strict=True))
 
 
-def most_even(n: int, count: int) -> list[int] | None:
-    """Return the factors, all above 1 and the smallest first, that are the most alike; None if there are not enough."""
+def even_factors(n: int, count: int) -> list[int] | None:
+    """Return so many factors of n, all above 1 and the smallest first, with the smallest ratio of last to first.
+
+    None if n has not so many factors.
+    """
     if count == 1:
         return [n] if n > 1 else None
-    found = [[d, *rest] for d in divisors(n)[1:] if (rest := most_even(n // d, count - 1)) and d <= rest[0]]
+    found = [[d, *rest] for d in divisors(n)[1:] if (rest := even_factors(n // d, count - 1)) and d <= rest[0]]
     return min(found, key=lambda factors: factors[-1] / factors[0]) if found else None
 
 
-def ladder(axes: Axes) -> Rungs:
-    """Return the ZeRO stages and what is recomputed that are worth trying, until the memory is enough."""
-    return _COPIED if any(axis in axes for axis in ("data", "seq", "ulysses")) else _ALONE
+def savings(axes: Axes) -> tuple[Saving, ...]:
+    """Return the ZeRO stages and kinds of recomputation to try on a grid, until the memory is enough."""
+    return _REPLICATED if any(axis in axes for axis in ("data", "seq", "ulysses")) else _ALONE
 
 
-def variants(config: Config, axes: Axes) -> Iterator[dict[str, Any]]:
-    """Yield schedules and numbers of microbatches, as settings; the later, the less memory without stages."""
+def schedules(config: Config, axes: Axes) -> Iterator[dict[str, Any]]:
+    """Yield schedules and numbers of microbatches, as settings. Without stages each needs less memory than the last."""
     training, parallel, stages = config.training, config.parallel, axes.get(PIPE, 1)
     most = max(training.microbatches, training.batch // axes.get("data", 1))
     if stages == 1:
@@ -110,7 +119,7 @@ def variants(config: Config, axes: Axes) -> Iterator[dict[str, Any]]:
 
 
 def with_settings(config: Config, axes: Axes, tensor: str, **settings: Any) -> Config:
-    """Return a configuration on another grid, with other keys of the sections parallel and training."""
+    """Return a configuration on another grid, with other values of keys of the sections parallel and training."""
     training = {key: value for key, value in settings.items() if key in type(config.training).model_fields}
     parallel = {key: value for key, value in settings.items() if key not in training}
     return config.model_copy(

@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from colossal_mpi import comm, ledger
-from colossal_mpi.apps import machine
+from colossal_mpi.apps import environment
 from colossal_mpi.apps.training.run_directory import RunDirectory
 from colossal_mpi.apps.training.trace import Trace
 from colossal_mpi.apps.training.trainer import Trainer
 from colossal_mpi.errors import OptionError
 from colossal_mpi.layers.analysis.flops import hardware_flop, model_flop
+from colossal_mpi.machine import measure_flops
 from colossal_mpi.platform import backend
 
 
@@ -51,14 +52,14 @@ class Meter:
 
     def _facts(self, directory: RunDirectory) -> dict[str, Any]:
         config, task = self.trainer.config, self.trainer.task
-        facts: dict[str, Any] = {"machine": machine.describe(self.grid)}
+        facts: dict[str, Any] = {"machine": environment.describe(self.grid)}
         known = comm.share(directory.facts() if self.grid.rank == 0 else None, self.grid)
         peak = {"peak_flops": config.run.peak_flops, "peak_of": "run.peak_flops"}
         if not config.run.peak_flops:
             dtype, ranks = config.parallel.dtype, self.grid.size
             peak = {"peak_of": f"products in {dtype} on {ranks} rank{'s' * (ranks > 1)} at once, as measured"}
             same = all(known.get(key) == value for key, value in (facts | peak).items())
-            peak["peak_flops"] = known["peak_flops"] if same else machine.measure_peak(self.grid, dtype)
+            peak["peak_flops"] = known["peak_flops"] if same else measure_flops(self.grid, dtype)
         return (
             facts
             | peak
@@ -116,7 +117,7 @@ class Meter:
         """
         moved = self.moved
         mine: dict[str, Any] = {
-            "memory": machine.peak_memory(),
+            "memory": environment.peak_memory(),
             "words": moved.by_axis(),
             "seconds": seconds_by_axis(moved),
         }

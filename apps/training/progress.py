@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from colossal_mpi.apps import report as reports
 from colossal_mpi.apps.config import Config
-from colossal_mpi.apps.machine import peak_memory
+from colossal_mpi.apps.environment import peak_memory
 from colossal_mpi.apps.report.runs import shares
 from colossal_mpi.apps.text import binary, duration
 from colossal_mpi.apps.training.run_directory import RunDirectory

@@ -14,7 +14,7 @@ import numpy as np
 
 from colossal_mpi import checkpoint, comm, ledger
 from colossal_mpi.apps.config import Config
-from colossal_mpi.apps.machine import peak_memory
+from colossal_mpi.apps.environment import peak_memory
 from colossal_mpi.apps.training import tasks
 from colossal_mpi.apps.training.tasks import StepFeed
 from colossal_mpi.grid import Grid

@@ -1,4 +1,8 @@
-"""What a meta grid has in the place of MPI: a communicator whose other ranks do not exist, and a device."""
+"""What a meta grid has instead of MPI and a GPU: a communicator whose other ranks do not exist, and a device.
+
+`Grid.meta` makes the communicator. ``platform.backend`` finds the device by its name when blocks of a meta grid are
+made, read or written.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +16,22 @@ from colossal_mpi.meta.array import MetaArray, work
 from colossal_mpi.platform import backend
 
 NAME = "meta"
+"""The name of the device of meta arrays."""
 
 
 class Communicator:
-    """A Cartesian communicator of which this process is one rank: messages go nowhere and nothing comes.
+    """A Cartesian communicator with this process as its only real rank.
+
+    It drops what is sent and delivers nothing. Objects that all ranks collect are as if each rank had sent the same.
 
     Parameters
     ----------
-    sizes, coords : sequence of int
+    sizes : sequence of int
+        Size of each dim.
+    coords : sequence of int
+        The coordinates of this rank.
     request : object
-        What messages without waiting return: a request of MPI that is done.
+        What non-blocking messages return: a completed request of MPI.
     """
 
     def __init__(self, sizes: Sequence[int], coords: Sequence[int], request: Any) -> None:
@@ -38,20 +48,20 @@ class Communicator:
         return self.size
 
     def Sub(self, remain: Sequence[bool]) -> Communicator:  # noqa: N802
-        """Return the communicator of the ranks that differ along the remaining dims."""
+        """Return the communicator of the ranks that differ from this one along the remaining dims only."""
         kept = [d for d, keep in enumerate(remain) if keep]
         return Communicator([self._sizes[d] for d in kept], [self._coords[d] for d in kept], self._request)
 
     def allgather(self, value: Any) -> list[Any]:
-        """Return the value as if all ranks had it."""
+        """Return one copy of the value for each rank."""
         return [value] * self.size
 
     def bcast(self, value: Any, root: int = 0) -> Any:
-        """Return the value, whoever has it."""
+        """Return the value, whichever rank is the root."""
         return value
 
     def allreduce(self, value: Any, op: Any = None) -> Any:
-        """Return the value."""
+        """Return the value: the largest of equal ones, which are what ranks of a meta grid agree on."""
         return value
 
     def __getattr__(self, name: str) -> Any:
@@ -61,10 +71,10 @@ class Communicator:
 
 
 class _Device:
-    """The device of arrays without memory."""
+    """The device of meta arrays, with the functions that ``platform.backend`` asks of a device."""
 
     def count(self) -> int:
-        return 0  # none that a grid of this process could be made on
+        return 0  # no grid with ranks can be made on it
 
     def namespace(self, index: int) -> Any:
         return MetaArray.namespace

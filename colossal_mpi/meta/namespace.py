@@ -1,4 +1,8 @@
-"""The functions of the array API on arrays without memory: what shape, dtype and memory their results would have."""
+"""The array API on meta arrays: each function returns the shape and the dtype that its result would have.
+
+`Grid.xp` of a meta grid is this module, so that layers and ``linalg`` run on it unchanged. Names and arguments are the
+standard's (https://data-apis.org/array-api).
+"""
 
 from __future__ import annotations
 
@@ -31,7 +35,7 @@ from numpy import (
 
 from colossal_mpi.meta.array import MetaArray, elementwise
 from colossal_mpi.meta.array import empty as _empty
-from colossal_mpi.meta.array import made as _made
+from colossal_mpi.meta.array import result as _result
 
 __all__ = [
     "bool",
@@ -63,14 +67,14 @@ def empty(shape: Shape, *, dtype: Any = None, device: Any = None) -> MetaArray:
 
 
 def zeros(shape: Shape, *, dtype: Any = None, device: Any = None) -> MetaArray:
-    return _made(_tuple(shape), dtype or float64)
+    return _result(_tuple(shape), dtype or float64)
 
 
 ones = zeros
 
 
 def full(shape: Shape, fill_value: Any, *, dtype: Any = None, device: Any = None) -> MetaArray:
-    return _made(_tuple(shape), dtype or np.result_type(fill_value))
+    return _result(_tuple(shape), dtype or np.result_type(fill_value))
 
 
 def empty_like(x: MetaArray, *, dtype: Any = None, device: Any = None) -> MetaArray:
@@ -78,14 +82,14 @@ def empty_like(x: MetaArray, *, dtype: Any = None, device: Any = None) -> MetaAr
 
 
 def zeros_like(x: MetaArray, *, dtype: Any = None, device: Any = None) -> MetaArray:
-    return _made(x.shape, dtype or x.dtype)
+    return _result(x.shape, dtype or x.dtype)
 
 
 ones_like = zeros_like
 
 
 def full_like(x: MetaArray, fill_value: Any, *, dtype: Any = None, device: Any = None) -> MetaArray:
-    return _made(x.shape, dtype or x.dtype)
+    return _result(x.shape, dtype or x.dtype)
 
 
 def arange(
@@ -103,7 +107,7 @@ def asarray(value: Any, /, *, dtype: Any = None, copy: builtins.bool | None = No
 
 
 def astype(x: MetaArray, dtype: Any, /, *, copy: builtins.bool = True, device: Any = None) -> MetaArray:
-    return x if not copy and x.dtype == np.dtype(dtype) else _made(x.shape, dtype, x)
+    return x if not copy and x.dtype == np.dtype(dtype) else _result(x.shape, dtype, x)
 
 
 def reshape(x: MetaArray, shape: Shape, /, *, copy: builtins.bool | None = None) -> MetaArray:
@@ -131,22 +135,22 @@ def broadcast_arrays(*arrays: MetaArray) -> list[MetaArray]:
 def stack(arrays: Sequence[MetaArray], *, axis: int = 0) -> MetaArray:
     shape = list(arrays[0].shape)
     shape.insert(axis % (len(shape) + 1), len(arrays))
-    return _made(shape, np.result_type(*(x.dtype for x in arrays)), *arrays)
+    return _result(shape, np.result_type(*(x.dtype for x in arrays)), *arrays)
 
 
 def concat(arrays: Sequence[MetaArray], *, axis: int = 0) -> MetaArray:
     shape = list(arrays[0].shape)
     shape[axis] = builtins.sum(x.shape[axis] for x in arrays)
-    return _made(shape, np.result_type(*(x.dtype for x in arrays)), *arrays)
+    return _result(shape, np.result_type(*(x.dtype for x in arrays)), *arrays)
 
 
 def take(x: MetaArray, indices: MetaArray, *, axis: int = 0) -> MetaArray:
     axis %= x.ndim
-    return _made((*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]), x.dtype, indices)
+    return _result((*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]), x.dtype, indices)
 
 
 def take_along_axis(x: MetaArray, indices: MetaArray, *, axis: int = -1) -> MetaArray:
-    return _made(indices.shape, x.dtype, indices)
+    return _result(indices.shape, x.dtype, indices)
 
 
 def where(condition: MetaArray, x: Any, y: Any, /) -> MetaArray:
@@ -162,11 +166,11 @@ def searchsorted(x: MetaArray, values: MetaArray, **_: Any) -> MetaArray:
 
 
 def argsort(x: MetaArray, /, **_: Any) -> MetaArray:
-    return _made(x.shape, int64, x)
+    return _result(x.shape, int64, x)
 
 
 class Unique(NamedTuple):
-    """As many distinct values as there can be."""
+    """The result of `unique_inverse`, with as many distinct values as there can be."""
 
     values: MetaArray
     inverse_indices: MetaArray
@@ -189,7 +193,7 @@ def vecdot(a: MetaArray, b: MetaArray, /, *, axis: int = -1) -> MetaArray:
 def _reduced(x: MetaArray, axis: Any, keepdims: builtins.bool, dtype: Any) -> MetaArray:
     dims = {d % x.ndim for d in (range(x.ndim) if axis is None else _tuple(axis))} if x.ndim else set()
     kept = (1 if d in dims else n for d, n in enumerate(x.shape) if keepdims or d not in dims)
-    return _made(tuple(kept), dtype, x)
+    return _result(tuple(kept), dtype, x)
 
 
 def _reduction(dtype_of: Callable[[np.dtype], Any]) -> Callable[..., MetaArray]:

@@ -33,7 +33,7 @@ from colossal_mpi.layers.pipeline import (
 )
 from colossal_mpi.layers.recompute import recompute
 from colossal_mpi.layout import part, rank_of
-from colossal_mpi.meta.machine import Clock
+from colossal_mpi.machine import Clock
 
 
 class TokenFeed:

@@ -12,20 +12,20 @@ from mpi4py import MPI
 
 from colossal_mpi import ConfigError, Grid, comm, ledger
 from colossal_mpi.apps import config as configs
-from colossal_mpi.apps.planning import plan, show
-from colossal_mpi.apps.planning.candidates import grids, most_even, with_settings
-from colossal_mpi.apps.planning.dry import timeline
-from colossal_mpi.apps.planning.forecast import copies, forecast, sampled
-from colossal_mpi.apps.planning.measure import measure
-from colossal_mpi.apps.planning.quick import Estimates
-from colossal_mpi.apps.planning.rates import Given, size_of
+from colossal_mpi.apps import planning
+from colossal_mpi.apps.planning import GivenRates
+from colossal_mpi.apps.planning.candidates import even_factors, grids, with_settings
+from colossal_mpi.apps.planning.commands import time_steps
+from colossal_mpi.apps.planning.estimate import Estimates
+from colossal_mpi.apps.planning.forecast import checkpoint_copies, forecast, sampled_forecast
+from colossal_mpi.apps.planning.machine import bytes_of, calibrate
+from colossal_mpi.apps.planning.report import explained, timeline
 from colossal_mpi.apps.planning.search import USABLE, search
-from colossal_mpi.apps.planning.trial import trial
 from colossal_mpi.apps.training.trainer import Trainer
 from colossal_mpi.errors import ColossalError
 from colossal_mpi.layers.pipeline import PIPE
 from colossal_mpi.layers.pipeline.schedule import BackwardInput, BackwardWeight, Forward
-from colossal_mpi.meta.machine import Link, Machine
+from colossal_mpi.machine import Link, Machine, measure
 
 LINK = Link(50e-6, 2e9)
 MACHINE = Machine(40e9, 30e9, 5e-6, 2e-4, LINK, LINK, 4, overlap=False)
@@ -81,7 +81,7 @@ def check(config, grid):
 @pytest.mark.parametrize(("axes", "tensor", "settings"), [*WAYS, ({"data": 1}, "none", {"microbatches": 5})])
 def test_a_sample_of_a_step_foretells_the_whole(axes, tensor, settings):
     config = config_of(axes, tensor, **settings)
-    short, whole = sampled(config, MACHINE), forecast(config, MACHINE)
+    short, whole = sampled_forecast(config, MACHINE), forecast(config, MACHINE)
     count = config.training.microbatches
     larger = -(-15 // count) * count / 15 - 1  # a sample takes all microbatches to be as large as the first
     once = 0.002 if config.parallel.zero == 3 else 0.0  # vectors, which are gathered for the first microbatch alone
@@ -122,15 +122,15 @@ def test_copies_of_checkpoints_are_foretold(grid):
     trainer.reserve()
     taken = comm.collect(sum(kept.nbytes for kept in trainer.saving._copies.values()), grid)
     assert comm.collect(trainer.copies, grid) == taken
-    assert taken[3] < taken[0] == copies(config)[0]  # of what several ranks hold, the first writes it
+    assert taken[3] < taken[0] == checkpoint_copies(config)[0]  # of what several ranks hold, the first writes it
     for none in ({"background_checkpoints": False}, {"checkpoint_every": config.training.steps}):
-        assert copies(with_settings(config, dict(grid.axes), "1d", **none)) == [0]
+        assert checkpoint_copies(with_settings(config, dict(grid.axes), "1d", **none)) == [0]
 
 
 def test_the_shapes_of_a_mode_are_even():
-    assert most_even(16, 2) == [4, 4]
-    assert most_even(16, 3) == [2, 2, 4]
-    assert most_even(6, 3) is None
+    assert even_factors(16, 2) == [4, 4]
+    assert even_factors(16, 3) == [2, 2, 4]
+    assert even_factors(6, 3) is None
     config = config_of((("data", 1),))
     found = grids(config, 8, sequences=False)
     assert ({"depth": 2, "row": 2, "col": 2}, "2.5d") in found
@@ -153,10 +153,10 @@ def test_what_is_left_out_is_not_among_the_best(monkeypatch):
     fast = Link(1e-6, 1e12)
     slow = replace(MACHINE, call=1e-4, memory=1e8, near=fast, far=fast)  # small microbatches and updates take long
     short = searched(4, machine=slow)
-    monkeypatch.setattr(Estimates, "least", lambda self, config: 0.0)
+    monkeypatch.setattr(Estimates, "lower_bound", lambda self, config: 0.0)
     whole = searched(4, machine=slow)
     assert told(short) == told(whole)
-    assert short.priced < whole.priced
+    assert short.estimated < whole.estimated
 
 
 @pytest.mark.grids({"data": 3})
@@ -173,7 +173,7 @@ def test_ranks_that_share_a_search_find_what_one_finds(grid):
 def test_the_search_returns_what_fits_the_fastest_first():
     free = searched(4)
     assert [one.seconds for one in free.best] == sorted(one.seconds for one in free.best)
-    assert len(free.best) == 4 <= free.grids <= free.priced
+    assert len(free.best) == 4 <= free.grids <= free.estimated
     limit = 0.8 * free.best[0].peak / USABLE
     tight = searched(4, limit)
     assert tight.best
@@ -186,20 +186,20 @@ def test_nothing_fits_into_too_little_memory():
     found = searched(2, 1 << 20)
     assert not found.best
     assert found.sequences
-    (line,) = show.explained(found, 1 << 20, "demo")
+    (line,) = explained(found, 1 << 20, "demo")
     assert "none fits into 90% of 1.00 MiB" in line
     assert "take more ranks" in line
 
 
 def test_ranks_that_a_model_cannot_fill():
-    (line,) = show.explained(searched(1009), float("inf"), "demo")
+    (line,) = explained(searched(1009), float("inf"), "demo")
     assert "the model cannot fill so many ranks" in line
 
 
 @pytest.mark.smoke  # with two pretended nodes, of two ranks and one
 @pytest.mark.grids({"data": 3})
 def test_a_machine_is_measured_on_nodes_of_any_size(grid):
-    machine = measure(grid, "float32")
+    machine = calibrate(measure(grid, "float32"), grid)
     told = comm.collect((machine.near.bandwidth, machine.far.bandwidth, machine.ranks_per_node), grid)
     assert len(set(told)) == 1
     assert all(rate > 0 for rate in vars(machine).values() if isinstance(rate, float))
@@ -213,7 +213,7 @@ def test_few_samples_are_cut_along_the_sequence():
 @pytest.mark.grids({"data": 4})
 def test_a_trial_does_the_steps(grid):
     ways = [config_of((("data", 4),)), config_of((("pipe", 2), ("col", 2)), "1d", microbatches=2)]
-    taken = trial(ways, 2)
+    taken = time_steps(ways, 2)
     assert len(taken) == 2
     assert all(seconds > 0 for seconds in taken)
 
@@ -224,12 +224,12 @@ def options(**changes):
         "settings": [],
         "ranks": 4,
         "memory": None,
-        "given": Given(),
+        "given": GivenRates(),
         "count": 3,
         "rounds": 0,
         "file": None,
     }
-    return plan.checked(**(given | changes))
+    return planning.checked_options(**(given | changes))
 
 
 @pytest.mark.parametrize(
@@ -249,8 +249,8 @@ def test_bad_options_are_refused(changes, text):
 
 def test_rates_that_cannot_be_are_refused():
     with pytest.raises(ColossalError, match="rates are above 0"):
-        plan.main(options(given=Given(flops=-1.0)))
-    assert size_of("80GiB") == 80 << 30
+        planning.plan(options(given=GivenRates(flops=-1.0)))
+    assert bytes_of("80GiB") == 80 << 30
 
 
 def cli(*words):

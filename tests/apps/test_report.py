@@ -11,15 +11,17 @@ from mpi4py import MPI
 
 from colossal_mpi import Grid, comm
 from colossal_mpi.apps import config as configs
-from colossal_mpi.apps import machine, report, text
+from colossal_mpi.apps import report, text
 from colossal_mpi.apps.cli.report import Report
 from colossal_mpi.apps.report.curves import running_median
+from colossal_mpi.apps.training import meter as meter_module
 from colossal_mpi.apps.training.meter import Meter
 from colossal_mpi.apps.training.run_directory import PLOTS, RunDirectory
 from colossal_mpi.apps.training.trace import KINDS, Trace
 from colossal_mpi.apps.training.trainer import Trainer
 from colossal_mpi.errors import ConfigError
 from colossal_mpi.layers.analysis.flops import hardware_flop, model_flop
+from colossal_mpi.machine import measure_flops
 from tests.reference.modes import mode_of
 
 SMALL = {"model": {"layers": 2, "hidden": 20, "heads": 5, "context": 12}}
@@ -108,9 +110,9 @@ def test_nodes_whose_counters_differ_are_put_on_one_clock(tmp_path):
 
 def test_the_peak_is_measured_once_for_a_machine(tmp_path, monkeypatch):
     grid = Grid(MPI.COMM_SELF)
-    assert machine.measure_peak(grid, "float32") > 1e6
+    assert measure_flops(grid, "float32") > 1e6
     measured = []
-    monkeypatch.setattr(machine, "measure_peak", lambda grid, dtype: measured.append(dtype) or 2e9)
+    monkeypatch.setattr(meter_module, "measure_flops", lambda grid, dtype: measured.append(dtype) or 2e9)
     for _ in range(2):
         _, meter = metered(grid, tmp_path, peak=0)
         assert meter.peak == 2e9

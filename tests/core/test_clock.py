@@ -6,7 +6,7 @@ import pytest
 
 from colossal_mpi import Grid, comm, ledger, meta
 from colossal_mpi.comm import start_exchange
-from colossal_mpi.meta.machine import Clock, Link, Machine
+from colossal_mpi.machine import Clock, Link, Machine
 
 NEAR, FAR = Link(1.0, 10.0), Link(5.0, 2.0)
 MACHINE = Machine(flops=100.0, memory=50.0, call=0.5, product=2.0, near=NEAR, far=FAR, ranks_per_node=4, overlap=False)
