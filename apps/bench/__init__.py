@@ -1,1 +1,5 @@
-"""``colossal-mpi bench``: how fast the library is beside its peers, all of them in one run."""
+"""Benchmarks of the library beside other libraries: one module for each command ``colossal-mpi bench NAME``.
+
+The command line imports the class of a benchmark when it is called. `harness` lets competitors take turns on ranks that
+it starts; the competitors call linalg, layers and checkpoint, and NumPy, ScaLAPACK and PyTorch.
+"""

@@ -1,4 +1,7 @@
-"""Plain writing and reading of files, whether it reached the disk, and the memory that something takes."""
+"""Plain writing and reading of files, and what they cost this process: bytes from the disk, and memory.
+
+`checkpoint` compares the checkpoints of the library with these plain files.
+"""
 
 from __future__ import annotations
 
@@ -6,39 +9,42 @@ import os
 import resource
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
-_PIECE = 1 << 26  # bytes
+_CHUNK = 1 << 26  # bytes to write or read at a time
+Block: TypeAlias = "npt.NDArray[np.float32]"
 
 
-def write(path: Path, blocks: Sequence[np.ndarray]) -> None:
-    """Write blocks in C order one after the other to a new file, and bring it to the disk."""
+def write(path: Path, blocks: Sequence[Block]) -> None:
+    """Write blocks in C order one after the other to a new file, and flush it to the disk."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     try:
         for block in blocks:
             flat = block.reshape(-1).view(np.uint8).data
             while flat.nbytes:
-                flat = flat[os.write(descriptor, flat[:_PIECE]) :]
+                flat = flat[os.write(descriptor, flat[:_CHUNK]) :]
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def read(path: Path, blocks: Sequence[np.ndarray]) -> None:
-    """Read what `write` has written into blocks."""
+def read(path: Path, blocks: Sequence[Block]) -> None:
+    """Read a file of `write` into blocks of the same shapes."""
     with path.open("rb", buffering=0) as file:
         for block in blocks:
             flat = block.reshape(-1).view(np.uint8).data
             while flat.nbytes:
-                got = file.readinto(flat[:_PIECE])
+                got = file.readinto(flat[:_CHUNK])
                 if not got:
                     raise EOFError(f"{path} is too short")
                 flat = flat[got:]
 
 
-def forget(paths: Iterable[Path]) -> None:
-    """Drop files, which are on the disk, from the system's cache."""
+def drop_cache(paths: Iterable[Path]) -> None:
+    """Drop files that are on the disk from the cache of the system."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -48,7 +54,7 @@ def forget(paths: Iterable[Path]) -> None:
 
 
 def read_from_disk() -> int:
-    """Return the bytes that this process has had fetched from a disk so far; 0 where the system does not say."""
+    """Return the bytes that this process has read from a disk so far; 0 where the system does not say."""
     try:
         lines = Path("/proc/self/io").read_text().splitlines()
     except OSError:
@@ -57,7 +63,7 @@ def read_from_disk() -> int:
 
 
 def resident() -> int:
-    """Return the bytes of memory that this process has now, and measure its `peak` from here on."""
+    """Return the bytes of memory of this process now, and start `peak` anew."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -66,7 +72,7 @@ def resident() -> int:
 
 
 def peak() -> int:
-    """Return the greatest bytes of memory since `resident`; since the start where the system cannot begin anew."""
+    """Return the greatest bytes of memory since `resident`, or since the start where the system cannot reset it."""
     return _status("VmHWM:")
 
 

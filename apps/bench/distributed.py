@@ -1,4 +1,8 @@
-"""The products of `colossal_mpi.linalg` as competitors, each on the grid that suits it best."""
+"""The products of ``colossal_mpi.linalg`` as competitors, each on the grid that suits it best.
+
+``bench gemm`` makes one `Distributed` for each algorithm. linalg's price of a product chooses the grid and says how
+much memory a rank needs.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,7 @@ import numpy as np
 from mpi4py import MPI
 
 from colossal_mpi import linalg
-from colossal_mpi.apps.bench.competitors import Competitor, Pieces
-from colossal_mpi.apps.bench.operands import Piece, fill
-from colossal_mpi.apps.bench.options import Problem
+from colossal_mpi.apps.bench.product import Part, Parts, Problem, Product, fill
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.grid import Grid
 from colossal_mpi.layout import Layout, box_shape, coords_of, index_of
@@ -24,80 +26,73 @@ from colossal_mpi.platform import backend
 _SUBSCRIPTS = "mk,kn->mn"
 
 
-class Distributed(Competitor):
-    """A product of `colossal_mpi.linalg` on the grid where it moves the fewest words.
+class Distributed(Product):
+    """A product of ``colossal_mpi.linalg`` on the grid where it is fastest by linalg's price.
 
     Parameters
     ----------
     name : str
-        Of a preset of `ALGORITHMS`, or ``auto``.
+        A preset of `ALGORITHMS`, or ``auto``.
     problem : Problem
+        The product.
     ranks : int
-        That there are.
+        The number of ranks of the job.
     """
 
     def __init__(self, name: str, problem: Problem, ranks: int) -> None:
         sizes = best_sizes(name, problem, ranks)
-        super().__init__(name, problem, math.prod(sizes.values()))
+        members = math.prod(sizes.values())
         self.grid = {axis: size for axis, size in sizes.items() if size > 1}
-        # On a grid without depth, the storage of 2.5d is that of SUMMA.
-        preset = ALGORITHMS["2.5d" if name == "auto" else name]
-        self._layouts = [_without(layout, self.grid) for layout in (preset.a, preset.b, preset.c)]
-        self._grid = _grid(self.grid, self.members)
+        # On a grid without depth, 2.5d stores its operands as SUMMA does.
+        self._preset = ALGORITHMS["2.5d" if name == "auto" else name]
+        self._layouts = [_without(one, self.grid) for one in (self._preset.a, self._preset.b, self._preset.c)]
+        self._grid = _grid(self.grid, members)
+        group = None if self._grid is None else self._grid.comm(tuple(self._grid.axes))
+        super().__init__(name, problem, members, group)
         self._arrays: tuple[DistArray, ...] = ()
 
     @property
-    def group(self) -> MPI.Intracomm | None:
-        """The communicator of the grid."""
-        return None if self._grid is None else self._grid.comm(tuple(self._grid.axes))
-
-    @property
     def need(self) -> int:
-        """The blocks of the first rank, which are the largest, and the workspace that `price` predicts."""
+        # The first rank has the largest blocks.
         first = coords_of(0, self.grid)
         boxes = [lay.box(s, self.grid, first) for lay, s in zip(self._layouts, self.problem.shapes, strict=True)]
-        axes = ALGORITHMS["2.5d" if self.name == "auto" else self.name].axes
-        workspace = _price(self.problem, self.grid, axes, self._layouts).workspace
+        workspace = _price(self.problem, self.grid, self._preset.axes, self._layouts).workspace
         return (sum(math.prod(box_shape(box)) for box in boxes) + workspace) * self.problem.dtype.itemsize
 
     def prepare(self) -> None:
-        """Make this rank's blocks of A and B."""
-        if self._grid is not None:
-            shapes = self.problem.shapes[:2]
-            made = zip(self._layouts[:2], shapes, "ab", strict=True)
-            self._arrays = tuple(self._made(layout, shape, name) for layout, shape, name in made)
-
-    def _made(self, layout: Layout, shape: tuple[int, int], name: str) -> DistArray:
         assert self._grid is not None
-        block = fill(layout.box(shape, self._grid.axes, self._grid.coords), shape, self.problem.dtype, name)  # type: ignore[arg-type]
-        return DistArray(self._grid.own(block), shape, layout, self._grid)
+        operands = zip(self._layouts[:2], self.problem.shapes[:2], "ab", strict=True)
+        self._arrays = tuple(self._operand(self._grid, *operand) for operand in operands)
 
-    def run(self) -> None:
-        """Call `linalg.matmul`."""
+    def _operand(self, grid: Grid, layout: Layout, shape: tuple[int, int], name: str) -> DistArray:
+        block = fill(layout.box(shape, grid.axes, grid.coords), shape, self.problem.dtype, name)
+        return DistArray(grid.own(block), shape, layout, grid)
+
+    def work(self) -> None:
         a, b = self._arrays[:2]
-        self._arrays = a, b  # the result of the last run goes before the next is made
+        self._arrays = a, b  # free the result of the last run before the next one is made
+        # A[M, K] . B[K, N] -> C[M, N], in the layouts of the preset
         c = linalg.matmul(a, b, self.name)
         backend.synchronize(c.local)
         self._arrays = a, b, c
 
-    def pieces(self) -> Pieces:
-        """Return what this rank owns."""
+    def parts(self) -> Parts:
         a, b, c = map(_owned, self._arrays)
         return a, b, c
 
     def forget(self) -> None:
-        """Let go of the arrays; the grid stays."""
         self._arrays = ()
 
 
-def _owned(array: DistArray) -> Piece:
+def _owned(array: DistArray) -> Part:
     box = array.layout.owned(array.shape, array.grid.axes, array.grid.coords)
     if box is None:
-        return Piece(np.empty((0, 0), backend.numpy_dtype(array.dtype)), slice(0), slice(0))
-    return Piece(backend.to_host(array.local), *index_of(box))
+        return Part(np.empty((0, 0), backend.numpy_dtype(array.dtype)), slice(0), slice(0))
+    return Part(backend.to_host(array.local), *index_of(box))
 
 
 def _without(layout: Layout, sizes: Mapping[str, int]) -> Layout:
+    """Return a layout without the axes that a grid lacks."""
     return Layout(*[[axis for axis in dim if axis in sizes] for dim in layout.dims])
 
 
@@ -105,21 +100,30 @@ _grids: dict[tuple[tuple[str, int], ...], Grid | None] = {}
 
 
 def _grid(sizes: Mapping[str, int], members: int) -> Grid | None:
-    """Return the grid of the first ranks, None on the others; each grid is made once, since communicators are few."""
+    """Return the grid of the first ranks, None on the others. Each grid is made once: communicators are few."""
     key = tuple(sizes.items()) or (("row", 1),)
     if key not in _grids:
         world = MPI.COMM_WORLD
         part: Any = world.Split(0 if world.rank < members else MPI.UNDEFINED, world.rank)
-        axes: dict[str, Any] = dict(key)
-        _grids[key] = None if part == MPI.COMM_NULL else Grid(part, **axes)
+        _grids[key] = None if part == MPI.COMM_NULL else Grid(part, "auto", **dict(key))
     return _grids[key]
 
 
 def best_sizes(name: str, problem: Problem, ranks: int) -> dict[str, int]:
-    """Return the grid of an algorithm: of all ranks for a preset, the one that `best_grid` takes for ``auto``.
+    """Return the sizes of the axes of the grid for an algorithm.
 
-    Of the grids of a preset those come first on which no preset with fewer axes is the same product, and of those the
-    one on which the modelled time of its busiest rank is least.
+    A preset gets all ranks, ``auto`` gets the grid that `linalg.best_grid` takes. Grids on which a preset with fewer
+    axes is the same product come last; of the others the one is taken whose busiest rank needs the least time by the
+    model.
+
+    Parameters
+    ----------
+    name : str
+        A preset of `ALGORITHMS`, or ``auto``.
+    problem : Problem
+        The product.
+    ranks : int
+        The number of ranks of the job.
     """
     if name == "auto":
         return dict(linalg.best_grid(problem.m, problem.n, problem.k, ranks).sizes)

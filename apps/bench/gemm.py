@@ -1,116 +1,55 @@
-"""``colossal-mpi bench gemm``: start the ranks, let the competitors take turns, and report."""
+"""``colossal-mpi bench gemm``: the speed of every matrix product beside NumPy and ScaLAPACK.
+
+`Gemm` makes the competitors, of `product`, `distributed` and `scalapack`, and prints and draws their rows.
+"""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import threadpoolctl
+import numpy as np
 import typer
-from mpi4py import MPI
 
-from colossal_mpi.apps import launch
-from colossal_mpi.apps.bench import options as checks
-from colossal_mpi.apps.bench import report, scalapack
-from colossal_mpi.apps.bench.competitors import Competitor, OneProcess
+from colossal_mpi.apps.bench import harness, scalapack
 from colossal_mpi.apps.bench.distributed import Distributed, best_sizes
-from colossal_mpi.apps.bench.entry import Entry, blank, fits
-from colossal_mpi.apps.bench.noise import Meter
-from colossal_mpi.apps.bench.options import DTYPES, NAMES, Options, Problem
-from colossal_mpi.apps.command import Command, JsonFile
-from colossal_mpi.grid import world_size
+from colossal_mpi.apps.bench.harness import Benchmark, Column, Row, compete, number
+from colossal_mpi.apps.bench.product import NumPy, Problem, Product, description
+from colossal_mpi.apps.command import JsonFile
+from colossal_mpi.errors import ConfigError
+from colossal_mpi.linalg import ALGORITHMS
 
-_FEWEST, _USUAL, _MOST = 3, 10, 100  # rounds
-_SHORT, _LONG = 1.0, 20.0  # seconds
-
-
-def main(options: Options) -> int:
-    """Run a benchmark, on ranks that are started for it unless this is a job already; return an exit code.
-
-    0 means that at least one competitor has a time: what is wrong or does not fit the memory is a row of the result.
-    """
-    if MPI.COMM_WORLD.size == options.ranks:
-        return _run(options)
-    command = [sys.executable, "-m", "colossal_mpi.apps.cli", "bench", "gemm", *options.arguments()]
-    with scalapack.environment() as settings:
-        return launch.run(options.ranks, command, settings=settings)
-
-
-def _run(options: Options) -> int:
-    first, rows = MPI.COMM_WORLD.rank == 0, list[dict[str, Any]]()
-    with threadpoolctl.threadpool_limits(1, user_api="blas"):
-        for problem in options.problems:
-            found, notes = _compete(problem, options)
-            rows += found
-            if first:
-                report.show(problem, options.ranks, found, notes)
-                report.write(rows, options.json)
-    if first and options.plot:
-        report.plot(rows, options.plot)
-    return 0 if any(row["error"] is None for row in rows) else 1
-
-
-def _compete(problem: Problem, options: Options) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return a row for each competitor in a product, and what is to be said about them."""
-    entries, missing = _entries(problem, options)
-    held = [entry for entry in entries if entry.enters()]
-    keep = fits(held)  # if not, operands are made anew for each turn
-    for entry in held:
-        entry.qualify(keep)
-    meter = Meter()
-    while not _enough(running := [entry for entry in held if entry.error is None], options.repeat):
-        for entry in running:
-            entry.turn(keep)
-    foreign = meter.foreign()
-    for entry in held:
-        entry.competitor.forget()
-    rows = report.best_of(entry.row(options.ranks) | {"foreign": foreign} for entry in entries)
-    if missing and options.required:
-        rows.append(blank("scalapack", problem, options.ranks, missing[0]))
-    sources = missing or [entry.competitor.source for entry in entries if entry.competitor.source][:1]
-    return rows, [f"scalapack: {source}" for source in sources]
-
-
-def _entries(problem: Problem, options: Options) -> tuple[list[Entry], list[str]]:
-    """Return the competitors, and the reason why ScaLAPACK is not among them."""
-    found, missing = list[Competitor](), list[str]()
-    for name in options.names:
-        if name == "numpy":
-            found.append(OneProcess(problem))
-        elif name != "scalapack":
-            found.append(Distributed(name, problem, options.ranks))
-        elif isinstance(peer := scalapack.library(), str):
-            missing.append(peer)
-        else:
-            grid = best_sizes("summa", problem, options.ranks)
-            found += [scalapack.Scalapack(problem, peer, grid, block) for block in scalapack.BLOCKS]
-    return [Entry(competitor) for competitor in found], missing
-
-
-def _enough(entries: Sequence[Entry], repeat: int | None) -> bool:
-    """Say whether the competitors have had their rounds.
-
-    Unless the user says how many, these are 10, more until each has run for 1 s, and fewer, at least 3, once each has
-    run for 20 s; never more than 100.
-    """
-    if not entries:
-        return True
-    rounds, ran = len(entries[0].seconds), min(sum(entry.seconds) for entry in entries)
-    if repeat is not None:
-        return rounds >= repeat
-    return rounds >= _MOST or (rounds >= _USUAL and ran >= _SHORT) or (rounds >= _FEWEST and ran >= _LONG)
+DTYPES = ("float64", "float32", "complex64", "complex128")
+"""Names of the dtypes that it knows."""
+PEERS = ("numpy", "scalapack")
+"""Names of the competitors from other libraries."""
+NAMES = (*PEERS, *ALGORITHMS, "auto")
+"""Names of all competitors."""
+_COLUMNS = (
+    Column("name", lambda row: str(row["name"]), left=True),
+    Column("grid", lambda row: place(row), left=True),
+    number("best s", "seconds", ".4g"),
+    number("median s", "median_seconds", ".4g"),
+    number("GFlop/s", "gflops", ".1f"),
+    number("median", "median_gflops", ".1f"),
+    number("ratio", "ratio", ".3f"),
+    number("median", "median_ratio", ".3f"),
+    number("words/rank", "words", ","),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gemm(Command):
+class Gemm(Benchmark):
     """Time every matrix product beside NumPy and ScaLAPACK.
 
-    All of them take turns in one run.
+    All of them take turns in one run. The exit code is 0 if at least one of them has a time: one that is wrong or does
+    not fit the memory is a row with an error.
     """
 
+    name = "gemm"
     example = "colossal-mpi bench gemm --size 2048 --size 8192,512,512 --plot gemm.png"
 
     size: Annotated[list[str], typer.Option(help="M,N,K, or one number for a cube; may be repeated.")] = field(
@@ -126,9 +65,129 @@ class Gemm(Command):
     json: JsonFile = None
     plot: Annotated[Path | None, typer.Option(help="Draw the speeds to this file (PNG, PDF, SVG).")] = None
 
-    def run(self) -> int:
-        return main(
-            checks.checked(
-                self.size, self.ranks, self.dtype, self.algorithm, self.repeat, self.json, self.plot, world=world_size()
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"--dtype {self.dtype}: use one of {', '.join(DTYPES)}")
+        if unknown := [name for name in self.algorithm if name not in NAMES]:
+            raise ConfigError(f"--algorithm {', '.join(unknown)}: use one of {', '.join(NAMES)}")
+        assert self.problems  # parses --size
+        assert self.job_size
+        harness.check_common(self, self.repeat)
+
+    @property
+    def job_size(self) -> int:
+        return harness.job_size_of(self.ranks)
+
+    @property
+    def problems(self) -> list[Problem]:
+        """The products."""
+        return [_problem(size, np.dtype(self.dtype)) for size in self.size]
+
+    def environment(self) -> AbstractContextManager[dict[str, str]]:
+        return scalapack.environment()
+
+    def measure(self) -> Iterator[list[Row]]:
+        for problem in self.problems:
+            yield self.measure_one(problem)
+
+    def measure_one(self, problem: Problem) -> list[Row]:
+        """Return a row for each competitor in a product. Collective over all ranks."""
+        competitors, missing = self._competitors(problem)
+        foreign = compete(competitors, self.repeat)
+        rows = fastest([one.row() for one in competitors])
+        if missing and "scalapack" in self.algorithm:  # asked for by name
+            absent = dict.fromkeys(
+                ("seconds", "median_seconds", "gflops", "median_gflops", "words", "residual", "ratio", "median_ratio")
             )
-        )
+            fixed = {"threads": 1, "grid": {}, "note": "", "repeats": 0, "error": missing}
+            rows.append({**description("scalapack", problem), **absent, **fixed})
+        return [{**row, "foreign": foreign} for row in rows]
+
+    def _competitors(self, problem: Problem) -> tuple[list[Product], str]:
+        """Return the competitors, and why ScaLAPACK is not among them."""
+        found, missing = list[Product](), ""
+        for name in dict.fromkeys(self.algorithm) or NAMES:
+            if name == "numpy":
+                found.append(NumPy(problem))
+            elif name != "scalapack":
+                found.append(Distributed(name, problem, self.job_size))
+            elif isinstance(library := scalapack.library(), str):
+                missing = library
+            else:
+                grid = best_sizes("summa", problem, self.job_size)
+                found += [scalapack.Scalapack(problem, library, grid, block) for block in scalapack.BLOCKS]
+        return found, missing
+
+    def show(self, rows: list[Row]) -> None:
+        m, n, k = (rows[0][letter] for letter in "mnk")
+        problem = Problem(m, n, k, np.dtype(self.dtype))
+        repeats = max(row["repeats"] for row in rows)
+        notes = ["ratio: to numpy's speed; words: array elements that the busiest rank receives"]
+        if not self.algorithm or "scalapack" in self.algorithm:
+            notes.insert(0, f"scalapack: {scalapack.library()}")
+        title = f"{problem} on {self.job_size} ranks, {repeats} interleaved repeats"
+        harness.show(title, _COLUMNS, rows, notes)
+
+    def draw(self, rows: list[Row], path: Path) -> None:
+        """Draw the speed of every competitor, best and median, with one panel for each size."""
+        panels: dict[tuple[int, ...], list[Row]] = {}
+        for row in rows:
+            panels.setdefault((row["m"], row["n"], row["k"]), []).append(row)
+        across = min(2, len(panels))
+        down = -(-len(panels) // across)
+        bars = max(map(len, panels.values()))
+        size = 1 + 5 * across, 1 + down * (0.8 + 0.34 * bars)
+        with harness.figure(path, down, across, size) as (figure, axes):
+            for ax, (sizes, found) in zip(axes.flat, panels.items(), strict=False):
+                _panel(ax, sizes, found)
+            for ax in axes.flat[len(panels) :]:
+                ax.remove()
+            figure.suptitle(f"matrix product in {self.dtype}, {self.job_size} ranks: best (bar) and median (line)")
+
+    def passed(self, rows: Sequence[Row]) -> bool:
+        return any(row["error"] is None for row in rows)
+
+
+def _problem(text: str, dtype: np.dtype[np.generic]) -> Problem:
+    numbers = [int(word) if word.strip().isdecimal() else 0 for word in text.split(",")]
+    if len(numbers) not in (1, 3) or min(numbers) < 1:
+        raise ConfigError(f"--size {text!r}: write M,N,K, for example 8192,512,512, or one number for a cube")
+    m, n, k = numbers * 3 if len(numbers) == 1 else numbers
+    return Problem(m, n, k, dtype)
+
+
+def fastest(rows: Sequence[Row]) -> list[Row]:
+    """Return the fastest row of each name, with ratios to NumPy: ScaLAPACK competes once for each block size."""
+    best: dict[str, Row] = {}
+    for row in rows:
+        rival = best.setdefault(row["name"], row)
+        if rival["error"] or (row["error"] is None and row["seconds"] < rival["seconds"]):
+            best[row["name"]] = row
+    return harness.with_ratios(list(best.values()), best.get("numpy"))
+
+
+def place(row: Row) -> str:
+    """Return where a competitor ran: its grid, its block size, its threads."""
+    threads = f"{row['threads']} thread{'s' * (row['threads'] > 1)}" if row["name"] == "numpy" else ""
+    grid = ",".join(f"{axis}={size}" for axis, size in row["grid"].items())
+    return " ".join(word for word in (grid, row["note"], threads) if word) or "1 rank"
+
+
+def _panel(ax: Any, size: Sequence[int], rows: Sequence[Row]) -> None:
+    heights = [row["gflops"] or 0 for row in rows]
+    colors = ["#b8bec6" if row["name"] in PEERS else "#4a7fb5" for row in rows]
+    ax.barh(range(len(rows)), heights, 0.72, color=colors)
+    top = max(heights) or 1
+    for y, row in enumerate(rows):
+        if row["error"] is not None:
+            ax.text(0.01 * top, y, row["error"].partition(":")[0], va="center", size=8, color="#c0392b")
+            continue
+        ax.plot([row["median_gflops"]] * 2, [y - 0.36, y + 0.36], color="#22313f", lw=1.5)
+        ratio = f"  {row['ratio']:.2f}x" if row["ratio"] and row["name"] != "numpy" else ""
+        label = ax.text(row["gflops"] + 0.01 * top, y, f"{row['gflops']:.1f}{ratio}", va="center", size=8)
+        label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.8})  # over the line of NumPy
+        if row["name"] == "numpy":
+            ax.axvline(row["gflops"], color="#8a939c", ls="--", lw=0.8, zorder=0)
+    ax.set_yticks(range(len(rows)), [f"{row['name']}  {place(row)}" for row in rows], size=8)
+    ax.set(xlim=(0, 1.22 * top), xlabel="GFlop/s", title=" x ".join(f"{n:,}" for n in size))
+    ax.invert_yaxis()

@@ -1,9 +1,9 @@
-"""ScaLAPACK's ``p?gemm`` by ctypes, on the MPI that this process has loaded already.
+"""ScaLAPACK's ``p?gemm`` as a competitor, called by ctypes on the MPI library that this process has loaded already.
 
-ScaLAPACK is made for one MPI library and names it: Debian's ``libscalapack-mpich`` asks for ``libmpich.so.12``, and
-MPICH's wheel brings the same library as ``libmpi.so.12``. `environment` gives the ranks a folder in which the name that
-is asked for links to the library that is there; the dynamic loader sees by the file itself that it has it already.
-ScaLAPACK is loaded only where that holds, for two MPI libraries in one process would not know of each other.
+A ScaLAPACK is built for one MPI library and asks for it by name: Debian's ``libscalapack-mpich`` asks for
+``libmpich.so.12``, and the wheel of MPICH has the same library as ``libmpi.so.12``. `environment` gives the ranks a
+folder in which the first name links to the second one; the dynamic loader sees by the file that it has it already.
+ScaLAPACK is loaded only then, because two MPI libraries in one process would not know each other.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from ctypes.util import find_library
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import threadpoolctl
 from mpi4py import MPI
 
-from colossal_mpi.apps.bench.competitors import Competitor, Pieces
-from colossal_mpi.apps.bench.operands import Piece, fill
-from colossal_mpi.apps.bench.options import Problem
+from colossal_mpi.apps.bench.product import Array, Indices, Part, Parts, Problem, Product, fill
 from colossal_mpi.errors import LaunchError, ShapeError
 
 BLOCKS = (64, 128, 256)
+"""Sizes of the blocks of the block-cyclic layout; the fastest one counts."""
 _MPICH = "libmpich.so.12"
-# The library, and the MPI that it asks for, by what the MPI in use calls itself. Intel MPI has the ABI of MPICH.
+# The name of ScaLAPACK and of the MPI library that it asks for, by the vendor of the MPI library in use. Intel MPI has
+# the ABI of MPICH.
 _FITTING = {
     "MPICH": ("scalapack-mpich", _MPICH),
     "Intel MPI": ("scalapack-mpich", _MPICH),
@@ -41,19 +41,19 @@ _INT_MAX = 2**31 - 1
 
 @contextmanager
 def environment() -> Iterator[dict[str, str]]:
-    """Yield the variables with which the ranks of a job find ScaLAPACK's MPI; they hold inside the context."""
-    mine = _loaded("libmpi.so.12")
-    if mine is None:
+    """Yield the variables with which the ranks of a job find the MPI library of ScaLAPACK. They hold in the context."""
+    mpich = _loaded("libmpi.so.12")
+    if mpich is None:
         yield {}
         return
     with tempfile.TemporaryDirectory(prefix="colossal-mpi-") as folder:
-        (Path(folder) / _MPICH).symlink_to(mine)
+        (Path(folder) / _MPICH).symlink_to(mpich)
         before = os.environ.get("LD_LIBRARY_PATH")
         yield {"LD_LIBRARY_PATH": os.pathsep.join([folder, *([before] if before else [])])}
 
 
 def _loaded(name: str) -> Path | None:
-    """Return the file of that name which is mapped into this process."""
+    """Return the file whose name begins so among the files that this process has mapped."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
@@ -63,12 +63,12 @@ def _loaded(name: str) -> Path | None:
 
 
 class Library:
-    """ScaLAPACK, loaded.
+    """The loaded ScaLAPACK.
 
     Raises
     ------
     LaunchError
-        There is none that fits the MPI in use.
+        If no ScaLAPACK fits the MPI library in use.
     """
 
     def __init__(self) -> None:
@@ -88,12 +88,15 @@ class Library:
             self.call = ctypes.CDLL(self.file)
         except OSError as problem:
             raise LaunchError(f"{self.file} cannot be loaded: {problem}") from None
-        threadpoolctl.threadpool_limits(1, user_api="blas")  # of the BLAS that has come with it
+        threadpoolctl.threadpool_limits(1, user_api="blas")  # the BLAS that ScaLAPACK has loaded
         self.blas = _blas_of({pool["filepath"] for pool in before})
         self._contexts: dict[tuple[int, int], int] = {}
 
+    def __str__(self) -> str:
+        return f"{self.file} on {self.blas}, the best of nb={BLOCKS}"
+
     def context(self, rows: int, columns: int) -> int:
-        """Return the BLACS context of a grid, ranks in row-major order. Collective when first called for it."""
+        """Return the BLACS context of a grid with ranks in row-major order. Collective when a grid is new."""
         if (rows, columns) not in self._contexts:
             context = ctypes.c_int()
             self.call.Cblacs_get(-1, 0, ctypes.byref(context))
@@ -103,7 +106,7 @@ class Library:
 
 
 def _blas_of(before: set[str]) -> str:
-    """Return the name of the BLAS that has been loaded since only `before` was, or that lies beside ``libblas``."""
+    """Return the name of the BLAS that is not among the files `before`, or that lies beside ``libblas``."""
     file = _loaded("libblas.so")
     for pool in threadpoolctl.threadpool_info():
         path = pool["filepath"]
@@ -114,102 +117,97 @@ def _blas_of(before: set[str]) -> str:
 
 @functools.cache
 def library() -> Library | str:
-    """Return ScaLAPACK, or on every rank the reason why some rank has none."""
+    """Return ScaLAPACK; on every rank the reason instead if some rank has none. Collective over all ranks."""
     try:
-        mine: Library | str = Library()
+        found: Library | str = Library()
     except LaunchError as problem:
-        mine = str(problem)
-    reasons = MPI.COMM_WORLD.allgather(mine if isinstance(mine, str) else None)
-    return next((reason for reason in reasons if reason), mine)
+        found = str(problem)
+    reasons = MPI.COMM_WORLD.allgather(found if isinstance(found, str) else None)
+    return next((reason for reason in reasons if reason), found)
 
 
-class Scalapack(Competitor):
+class Scalapack(Product):
     """``p?gemm`` on block-cyclic matrices.
 
     Parameters
     ----------
     problem : Problem
+        The product.
     scalapack : Library
+        The loaded library.
     grid : mapping of str to int
-        ``row`` and ``col``.
+        Sizes of ``row`` and ``col``.
     block : int
         Rows and columns of a block.
     """
 
-    counted = False
+    recorded = False
 
     def __init__(self, problem: Problem, scalapack: Library, grid: Mapping[str, int], block: int) -> None:
+        super().__init__("scalapack", problem, MPI.COMM_WORLD.size, MPI.COMM_WORLD)
         self._rows, self._columns = grid.get("row", 1), grid.get("col", 1)
-        super().__init__("scalapack", problem, MPI.COMM_WORLD.size)
         self.grid = {axis: size for axis, size in grid.items() if size > 1}
-        self.note, self.source = f"nb={block}", f"{scalapack.file} on {scalapack.blas}, the best of nb={BLOCKS}"
+        self.note = f"nb={block}"
         self._block, self._scalapack = block, scalapack
         self._context = scalapack.context(self._rows, self._columns)
-        self._matrices: tuple[_Cyclic, ...] = ()
-
-    @property
-    def group(self) -> MPI.Intracomm | None:
-        """All ranks."""
-        return MPI.COMM_WORLD
+        self._matrices: tuple[_BlockCyclic, ...] = ()
 
     @property
     def need(self) -> int:
-        """The three matrices, and panels of a block's width for two of them."""
+        # The three matrices, and panels of a block's width for two of them.
         p = self.problem
         local = sum(_most(x, self._block, self._rows) * _most(y, self._block, self._columns) for x, y in p.shapes)
         panels = self._block * (_most(p.m, self._block, self._rows) + _most(p.n, self._block, self._columns))
         return (local + panels) * p.dtype.itemsize
 
     def prepare(self) -> None:
-        """Make this rank's blocks."""
         p = self.problem
         if max(p.m, p.n, p.k) > _INT_MAX:
             raise ShapeError(f"ScaLAPACK counts in 32 bits, and {p} has a size above {_INT_MAX:,}")
         self._matrices = tuple(self._matrix(shape, name) for shape, name in zip(p.shapes, "abc", strict=True))
 
-    def _matrix(self, shape: tuple[int, int], name: str) -> _Cyclic:
+    def _matrix(self, shape: tuple[int, int], name: str) -> _BlockCyclic:
         row, column = divmod(MPI.COMM_WORLD.rank, self._columns)
-        rows = _mine(shape[0], self._block, self._rows, row)
-        columns = _mine(shape[1], self._block, self._columns, column)
+        rows = _indices(shape[0], self._block, self._rows, row)
+        columns = _indices(shape[1], self._block, self._columns, column)
         local = len(rows), len(columns)
-        # A name for each rank: which random matrix it is does not matter, and the blocks of a rank are one array.
+        # Each rank has a name of its own: the blocks of a rank are one array, and any random matrix will do.
         block = fill(((0, local[0]), (0, local[1])), local, self.problem.dtype, f"{name} {row} {column}", "F")
         lead = max(1, local[0])
-        return _Cyclic(block, rows, columns, (1, self._context, *shape, self._block, self._block, 0, 0, lead))
+        return _BlockCyclic(block, rows, columns, (1, self._context, *shape, self._block, self._block, 0, 0, lead))
 
-    def run(self) -> None:
-        """Call ``p?gemm`` with alpha 1 and beta 0."""
+    def work(self) -> None:
         p, one = self.problem, ctypes.byref(ctypes.c_int(1))
         a, b, c = ((m.block.ctypes.data_as(ctypes.c_void_p), one, one, m.descriptor) for m in self._matrices)
         alpha, beta = (np.array(x, p.dtype).ctypes.data_as(ctypes.c_void_p) for x in (1, 0))
         gemm = self._scalapack.call[f"p{_LETTERS[str(p.dtype)]}gemm_"]
+        # A[M_row, K_col] . B[K_row, N_col] -> C[M_row, N_col], all block-cyclic
         gemm(b"N", b"N", *(ctypes.byref(ctypes.c_int(n)) for n in (p.m, p.n, p.k)), alpha, *a, *b, beta, *c)
 
-    def pieces(self) -> Pieces:
-        """Return this rank's blocks."""
-        a, b, c = (Piece(m.block, m.rows, m.columns) for m in self._matrices)
+    def parts(self) -> Parts:
+        a, b, c = (Part(m.block, m.rows, m.columns) for m in self._matrices)
         return a, b, c
 
     def forget(self) -> None:
-        """Let go of the matrices; the BLACS context stays."""
         self._matrices = ()
 
 
-class _Cyclic:
+class _BlockCyclic:
     """A rank's part of a block-cyclic matrix: its block in Fortran order, its indices and ScaLAPACK's descriptor."""
 
-    def __init__(self, block: np.ndarray, rows: np.ndarray, columns: np.ndarray, words: tuple[int, ...]) -> None:
+    def __init__(self, block: Array, rows: Indices, columns: Indices, words: tuple[int, ...]) -> None:
         self.block, self.rows, self.columns = block, rows, columns
-        self.descriptor: Any = (ctypes.c_int * len(words))(*words)
+        self.descriptor: ctypes.Array[ctypes.c_int] = (ctypes.c_int * len(words))(*words)
 
 
-def _mine(n: int, block: int, parts: int, index: int) -> np.ndarray:
-    """Return the indices of a dim that block-cyclic order gives to part `index`."""
+def _indices(n: int, block: int, parts: int, index: int) -> npt.NDArray[np.intp]:
+    """Return the indices of a dim of length `n` that the block-cyclic layout gives to part `index`."""
     every = np.arange(n)
-    return every[every // block % parts == index]
+    found: npt.NDArray[np.intp] = every[every // block % parts == index]
+    return found
 
 
 def _most(n: int, block: int, parts: int) -> int:
-    """Return the indices that the first part has, which are the most."""
+    """Return the number of indices of the first part, which has the most."""
     whole, rest = divmod(n, block * parts)
     return whole * block + min(rest, block)

@@ -1,26 +1,32 @@
-"""Time a piece of work that several ranks do together, while the other ranks keep out of the way."""
+"""Time work that some ranks do together while the other ranks sleep, and agree on failures.
+
+The competitors of the harness call `timed` for each turn and `agreed` for what a rank prepares alone.
+"""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import threadpoolctl
 from mpi4py import MPI
 
 from colossal_mpi.errors import ColossalError
-from colossal_mpi.runtime import launcher
 
-_NAP = 5e-4  # seconds between two looks
-_SPIN = 0.5  # seconds after which threads that still run are not waiting for the next product: MPI has some too
-_PATIENCE = 60.0  # seconds that a rank which has failed waits for the others, which may wait for it in the product
+_NAP = 5e-4  # seconds between two tests of a request
+_SPIN = 0.5  # seconds after which busy threads are not BLAS threads that spin: MPI has threads, too
+_PATIENCE = 60.0  # seconds that a failed rank waits for the others, which may wait for it inside a product
 
 
 def quiet_barrier(patience: float | None = None) -> None:
-    """Wait for all ranks asleep: a rank that waits inside MPI takes a core from those that work.
+    """Wait for all ranks, asleep: a rank that waits inside MPI takes a core from the ranks that work.
+
+    Parameters
+    ----------
+    patience : float, optional
+        Seconds to wait at most.
 
     Raises
     ------
@@ -34,75 +40,79 @@ def quiet_barrier(patience: float | None = None) -> None:
         time.sleep(_NAP)
 
 
-def timed(work: Callable[[], Any], group: MPI.Intracomm | None) -> float:
-    """Return the seconds that `work` takes on the slowest rank of `group`. Collective over all ranks.
+def timed(work: Callable[[], object], group: MPI.Intracomm | None) -> float:
+    """Return the seconds that the slowest rank of a group takes for `work`. Collective over all ranks.
 
     Parameters
     ----------
     work : callable
-        What the ranks of the group do.
+        What each rank of the group does.
     group : MPI.Intracomm or None
-        None on the ranks that take no part; they sleep.
+        The ranks that work; None on the other ranks, which sleep.
+
+    Returns
+    -------
+    float
+        Seconds, the same on all ranks.
 
     Raises
     ------
     ColossalError
-        On all ranks, if `work` raised one or ran out of memory on some.
+        On all ranks, if `work` raised one or ran out of memory on some rank.
     """
     quiet_barrier()
-    taken, failure = 0.0, None
+    seconds, failure = 0.0, None
     if group is not None:
         group.Barrier()
         begun = time.perf_counter()
         try:
             work()
         except (ColossalError, MemoryError) as problem:
-            failure = words_of(problem)
-        taken = time.perf_counter() - begun
+            failure = _message(problem)
+        seconds = time.perf_counter() - begun
     quiet_barrier(_PATIENCE if failure else None)
-    outcomes = MPI.COMM_WORLD.allgather((taken, failure))
-    together([failure for _, failure in outcomes])
-    return max(taken for taken, _ in outcomes)
+    outcomes: list[tuple[float, str | None]] = MPI.COMM_WORLD.allgather((seconds, failure))
+    _raise_first([failure for _, failure in outcomes])
+    return max(seconds for seconds, _ in outcomes)
 
 
-def agreed(action: Callable[[], Any]) -> None:
-    """Do something on every rank that communicates nothing, and fail on all ranks if it does on one.
+def agreed(action: Callable[[], object]) -> None:
+    """Do something on every rank that communicates nothing, and fail on all ranks if it fails on one.
+
+    Parameters
+    ----------
+    action : callable
+        What each rank does.
 
     Raises
     ------
     ColossalError
+        On all ranks, if `action` raised one, ran out of memory or met an error of the system on some rank.
     """
     try:
         action()
         failure = None
     except (ColossalError, MemoryError, OSError) as problem:
-        failure = words_of(problem)
-    together(MPI.COMM_WORLD.allgather(failure))
+        failure = _message(problem)
+    _raise_first(MPI.COMM_WORLD.allgather(failure))
 
 
-def together(failures: list[str | None]) -> None:
-    """Raise the first of the failures of all ranks, if there is one."""
+def _raise_first(failures: Sequence[str | None]) -> None:
     first = next((failure for failure in failures if failure is not None), None)
     if first is not None:
         raise ColossalError(first)
 
 
-def words_of(problem: BaseException) -> str:
-    """Return the text of an error."""
+def _message(problem: BaseException) -> str:
     return f"out of memory: {problem}".removesuffix(": ") if isinstance(problem, MemoryError) else str(problem)
 
 
-def cores(node: MPI.Comm) -> set[int]:
-    """Return the cores that the ranks of a node may use together."""
-    return set().union(*node.allgather(launcher.cpus()))
-
-
 @contextmanager
-def blas_threads(count: int, on: set[int]) -> Iterator[None]:
-    """Let BLAS use that many threads on these cores; afterwards one thread again, where it was bound before."""
+def blas_threads(count: int, cores: set[int]) -> Iterator[None]:
+    """Let BLAS use `count` threads on these cores; afterwards one thread on the cores of before."""
     bound = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
     if bound:
-        os.sched_setaffinity(0, on)  # the threads to be started inherit it
+        os.sched_setaffinity(0, cores)  # the threads that BLAS starts inherit it
     try:
         with threadpoolctl.threadpool_limits(count, user_api="blas"):
             yield

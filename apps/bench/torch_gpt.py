@@ -1,22 +1,28 @@
-"""The yardstick: the GPT of `layers.models` in PyTorch eager, with autograd and ``torch.optim.AdamW``."""
+"""The GPT of ``layers.models`` in PyTorch eager, with autograd and ``torch.optim.AdamW``.
+
+``bench train`` compares with it; no other module imports torch for a benchmark.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 if TYPE_CHECKING:
-    from colossal_mpi.apps.bench.steps import Sizes
+    from colossal_mpi.apps.bench.gpt import GPTBenchmark
+
+Array: TypeAlias = "npt.NDArray[np.float32]"
 
 
 class _Block(nn.Module):
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: GPTBenchmark) -> None:
         super().__init__()
         h, self.heads = sizes.hidden, sizes.heads
         self.norm1, self.norm2 = nn.LayerNorm(h), nn.LayerNorm(h)
@@ -28,11 +34,12 @@ class _Block(nn.Module):
         q, k, v = self.qkv(self.norm1(x)).view(b, s, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(y.transpose(1, 2).reshape(b, s, h))
-        return x + self.down(functional.gelu(self.up(self.norm2(x)), approximate="tanh"))
+        mlp: Tensor = self.down(functional.gelu(self.up(self.norm2(x)), approximate="tanh"))
+        return x + mlp
 
 
 class _GPT(nn.Module):
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: GPTBenchmark) -> None:
         super().__init__()
         self.tokens = nn.Embedding(sizes.vocabulary, sizes.hidden)
         self.positions = nn.Embedding(sizes.sequence, sizes.hidden)
@@ -41,39 +48,52 @@ class _GPT(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.tokens(ids) + self.positions.weight[: ids.shape[1]]
-        return functional.linear(self.norm(self.blocks(x)), self.tokens.weight)
+        y: Tensor = self.norm(self.blocks(x))
+        return functional.linear(y, self.tokens.weight)
 
 
 class Trainer:
-    """The model with these weights, its optimizer and its data.
+    """The model with its weights, its optimizer and its data.
 
     Parameters
     ----------
-    sizes : Sizes
+    sizes : GPTBenchmark
+        The sizes of the model and of a step.
     weights : mapping of str to numpy.ndarray
-        By the names of `layers.models.GPT`.
+        The first weights, by the names of ``layers.models.GPT``.
+    optimizer : mapping of str to object
+        Options of ``torch.optim.AdamW``.
+    decay : float
+        Weight decay of the matrices; biases and gains have none.
+    clip : float
+        Norm to which gradients are clipped.
     """
 
-    def __init__(self, sizes: Sizes, weights: Mapping[str, Any]) -> None:
-        from colossal_mpi.apps.bench.steps import CLIP, DECAY, OPTIMISER
-
-        self.model, self.clip = _GPT(sizes), CLIP
+    def __init__(
+        self,
+        sizes: GPTBenchmark,
+        weights: Mapping[str, Array],
+        optimizer: Mapping[str, Any],
+        decay: float,
+        clip: float,
+    ) -> None:
+        self.model, self.clip = _GPT(sizes), clip
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(torch.from_numpy(_converted(name, weights)).reshape(parameter.shape))
         decays = [p for p in self.model.parameters() if p.ndim > 1]
         plain = [p for p in self.model.parameters() if p.ndim == 1]
         groups: list[dict[str, Any]] = [
-            {"params": decays, "weight_decay": DECAY},
+            {"params": decays, "weight_decay": decay},
             {"params": plain, "weight_decay": 0.0},
         ]
-        self.optimizer = torch.optim.AdamW(groups, fused=True, **OPTIMISER)
+        self.optimizer = torch.optim.AdamW(groups, fused=True, **optimizer)
         self.ids, self.labels = (torch.from_numpy(a) for a in sizes.sequences())
 
     def step(self) -> float:
         """Train one step and return its loss."""
         loss = functional.cross_entropy(self.model(self.ids).flatten(0, 1), self.labels.flatten())
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -81,7 +101,7 @@ class Trainer:
 
     @contextmanager
     def threads(self, count: int) -> Iterator[None]:
-        """Let PyTorch use that many threads for a while."""
+        """Let PyTorch use this number of threads in the context."""
         before = torch.get_num_threads()
         torch.set_num_threads(count)
         yield
@@ -97,8 +117,8 @@ _OURS = {
 }
 
 
-def _converted(name: str, weights: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Return the weight of a parameter of PyTorch's, whose matrices are outputs by inputs."""
+def _converted(name: str, weights: Mapping[str, Array]) -> Array:
+    """Return the weight of a parameter of PyTorch, whose matrices are outputs x inputs."""
     block, _, own = name.rpartition("blocks.")[2].partition(".") if name.startswith("blocks.") else ("", "", name)
     array = weights[f"blocks.{block}.{_OURS.get(own, own)}" if block else _OURS.get(own, own)]
     if not own.endswith("weight") or array.ndim == 1 or not block:

@@ -37,7 +37,7 @@ _BENCHMARKS = (
     ("optimizers", "optimizers:Optimizers", "Train one model with several optimizers, and compare validation losses."),
     (
         "pipeline",
-        "pipeline:PipelineCommand",
+        "pipeline:Pipeline",
         "Measure how long the stages of a GPT wait under every pipeline schedule.",
     ),
     ("checkpoint", "checkpoint:Checkpoint", "Time saving and loading beside plain writing and reading of files."),

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from colossal_mpi.apps.bench import attention, entry, gemm, timing
-from colossal_mpi.apps.bench.competitors import OneProcess
+from colossal_mpi.apps.bench import harness, node, timing
+from colossal_mpi.apps.bench.attention import Attention
 from colossal_mpi.apps.bench.distributed import best_sizes
-from colossal_mpi.apps.bench.operands import TOLERANCE, Piece, fill, residual
-from colossal_mpi.apps.bench.options import NAMES, Options, Problem
+from colossal_mpi.apps.bench.gemm import NAMES, Gemm
+from colossal_mpi.apps.bench.product import TOLERANCE, NumPy, Part, Problem, fill, residual
 from colossal_mpi.errors import ColossalError
 from colossal_mpi.linalg import ALGORITHMS
 
@@ -129,17 +129,17 @@ def test_every_algorithm_has_a_grid_of_any_number_of_ranks(ranks):
         assert np.prod(list(best_sizes(name, SMALL, ranks).values())) == ranks
 
 
-def whole(shape, stream):
+def whole(shape, name):
     m, n = shape
-    return Piece(fill(((0, m), (0, n)), shape, np.dtype("float64"), stream), slice(None), slice(None))
+    return Part(fill(((0, m), (0, n)), shape, np.dtype("float64"), name), slice(None), slice(None))
 
 
 def test_one_wrong_element_shows_in_the_residual():
     a, b = whole((65, 47), "a"), whole((47, 33), "b")
-    c = Piece(a.block @ b.block, slice(None), slice(None))
-    assert residual((a, b, c), 65, 33, 47, SMALL.dtype) < TOLERANCE
+    c = Part(a.block @ b.block, slice(None), slice(None))
+    assert residual((a, b, c), SMALL) < TOLERANCE
     c.block[64, 32] += 1e-12
-    assert residual((a, b, c), 65, 33, 47, SMALL.dtype) > TOLERANCE
+    assert residual((a, b, c), SMALL) > TOLERANCE
 
 
 def test_blocks_are_those_of_one_random_matrix():
@@ -150,14 +150,13 @@ def test_blocks_are_those_of_one_random_matrix():
     assert abs(everything.mean()) < 0.01
 
 
-def compete(**more):
-    options = Options((SMALL,), 1, ("numpy", "summa"), repeat=2, **more)
-    rows, _ = gemm._compete(SMALL, options)
+def compete():
+    rows = Gemm(ranks=1, algorithm=["numpy", "summa"], repeat=2).measure_one(SMALL)
     return {row["name"]: row for row in rows}
 
 
 def test_a_wrong_product_is_reported_and_not_timed(monkeypatch):
-    monkeypatch.setattr(OneProcess, "run", lambda self: self._arrays[2].fill(1))
+    monkeypatch.setattr(NumPy, "work", lambda self: self._arrays[2].fill(1))
     rows = compete()
     assert rows["numpy"]["error"].startswith("wrong: ||CX - A(BX)|| is ")
     assert (rows["numpy"]["seconds"], rows["numpy"]["repeats"]) == (None, 0)
@@ -165,9 +164,9 @@ def test_a_wrong_product_is_reported_and_not_timed(monkeypatch):
 
 
 def test_operands_that_do_not_fit_together_are_made_for_each_turn(monkeypatch):
-    made, prepare = [], OneProcess.prepare
-    monkeypatch.setattr(OneProcess, "prepare", lambda self: made.append(1) or prepare(self))
-    monkeypatch.setattr(gemm, "fits", lambda entries: len(entries) < 2)
+    made, prepare = [], NumPy.prepare
+    monkeypatch.setattr(NumPy, "prepare", lambda self: made.append(1) or prepare(self))
+    monkeypatch.setattr(harness, "fit", lambda competitors: len(competitors) < 2)
     assert all(row["error"] is None and row["repeats"] == 2 for row in compete().values())
     assert len(made) == 3
 
@@ -176,18 +175,18 @@ def test_memory_that_is_not_there_after_all_is_a_row(monkeypatch):
     def fails(self):
         raise MemoryError("Unable to allocate 1 TiB")
 
-    monkeypatch.setattr(OneProcess, "prepare", fails)
+    monkeypatch.setattr(NumPy, "prepare", fails)
     rows = compete()
     assert rows["numpy"]["error"] == "out of memory: Unable to allocate 1 TiB"
     assert rows["summa"]["error"] is None
 
 
 def test_memory_is_counted_on_every_rank_of_the_node(monkeypatch):
-    one = entry.Entry(OneProcess(SMALL))
+    one = NumPy(SMALL)
     need = 8 * (65 * 47 + 47 * 33 + 65 * 33)
-    monkeypatch.setattr(entry.memory, "available", lambda: need)
-    assert entry.fits([one])
-    assert not entry.fits([one, one])
+    monkeypatch.setattr(node, "available_memory", lambda: need)
+    assert harness.fit([one])
+    assert not harness.fit([one, one])
 
 
 @pytest.mark.ranks(2)
@@ -210,8 +209,7 @@ def test_the_time_is_that_of_the_group_and_known_to_all():
 
 
 def test_attention_is_measured_and_what_cannot_be_is_refused(tmp_path, capsys):
-    sizes = attention.Sizes(heads=4, groups=2, width=8)
-    assert attention.main([64, 512], sizes, tmp_path / "rows.json") == 0
+    assert Attention(sequence=[64, 512], heads=4, groups=2, width=8, json=tmp_path / "rows.json").run() == 0
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [row["sequence"] for row in rows] == [64, 512]
     assert rows[1]["scores"] == 512 * 512 * 4 * 4
@@ -219,6 +217,6 @@ def test_attention_is_measured_and_what_cannot_be_is_refused(tmp_path, capsys):
     assert all(row["seconds"] > 0 for row in rows)
     assert "bytes a token" in capsys.readouterr().out
     with pytest.raises(ColossalError, match="groups that divide heads"):
-        attention.main([64], attention.Sizes(heads=4, groups=3))
+        Attention(heads=4, groups=3)
     with pytest.raises(ColossalError, match="--dtype float16: use float32 or float64"):
-        attention.main([64], attention.Sizes(dtype="float16"))
+        Attention(dtype="float16")

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from colossal_mpi import ConfigError
-from colossal_mpi.apps.bench import checkpoint as benchmark
+from colossal_mpi.apps.bench.checkpoint import Checkpoint
 from colossal_mpi.runtime.launcher import inherited
 
 
@@ -44,9 +44,9 @@ def test_it_times_saving_and_loading_beside_plain_files(tmp_path):
     [
         ({"size": 0.0}, "--size 0.0: GiB of the state"),
         ({"repeat": 0}, "--repeat 0: at least one round"),
-        ({"ranks": 0}, "--ranks 0 in a job of 1 ranks"),
+        ({"ranks": 0}, "--ranks 0: a job has at least one rank"),
     ],
 )
 def test_what_it_cannot_do_is_refused(tmp_path, values, message):
     with pytest.raises(ConfigError, match=message):
-        benchmark.checked(**{"size": 1.0, "ranks": 4, "directory": tmp_path, "repeat": 1, "json": None, **values})
+        Checkpoint(**{"ranks": 4, "directory": tmp_path, **values})

@@ -10,6 +10,7 @@ from mpi4py import MPI
 
 from colossal_mpi import ConfigError, Grid
 from colossal_mpi.apps.bench import optimizers
+from colossal_mpi.apps.bench.optimizers import Optimizers
 from colossal_mpi.apps.training.trainer import Trainer
 
 CLI = [sys.executable, "-m", "colossal_mpi.apps.cli", "bench", "optimizers"]
@@ -69,9 +70,9 @@ def test_what_is_no_optimizer_is_refused(text):
 def test_what_is_no_list_of_losses_is_refused(tmp_path):
     (tmp_path / "rows.json").write_text('[{"name": "numpy"}]')
     (tmp_path / "small.toml").write_text(SMALL)
-    cases = optimizers.cases(str(tmp_path / "small.toml"), None, 1, 1, None, ["sgd"])
+    files = {"config": str(tmp_path / "small.toml"), "json": tmp_path / "rows.json"}
     with pytest.raises(ConfigError, match="is no list of losses of this benchmark"):
-        optimizers.main(cases, tmp_path / "rows.json")
+        Optimizers(**files, steps=1, every=1, optimizer=["sgd"]).run()
     with pytest.raises(ConfigError, match="at least 1 of each"):
-        optimizers.cases("demo", None, 0, 1, None, None)
-    assert len(optimizers.cases("demo", None, 1, 1, [3, 3, 4], None)) == 2 * 2 * len(optimizers.RATES)
+        Optimizers(steps=0)
+    assert len(Optimizers(seed=[3, 3, 4]).cases) == 2 * 2 * len(optimizers.RATES)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from colossal_mpi.apps.bench.timeline import Bar, bubble, makespan
+from colossal_mpi.apps.bench.pipeline import Bar, bubble, makespan
 
 CLI = [sys.executable, "-m", "colossal_mpi.apps.cli", "bench", "pipeline"]
 SMALL = ["--layers", "4", "--hidden", "20", "--heads", "5", "--sequence", "7", "--batch", "5", "--vocabulary", "19"]

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from colossal_mpi.apps.bench import train
-from colossal_mpi.apps.bench.steps import Ours, Sizes
+from colossal_mpi.apps.bench.train import Ours, Train
 
 CLI = [sys.executable, "-m", "colossal_mpi.apps.cli", "bench", "train"]
 SMALL = ["--layers", "2", "--hidden", "20", "--heads", "5", "--sequence", "7", "--batch", "3", "--vocabulary", "19"]
@@ -38,8 +38,8 @@ def test_rows_and_table(tmp_path, where):
 
 
 def test_another_model_is_reported(monkeypatch, capsys):
-    do = Ours.do
-    monkeypatch.setattr(Ours, "do", lambda self: do(self) * 1.01)
-    options = train.checked(Sizes(1, 6, 2, 5, 2, 11), None, "none", ["reference", "pytorch"], 1, None)
-    assert train.main(options) == 1
+    step = Ours.step
+    monkeypatch.setattr(Ours, "step", lambda self: step(self) * 1.01)
+    sizes = {"layers": 1, "hidden": 6, "heads": 2, "sequence": 5, "batch": 2, "vocabulary": 11}
+    assert Train(**sizes, kernels=["reference", "pytorch"], repeat=1).run() == 1
     assert "reference: wrong: its losses differ from PyTorch's by 1.0e-02" in capsys.readouterr().out
