@@ -1,4 +1,9 @@
-"""A named Cartesian topology of MPI ranks."""
+"""Grids: MPI ranks arranged along named axes, their communicators and their device.
+
+Every array lies on a grid. The packages above ask it for communicators and blocks, and keep what they plan for it in a
+`GridCache`. It calls MPI, `colossal_mpi.platform` for the device and the shared memory, and `colossal_mpi.meta` for
+grids without ranks.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,7 @@ import math
 import operator
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -18,6 +23,7 @@ from colossal_mpi import layout
 from colossal_mpi.errors import GridError
 from colossal_mpi.meta import communicator
 from colossal_mpi.platform import backend, cuda_aware, shared_memory
+from colossal_mpi.platform.backend import Block
 
 
 def world_size() -> int:
@@ -36,35 +42,38 @@ class Grid:
     Parameters
     ----------
     comm : mpi4py.MPI.Intracomm, optional
-        The ranks; ``COMM_WORLD`` by default.
+        The communicator of the ranks; ``COMM_WORLD`` by default.
     device : {"auto", "cpu", "cuda"}
-        Where blocks are made: ``auto`` takes a GPU (by node-local rank) if CuPy finds one.
+        The device on which blocks are made. ``auto`` takes a GPU, by the rank on the node, if CuPy finds one.
     **axes : int
-        Size of each axis; the order of the keywords is the order of the axes. The product must be the number
-        of ranks.
+        The size of each axis, outermost first. The product must be the number of ranks.
 
     Attributes
     ----------
     axes : mapping of str to int
-        Sizes by name, outermost first.
+        The size of each axis, outermost first.
     coords : mapping of str to int
         This rank's coordinate on each axis.
     rank, size : int
         This rank in row-major order of the coordinates, and the number of ranks.
     device : str
         ``"cpu"`` or ``"cuda:<i>"``.
+    xp : array namespace
+        The array library in which blocks of this grid are made.
     awareness : Awareness
-        Whether blocks on a GPU are given to MPI as they are or staged through host memory, and why.
-
-    Notes
-    -----
-    **Communication:** collective over `comm`: one ``MPI_Cart_create`` with reorder off. Sub-communicators are made by
-    ``MPI_Cart_sub`` when first used, and kept.
+        Whether blocks on a GPU are given to MPI as they are or copied through host memory, and why.
+    shares : bool
+        Whether ranks of one node read each other's large blocks where they lie; the same on all ranks.
 
     Raises
     ------
     GridError
         If a size is not a positive integer or the product is not the number of ranks.
+
+    Notes
+    -----
+    **Communication:** collective over `comm`: one ``MPI_Cart_create`` without reordering. Sub-communicators are made by
+    ``MPI_Cart_sub`` when they are first used, and kept.
 
     Examples
     --------
@@ -84,7 +93,6 @@ class Grid:
         self._node: int = node.bcast(comm.Get_rank())
         self.awareness = cuda_aware.agreed(self.device, comm, node)
         self.shares: bool = comm.allreduce(self.device == "cpu" and shared_memory.wanted(), MPI.LAND)
-        """Whether ranks of one node read each other's large blocks where they lie; the same on all ranks."""
         node.Free()
         self._part = False
         self._settle({axis: operator.index(size) for axis, size in axes.items()})
@@ -93,15 +101,21 @@ class Grid:
     def meta(cls, rank: int = 0, **axes: int) -> Grid:
         """Return a grid of any number of ranks as one of them sees it, without the others and without memory.
 
-        What runs on it is a dry run: blocks have shapes and dtypes alone (`colossal_mpi.meta.array`), messages come and
-        go without effect and are entered into the ledger as ever. What all ranks collect is as if all had told the
-        same.
+        What runs on it is a dry run: blocks are meta arrays (`colossal_mpi.meta`), which have only a shape and a dtype.
+        Messages have no effect and are entered into the ledger as ever. What all ranks collect is what this rank says,
+        from each of them.
 
         Parameters
         ----------
         rank : int
+            The rank that this process plays.
         **axes : int
-            Size of each axis.
+            The size of each axis, outermost first.
+
+        Returns
+        -------
+        Grid
+            The grid.
 
         Raises
         ------
@@ -126,7 +140,7 @@ class Grid:
 
     @property
     def is_meta(self) -> bool:
-        """Whether its blocks have no memory."""
+        """Whether the blocks of this grid are meta arrays, which have no memory."""
         return self.device.startswith(communicator.NAME)
 
     def _settle(self, axes: dict[str, int]) -> None:
@@ -136,36 +150,91 @@ class Grid:
         self._subs: dict[tuple[str, ...], MPI.Intracomm] = {tuple(axes): self._cart}
         self._slices: dict[tuple[tuple[str, int], ...], Grid] = {}
         self.xp = backend.device_namespace(self.device)
-        """The array namespace in which blocks of this grid are made."""
         self._peers: dict[tuple[str, ...], list[shared_memory.Memory] | None] = {}
         self._numbers: dict[tuple[str, ...], Iterator[int]] = {}
 
     def coords_of(self, rank: int, axes: Sequence[str] | None = None) -> dict[str, int]:
-        """Return the coordinates of `rank` in the group spanned by `axes` (all of them by default)."""
-        group = tuple(self.axes) if axes is None else self.ordered(axes)
-        return layout.coords_of(rank, {axis: self.axes[axis] for axis in group})
+        """Return the coordinates of a rank of a group.
 
-    def ordered(self, axes: Sequence[str]) -> tuple[str, ...]:
-        """Return `axes` in the order of the grid, which is the order of ranks in their group.
+        Parameters
+        ----------
+        rank : int
+            A rank of the group.
+        axes : sequence of str, optional
+            The axes that span the group; all of them by default.
+
+        Returns
+        -------
+        dict of str to int
+            The coordinate on each axis of the group.
 
         Raises
         ------
         GridError
-            If one of them is not of the grid.
+            If the grid has no such axis.
         """
-        alien = [axis for axis in axes if axis not in self.axes]
-        if alien:
-            raise GridError(f"no axis {', '.join(map(repr, alien))} on {self}")
+        group = tuple(self.axes) if axes is None else self.ordered(axes)
+        return layout.coords_of(rank, {axis: self.axes[axis] for axis in group})
+
+    def ordered(self, axes: Sequence[str]) -> tuple[str, ...]:
+        """Return axes in the order of the grid, which orders the ranks of their group.
+
+        Parameters
+        ----------
+        axes : sequence of str
+            Axes of the grid, in any order.
+
+        Returns
+        -------
+        tuple of str
+            The axes, outermost first.
+
+        Raises
+        ------
+        GridError
+            If the grid has no such axis.
+        """
+        unknown = [axis for axis in axes if axis not in self.axes]
+        if unknown:
+            raise GridError(f"no axis {', '.join(map(repr, unknown))} on {self}")
         return tuple(axis for axis in self.axes if axis in axes)
 
     def extent(self, axes: Sequence[str]) -> int:
-        """Return the number of ranks of the group spanned by `axes`."""
+        """Return the number of ranks of a group.
+
+        Parameters
+        ----------
+        axes : sequence of str
+            The axes that span the group.
+
+        Returns
+        -------
+        int
+            The product of their sizes.
+        """
         return math.prod(self.axes[axis] for axis in axes)
 
     def comm(self, axes: Sequence[str]) -> MPI.Intracomm:
-        """Return the communicator of the ranks that differ from this one only along `axes`.
+        """Return the communicator of the ranks that differ from this rank only along some axes.
 
-        Its ranks are in row-major order of the grid's axes. Collective over the grid when first called for `axes`.
+        Parameters
+        ----------
+        axes : sequence of str
+            The axes that span the group.
+
+        Returns
+        -------
+        mpi4py.MPI.Intracomm
+            The communicator, whose ranks are in row-major order of the axes of the grid.
+
+        Raises
+        ------
+        GridError
+            If the grid has no such axis.
+
+        Notes
+        -----
+        **Communication:** collective over the grid when it is first called for these axes.
         """
         key = self.ordered(axes)
         if key not in self._subs:
@@ -173,37 +242,89 @@ class Grid:
         return self._subs[key]
 
     def number(self, axes: Sequence[str]) -> int:
-        """Return how many numbers were taken of the group spanned by `axes`: all of its ranks that take one get it."""
+        """Return the next number of a group: 0, 1, 2, ...
+
+        Ranks that take their numbers in the same order get the same number for the same operation, without
+        communication.
+
+        Parameters
+        ----------
+        axes : sequence of str
+            The axes that span the group.
+
+        Returns
+        -------
+        int
+            The number.
+        """
         return next(self._counter(self.ordered(axes)))
 
     def _counter(self, key: tuple[str, ...]) -> Iterator[int]:
         return self._numbers.setdefault(key, itertools.count())
 
     def peers(self, axes: Sequence[str]) -> list[shared_memory.Memory] | None:
-        """Return the shareable memory of each rank of the group spanned by `axes`, None if they cannot all be read.
+        """Return the shareable memory of each rank of a group, for reading.
 
-        Collective over the group when first called for `axes`; all of its ranks get None or none of them does.
+        Parameters
+        ----------
+        axes : sequence of str
+            The axes that span the group.
+
+        Returns
+        -------
+        list of mmap.mmap or None
+            The memory of rank 0, 1, ... of the group; None, on all of its ranks, if not all of it can be read.
+
+        Notes
+        -----
+        **Communication:** collective over the group when it is first called for these axes.
         """
         key = self.ordered(axes)
         if not self.shares:
             return None
         if key not in self._peers:
             group = self.comm(key)
-            told = group.allgather((self._node, shared_memory.address()))
-            near = all(node == self._node and where for node, where in told)
-            found = [shared_memory.mapped(where) for _, where in told] if near else [None]
-            known = [memory for memory in found if memory is not None]
-            self._peers[key] = known if all(group.allgather(len(known) == len(told))) else None
+            addresses = group.allgather((self._node, shared_memory.address()))
+            near = all(node == self._node and address for node, address in addresses)
+            mapped = [shared_memory.mapped(address) for _, address in addresses] if near else [None]
+            memories = [memory for memory in mapped if memory is not None]
+            self._peers[key] = memories if all(group.allgather(len(memories) == len(addresses))) else None
         return self._peers[key]
 
-    def empty(self, shape: Sequence[int], dtype: Any) -> Any:
-        """Return an uninitialised block of this grid's device; a large one where the ranks of the node can read it."""
+    def empty(self, shape: Sequence[int], dtype: Any) -> Block:
+        """Return an uninitialised block on this grid's device.
+
+        Parameters
+        ----------
+        shape : sequence of int
+            The shape of the block.
+        dtype : dtype or str
+            The dtype of its elements.
+
+        Returns
+        -------
+        array
+            The block; a large one lies where the other ranks of the node can read it.
+        """
         if self.shares and self.size > 1:
             return shared_memory.empty(shape, backend.numpy_dtype(dtype))
         return self.xp.empty(tuple(shape), dtype=backend.dtype_of(self.xp, dtype))
 
-    def own(self, block: Any, dtype: Any = None) -> Any:
-        """Return a copy of an array as a block of this grid's device, made as `empty` makes one."""
+    def own(self, block: Any, dtype: Any = None) -> Block:
+        """Return a copy of an array as a block on this grid's device.
+
+        Parameters
+        ----------
+        block : array_like
+            The values.
+        dtype : dtype or str, optional
+            The dtype of the copy; by default that of the values.
+
+        Returns
+        -------
+        array
+            The copy; a large one lies where the other ranks of the node can read it.
+        """
         if not (self.shares and self.size > 1):
             return self.xp.asarray(block, dtype=backend.dtype_of(self.xp, dtype), copy=True)
         whole = np.asarray(block)
@@ -212,14 +333,31 @@ class Grid:
         return copy
 
     def at(self, **coords: int) -> Grid:
-        """Return the sub-grid without the named axes that holds the ranks with these coordinates.
+        """Return the sub-grid of the ranks at some coordinates, without these axes.
 
-        Collective over the ranks of the sub-grid's siblings: every rank passes its own coordinates.
+        Parameters
+        ----------
+        **coords : int
+            This rank's coordinate on each axis that the sub-grid leaves out.
+
+        Returns
+        -------
+        Grid
+            The sub-grid, the same object each time.
 
         Raises
         ------
         GridError
-            If an axis is unknown or this rank does not lie there.
+            If the grid has no such axis or this rank does not lie there.
+
+        Notes
+        -----
+        **Communication:** collective over the grid when it is first called for these axes: every rank passes its own
+        coordinates.
+
+        Examples
+        --------
+        >>> layer = grid.at(depth=grid.coords["depth"])
         """
         self.ordered(tuple(coords))
         if any(self.coords[axis] != index for axis, index in coords.items()):
@@ -232,25 +370,41 @@ class Grid:
             sub.device, sub.awareness, sub._part = self.device, self.awareness, True
             sub.parent = self
             sub._settle(rest)
-            sub._numbers[tuple(rest)] = self._counter(tuple(rest))  # of one communicator
+            sub._numbers[tuple(rest)] = self._counter(tuple(rest))  # both use one communicator
             self._slices[key] = sub
         return self._slices[key]
 
     def has(self, other: Grid) -> bool:
-        """Say whether a grid is one of those that `at` has made of this one."""
+        """Say whether `at` has made another grid of this one.
+
+        Parameters
+        ----------
+        other : Grid
+            Another grid.
+
+        Returns
+        -------
+        bool
+            Whether it is a sub-grid of this one.
+        """
         return any(sub is other for sub in self._slices.values())
 
     def free(self) -> None:
-        """Free the communicators of this grid; MPI has some two thousand of them. Collective; the grid ends.
+        """Free the communicators of this grid, of which MPI has some two thousand; the grid cannot be used any more.
 
-        A grid is also a context manager that does so at its end. A sub-grid's own communicator is its parent's.
+        A grid is also a context manager that frees them at its end. The communicator of all ranks of a sub-grid belongs
+        to its parent and is not freed.
+
+        Notes
+        -----
+        **Communication:** collective over the grid.
         """
         self._release()
         if self.axes and not self._part:
             self._cart.Free()
 
     def _release(self) -> None:
-        """Free what was made of this grid's own communicator."""
+        """Free the communicators that were made of this grid's own one, and what caches keep for the grid."""
         GridCache.forget(self)
         for sub in self._slices.values():
             sub._release()
@@ -266,7 +420,7 @@ class Grid:
         self.free()
 
     def __deepcopy__(self, memo: Any) -> Grid:
-        return self  # communicators have no copy that one rank could make: copied arrays stay on their grid
+        return self  # one rank alone cannot copy communicators: copied arrays stay on their grid
 
     def __repr__(self) -> str:
         return f"Grid({_text(self.axes)})" if self.axes else "Grid()"
@@ -323,7 +477,7 @@ class GridCache(Generic[K, V]):
             cache._of.pop(grid, None)
 
 
-def _text(axes: Any) -> str:
+def _text(axes: Mapping[str, int]) -> str:
     return ", ".join(f"{axis}={size}" for axis, size in axes.items())
 
 

@@ -1,7 +1,8 @@
-"""The book-keeper: what every collective moved, where and when, and what was computed meanwhile.
+"""The ledger: what every collective moved, where and when, and what the rank computed meanwhile.
 
-Words are counted by one table, which the formulas of the documentation use too (n: the whole array, own:
-this rank's block, p: the ranks of the group):
+`colossal_mpi.comm` enters every transfer; users, tests and the apps open records and read them. It calls the signal
+handlers of ``runtime``, which print the last collectives of a rank that hangs. Words are counted by one table, which
+the formulas of the documentation use too (n: the whole array, own: this rank's block, p: the ranks of the group):
 
 =================  =============================================
 allgather          what arrives: n - own
@@ -14,9 +15,9 @@ receive            what arrives of a message to one rank
 send               nothing
 =================  =============================================
 
-Times are in seconds of ``time.perf_counter``, one clock for all ranks of a node; those of a dry run may be of a clock
-that knows what a machine would take (`timed_by`). What goes on while the rank computes
-was begun at one time and waited for at another: the spans of computation between the two hide it.
+Times are in seconds of ``time.perf_counter``, one clock for all ranks of a node. A dry run replaces it by a clock that
+knows how long a machine would take (`timed_by`). Communication that goes on while the rank computes is begun at one
+time and waited for at another; the computation between the two hides it.
 """
 
 from __future__ import annotations
@@ -47,77 +48,113 @@ _MOVERS = (
     "linalg/contraction/operands",
     "linalg/contraction/execute",
 )
+"""The modules of the communication code, which `site` skips."""
 _BELOW = {contextlib.__file__, *(f"{_CORE}/{name}.py" for name in _MOVERS)}
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One collective, as this rank saw it."""
+    """One collective, as this rank saw it.
+
+    Parameters
+    ----------
+    op : str
+        The name of the operation, from the table of the module.
+    axes : tuple of str
+        The grid axes that span the group.
+    words : int
+        The array elements that this rank received from others.
+    bytes : int
+        The bytes of these elements.
+    site : str
+        ``file:line`` of the first caller outside the communication code.
+    begun, posted, waited, ended : float
+        The times in seconds when the operation began, when the rank was free to go on (`begun` if it had to wait for
+        the end), when it came back to wait, and when the operation was over.
+    """
 
     op: str
     axes: tuple[str, ...]
-    """The grid axes that span the group."""
     words: int
-    """Array elements received by this rank from others."""
     bytes: int
     site: str
-    """``file:line`` of the first caller outside the communication code."""
     begun: float
     posted: float
-    """When the rank was free to go on; `begun` if it was not before the end."""
     waited: float
-    """When it came back to wait for it."""
     ended: float
 
     @property
     def seconds(self) -> float:
-        """The time that the rank itself spent on it: from `begun` to `posted` and from `waited` to `ended`."""
+        """The seconds that the rank itself spent on it: from `begun` to `posted` and from `waited` to `ended`."""
         return (self.posted - self.begun) + (self.ended - self.waited)
 
     @property
     def axis(self) -> str:
-        """The axes, joined by ``,``."""
+        """The axes, joined by commas."""
         return ",".join(self.axes)
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A computation of this rank, communication that it waits for included."""
+    """A computation of this rank, with the communication that it waits for.
+
+    Parameters
+    ----------
+    kind : {"forward", "backward", "weight", "update"}
+        The kind of computation.
+    begun, ended : float
+        The times in seconds.
+    depth : int
+        The number of spans that contain it.
+    what : dict
+        What was computed: ``microbatch``, ``chunk``, ``layer``.
+    """
 
     kind: str
-    """``forward``, ``backward``, ``weight`` or ``update``."""
     begun: float
     ended: float
     depth: int
-    """How many spans it lies in."""
     what: dict[str, Any]
-    """``microbatch``, ``chunk``, ``layer``: what it was of."""
 
 
-@dataclass(eq=False)  # records are told apart by identity: two empty ones are not the same
+@dataclass(eq=False)  # two empty records are not the same record
 class Record:
-    """The events and spans of one ``with ledger.record()`` block, each entered at its end, and their sums."""
+    """The events and spans of one ``with ledger.record()`` block, and their sums.
+
+    Parameters
+    ----------
+    events : list of Event
+        The collectives, in the order of their ends.
+    spans : list of Span
+        The computations, in the order of their ends.
+    """
 
     events: list[Event] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
 
     @property
     def words(self) -> int:
-        """Array elements that this rank received."""
+        """The array elements that this rank received."""
         return sum(event.words for event in self.events)
 
     @property
     def bytes(self) -> int:
-        """Bytes that this rank received."""
+        """The bytes that this rank received."""
         return sum(event.bytes for event in self.events)
 
     @property
     def seconds(self) -> float:
-        """Seconds that this rank spent inside collectives."""
+        """The seconds that this rank spent inside collectives."""
         return sum(event.seconds for event in self.events)
 
     def by_axis(self) -> dict[str, int]:
-        """Return the words received over each group of axes."""
+        """Return the words received over each group of axes.
+
+        Returns
+        -------
+        dict of str to int
+            The words, by the names of the axes joined by commas.
+        """
         sums: dict[str, int] = {}
         for event in self.events:
             sums[event.axis] = sums.get(event.axis, 0) + event.words
@@ -126,12 +163,17 @@ class Record:
 
 _open: list[Record] = []
 _recent: deque[tuple[Any, ...]] = deque(maxlen=20)
-"""The last collectives of this rank, recorded or not, as the values of their events: plain tuples cost a third."""
+"""The values of this rank's last events, recorded or not: a plain tuple costs a third of an event."""
 
 
 @contextmanager
 def record() -> Iterator[Record]:
     """Collect the events of this rank until the block ends; blocks may nest.
+
+    Yields
+    ------
+    Record
+        The record, which fills while the block runs.
 
     Examples
     --------
@@ -148,7 +190,7 @@ def record() -> Iterator[Record]:
 
 
 def site() -> str:
-    """Return ``file:line`` of the first caller outside the communication code, "" if no record is open."""
+    """Return ``file:line`` of the first caller outside the communication code; "" if no record is open."""
     if not _open:
         return ""
     frame = sys._getframe(1)
@@ -158,20 +200,20 @@ def site() -> str:
 
 
 class Clock(Protocol):
-    """What tells the time, and lets it pass until messages have come."""
+    """A source of times, which can let time pass until messages have come."""
 
     def now(self) -> float:
-        """Return a time in seconds."""
+        """Return the time in seconds."""
 
     def arrival(self, op: str, axes: Sequence[str], nbytes: int) -> float:
-        """Return when a collective that begins now will have brought so many bytes."""
+        """Return the time when a collective that begins now will have brought `nbytes` bytes."""
 
     def wait(self, until: float) -> None:
-        """Let time pass, which of its own does not."""
+        """Let time pass until then; a real clock does so by itself."""
 
 
 class _Wall:
-    """The clock on the wall: a collective has come when MPI says so."""
+    """The real clock: a collective has come when MPI says so."""
 
     now = staticmethod(time.perf_counter)
 
@@ -186,10 +228,10 @@ clock: Clock = _Wall()
 
 
 @contextmanager
-def timed_by(other: Clock) -> Iterator[None]:
-    """Take all times from another clock until the block ends."""
+def timed_by(replacement: Clock) -> Iterator[None]:
+    """Take all times from another clock until the context ends."""
     global clock
-    before, clock = clock, other
+    before, clock = clock, replacement
     try:
         yield
     finally:
@@ -207,10 +249,10 @@ def post(
     due: float | None = None,
     where: str = "",
 ) -> None:
-    """Enter a collective that ends now into the open records; it began at `begun`, by the clock.
+    """Enter a collective that ends now into the open records; it began at `begun`.
 
-    One that the rank did not wait for at once was posted and waited for at those times, from the site `where`, and was
-    to come when the clock said.
+    For a collective that went on while the rank computed, `posted` and `waited` are the times of `Event`, `where` is
+    the site that began it and `due` the time when it was expected to come.
     """
     clock.wait(clock.arrival(op, axes, words * itemsize) if due is None else due)
     now = clock.now()
@@ -223,6 +265,7 @@ def post(
 
 
 def _history() -> Iterator[str]:
+    """Yield lines about the last collectives, for the report of a rank that hangs."""
     now = time.perf_counter()
     yield f"the last {len(_recent)} collectives, the oldest first:"
     for values in list(_recent):
@@ -235,11 +278,11 @@ signals.sources.append(_history)
 
 
 class _Measured:
-    """The context of a span."""
+    """The context that enters a span into the open records."""
 
     __slots__ = ("begun", "kind", "what")
     depth = 0
-    """How many of them are open."""
+    """The number of spans that are open."""
 
     def __init__(self, kind: str, what: dict[str, Any]) -> None:
         self.kind, self.what = kind, what
@@ -250,22 +293,28 @@ class _Measured:
 
     def __exit__(self, *_: object) -> None:
         _Measured.depth -= 1
-        made = Span(self.kind, self.begun, clock.now(), _Measured.depth, self.what)
+        measured = Span(self.kind, self.begun, clock.now(), _Measured.depth, self.what)
         for rec in _open:
-            rec.spans.append(made)
+            rec.spans.append(measured)
 
 
 _unmeasured = contextlib.nullcontext()
 
 
 def span(kind: str, **what: Any) -> contextlib.AbstractContextManager[None]:
-    """Enter the computation inside the context into the open records; without one it costs next to nothing.
+    """Enter the computation inside the context into the open records; without a record it costs next to nothing.
 
     Parameters
     ----------
     kind : {"forward", "backward", "weight", "update"}
+        The kind of computation.
     **what
-        ``microbatch``, ``chunk``, ``layer``.
+        What is computed: ``microbatch``, ``chunk``, ``layer``.
+
+    Returns
+    -------
+    context manager
+        The context.
 
     Examples
     --------

@@ -1,8 +1,11 @@
-"""Random arrays whose elements are a function of (seed, stream, global index) alone.
+"""Random arrays whose elements depend on the seed, the name of the stream and the global index alone.
 
-The generator is Philox4x32-10: a keyed bijection of a 128-bit counter. The counter of an element is made of its
-row (all leading dims) and its column, so that a rank makes its own block and nothing else, and the global array
-is bitwise the same on any grid. Each counter gives two lanes of 64 bits.
+Models draw their initial weights and dropout masks from it, tests and benchmarks their arrays. It makes the blocks of a
+`DistArray` with NumPy, or masks with the array library of the block.
+
+The generator is Philox4x32-10, a keyed bijection of a 128-bit counter. The counter of an element consists of its row
+(the index in all leading dims) and its column. So each rank makes its own block alone, and the global array is bitwise
+the same on any grid. Each counter gives two numbers of 64 bits.
 
 References
 ----------
@@ -13,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,17 +34,25 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW, _SHIFT = 0xFFFFFFFF, 32
 _LANES = 2
 _AT_ONCE = 1 << 14
-"""Counters of a mask that are made at a time, for their words to stay in a core's cache."""
+"""The counters of a mask that are made at a time, so that their words stay in the cache of a core."""
 
 
 def philox(counter: Sequence[Block], key: tuple[int, int], rounds: int = 10) -> list[Block]:
-    """Return the four 32-bit words (as uint64) of Philox4x32 for arrays of counters, of any library.
+    """Return the four 32-bit words (as uint64) of Philox4x32 for arrays of counters.
 
     Parameters
     ----------
-    counter : four arrays of uint64
-        The words of the counter, each below 2**32, of shapes that broadcast.
-    key : two int below 2**32
+    counter : sequence of four arrays of uint64
+        The words of the counters, each below 2**32, of shapes that broadcast; of any array library.
+    key : (int, int)
+        The key, two words below 2**32.
+    rounds : int
+        The number of rounds.
+
+    Returns
+    -------
+    list of four arrays of uint64
+        The words, each below 2**32.
     """
     x0, x1, x2, x3 = counter
     k0, k1 = key
@@ -58,14 +69,15 @@ def philox(counter: Sequence[Block], key: tuple[int, int], rounds: int = 10) -> 
 
 
 def _key(seed: int, stream: str) -> tuple[int, int]:
+    """Return the key of a stream, a hash of the seed and its name."""
     digest = hashlib.blake2b(f"{seed}/{stream}".encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
 def _counters(box: Box, shape: Sequence[int], lanes: int) -> tuple[np.ndarray, np.ndarray, slice]:
-    """Return rows ``[rows, 1]`` and columns ``[1, counters]`` of all counters that touch `box`, and what to keep.
+    """Return the rows ``[rows, 1]`` and columns ``[1, counters]`` of all counters whose numbers are needed in a box.
 
-    A counter has numbers for `lanes` columns; those to keep are of the first to the last of the box.
+    A counter has numbers for `lanes` columns of the array. The slice selects the columns of the box from them.
     """
     rows: np.ndarray = np.zeros((1,), np.uint64)
     for (start, stop), n in zip(box[:-1], shape[:-1], strict=True):
@@ -77,22 +89,24 @@ def _counters(box: Box, shape: Sequence[int], lanes: int) -> tuple[np.ndarray, n
 
 
 def _counter(rows: Block, columns: Block) -> tuple[Block, Block, Block, Block]:
+    """Return the four 32-bit words of counters."""
     return columns & _LOW, columns >> _SHIFT, rows & _LOW, rows >> _SHIFT
 
 
 def _words(box: Box, shape: Sequence[int], seed: int, stream: str) -> tuple[list[np.ndarray], slice]:
-    """Return the two 64-bit lanes of all counters that touch `box`, ``[rows, counters]``, and the columns to keep."""
+    """Return the two 64-bit numbers of the counters of a box, each ``[rows, counters]``, and the columns to keep."""
     rows, columns, keep = _counters(box, shape, _LANES)
     a, b, c, d = philox(_counter(rows, columns), _key(seed, stream))
     return [(a << _SHIFT) | b, (c << _SHIFT) | d], keep
 
 
 def _unit(word: np.ndarray) -> np.ndarray:
-    """Return 64-bit words as float64 in [0, 1), 53 bits of each."""
+    """Return 64-bit words as float64 in [0, 1), from 53 bits of each."""
     return (word >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _interleave(lanes: Sequence[np.ndarray], keep: slice, box: Box) -> np.ndarray:
+    """Return the block of a box from the numbers of its counters."""
     rows, counters = lanes[0].shape
     return np.stack(lanes, axis=-1).reshape(rows, counters * _LANES)[:, keep].reshape(box_shape(box))
 
@@ -104,14 +118,21 @@ def uniform_block(box: Box, shape: Sequence[int], seed: int, stream: str) -> np.
 
 
 def uniform_at(rows: np.ndarray, columns: np.ndarray, seed: int, stream: str) -> np.ndarray:
-    """Return float64 numbers in [0, 1) at places of the endless matrix of which `uniform_block` gives blocks.
+    """Return float64 numbers in [0, 1) at some places of the infinite matrix that `uniform_block` gives blocks of.
 
     Parameters
     ----------
     rows, columns : arrays of int
-        Of one shape, from 0.
-    seed, stream
-        As `uniform` takes them.
+        The indices of the places, from 0; of one shape.
+    seed : int
+        The seed.
+    stream : str
+        The name of the stream.
+
+    Returns
+    -------
+    numpy.ndarray
+        The numbers, of the shape of `rows`.
     """
     places = np.asarray(columns, np.uint64)
     a, b, c, d = philox(_counter(np.asarray(rows, np.uint64), places // np.uint64(_LANES)), _key(seed, stream))
@@ -119,24 +140,30 @@ def uniform_at(rows: np.ndarray, columns: np.ndarray, seed: int, stream: str) ->
 
 
 def kept_block(box: Box, shape: Sequence[int], seed: int, stream: str, rate: float, xp: Any = np) -> Block:
-    """Return the bool block at `box` of the global array that is false with probability `rate`, as a dropout mask is.
+    """Return the block at a box of a global bool array whose elements are False with probability `rate`.
 
-    The rate is rounded to a multiple of 2**-32: an element is a 32-bit word, four to a counter, against a threshold.
-    Seven rounds are enough for a mask (Salmon et al., Table 2). The first entry of `shape` bounds nothing, so that a
-    box may be of any later samples.
+    It is the mask of dropout. The rate is rounded to a multiple of 2**-32: each element compares a 32-bit word, of the
+    four words of a counter, with a threshold. Seven rounds are enough for a mask (Salmon et al., Table 2).
 
     Parameters
     ----------
     box : box of int
-        Of one dim or more.
+        The range of each of one or more dims.
     shape : tuple of int
-        The global shape.
+        The global shape. Its first entry bounds nothing, so that a box may lie at any later samples.
     seed : int
+        The seed.
     stream : str
+        The name of the stream.
     rate : float
-        From 0 to 1.
+        The probability of False, from 0 to 1.
     xp : array namespace
-        Of the library that makes the block.
+        The library that makes the block.
+
+    Returns
+    -------
+    array of bool
+        The block.
     """
     if xp is MetaArray.namespace:
         return xp.empty(box_shape(box), dtype=xp.bool)
@@ -146,9 +173,9 @@ def kept_block(box: Box, shape: Sequence[int], seed: int, stream: str, rate: flo
     kept = xp.empty((rows.shape[0], count, 4), dtype=xp.bool)
     step = max(1, _AT_ONCE // max(1, count))
     for first in range(0, rows.shape[0], step):
-        some = slice(first, min(first + step, rows.shape[0]))
-        for lane, word in enumerate(philox(_counter(rows[some, :], columns), key, rounds=7)):
-            kept[some, :, lane] = word >= threshold
+        batch = slice(first, min(first + step, rows.shape[0]))
+        for lane, word in enumerate(philox(_counter(rows[batch, :], columns), key, rounds=7)):
+            kept[batch, :, lane] = word >= threshold
     return xp.reshape(xp.reshape(kept, (rows.shape[0], 4 * count))[:, keep], box_shape(box))
 
 
@@ -160,7 +187,15 @@ def normal_block(box: Box, shape: Sequence[int], seed: int, stream: str) -> np.n
     return _interleave([radius * np.cos(angle), radius * np.sin(angle)], keep, box)
 
 
-def _distributed(maker: Any, shape: Any, grid: Grid, layout: Layout, seed: int, stream: str) -> DistArray:
+def _distributed(
+    maker: Callable[[Box, Sequence[int], int, str], np.ndarray],
+    shape: Sequence[int],
+    grid: Grid,
+    layout: Layout,
+    seed: int,
+    stream: str,
+) -> DistArray:
+    """Return the array whose blocks a function makes."""
     shape = tuple(shape)
     layout = layout.on(grid.axes, len(shape))
     if math.prod(shape[:-1]) > 2**64:
@@ -176,33 +211,78 @@ def _distributed(maker: Any, shape: Any, grid: Grid, layout: Layout, seed: int, 
 
 
 def uniform(shape: Sequence[int], grid: Grid, layout: Layout, seed: int = 0, stream: str = "") -> DistArray:
-    """Return float64 numbers in [0, 1), bitwise the same global array on every grid and in every layout.
+    """Return uniform random numbers in [0, 1), bitwise the same global array on every grid and in every layout.
 
     Parameters
     ----------
     shape : tuple of int
+        The global shape.
     grid : Grid
+        The ranks.
     layout : Layout
-        Without partial axes.
+        A layout without partial axes.
     seed : int
+        The seed.
     stream : str
-        Name of the array; arrays of different names are independent.
+        The name of the array: arrays of different names are independent.
+
+    Returns
+    -------
+    DistArray
+        The array, of dtype float64.
 
     Raises
     ------
     LayoutError
         If `layout` does not fit the shape or the grid, or has partial axes.
+    ShapeError
+        If the leading dims have more than 2**64 rows together.
 
     Notes
     -----
     **Communication:** none.
+
+    Examples
+    --------
+    >>> A = random.uniform((4096, 1024), grid, Layout("row", "col"), stream="A")
     """
     return _distributed(uniform_block, shape, grid, layout, seed, stream)
 
 
 def normal(shape: Sequence[int], grid: Grid, layout: Layout, seed: int = 0, stream: str = "") -> DistArray:
-    """Return standard normal float64 numbers, bitwise the same global array on every grid and in every layout.
+    """Return standard normal random numbers, bitwise the same global array on every grid and in every layout.
 
-    Parameters are those of `uniform`. **Communication:** none.
+    Parameters
+    ----------
+    shape : tuple of int
+        The global shape.
+    grid : Grid
+        The ranks.
+    layout : Layout
+        A layout without partial axes.
+    seed : int
+        The seed.
+    stream : str
+        The name of the array: arrays of different names are independent.
+
+    Returns
+    -------
+    DistArray
+        The array, of dtype float64.
+
+    Raises
+    ------
+    LayoutError
+        If `layout` does not fit the shape or the grid, or has partial axes.
+    ShapeError
+        If the leading dims have more than 2**64 rows together.
+
+    Notes
+    -----
+    **Communication:** none.
+
+    Examples
+    --------
+    >>> A = random.normal((4096, 1024), grid, Layout("row", "col"), stream="A")
     """
     return _distributed(normal_block, shape, grid, layout, seed, stream)
