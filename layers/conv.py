@@ -11,8 +11,7 @@ from colossal_mpi.layers.layer import Context, Later, Layer
 from colossal_mpi.layers.parallelism import Parallelism
 from colossal_mpi.layers.parameter import Parameter
 from colossal_mpi.layout import Layout
-from colossal_mpi.linalg.contraction.contract import contract
-from colossal_mpi.linalg.contraction.subscripts import adjoints, parse
+from colossal_mpi.linalg.contraction import adjoints, contract, parse
 from colossal_mpi.platform import backend
 
 Pair = tuple[int, int]

@@ -13,7 +13,7 @@ from colossal_mpi.layers.parallelism import Parallelism
 from colossal_mpi.layers.parameter import Parameter
 from colossal_mpi.layers.positions import given_positions
 from colossal_mpi.layout import Layout
-from colossal_mpi.linalg.contraction.subscripts import map_layout
+from colossal_mpi.linalg.contraction import map_layout
 from colossal_mpi.platform import backend
 
 

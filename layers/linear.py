@@ -12,8 +12,7 @@ from colossal_mpi.layers.parallelism import Parallelism, Product
 from colossal_mpi.layers.parameter import Parameter
 from colossal_mpi.layers.replay import kept, taken
 from colossal_mpi.layout import Layout
-from colossal_mpi.linalg.contraction.contract import contract
-from colossal_mpi.linalg.contraction.subscripts import adjoints, parse
+from colossal_mpi.linalg.contraction import adjoints, contract, parse
 from colossal_mpi.platform import backend
 
 

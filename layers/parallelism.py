@@ -40,7 +40,7 @@ from colossal_mpi.errors import GridError, OptionError
 from colossal_mpi.grid import Grid
 from colossal_mpi.layers.order import zigzag
 from colossal_mpi.layout import Axes, Layout, bounds
-from colossal_mpi.linalg.contraction.subscripts import Subscripts, layout_map, map_layout, parse
+from colossal_mpi.linalg.contraction import Subscripts, layout_map, map_layout, parse
 
 INNER = "inner"
 """In a template's map, stands for the letter that cuts the inside of a block: f, the heads a, or the vocabulary v."""

@@ -41,7 +41,7 @@ from colossal_mpi.layers.norm import RMSNorm
 from colossal_mpi.layers.pooling import FirstPool, MeanPool, Pool2d
 from colossal_mpi.layers.recompute import Discard, Recompute
 from colossal_mpi.layers.softmax import Softmax
-from colossal_mpi.linalg.contraction.subscripts import parse
+from colossal_mpi.linalg.contraction import parse
 
 
 @dataclass(frozen=True)

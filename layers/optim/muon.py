@@ -13,7 +13,7 @@ from colossal_mpi.layers.optim.base import Group, is_weight
 from colossal_mpi.layers.optim.matrices import as_matrix, each, from_matrix
 from colossal_mpi.layers.optim.registry import register_optimizer
 from colossal_mpi.layers.parameter import Parameter
-from colossal_mpi.linalg.factor.polar import newton_schulz
+from colossal_mpi.linalg import newton_schulz
 
 _SCALES: dict[str, Callable[[int, int], float]] = {
     "spectral": lambda rows, columns: math.sqrt(max(1.0, columns / rows)),

@@ -1,12 +1,19 @@
-"""The one matrix product.
+"""`contract`, the one distributed matrix product: what it accepts, and the checks of it.
 
-``C[m,n] = sum_k A[m,k] B[k,n]`` is an m x n x k box of work. An algorithm is a map from grid axes to the edges of the
-box, together with how the operands are stored: SUMMA, 2.5D, 3D and the 1D products differ in nothing else.
+``C[m, n] = sum_k A[m, k] B[k, n]`` is a box of work, m x n x k. An algorithm is a map from grid axes to the edges of
+the box, together with the layouts in which the matrices are stored: SUMMA, 2.5D, 3D and the 1D products differ in
+nothing else. Along an axis that is mapped to m or k, A is cut; along an axis that is mapped to n, A is gathered. The
+same holds for B with the letters exchanged. C comes out as partial sums over the k-axes and is reduce-scattered into
+its layout::
 
-Along an axis mapped to m and k, A is cut; along one mapped to n it is gathered. B likewise. C comes out as partial
-sums over the k-axes and is reduce-scattered into its layout. Every word moves once:
-summed over ranks, ``mk(P_n - 1) + kn(P_m - 1) + mn(P_k - 1)`` words, with P_m the product of the sizes of the axes
-mapped to m, if each operand is stored once, cut further along the axes on which it is gathered (innermost).
+    # A[M_row, K_(depth,col)] . B[K_(depth,row), N_col] -> C[M_row, N_col] {U_depth} -> C[M_(row,depth), N_col]
+
+With P_m the product of the sizes of the axes that are mapped to m, and each matrix stored once, cut further along the
+axes over which it is gathered (innermost), every word moves once: ``mk(P_n - 1) + kn(P_m - 1) + mn(P_k - 1)`` words are
+received, summed over ranks.
+
+``linalg.matmul``, the factorizations and all layers call `contract`. It checks the arguments and calls ``execute``,
+which holds the algorithm.
 
 References
 ----------
@@ -17,20 +24,17 @@ independent parallel matrix multiplication communication lower bounds, SPAA 2022
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import DTypeError, GridError, LayoutError, OptionError, ShapeError
-from colossal_mpi.layout import Layout, box_shape
-from colossal_mpi.linalg.contraction.execute import Work, execute, execute_scattered
-from colossal_mpi.linalg.contraction.gemm import accumulate, empty_product, result_dtype
-from colossal_mpi.linalg.contraction.operands import Operand, Panels
-from colossal_mpi.linalg.contraction.subscripts import Subscripts, extents_of, map_layout, parse
+from colossal_mpi.layout import Layout
+from colossal_mpi.linalg.contraction.execute import LocalProduct, execute
+from colossal_mpi.linalg.contraction.operands import Panels
+from colossal_mpi.linalg.contraction.subscripts import Subscripts, extents_of, parse
 from colossal_mpi.platform import backend, blas
-from colossal_mpi.redistribution import stages
 
 
 def contract(
@@ -47,33 +51,35 @@ def contract(
     panel: int = 256,
     wide: bool = False,
 ) -> DistArray:
-    """Return ``alpha op(a) op(b) + beta out`` by the algorithm that a map of grid axes describes.
+    """Return ``alpha op(a) op(b) + beta out``, computed by the algorithm that a map of grid axes describes.
 
     Parameters
     ----------
     subscripts : str
-        A two-operand einsum such as ``"mk,kn->mn"`` or ``"bsk,kn->bsn"``; letters of both operands and the result are
-        batch letters. Transposes are subscripts: ``"km,kn->mn"`` is ``a.T @ b``, without a copy.
+        A two-operand einsum such as ``"mk,kn->mn"`` or ``"bsk,kn->bsn"``. Letters of both operands and the result are
+        batch letters. Transposes are subscripts: ``"km,kn->mn"`` is ``a.T @ b`` without a copy.
     a, b : DistArray
-        In any layout on one grid, same dtype; redistributed to the map.
+        The operands, with one dim per letter, in any layout on one grid and of one dtype. They are redistributed to the
+        map.
     axes : mapping of str to str
-        Grid axis to letter. Axes that are not mapped do the product redundantly.
+        Grid axis to letter. Along axes that are not mapped, all ranks compute the same product.
     out : Layout or DistArray, optional
-        The layout of the result, or an array of its shape and dtype that it is written into; it may be an operand. By
-        default the result stays as the product leaves it: cut along the m- and n-axes, partial over the k-axes.
+        The layout of the result, or an array of its shape and dtype to write the result into, which may be an operand.
+        By default the result stays where it is computed: cut over the m- and n-axes, partial over the k-axes.
     alpha, beta : number
-        Factors, of the dtype of the operands; a beta other than 0 needs an array `out`. With beta 0 what `out` holds,
-        NaN included, is not read, and with alpha 0 the operands are not.
+        Factors that the dtype of the operands can hold. A beta other than 0 needs an array `out`. With beta 0 the
+        contents of `out`, NaN included, are not read, and with alpha 0 the contents of the operands are not.
     conj : {"", "a", "b", "ab"}
         The operands that enter as their complex conjugates.
     stream : str, optional
-        The letter along which the product is done in panels inside the local range: while one is multiplied the next is
-        under way, and no rank holds a gathered operand that has the letter, nor partial sums of the whole result.
-        ``k`` keeps C in place (SUMMA), ``n`` keeps A, ``m`` keeps B.
+        The letter along which each rank's range is divided into panels. While one panel is multiplied the next is under
+        way, and no rank holds a whole gathered operand with this letter, nor partial sums of a whole result with it.
+        ``k`` keeps C stationary (SUMMA), ``n`` keeps A, ``m`` keeps B.
     panel : int
-        Greatest number of indices of a panel.
+        The greatest number of indices in a panel.
     wide : bool
-        Return the product of 16-bit floats in float32, as it was summed. An array `out` keeps its dtype.
+        Whether to return the product of 16-bit floats in float32, the dtype in which it is summed. An array `out` keeps
+        its dtype.
 
     Returns
     -------
@@ -82,14 +88,31 @@ def contract(
 
     Raises
     ------
-    ShapeError, LayoutError, GridError, DTypeError, OptionError
-        If letters and shapes, the map and the grid, the two grids, the dtypes, `out` or an option do not fit.
+    ShapeError
+        If letters and shapes do not fit, or beta has no array `out`.
+    GridError
+        If the arrays lie on several grids, or the grid has no such axis.
+    LayoutError
+        If an axis is mapped to a letter that is not in the subscripts, or `out` does not fit the grid.
+    DTypeError
+        If the dtypes differ, or the dtype cannot hold alpha or beta.
+    OptionError
+        If `stream` or `panel` does not fit.
 
     Notes
     -----
-    **Communication:** one redistribution of each operand to the map and one of the result, whole or in panels; see the
-    module for words. On one node, large operands are read where their ranks store them, without a copy.
-    16-bit floats are summed in float32. **Adjoint:** two contracts with the same map, see `adjoints`.
+    **Communication:** an allgather of a over the n-axes, an allgather of b over the m-axes and a reduce_scatter of the
+    result over the k-axes, whole or in panels. If each is stored once, ``mk(P_n - 1) + kn(P_m - 1) + mn(P_k - 1)``
+    words are received, summed over ranks, where P_x is the number of parts of x. Operands in other layouts move to
+    these first. On one node, large operands are read where their ranks store them, without a copy.
+
+    **Adjoint:** two contracts with the same map, see `adjoints`.
+
+    16-bit floats are summed in float32.
+
+    Examples
+    --------
+    >>> c = contract("bsk,kn->bsn", x, w, {"row": "b", "col": "n"}, Layout("row", None, "col"))
     """
     sub = parse(subscripts)
     target = out if isinstance(out, DistArray) else None
@@ -98,101 +121,17 @@ def contract(
     shape = tuple(extents_of(sub, a.shape, b.shape)[x] for x in sub.c)
     _check_factors(sub, a, shape, target, (alpha, beta), conj)
     panels = _panels(sub, a, b, axes, stream, panel)
-    work = Work(sub, alpha, 0, ("a" in conj, "b" in conj))
-    product = _product(work, (a, b), axes, shape, layout, panels, target, beta)
-    if product is target:
-        return product
-    product = product if layout is None else product.redistribute(layout)
+    product = LocalProduct(sub, alpha, 0, ("a" in conj, "b" in conj))
+    # A[M, K] . B[K, N] -> C[M_m-axes, N_n-axes] {U_k-axes}
+    c = execute(product, (a, b), axes, shape, layout, panels, target, beta)
+    if c is target:
+        return c
+    # C[M_m-axes, N_n-axes] {U_k-axes} -> C[out]: reduce_scatter, and a move if the cuts differ
+    c = c if layout is None else c.redistribute(layout)
     if target is None:
-        return product if wide or product.dtype == a.dtype else product.astype(a.dtype)
-    blas.blend(target.local, product.local, 1, beta)
+        return c if wide or c.dtype == a.dtype else c.astype(a.dtype)
+    blas.blend(target.local, c.local, 1, beta)
     return target
-
-
-def _product(
-    work: Work,
-    arrays: Sequence[DistArray],
-    axes: Mapping[str, str],
-    shape: tuple[int, ...],
-    layout: Layout | None,
-    panels: Panels,
-    target: DistArray | None,
-    beta: complex,
-) -> DistArray:
-    """Return the product as the map leaves it, partly reduced if it is done in panels, or `target` if that fits."""
-    sub, grid = work.sub, arrays[0].grid
-    made = map_layout(sub.c, axes, sub.k).on(grid.axes, len(sub.c))
-    if not panels.letter and all(_in_place(x, y, axes) for x, y in zip((sub.a, sub.b), arrays, strict=True)):
-        return _local(work, arrays, shape, made, target, beta)
-    operands = [
-        _operand(letters, array, axes, panels, side)
-        for letters, array, side in zip((sub.a, sub.b), arrays, "ab", strict=True)
-    ]
-    whole = not panels.letter and _thin(sub, operands, shape, made)
-    left, right = (x.moved() if whole or not (panels.letter or x.large) else x for x in operands)
-    if layout is not None and panels.cuts(sub.c):
-        wanted = layout.on(grid.axes, len(sub.c))
-        if stages(made, wanted)[0]:
-            return execute_scattered(work, (left, right), shape, made, wanted)
-    box = made.box(shape, grid.axes, grid.coords)
-    if target is not None and target.layout == made and _writable(target, arrays):
-        work.beta = beta
-        execute(work, (left, right), target.local, box)
-        return target
-    local = {x: stop - start for x, (start, stop) in zip(sub.c, box, strict=True)}
-    c = empty_product(sub, arrays[0].local, local, grid)
-    execute(work, (left, right), c, box)
-    return DistArray(c, shape, made, grid)
-
-
-def _in_place(letters: str, array: DistArray, axes: Mapping[str, str]) -> bool:
-    return array.layout == map_layout(letters, axes).on(array.grid.axes, array.ndim)
-
-
-def _local(
-    work: Work,
-    arrays: Sequence[DistArray],
-    shape: tuple[int, ...],
-    made: Layout,
-    target: DistArray | None,
-    beta: complex,
-) -> DistArray:
-    """Return the product of two blocks that are what the map asks for, or `target` if it fits."""
-    sub, (a, b) = work.sub, (array.local for array in arrays)
-    if target is not None and target.layout == made and _writable(target, arrays):
-        accumulate(sub, a, b, target.local, work.alpha, beta, work.conj)
-        return target
-    c = empty_product(sub, a, extents_of(sub, a.shape, b.shape), arrays[0].grid)
-    accumulate(sub, a, b, c, work.alpha, 0, work.conj)
-    return DistArray(c, shape, made, arrays[0].grid)
-
-
-def _writable(target: DistArray, arrays: Sequence[DistArray]) -> bool:
-    """Say whether the product may be summed in `target` while the operands are read.
-
-    Each rank decides for itself: nothing that is communicated depends on it, and empty blocks overlap no others.
-    """
-    overlap = getattr(backend.namespace(target.local), "may_share_memory", None)  # beyond the array API
-    if overlap is None or target.dtype != result_dtype(arrays[0].local):
-        return False
-    return not any(overlap(target.local, array.local) for array in arrays)
-
-
-def _operand(letters: str, array: DistArray, axes: Mapping[str, str], panels: Panels, side: str) -> Operand:
-    """Return an operand without partial sums."""
-    wanted = map_layout(letters, axes).on(array.grid.axes, array.ndim)
-    array = array.redistribute(stages(array.layout, wanted)[1].with_partial())
-    return Operand(letters, array, wanted, panels, side, any(axis not in axes for axis in array.layout.cut))
-
-
-def _thin(sub: Subscripts, operands: Sequence[Operand], shape: tuple[int, ...], made: Layout) -> bool:
-    """Say whether the summed letters are so short that their pieces had better be laid side by side.
-
-    Each further piece reads and writes the result once more; laid side by side, the operands are copied once instead.
-    """
-    again = max(operand.parts(sub.k) for operand in operands) - 1
-    result = math.prod(box_shape(made.box(shape, operands[0].array.grid.axes, operands[0].first)))
-    return sum(operand.largest for operand in operands) < 2 * again * result
 
 
 def _panels(
@@ -265,7 +204,7 @@ def _check_factors(
 
 
 def _require_factor(sub: Subscripts, name: str, value: complex, dtype: np.dtype) -> None:
-    """Refuse on all ranks a factor that would be cut short, or that only ranks with something to multiply would see."""
+    """Raise on all ranks if the dtype cannot hold a factor; otherwise only ranks with a non-empty block would fail."""
     kind, real = dtype.kind, float(np.real(value))
     fits = kind == "c" or np.imag(value) == 0
     if kind in "biu":

@@ -1,4 +1,7 @@
-"""The letters of a two-operand einsum, and the layouts that a map of grid axes to them asks for."""
+"""The letters of a two-operand einsum, and the layouts that a map of grid axes to these letters asks for.
+
+`contract`, the cost model of ``linalg.model`` and the layers call it. It calls nothing but ``layout``.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,15 @@ from colossal_mpi.layout import Layout
 
 @dataclass(frozen=True)
 class Subscripts:
-    """A parsed two-operand einsum and the kind of each of its letters."""
+    """A parsed two-operand einsum ``a,b->c``, whose letters are of four kinds: batch, m, n and k.
+
+    Parameters
+    ----------
+    a, b : str
+        A letter for each dim of the operands.
+    c : str
+        A letter for each dim of the result.
+    """
 
     a: str
     b: str
@@ -20,22 +31,22 @@ class Subscripts:
 
     @cached_property
     def batch(self) -> str:
-        """Letters of both operands and the result."""
+        """The letters of both operands and the result."""
         return "".join(x for x in self.c if x in self.a and x in self.b)
 
     @cached_property
     def m(self) -> str:
-        """Letters of `a` and the result."""
+        """The letters of `a` and the result."""
         return "".join(x for x in self.a if x in self.c and x not in self.b)
 
     @cached_property
     def n(self) -> str:
-        """Letters of `b` and the result."""
+        """The letters of `b` and the result."""
         return "".join(x for x in self.b if x in self.c and x not in self.a)
 
     @cached_property
     def k(self) -> str:
-        """Letters of both operands that are summed."""
+        """The letters of both operands, over which the product sums."""
         return "".join(x for x in self.a if x in self.b and x not in self.c)
 
     def __str__(self) -> str:
@@ -44,12 +55,27 @@ class Subscripts:
 
 @lru_cache(maxsize=1024)
 def parse(subscripts: str) -> Subscripts:
-    """Return the letters of ``"mk,kn->mn"``.
+    """Parse a two-operand einsum.
+
+    Parameters
+    ----------
+    subscripts : str
+        Two operands and a result, as ``"mk,kn->mn"``. Spaces are ignored.
+
+    Returns
+    -------
+    Subscripts
+        The letters of the three arrays.
 
     Raises
     ------
     ShapeError
-        If it is not a product of two operands, repeats a letter within one, or sums a letter of one alone.
+        If it is no product of two operands, an array repeats a letter, or a letter stands in one array alone.
+
+    Examples
+    --------
+    >>> parse("bsk,kn->bsn").m
+    'bs'
     """
     operands, arrow, c = subscripts.replace(" ", "").partition("->")
     a, comma, b = operands.partition(",")
@@ -68,14 +94,43 @@ def parse(subscripts: str) -> Subscripts:
 
 
 def extents_of(sub: Subscripts, a: Sequence[int], b: Sequence[int]) -> dict[str, int]:
-    """Return the size of each letter of operands of these shapes."""
+    """Return the size of each letter.
+
+    Parameters
+    ----------
+    sub : Subscripts
+        The letters.
+    a, b : sequence of int
+        The shapes of the operands, global or local.
+
+    Returns
+    -------
+    dict of str to int
+        The size of each letter of `sub`.
+    """
     return {**dict(zip(sub.a, a, strict=True)), **dict(zip(sub.b, b, strict=True))}
 
 
 def adjoints(subscripts: str) -> tuple[str, str]:
-    """Return the subscripts of the two adjoints, which run on the same map as the product: the box is the same.
+    """Return the subscripts of the two adjoint products of a product.
 
-    ``dA = contract(first, dC, conj(B), axes)`` and ``dB = contract(second, conj(A), dC, axes)``.
+    ``dA = contract(first, dC, conj(B), axes)`` and ``dB = contract(second, conj(A), dC, axes)``, with the map `axes` of
+    the product itself: all three run on the same box m x n x k.
+
+    Parameters
+    ----------
+    subscripts : str
+        The product, as ``"mk,kn->mn"``.
+
+    Returns
+    -------
+    tuple of (str, str)
+        The products that give the cotangents of the first and the second operand.
+
+    Raises
+    ------
+    ShapeError
+        If `parse` refuses the subscripts.
 
     Examples
     --------
@@ -87,9 +142,26 @@ def adjoints(subscripts: str) -> tuple[str, str]:
 
 
 def map_layout(letters: str, axes: Mapping[str, str], partial: str = "") -> Layout:
-    """Return the layout of an array of `letters` that a map asks for: cut along the axes mapped to its letters.
+    """Return the layout that a map asks for: each dim is cut over the axes that are mapped to its letter.
 
-    Axes mapped to letters of `partial` hold partial sums. Several axes on one letter nest in the map's order.
+    Parameters
+    ----------
+    letters : str
+        A letter for each dim of the array.
+    axes : mapping of str to str
+        Grid axis to letter. Several axes on one letter nest in this order, outer to inner.
+    partial : str
+        Letters that are summed: the layout is partial over the axes that are mapped to them.
+
+    Returns
+    -------
+    Layout
+        The layout of the array.
+
+    Examples
+    --------
+    >>> map_layout("mn", {"row": "m", "col": "n", "depth": "k"}, partial="k")
+    Layout('row', 'col', partial=('depth',))
     """
     return _map_layout(letters, tuple(axes.items()), partial)
 
@@ -101,5 +173,18 @@ def _map_layout(letters: str, axes: tuple[tuple[str, str], ...], partial: str) -
 
 
 def layout_map(letters: str, layout: Layout) -> dict[str, str]:
-    """Return the map under which an array of `letters` in `layout` is in place: the inverse of `map_layout`."""
+    """Return the map for which an array in a layout is in place, the inverse of `map_layout`.
+
+    Parameters
+    ----------
+    letters : str
+        A letter for each dim of the array.
+    layout : Layout
+        The layout of the array; partial axes are ignored.
+
+    Returns
+    -------
+    dict of str to str
+        Grid axis to letter.
+    """
     return {axis: letter for letter, dim in zip(letters, layout.dims, strict=True) for axis in dim}

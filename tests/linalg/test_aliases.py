@@ -104,11 +104,11 @@ def test_with_alpha_0_the_operands_are_not_read(grid, execution, monkeypatch):
 def test_the_memory_that_is_kept_is_bounded(grid, monkeypatch):
     execute_as("k-message", grid, monkeypatch)
     monkeypatch.setattr(operands, "KEPT", 20_000)
-    operands.SPACES.of(grid).clear()
+    operands.WORKSPACES.of(grid).clear()
     for n in range(20, 60):
         A = zeros((n, n), grid, BLOCKS)
         contract(GEMM, A, A, MAP, stream="k", panel=8)
-    spaces = operands.SPACES.of(grid)
+    spaces = operands.WORKSPACES.of(grid)
     assert 1 < len(spaces) < 40
     assert sum(space.nbytes for kind in spaces.values() for space in kind.values()) < 2 * 20_000
 
