@@ -1,4 +1,4 @@
-"""Least squares by QR."""
+"""Least squares by QR. ``linalg`` exports `lstsq`; it calls `qr` and `contract`. The matrix stays put."""
 
 from __future__ import annotations
 
@@ -7,42 +7,49 @@ from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import DTypeError, GridError, ShapeError, SingularError
 from colossal_mpi.layout import Layout
 from colossal_mpi.linalg.contraction.contract import contract
-from colossal_mpi.linalg.factor.packed import adjoint
 from colossal_mpi.linalg.factor.qr import qr
+from colossal_mpi.linalg.factor.triangular import adjoint
 from colossal_mpi.platform import backend
 from colossal_mpi.platform.backend import Block
 
 
 def lstsq(a: DistArray, b: DistArray, layout: Layout | None = None, method: str = "auto") -> DistArray:
-    """Return x that makes ``||a x - b||`` least; of a wide `a`, the shortest x with ``a x = b``.
+    """Return the x that minimises ``||a x - b||``; for a wide `a`, the shortest x with ``a x = b``.
 
     Parameters
     ----------
-    a : DistArray, ``[m, n]``, of full rank
+    a : DistArray, ``[m, n]``
+        A matrix of full rank, of float or complex dtype, in any layout.
     b : DistArray, ``[m]`` or ``[m, r]``
-        One right-hand side or several. In any layouts on one grid, same dtype.
+        One right-hand side or several, in any layout on the same grid, of the same dtype.
     layout : Layout, optional
-        Of the result; replicated by default.
-    method : str
-        Of `qr`.
+        The layout of the result; replicated by default.
+    method : {"auto", "cholesky", "tsqr"}
+        The method of `qr`.
 
     Returns
     -------
     DistArray, ``[n]`` or ``[n, r]``
+        The solution in `layout`.
 
     Raises
     ------
     ShapeError, DTypeError, GridError
-        If the arrays do not fit.
+        If the shapes, dtypes or grids of the arrays do not fit.
     SingularError
-        On all ranks, if `a` has not full rank to rounding: a diagonal element of R is below ``eps max(m, n)`` times the
-        greatest.
+        On all ranks, if `a` does not have full rank to rounding: a diagonal element of R is below ``eps max(m, n)``
+        times the greatest.
 
     Notes
     -----
-    **Communication:** that of `qr`. If m >= n: `b` moves to the rows of Q, and an allreduce of nr words over the axes
-    that cut them. Else: `b` is gathered, mr words on each rank, and x, which lies as the columns of `a`, moves to
-    `layout`.
+    **Communication:** the words of `qr`. If m >= n, `b` also moves to the rows of Q, and nr words are allreduced over
+    the axes that cut them. If m < n, an allgather brings the mr words of `b` to every rank, and x, which is cut as the
+    columns of `a` are, moves to `layout`.
+
+    Examples
+    --------
+    >>> x = lstsq(a, b)
+    >>> residual = norm(a.T @ (a @ x - b))
     """
     _check(a, b)
     single, out = b.ndim == 1, Layout(*[None] * b.ndim) if layout is None else layout
@@ -67,20 +74,24 @@ def _tall(a: DistArray, b: DistArray, method: str) -> DistArray:
     """Solve ``R x = Q^H b``."""
     q, r = _regular(a, method)
     axes = dict.fromkeys(q.layout.dims[0], "m")
-    turned = contract("mn,mr->nr", q.conj(), b, axes, Layout(None, None))
-    return turned.like(backend.namespace(r).linalg.solve(r, turned.local))
+    # Q^H[N, M_rows] . B[M_rows, R] -> Y[N, R] {U_rows} -> Y[N, R]: allreduce over the rows' axes
+    y = contract("mn,mr->nr", q.conj(), b, axes, Layout(None, None))
+    # X[N, R] = R^-1[N, N] . Y[N, R], replicated
+    return y.like(backend.namespace(r).linalg.solve(r, y.local))
 
 
 def _wide(a: DistArray, b: DistArray, method: str) -> DistArray:
     """Solve ``R^H y = b`` and return ``x = Q y``, for ``a^H = Q R``."""
     q, r = _regular(a.H, method)
+    # B[M, R] on every rank: allgather
     whole = b.redistribute(Layout(None, None))
     y = whole.like(backend.namespace(r).linalg.solve(adjoint(r), whole.local))
+    # Q[N_rows, M] . Y[M, R] -> X[N_rows, R]
     return contract("nm,mr->nr", q, y, dict.fromkeys(q.layout.dims[0], "n"), Layout(q.layout.dims[0], None))
 
 
 def _regular(a: DistArray, method: str) -> tuple[DistArray, Block]:
-    """Return Q and the block of R, whose diagonal says, alike on all ranks, whether the rank is full."""
+    """Return Q and the block of R; raise SingularError on all ranks if R says that `a` does not have full rank."""
     q, r = qr(a, method)
     xp = backend.namespace(r.local)
     with comm.agreed(a.grid):

@@ -1,9 +1,11 @@
-"""QR factorization of tall matrices, cut by rows.
+"""QR factorization of tall matrices, cut by rows: the choice between CholeskyQR and TSQR, and CholeskyQR.
 
-CholeskyQR is a Gram matrix, its Cholesky factor and a triangular solution: matrix products alone, and one allreduce of
-n(n+1)/2 words a pass. A second pass makes Q orthogonal to rounding. Where the Gram matrix is not numerically positive
-definite (condition above some 1e8 in float64) a pass with a shifted one comes first. TSQR is a tree of small QR
-factorizations over the ranks: it works for any matrix, of any rank.
+``linalg`` exports `qr`, and `lstsq` calls it. Every rank's rows stay put; only triangles of order n move.
+
+One pass of CholeskyQR computes a Gram matrix, its Cholesky factor and a triangular solution: matrix products alone, and
+one allreduce of n(n+1)/2 words. A second pass makes Q orthogonal to rounding. If the Gram matrix is not numerically
+positive definite (condition above about 1e8 in float64), a pass with a shifted Gram matrix comes first. TSQR, in
+``tsqr``, is a tree of small QR factorizations over the ranks; it works for any matrix of any rank.
 
 References
 ----------
@@ -21,19 +23,27 @@ from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import DTypeError, OptionError, ShapeError, SingularError
 from colossal_mpi.grid import Grid
 from colossal_mpi.layout import Layout
-from colossal_mpi.linalg.factor.packed import adjoint, gemm, solve_upper
 from colossal_mpi.linalg.factor.syrk import gram
+from colossal_mpi.linalg.factor.triangular import adjoint, gemm, solve_upper
 from colossal_mpi.linalg.factor.tsqr import tsqr
 from colossal_mpi.platform import backend
 from colossal_mpi.platform.backend import Block
 
 METHODS = ("auto", "cholesky", "tsqr")
 PASSES = 4
-"""Of CholeskyQR at most: a shifted one divides the condition by some 1e6 in float64, and two more follow."""
+"""The greatest number of passes of CholeskyQR: a shifted pass divides the condition by about 1e6, and two follow."""
 
 
 class QR(NamedTuple):
-    """The factors of ``a = q r``."""
+    """The factors of ``a = q r``.
+
+    Parameters
+    ----------
+    q : DistArray, ``[m, n]``
+        The orthonormal columns.
+    r : DistArray, ``[n, n]``
+        The upper triangle, replicated.
+    """
 
     q: DistArray
     r: DistArray
@@ -44,19 +54,19 @@ def qr(a: DistArray, method: str = "auto") -> QR:
 
     Parameters
     ----------
-    a : DistArray, ``[m, n]`` with m >= n, of float or complex dtype
-        In any layout. Work is shared by the p ranks that cut it, and redundant along axes that replicate it.
+    a : DistArray, ``[m, n]`` with m >= n
+        A matrix of float or complex dtype in any layout. The p ranks that cut it share the work; along axes that
+        replicate it, all ranks do the same.
     method : {"auto", "cholesky", "tsqr"}
-        ``cholesky``: CholeskyQR2, with shifted passes first where they are needed. ``tsqr``: any matrix, rank-deficient
-        ones, too. ``auto``: ``cholesky``, and ``tsqr`` where it fails.
+        ``cholesky`` is CholeskyQR2, after shifted passes if they are needed. ``tsqr`` factors any matrix,
+        rank-deficient ones included. ``auto`` is ``cholesky``, and ``tsqr`` where that fails.
 
     Returns
     -------
-    q : DistArray, ``[m, n]``
-        With orthonormal columns, cut by rows as `a` is; axes that cut the columns of `a` cut these rows further.
-    r : DistArray, ``[n, n]``
-        Upper triangular, replicated, with a non-negative real diagonal: unique if `a` has full rank, so that all
-        methods and grids agree.
+    QR
+        ``q``, with orthonormal columns, is cut by rows as `a` is; axes that cut the columns of `a` cut its rows
+        further. ``r`` is upper triangular and replicated. Its diagonal is real and not negative, so that it is unique
+        if `a` has full rank, and all methods and grids agree.
 
     Raises
     ------
@@ -67,17 +77,19 @@ def qr(a: DistArray, method: str = "auto") -> QR:
 
     Notes
     -----
-    **Communication**, summed over the p ranks that cut the rows: ``cholesky``: an allreduce of n(n+1)/2 words a pass,
-    ``n(n+1)(p - 1)``, two passes as a rule and one if the columns are orthonormal already. ``tsqr``: if every rank has
-    n rows or more, ``(p - 1) n(n+1)/2`` up the tree, ``(p - 1) n^2`` down it and ``(p - 1) n(n+1)/2`` to replicate R; a
-    rank of h < n rows sends hn - h(h-1)/2 and receives hn. Columns that are cut are moved first, by one all_to_all over
-    the axes that cut them: a rank receives the part of its rows that it lacks, mn (1 - 1/c) words in all if c ranks cut
-    the columns.
+    **Communication:** summed over the p ranks that cut the rows, ``cholesky`` receives ``n(n+1)(p - 1)`` words in each
+    pass, by an allreduce: two passes as a rule, one if the columns are orthonormal already. ``tsqr`` receives
+    ``(p - 1) n(n+1)/2`` words up the tree, ``(p - 1) n^2`` down the tree and ``(p - 1) n(n+1)/2`` in the bcast of R, if
+    every rank has n rows or more; a rank of h < n rows sends hn - h(h-1)/2 words and receives hn. If c ranks cut the
+    columns, one all_to_all moves ``mn (1 - 1/c)`` words first. All ranks agree on whether to shift or to give up.
 
-    The decision to shift or to give up is agreed on by all ranks of the grid.
+    Examples
+    --------
+    >>> q, r = qr(from_global(np.ones((9, 2)), grid, Layout("row", None)), "tsqr")
     """
     _check(a, method)
     (rows, columns), grid = a.layout.dims, a.grid
+    # A[M_rows, N_columns] -> A[M_(rows,columns), N]: all_to_all over the columns' axes
     a = a.redistribute(Layout((*rows, *columns), None))
     factors = None if method == "tsqr" else _cholesky_qr(a)
     if factors is None and method == "cholesky":
@@ -103,16 +115,18 @@ def _check(a: DistArray, method: str) -> None:
 def _cholesky_qr(a: DistArray) -> tuple[DistArray, Block] | None:
     """Return Q and R by passes of CholeskyQR, None if they do not make Q orthogonal.
 
-    A pass that finds the columns orthonormal to 1/2 leaves them so to rounding.
+    A pass whose Gram matrix is within 1/2 of the identity makes the columns orthonormal to rounding.
     """
     xp, q = backend.namespace(a.local), a
     r = None
     for _ in range(PASSES):
+        # Q^H[N, M_rows] . Q[M_rows, N] -> G[N, N] {U_rows} -> G[N, N]: allreduce over the rows' axes
         gramian = gram(q).local
         step = _factor(gramian, q)
         if step is None:
             return None
         near = xp.linalg.vector_norm(gramian - xp.eye(a.shape[1], dtype=a.dtype)) <= 0.5
+        # Q[M_rows, N] . S^-1[N, N] -> Q[M_rows, N] and S[N, N] . R[N, N] -> R[N, N], on each rank
         q, r = q.like(solve_upper(q.local, step)), step if r is None else gemm(step, r)
         if all(comm.collect(bool(near), a.grid)):
             return q, r
@@ -120,7 +134,7 @@ def _cholesky_qr(a: DistArray) -> tuple[DistArray, Block] | None:
 
 
 def _factor(gramian: Block, q: DistArray) -> Block | None:
-    """Return the upper Cholesky factor of a Gram matrix, of the shifted one if it has none, or None on all ranks."""
+    """Return the upper Cholesky factor of a Gram matrix, or of the shifted one; None on all ranks if both fail."""
     (m, n), xp = q.shape, backend.namespace(gramian)
     factor = backend.cholesky(gramian)
     if not _everywhere(factor, q.grid):
@@ -135,5 +149,5 @@ def _factor(gramian: Block, q: DistArray) -> Block | None:
 
 
 def _everywhere(factor: Block | None, grid: Grid) -> bool:
-    """Say, alike on all ranks, whether all have a factor: different processors may round apart on the edge."""
+    """Return on all ranks whether all have a factor: processors that round differently may disagree at the edge."""
     return all(comm.collect(factor is not None, grid))

@@ -1,8 +1,9 @@
-"""TSQR: the QR factorization of a matrix cut by rows, by a binary tree over the ranks.
+"""TSQR: the QR factorization of a matrix cut by rows, by a binary tree over the ranks. The rows stay put.
 
-Each rank factors its own rows. At every level of the tree a rank with a partner stacks the partner's R under its own
-and factors both. Then the orthogonal factors are multiplied down the tree: the root starts with the signs that make the
-diagonal of R positive, and every rank ends with its rows of Q. Blocks may have fewer rows than columns, or none.
+`qr` calls it; it moves triangles by ``comm``. Each rank factors its own rows. At every level of the tree a rank with a
+partner stacks the partner's R under its own and factors both. Then the orthogonal factors are multiplied down the tree:
+the root starts with the signs that make the diagonal of R positive, and every rank ends with its rows of Q. Blocks may
+have fewer rows than columns, or none.
 
 References
 ----------
@@ -17,7 +18,7 @@ from colossal_mpi import comm
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.grid import Grid
 from colossal_mpi.layout import Axes, bounds, rank_of
-from colossal_mpi.linalg.factor.packed import gemm, lower, pack, unpack
+from colossal_mpi.linalg.factor.triangular import gemm, lower, pack, unpack
 from colossal_mpi.platform import backend
 from colossal_mpi.platform.backend import Block
 
@@ -28,20 +29,22 @@ class _Level:
 
     step: int
     heights: list[int]
-    """Rows of the R that each rank holds below this level."""
+    """Number of rows of the R of each rank below this level."""
 
     def partner(self, rank: int) -> int | None:
-        """Return who sends to `rank` on the way up."""
+        """Return the rank that sends its R to `rank` on the way up, None if there is none."""
         other = rank + self.step
         return other if rank % (2 * self.step) == 0 and other < len(self.heights) else None
 
     def parent(self, rank: int) -> int | None:
-        """Return to whom `rank` sends on the way up."""
+        """Return the rank to which `rank` sends its R on the way up, None if there is none."""
         return rank - self.step if rank % (2 * self.step) == self.step else None
 
 
 @dataclass(frozen=True)
 class _Tree:
+    """The tree over the ranks that cut the rows, and the number n of columns."""
+
     grid: Grid
     axes: Axes
     n: int
@@ -51,8 +54,8 @@ class _Tree:
     def me(self) -> int:
         return rank_of(self.grid.coords, {axis: self.grid.axes[axis] for axis in self.grid.ordered(self.axes)})
 
-    def pass_on(self, flat: Block, to: int | None, source: int | None, size: int) -> Block:
-        """Send a flat block to a rank of the tree and return the one of `size` elements that comes from another."""
+    def exchange(self, flat: Block, to: int | None, source: int | None, size: int) -> Block:
+        """Send a vector to one rank of the tree and return the vector of `size` elements that another sends."""
         counts, expected = ([0] * self.grid.extent(self.axes) for _ in range(2))
         if to is not None:
             counts[to] = flat.shape[0]
@@ -76,7 +79,7 @@ def _tree(a: DistArray) -> _Tree:
 def tsqr(a: DistArray) -> tuple[DistArray, Block]:
     """Return Q, in the layout of `a`, and R, replicated, of a tall matrix cut by rows.
 
-    The diagonal of R is real and not negative. Words: see `qr`.
+    The diagonal of R is real and not negative. `qr` documents the words.
     """
     tree = _tree(a)
     leaf, r = _factors(a.local)
@@ -84,14 +87,15 @@ def tsqr(a: DistArray) -> tuple[DistArray, Block]:
     for level in tree.levels:
         r, node = _up(tree, level, r)
         nodes.append(node)
-    r, turn = _signed(r) if tree.me == 0 else (backend.zeros_like(r, (tree.n, tree.n)), r[:0, :])
+    r, factor = _signed(r) if tree.me == 0 else (backend.zeros_like(r, (tree.n, tree.n)), r[:0, :])
     for level, node in zip(reversed(tree.levels), reversed(nodes), strict=True):
-        turn = _down(tree, level, node, turn)
-    return a.like(gemm(leaf, turn)), _replicated(tree, r)
+        factor = _down(tree, level, node, factor)
+    # Q[M_rows, N] = leaf[M_rows, h] . factor[h, N] on each rank
+    return a.like(gemm(leaf, factor)), _replicated(tree, r)
 
 
 def _factors(block: Block) -> tuple[Block, Block]:
-    """Return Q and R of a block; an empty one, which LAPACK refuses, is its own R."""
+    """Return Q and R of a block; an empty block, which LAPACK refuses, is its own R."""
     if 0 in block.shape:
         return backend.zeros_like(block, (block.shape[0], 0)), block[:0, :]
     q, r = backend.namespace(block).linalg.qr(block, mode="reduced")
@@ -99,31 +103,33 @@ def _factors(block: Block) -> tuple[Block, Block]:
 
 
 def _up(tree: _Tree, level: _Level, r: Block) -> tuple[Block, Block | None]:
-    """Return the R of this rank above a level and the orthogonal factor of its stack, if it has a partner there."""
+    """Return this rank's R above a level, and the orthogonal factor of the stack if it has a partner there."""
     parent, partner = level.parent(tree.me), level.partner(tree.me)
     height = 0 if partner is None else level.heights[partner]
     size = height * tree.n - height * (height - 1) // 2
-    came = tree.pass_on(_trapezoid(r), parent, partner, size)
+    # R[h, N] of the partner -> this rank: a message up the tree
+    received = tree.exchange(_trapezoid(r), parent, partner, size)
     if partner is None:
         return r, None
-    node, r = _factors(backend.namespace(r).concat([r, _untrapezoid(came, height, tree.n)]))
+    node, r = _factors(backend.namespace(r).concat([r, _untrapezoid(received, height, tree.n)]))
     return r, node
 
 
-def _down(tree: _Tree, level: _Level, node: Block | None, turn: Block) -> Block:
-    """Return by what this rank's factor below a level is multiplied, once the partner has got its share."""
-    xp, parent, partner = backend.namespace(turn), level.parent(tree.me), level.partner(tree.me)
+def _down(tree: _Tree, level: _Level, node: Block | None, factor: Block) -> Block:
+    """Return the factor that multiplies this rank's Q below a level, and send the partner its rows of it."""
+    xp, parent, partner = backend.namespace(factor), level.parent(tree.me), level.partner(tree.me)
     height = level.heights[tree.me]
-    whole = turn if node is None else gemm(node, turn)
-    given = whole[:0, :] if node is None else whole[height:, :]
-    came = tree.pass_on(xp.reshape(given, (-1,)), partner, parent, height * tree.n)
+    # node[h + h', g] . factor[g, N] -> factor[h + h', N], of which the lower h' rows go to the partner
+    whole = factor if node is None else gemm(node, factor)
+    below = whole[:0, :] if node is None else whole[height:, :]
+    received = tree.exchange(xp.reshape(below, (-1,)), partner, parent, height * tree.n)
     if parent is not None:
-        return xp.reshape(came, (height, tree.n))
+        return xp.reshape(received, (height, tree.n))
     return whole if node is None else whole[:height, :]
 
 
 def _trapezoid(r: Block) -> Block:
-    """Return what is not zero by construction of an upper trapezoid ``[h, n]``, h <= n, flat."""
+    """Return the elements of an upper trapezoid ``[h, n]``, h <= n, that may differ from zero, as a vector."""
     xp, h = backend.namespace(r), r.shape[0]
     return xp.concat([pack(r[:, :h].T), xp.reshape(r[:, h:], (-1,))])
 
@@ -135,7 +141,7 @@ def _untrapezoid(flat: Block, h: int, n: int) -> Block:
 
 
 def _signed(r: Block) -> tuple[Block, Block]:
-    """Return R with a diagonal that is real and not negative, and the diagonal matrix that turns Q likewise."""
+    """Return R with a diagonal that is real and not negative, and the diagonal matrix that multiplies Q."""
     xp = backend.namespace(r)
     diagonal = xp.linalg.diagonal(r)
     size = xp.abs(diagonal)
@@ -143,14 +149,15 @@ def _signed(r: Block) -> tuple[Block, Block]:
     phase = xp.where(known, diagonal, xp.ones_like(diagonal)) / xp.astype(xp.where(known, size, one), r.dtype)
     conj = xp.conj(phase) if backend.numpy_dtype(r.dtype).kind == "c" else phase
     on_diagonal = xp.arange(r.shape[0])[:, None] == xp.arange(r.shape[0])[None, :]
-    # A number over its own phase has an imaginary part of rounding
-    straight = xp.where(on_diagonal, xp.astype(size, r.dtype)[:, None], r * conj[:, None])
-    return straight, xp.where(on_diagonal, phase[:, None], xp.zeros_like(r))
+    # Dividing a number by its own phase leaves an imaginary rounding error: the size is exact.
+    positive = xp.where(on_diagonal, xp.astype(size, r.dtype)[:, None], r * conj[:, None])
+    return positive, xp.where(on_diagonal, phase[:, None], xp.zeros_like(r))
 
 
 def _replicated(tree: _Tree, r: Block) -> Block:
     """Return the root's R on all ranks of the tree."""
     if not tree.levels:
         return r
+    # R[N, N] of the root -> every rank: bcast of the packed triangle
     flat = comm.bcast(pack(r.T), tree.grid, tree.axes)
     return lower(unpack(flat, tree.n)).T

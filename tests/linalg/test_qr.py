@@ -18,7 +18,7 @@ from colossal_mpi import (
     ledger,
     linalg,
 )
-from colossal_mpi.linalg.factor import packed
+from colossal_mpi.linalg.factor import triangular
 from tests.cases import assemble, host, integers, layouts, refusal, some, totals
 
 ONE, TWO, LINE, LONG, SLIM = {}, {"row": 2}, {"col": 3}, {"row": 5}, {"row": 1, "col": 4}
@@ -252,7 +252,7 @@ def test_triangular_solutions_have_small_residuals(n, dtype):
     eps = np.finfo(dtype).eps
     r = np.linalg.qr(conditioned(max(n, 1), max(n, 1), eps**-0.5, dtype)[:n, :n])[1] if n else np.zeros((0, 0), dtype)
     a = normal((90, n), dtype)
-    x = packed.solve_upper(a, r)
+    x = triangular.solve_upper(a, r)
     assert np.linalg.norm(x @ r - a) <= 4 * max(n, 1) * eps * np.linalg.norm(x) * np.linalg.norm(r)
 
 
