@@ -1,18 +1,20 @@
-"""Layers as PyTorch modules, on the same memory: torch's autograd calls the layer's own backward pass.
+"""Layers as PyTorch modules on the same memory: torch's autograd calls the layer's own backward pass.
 
-A tensor that a module takes or gives is the *global* array, the same on every rank, unless a layout says that each rank
-has its block. A model of which such modules are a part is then the serial program, run alike on all ranks, and
-computes the same numbers. Its parameters are blocks; a gradient in ``.grad`` is complete, so that the elementwise
-optimizers of ``torch.optim`` (SGD, Adam, AdamW, RMSprop, ...) are right as they stand. What takes the norm of a whole
-tensor (LAMB, Adafactor, clipping) would see that of a block: clip with `clip_grad_norm_`.
+User programs call `as_module` and `clip_grad_norm_`. A call goes to ``autograd``, which runs the layer.
+
+A tensor that a module takes or returns is the *global* array, the same on every rank, unless a layout says that each
+rank has its block. A model with such modules is therefore the serial program, run on all ranks, and computes the same
+numbers. Its parameters are blocks. A gradient in ``.grad`` is complete, so that the elementwise optimizers of
+``torch.optim`` (SGD, Adam, AdamW, RMSprop, ...) are right as they are. Functions that take the norm of a whole tensor
+(LAMB, Adafactor, clipping) would see the norm of a block: clip with `clip_grad_norm_`.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -29,13 +31,11 @@ from colossal_mpi.layers.linear import Linear
 from colossal_mpi.layers.optim import gradient_norm
 from colossal_mpi.layers.parallelism import Parallelism
 from colossal_mpi.layers.parameter import Parameter
-from colossal_mpi.layers.torch.call import Call, agree
-from colossal_mpi.layers.torch.weights import SequenceFirst, from_module
+from colossal_mpi.layers.torch.autograd import Call, agree
+from colossal_mpi.layers.torch.conversion import SequenceFirst
 from colossal_mpi.layout import Layout, index_of
 
-__all__ = ["LayerModule", "as_module", "clip_grad_norm_", "from_module"]
-
-# One tensor for each parameter, whichever modules it is in: tied weights are one to an optimizer.
+# A parameter is one tensor in all modules that have it: to an optimizer, tied weights are one.
 _tensors: WeakKeyDictionary[Parameter, torch.nn.Parameter] = WeakKeyDictionary()
 _IDS = ("torch.int64", "torch.int32")
 
@@ -48,36 +48,39 @@ def as_module(
     Parameters
     ----------
     layer : Layer
-        Its parameters become ``torch.nn.Parameter``, each rank's the block that it stores, in the same memory and
-        under their own names: what an optimizer writes, the layer has. A parameter is one tensor in all modules.
+        The layer. Its parameters become ``torch.nn.Parameter`` under their own names: on each rank the block that it
+        stores, in the same memory, so that the layer sees what an optimizer writes. A parameter is one tensor in all
+        modules.
     parallelism : Parallelism, optional
-        That of the layer; needed where the layer has no parameters.
+        The parallelism of the layer; needed only if the layer has no parameters.
     x, y : Layout, optional
-        How the tensors that the module takes and gives lie. By default both are the global array on every rank; in a
-        layout each rank gives and gets its block, as `Layout.box` cuts it.
+        The layouts of the tensors that the module takes and returns. By default both are the global array on every
+        rank; with a layout, each rank gives and gets its block, as `Layout.box` cuts it.
 
     Returns
     -------
     LayerModule
-
-    Notes
-    -----
-    All ranks of the grid run the same program: every forward and every backward pass is a collective. Where `y` is
-    cut, each rank makes its own part of the loss, which is the sum over the blocks; where it is not, all make the same
-    loss. Gradients of torch's own parameters before a cut `x` or behind a cut `y` are then partial sums, yours to add.
-    A loss that a layer adds of its own (the balance of experts) enters the gradients as its backward pass has it.
-
-    **Communication:** that of the layer, a redistribution of x, y and their cotangents where their layouts differ
-    from the layer's (none for a global x), the reduction of each gradient over all axes in every backward pass (the
-    data axes too, where training by this package waits for the last microbatch), and some bytes of shapes and dtypes
-    in each forward pass.
+        The module.
 
     Raises
     ------
     OptionError
-        If there are no parameters and no parallelism, or the name of a parameter cannot be that of a module's.
+        If there are no parameters and no parallelism, or torch does not allow the name of a parameter.
     LayoutError
         If a layout holds partial sums or does not fit the grid.
+
+    Notes
+    -----
+    All ranks of the grid run the same program: every forward and every backward pass is a collective. If `y` is cut,
+    each rank computes its own part of the loss, and the loss is the sum over the blocks. If not, all ranks compute the
+    same loss. With a cut `x` or `y`, gradients of torch's own parameters before or after the module are partial sums,
+    which your program must add. A loss that a layer adds itself (the balance of experts) enters the gradients as in its
+    backward pass.
+
+    **Communication:** the collectives of the layer; a redistribution of x, y and their cotangents where their layouts
+    differ from the layer's (none for a global x); an allreduce of each gradient over all axes in every backward pass
+    (data axes included, for which training by this package waits until the last microbatch); and an allgather of some
+    bytes of shapes and dtypes in each forward pass.
 
     Examples
     --------
@@ -95,7 +98,7 @@ def as_module(
 
 
 class _Slot(NamedTuple):
-    """Where in the tree of modules the tensor of a parameter is."""
+    """The place of a parameter's tensor in the tree of modules."""
 
     parameter: Parameter
     node: torch.nn.Module
@@ -109,12 +112,21 @@ class _Slot(NamedTuple):
 
 
 class LayerModule(torch.nn.Module):
-    """A layer whose tensors are torch's; made by `as_module`.
+    """A layer as a ``torch.nn.Module``; `as_module` returns it.
 
-    ``train()`` and ``eval()`` are the layer's `Context.train`; masks of dropout follow from torch's generator on the
-    first rank. ``state_dict`` and ``load_state_dict`` are those of this rank's blocks; `gathered_state` and
-    `load_gathered` have the whole weights. A module may be used several times in a graph, change its floating-point
-    dtype, and be deep-copied (on the same grid). It is differentiated once, not twice.
+    ``train()`` and ``eval()`` set the layer's `Context.train`. Dropout masks depend on torch's generator on rank 0.
+    ``state_dict`` and ``load_state_dict`` work on this rank's blocks, `gathered_state` and `load_gathered` on whole
+    weights. A module may be called several times in a graph, change its floating-point dtype, and be deep-copied on the
+    same grid. It can be differentiated once, not twice.
+
+    Parameters
+    ----------
+    layer : Layer
+        The layer.
+    parallelism : Parallelism
+        The parallelism of the layer.
+    x, y : Layout or None
+        The layouts of the tensors that the module takes and returns; None for global arrays.
     """
 
     def __init__(self, layer: Layer, parallelism: Parallelism, x: Layout | None, y: Layout | None) -> None:
@@ -125,7 +137,7 @@ class LayerModule(torch.nn.Module):
                 raise LayoutError(f"as_module: {layout}: torch cannot hold partial sums; leave `partial` out")
         self._drops = any(isinstance(part, Dropout) and part.rate for part in _parts(layer))
         self._slots = [self._slot(parameter) for parameter in layer.parameters()]
-        self._bound: list[tuple[Any, ...] | None] = [None] * len(self._slots)
+        self._bound: list[tuple[DistArray, int, torch.dtype] | None] = [None] * len(self._slots)
         self._bind()
 
     @property
@@ -150,7 +162,7 @@ class LayerModule(torch.nn.Module):
         return _Slot(parameter, node, leaf)
 
     def _bind(self) -> None:
-        """Let parameters and tensors be one memory again where either was given other memory."""
+        """Make parameters and tensors share memory again after one of them was given other memory."""
         for i, (slot, bound) in enumerate(zip(self._slots, self._bound, strict=True)):
             parameter, tensor = slot.parameter, slot.tensor
             now = tensor.data_ptr(), tensor.dtype
@@ -162,8 +174,8 @@ class LayerModule(torch.nn.Module):
                 tensor.data = dlpack.to_torch(parameter.value)
             self._bound[i] = parameter.value, tensor.data_ptr(), tensor.dtype
 
-    def _apply(self, fn: Any, recurse: bool = True) -> LayerModule:
-        """Let the layer follow its tensors to another dtype; refuse to leave the device of the grid."""
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LayerModule:
+        """Let the layer follow its tensors to another dtype; raise SharingError if they would leave the device."""
         for slot in self._slots:
             with torch.no_grad():
                 moved = fn(slot.tensor)
@@ -172,7 +184,7 @@ class LayerModule(torch.nn.Module):
                     f"as_module: the blocks are on {slot.tensor.device}, the device of {self.grid}, and cannot go to "
                     f"{moved.device}: make the grid there"
                 )
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._bind()
         return self
 
@@ -182,32 +194,39 @@ class LayerModule(torch.nn.Module):
         Parameters
         ----------
         x : torch.Tensor
-            The global array, or this rank's block in the module's layout of x; of the dtype of the weights, or int32
-            or int64 for ids. Neither it nor the result may be changed in place before the backward pass, which then
-            raises torch's error.
-        mask : bool torch.Tensor, optional
-            `Context.mask`, ``[b, s]``: the global array, or this rank's block as the first dims of x are cut.
+            The global array, or this rank's block in the module's layout of x, of the dtype of the weights, or int32 or
+            int64 for token ids. If it or the result is changed in place before the backward pass, that pass raises
+            torch's error.
+        mask : torch.Tensor of bool, optional
+            `Context.mask`, ``[b, s]``: the global array, or this rank's block, cut as the first dims of x are.
+
+        Returns
+        -------
+        torch.Tensor
+            The global array, or this rank's block in the module's layout of y.
 
         Raises
         ------
         DTypeError, ShapeError, SharingError
-            The same on all ranks, if what any of them gives is of another dtype or on another device than the weights
-            or no block of one global array.
+            On all ranks, if the tensor of any rank has another dtype or device than the weights, or the tensors are not
+            the blocks of one global array.
         """
-        # Once torch.compile is about, it looks into every call but these.
-        run = torch.compiler.disable(self._run) if "torch._dynamo" in sys.modules else self._run
+        # Once torch.compile is loaded, it traces every call that is not disabled.
+        run: Callable[..., torch.Tensor] = self._run
+        if "torch._dynamo" in sys.modules:
+            run = torch.compiler.disable(self._run)  # type: ignore[no-untyped-call]
         return run(x, mask)
 
     def _run(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         self._bind()
-        values: Sequence[Any] = [x] if mask is None else [x, mask]
-        # As masks of torch's own are drawn: by the generator's state, which torch's checkpointing winds back.
+        values: Sequence[torch.Tensor] = [x] if mask is None else [x, mask]
+        # Draw from torch's generator, as torch's own dropout does: its checkpointing rewinds the generator's state.
         step = int(torch.randint(1 << 62, ())) if self._drops and self.training else 0
         layouts = [self.x_layout, self.x_layout and Layout(*self.x_layout.dims[:2])][: len(values)]
         dtypes = [self._dtypes(), ("torch.bool",)][: len(values)]
-        step, (given, *rest) = agree(self.grid, values, layouts, dtypes, step)
+        step, (placement, *rest) = agree(self.grid, values, layouts, dtypes, step)
         context = Context(step=step, train=self.training, mask=rest[0].array(values[1]) if rest else None)
-        call = Call(self.wrapped, context, given, self._entry(x, given.layout), self.y_layout)
+        call = Call(self.wrapped, context, placement, self._input_layout(x, placement.layout), self.y_layout)
         return call(x, [slot.tensor for slot in self._slots])
 
     def _dtypes(self) -> tuple[str, ...] | None:
@@ -219,8 +238,8 @@ class LayerModule(torch.nn.Module):
         weights = str(self._slots[0].tensor.dtype)
         return (weights, *_IDS) if any(isinstance(part, Embedding) for part in _parts(self.wrapped)) else (weights,)
 
-    def _entry(self, x: torch.Tensor, layout: Layout) -> Layout:
-        """Return the layout to hand the layer its input in: as it comes to products and tables, else as a stream."""
+    def _input_layout(self, x: torch.Tensor, layout: Layout) -> Layout:
+        """Return the layout in which the layer gets x: as it is for products and tables, else as a residual stream."""
         first = _first(self.wrapped)
         letters = {2: "bh", 3: "sbh" if isinstance(first, SequenceFirst) else "bsh"}.get(x.ndim)
         if letters is None or not x.is_floating_point() or isinstance(first, Linear | Embedding):
@@ -228,23 +247,43 @@ class LayerModule(torch.nn.Module):
         return self.parallelism.stream(letters)
 
     def gathered_state(self) -> dict[str, torch.Tensor]:
-        """Return the whole weights by name, on every rank, in host memory. **Communication:** each is gathered."""
+        """Return the whole weights by name, on every rank, in host memory.
+
+        Returns
+        -------
+        dict of str to torch.Tensor
+            Each weight with its global shape.
+
+        Notes
+        -----
+        **Communication:** an allgather of each weight.
+        """
         self._bind()
+        # W[its layout] -> W on every rank: allgather
         return {p.name: dlpack.to_torch(p.value.gather()) for p in self.wrapped.parameters()}
 
     def load_gathered(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Copy this rank's blocks of whole weights, given by name and the same on every rank, into its own.
+        """Copy this rank's blocks out of whole weights.
+
+        Parameters
+        ----------
+        state : mapping of str to torch.Tensor
+            Whole weights by name, the same on every rank.
 
         Raises
         ------
         ShapeError
-            If the names or the shapes are not those of the layer.
+            If the layer has other names or shapes.
+
+        Notes
+        -----
+        **Communication:** none.
         """
         self._bind()
-        mine = {p.name: p.value for p in self.wrapped.parameters()}
-        wanted, came = ({name: tuple(w.shape) for name, w in weights.items()} for weights in (mine, state))
-        if wanted != came:
-            raise ShapeError(f"load_gathered: the layer has {wanted}; the state has {came}")
+        weights = {p.name: p.value for p in self.wrapped.parameters()}
+        wanted, given = ({name: tuple(w.shape) for name, w in tensors.items()} for tensors in (weights, state))
+        if wanted != given:
+            raise ShapeError(f"load_gathered: the layer has {wanted}; the state has {given}")
         with torch.no_grad():
             for slot in self._slots:
                 whole = state[slot.parameter.name]
@@ -252,13 +291,34 @@ class LayerModule(torch.nn.Module):
 
 
 def clip_grad_norm_(model: torch.nn.Module, max_norm: float) -> float:
-    """Scale the gradients of a model in place so that their norm together is at most `max_norm`; return their norm.
+    """Scale the gradients of a model in place so that their total norm is at most `max_norm`.
 
-    ``torch.nn.utils.clip_grad_norm_`` sees on each rank the blocks of that rank alone, and would scale the ranks
-    differently. Here each element of a layer's weights counts once, however many ranks hold it, and the parameters of
-    torch's own count as what they are on every rank: the same. The scale is torch's, ``max_norm / (norm + 1e-6)``.
+    ``torch.nn.utils.clip_grad_norm_`` sees on each rank only the blocks of that rank and would scale the ranks
+    differently. Here each element of a layer's weights counts once, however many ranks store it, and each of torch's
+    own parameters, which are the same on every rank, counts once.
 
-    **Communication:** one allreduce of a single word for each grid of the model's modules.
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A model with modules of `as_module`, with other modules or without.
+    max_norm : float
+        The greatest norm. The gradients are multiplied by ``max_norm / (norm + 1e-6)`` if that is less than 1, as torch
+        does.
+
+    Returns
+    -------
+    float
+        The norm before scaling.
+
+    Notes
+    -----
+    **Communication:** an allreduce of a single word for each grid of the model's modules.
+
+    Examples
+    --------
+    >>> loss.backward()
+    >>> norm = clip_grad_norm_(model, 1.0)
+    >>> optimizer.step()
     """
     ours = {id(slot.tensor): slot for m in model.modules() if isinstance(m, LayerModule) for slot in m._slots}
     grads = {id(p): p.grad for p in model.parameters() if p.grad is not None}
@@ -269,6 +329,7 @@ def clip_grad_norm_(model: torch.nn.Module, max_norm: float) -> float:
             value = slot.parameter.value
             blocks.setdefault(value.grid, []).append(value.like(dlpack.from_torch(grads[key])))
     for arrays in blocks.values():
+        # squares of this rank's blocks -> their sum over the grid: allreduce of one word
         square += gradient_norm(arrays) ** 2
     norm = math.sqrt(square)
     scale = max_norm / (norm + 1e-6)
@@ -279,14 +340,14 @@ def clip_grad_norm_(model: torch.nn.Module, max_norm: float) -> float:
 
 
 def _first(layer: Layer) -> Layer:
-    """Return the layer that is handed the input of a chain."""
+    """Return the layer of a chain that gets its input."""
     while isinstance(layer, Sequential) and not isinstance(layer, Residual):
         layer = layer.layers[0]
     return layer
 
 
-def _parts(layer: Layer) -> Any:
-    """Yield a layer and all layers that it is made of."""
+def _parts(layer: Layer) -> Iterator[Layer]:
+    """Yield a layer and all layers inside it."""
     yield layer
     for value in vars(layer).values():
         for item in value if isinstance(value, list) else [value]:

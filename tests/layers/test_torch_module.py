@@ -19,7 +19,7 @@ from tests.reference.modes import parallelism
 torch = pytest.importorskip("torch")
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
-from colossal_mpi.layers.torch.module import as_module, clip_grad_norm_  # noqa: E402
+from colossal_mpi.layers.torch import as_module, clip_grad_norm_  # noqa: E402
 
 torch.set_num_threads(1)
 F64 = {"dtype": "float64"}

@@ -9,7 +9,7 @@ from colossal_mpi.layers.norm import LayerNorm
 from tests.reference.modes import parallelism
 
 torch = pytest.importorskip("torch")
-from colossal_mpi.layers.torch.module import as_module  # noqa: E402
+from colossal_mpi.layers.torch import as_module  # noqa: E402
 
 F64 = {"dtype": "float64"}
 B, S, H = 5, 3, 7

@@ -13,7 +13,7 @@ from tests.reference.modes import parallelism
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
-from colossal_mpi.layers.torch.module import as_module, from_module  # noqa: E402
+from colossal_mpi.layers.torch import as_module, from_module  # noqa: E402
 
 torch.set_num_threads(1)
 GRIDS = pytest.mark.grids(

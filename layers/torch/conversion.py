@@ -1,4 +1,8 @@
-"""Layers made of PyTorch's own modules, with their weights."""
+"""Layers made of PyTorch's own modules, with copies of their weights.
+
+User programs call `from_module`. It constructs a layer of ``layers`` with the sizes and options of the module, and
+copies each rank's block of every weight by ``dlpack``.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +26,13 @@ from colossal_mpi.layout import Layout, index_of
 from colossal_mpi.platform import backend
 
 Weights = Mapping[str, torch.Tensor]
-"""Whole weights in the shapes of our parameters, by their names without the prefix; views, nothing is copied."""
+"""Whole weights in the shapes of our parameters, by their names without the prefix: views of torch's weights."""
 
 
 def from_module(
     module: nn.Module, parallelism: Parallelism, name: str | None = None, *, into: str = "inside", causal: bool = False
 ) -> Layer:
-    """Return a layer that computes what a PyTorch module does, in any mode, with a copy of its weights.
+    """Return a layer that computes the same as a PyTorch module, in any tensor mode, with a copy of its weights.
 
     Parameters
     ----------
@@ -36,31 +40,34 @@ def from_module(
         A ``Linear``, ``LayerNorm``, ``RMSNorm``, ``Embedding``, ``MultiheadAttention`` (as self-attention) or
         ``TransformerEncoderLayer``, the same on every rank, on any device. Each rank copies only its blocks.
     parallelism : Parallelism
+        The grid and the tensor mode of the layer.
     name : str, optional
-        Prefix of the names of the parameters, unique in the model; the class in small letters by default.
+        Prefix of the names of the parameters, unique in the model; by default the class in lower case.
     into : {"inside", "stream"}
-        Where the output of a ``Linear`` goes: inside of a block, ``[b, s, h]`` to ``[b, s, f]``, or back to the
-        residual stream; two that follow one another are one of each.
+        Where the output of a ``Linear`` goes: to the inside of a block, ``[b, s, h]`` to ``[b, s, f]``, or back to the
+        residual stream. Of two that follow one another, the first goes inside and the second to the stream.
     causal : bool
-        Whether attention is causal, which torch is told in each call.
+        Whether attention is causal; torch modules get this as an argument of each call.
 
     Returns
     -------
     Layer
-        Of arrays ``[b, s, h]``; of ``[s, b, h]`` where the module says ``batch_first=False``. Attention gives its
-        output alone, no weights; keys are masked by `Context.mask`.
-
-    **Communication:** none.
+        A layer on arrays ``[b, s, h]``, or ``[s, b, h]`` if the module has ``batch_first=False``. Attention returns its
+        output without the attention weights; keys are masked by `Context.mask`.
 
     Raises
     ------
     OptionError
-        If the module is of another class, has a forward pass of its own, or options that the layers have not; the
-        error names them.
+        If the module is of another class, overrides the forward pass, or has options that our layers lack; the error
+        names them.
 
     See Also
     --------
-    colossal_mpi.layers.torch.module.as_module : the way back.
+    colossal_mpi.layers.torch.as_module : The way back.
+
+    Notes
+    -----
+    **Communication:** none.
 
     Examples
     --------
@@ -70,30 +77,29 @@ def from_module(
         raise OptionError(f"from_module: into={into!r}: use 'inside' or 'stream'")
     if any(weight.is_meta for weight in module.parameters()):
         raise OptionError(f"from_module: {type(module).__name__} has weights on 'meta', which have no values to copy")
-    for kind, make in _KINDS.items():
+    for kind, convert in _CONVERSIONS.items():
         if isinstance(module, kind) and type(module).forward is kind.forward:
             source = _Source(module, parallelism, name or kind.__name__.lower(), into, causal)
-            layer, weights = make(source)
+            layer, weights = convert(source)
             _fill(layer, source.name, weights)
             first = getattr(getattr(module, "self_attn", module), "batch_first", True)
             return layer if first else SequenceFirst(layer)
-    known = ", ".join(kind.__name__ for kind in _KINDS)
+    known = ", ".join(kind.__name__ for kind in _CONVERSIONS)
     raise OptionError(f"from_module: {type(module).__name__} with a forward pass of its own is none of {known}")
 
 
 class SequenceFirst(Layer):
-    """A layer of arrays ``[b, s, h]`` for arrays ``[s, b, h]``. **Communication:** that of the layer."""
+    """A layer on arrays ``[b, s, h]``, called with arrays ``[s, b, h]``. The context's mask stays ``[b, s]``."""
 
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
 
     def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
-        """Return the layer's output, the sequence first; the context's mask stays ``[b, s]``."""
+        # X[s, b, h] -> X[b, s, h]; the layer; Y[b, s, h] -> Y[s, b, h]: views, nothing moves
         y, cache = self.layer.forward(_swapped(x), ctx)
         return _swapped(y), cache
 
     def backward(self, dy: DistArray, cache: Any, later: Later = None) -> DistArray:
-        """Return the cotangent of the input, the sequence first."""
         return _swapped(self.layer.backward(_swapped(dy), cache, later))
 
 
@@ -107,7 +113,7 @@ def _swapped(x: DistArray) -> DistArray:
 
 
 class _Source(NamedTuple):
-    """What a layer is made of."""
+    """The arguments of `from_module`."""
 
     module: Any
     parallelism: Parallelism
@@ -116,20 +122,20 @@ class _Source(NamedTuple):
     causal: bool
 
     def refuse(self, *reasons: tuple[bool, str]) -> None:
-        """Raise the error that names all options that are set and that the layers have not."""
+        """Raise the error that names all options that are set and that our layers lack."""
         found = [reason for refused, reason in reasons if refused]
         if found:
             raise OptionError(
                 f"from_module: {type(self.module).__name__} with {', '.join(found)}: there is no such layer"
             )
 
-    def common(self, tensor: torch.Tensor) -> dict[str, Any]:
-        """Return the dtype of a tensor as an option of a layer."""
-        return {"dtype": dlpack.from_torch(tensor.detach()[:0].cpu()).dtype}
+    def dtype(self, tensor: torch.Tensor) -> Any:
+        """Return the dtype of a tensor as our layers take it."""
+        return dlpack.from_torch(tensor.detach()[:0].cpu()).dtype
 
 
 def _fill(layer: Layer, name: str, weights: Weights) -> None:
-    """Give each parameter this rank's block of its weight."""
+    """Copy this rank's block of each weight into its parameter."""
     parameters = {p.name.removeprefix(f"{name}."): p for p in layer.parameters()}
     assert parameters.keys() == weights.keys(), (parameters.keys(), weights.keys())
     for key, parameter in parameters.items():
@@ -137,16 +143,25 @@ def _fill(layer: Layer, name: str, weights: Weights) -> None:
         parameter.value = parameter.value.like(parameter.value.grid.own(dlpack.from_torch(block)))
 
 
-Made = tuple[Layer, Weights]
+Converted = tuple[Layer, Weights]
+"""A layer and the weights to copy into it."""
 
 
-def _linear(source: _Source) -> Made:
+def _linear(source: _Source) -> Converted:
     linear = source.module
     subscripts, sizes = "bsh,hf->bsf", {"h": linear.in_features, "f": linear.out_features}
     if source.into == "stream":
         subscripts, sizes = "bsf,fh->bsh", {"f": linear.in_features, "h": linear.out_features}
-    options = {"bias": linear.bias is not None, **source.common(linear.weight)}
-    return Linear(subscripts, sizes, "f", source.parallelism, source.name, **options), _of_linear(linear)
+    layer = Linear(
+        subscripts,
+        sizes,
+        "f",
+        source.parallelism,
+        source.name,
+        bias=linear.bias is not None,
+        dtype=source.dtype(linear.weight),
+    )
+    return layer, _of_linear(linear)
 
 
 def _of_linear(linear: Any) -> Weights:
@@ -154,7 +169,7 @@ def _of_linear(linear: Any) -> Weights:
     return {"weight": linear.weight.T, **bias}
 
 
-def _norm(source: _Source) -> Made:
+def _norm(source: _Source) -> Converted:
     norm, centred = source.module, isinstance(source.module, nn.LayerNorm)
     source.refuse(
         (len(norm.normalized_shape) > 1, f"normalized_shape={tuple(norm.normalized_shape)} of more than one dim"),
@@ -162,8 +177,8 @@ def _norm(source: _Source) -> Made:
         (centred and norm.weight is not None and norm.bias is None, "bias=False"),
     )
     eps = torch.finfo(norm.weight.dtype).eps if norm.eps is None else norm.eps
-    make: Callable[..., Layer] = LayerNorm if centred else RMSNorm
-    layer = make(norm.normalized_shape[0], source.parallelism, source.name, eps=eps, **source.common(norm.weight))
+    kind = LayerNorm if centred else RMSNorm
+    layer = kind(norm.normalized_shape[0], source.parallelism, source.name, eps=eps, dtype=source.dtype(norm.weight))
     return layer, _of_norm(norm)
 
 
@@ -171,7 +186,7 @@ def _of_norm(norm: Any) -> Weights:
     return {"gain": norm.weight, **({"bias": norm.bias} if isinstance(norm, nn.LayerNorm) else {})}
 
 
-def _embedding(source: _Source) -> Made:
+def _embedding(source: _Source) -> Converted:
     table = source.module
     source.refuse(
         (table.padding_idx is not None, f"padding_idx={table.padding_idx}"),
@@ -180,11 +195,11 @@ def _embedding(source: _Source) -> Made:
         (table.sparse, "sparse=True"),
     )
     sizes = table.num_embeddings, table.embedding_dim
-    layer = Embedding(*sizes, source.parallelism, source.name, **source.common(table.weight))
+    layer = Embedding(*sizes, source.parallelism, source.name, dtype=source.dtype(table.weight))
     return layer, {"weight": table.weight}
 
 
-def _multihead(source: _Source) -> Made:
+def _multihead(source: _Source) -> Converted:
     attention = source.module
     source.refuse(*_refused_of_attention(attention))
     layer = SelfAttention(
@@ -194,7 +209,7 @@ def _multihead(source: _Source) -> Made:
         source.name,
         causal=source.causal,
         bias=attention.in_proj_bias is not None,
-        **source.common(attention.in_proj_weight),
+        dtype=source.dtype(attention.in_proj_weight),
     )
     return layer, _of_attention(attention)
 
@@ -220,7 +235,7 @@ def _of_attention(attention: Any) -> Weights:
     return weights
 
 
-def _encoder(source: _Source) -> Made:
+def _encoder(source: _Source) -> Converted:
     block = source.module
     attention, norms = block.self_attn, (block.norm1, block.norm2)
     rates = {d.p for d in (block.dropout, block.dropout1, block.dropout2)}
@@ -241,7 +256,7 @@ def _encoder(source: _Source) -> Made:
         eps=norms[0].eps,
         activation=_activation(block.activation) or "",
         attention={"causal": source.causal},
-        **source.common(attention.in_proj_weight),
+        dtype=source.dtype(attention.in_proj_weight),
     )
     parts = {
         "attention": _of_attention(attention),
@@ -254,7 +269,7 @@ def _encoder(source: _Source) -> Made:
 
 
 def _activation(function: Any) -> str | None:
-    """Return our name of an activation of torch's, None if there is none."""
+    """Return our name for an activation of torch, None if we lack it."""
     if isinstance(function, nn.GELU):
         return "gelu" if function.approximate == "none" else "gelu-tanh"
     if isinstance(function, nn.ReLU) or function in (nn.functional.relu, torch.relu):
@@ -262,7 +277,7 @@ def _activation(function: Any) -> str | None:
     return "gelu" if function is nn.functional.gelu else None
 
 
-_KINDS: dict[Any, Callable[[_Source], Made]] = {
+_CONVERSIONS: dict[Any, Callable[[_Source], Converted]] = {
     nn.Linear: _linear,
     nn.LayerNorm: _norm,
     nn.RMSNorm: _norm,
