@@ -22,6 +22,11 @@ GridAxes = Annotated[str | None, typer.Option(help="Axes of the grid, outermost 
 """The option ``--grid``."""
 Settings = Annotated[list[str], typer.Option("--set", help="section.key=value; may be repeated.", show_default=False)]
 """The option ``--set``, which changes keys of a configuration."""
+Plugins = Annotated[
+    list[str],
+    typer.Option("--plugin", help="Load this file, in place of run.plugins; may be repeated.", show_default=False),
+]
+"""The option ``--plugin``: Python files that register modes, optimizers, schedules or models."""
 JsonFile = Annotated[Path | None, typer.Option(help="Write the rows to this file.")]
 """The option ``--json``."""
 

@@ -74,12 +74,12 @@ def _to_checkpoint(source: Path, target: Path, parallelism: Parallelism) -> None
     model = models.from_pretrained(source, parallelism)
     table = json.loads((source / "config.json").read_text(encoding="utf-8"))
     metadata = {"model": models.describe(model), "huggingface": table}
-    checkpoint.save(target, saved.weights(model.parameters()), metadata, parallelism.grid)
+    checkpoint.save(target, saved.weights_by_name(model.parameters()), metadata, parallelism.grid)
 
 
 def _to_hugging_face(source: Path, target: Path, parallelism: Parallelism, most: int) -> None:
     source = saved.checkpoint_of(source)
     metadata = saved.metadata_of(source)
     model = models.from_description(metadata["model"], parallelism)
-    saved.load(source, model.parameters(), parallelism.grid)
+    saved.load_weights(source, model.parameters(), parallelism.grid)
     models.save_pretrained(model, target, most=most, extra=metadata.get("huggingface"))

@@ -10,13 +10,13 @@ from typing import Annotated
 import typer
 
 from colossal_mpi.apps import config as configs
-from colossal_mpi.apps.command import Command, GridAxes
+from colossal_mpi.apps.command import Command, GridAxes, Plugins
 from colossal_mpi.apps.data import Bytes, Tokenizer, load_tokenizer
-from colossal_mpi.apps.training.saved import restore
+from colossal_mpi.apps.training.saved import load_model
 from colossal_mpi.errors import ConfigError
 from colossal_mpi.grid import Grid, world_size
 from colossal_mpi.layers import MODES, generate, kernels
-from colossal_mpi.layers.models import GPT, Llama
+from colossal_mpi.layers.models import MODELS, describe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,7 @@ class Generate(Command):
     seed: Annotated[int, typer.Option(help="The same seed gives the same text on any grid.")] = 0
     grid: GridAxes = None
     tensor: Annotated[str, typer.Option(help=f"Tensor mode: {', '.join(MODES)}.")] = "none"
+    plugin: Plugins = field(default_factory=list)
     tokenizer: Annotated[
         Path | None, typer.Option(help="A tokenizer.json; by default bytes for a model that was trained here.")
     ] = None
@@ -51,9 +52,10 @@ class Generate(Command):
         axes = configs.parse_grid(self.grid) if self.grid else {"data": world_size()}
         grid = Grid(None, "auto", **axes)
         kernels.use("auto", grid)
-        model, pipeline, table = restore(self.source, grid, self.tensor)
-        if not isinstance(model, GPT | Llama):
-            raise ConfigError(f"{self.source} is a {type(model).__name__}: only a GPT or a Llama generates text")
+        model, pipeline, table = load_model(self.source, grid, self.tensor, self.plugin)
+        if MODELS[describe(model)["kind"]].task != "language":
+            names = ", ".join(kind.model.__name__ for kind in MODELS.values() if kind.task == "language")
+            raise ConfigError(f"{self.source} is a {type(model).__name__}: the models that generate text are {names}")
         words = self._tokenizer(bool(table))
         continuations = generate(
             model,

@@ -10,7 +10,7 @@ import typer
 
 from colossal_mpi.apps import config as configs
 from colossal_mpi.apps import planning
-from colossal_mpi.apps.command import Command, GridAxes, Settings
+from colossal_mpi.apps.command import Command, GridAxes, Plugins, Settings
 from colossal_mpi.apps.training import tasks, train
 from colossal_mpi.errors import ConfigError
 from colossal_mpi.grid import world_rank
@@ -34,6 +34,7 @@ class Train(Command):
     tensor: Annotated[str | None, typer.Option(help=f"Tensor mode: {_TENSOR}.")] = None
     kernels: Annotated[str | None, typer.Option(help=f"Local kernels: {_KERNELS}.")] = None
     setting: Settings = field(default_factory=list)
+    plugin: Plugins = field(default_factory=list)
     resume: Annotated[str | None, typer.Option(help="Go on with the run in this directory.")] = None
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run in the run directory.")] = False
     trace: Annotated[int, typer.Option(min=0, help="Trace this many steps, from the second on, into trace.json.")] = 0
@@ -59,9 +60,11 @@ class Train(Command):
 
     @property
     def settings(self) -> list[str]:
-        """The settings of ``--set``, ``--tensor``, ``--kernels`` and ``--grid``."""
+        """The settings of ``--set``, ``--plugin``, ``--tensor``, ``--kernels`` and ``--grid``."""
         given = {"tensor": self.tensor, "kernels": self.kernels}
         found = [*self.setting, *(f'parallel.{key}="{value}"' for key, value in given.items() if value)]
+        if self.plugin:
+            found.append(configs.plugins_setting(self.plugin))
         return [*found, configs.grid_setting(configs.parse_grid(self.grid))] if self.grid else found
 
     def _show(self) -> int:

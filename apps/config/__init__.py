@@ -20,6 +20,7 @@ from colossal_mpi.apps.config.toml import (
     grid_setting,
     load,
     parse_grid,
+    plugins_setting,
     shipped,
     validate,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "load_plugins",
     "model_sections",
     "parse_grid",
+    "plugins_setting",
     "problems",
     "shipped",
     "validate",

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from colossal_mpi.apps.config.sections import Config, TransformerSection
 from colossal_mpi.errors import ColossalError, ConfigError
 from colossal_mpi.layers.attention.self_attention import head_width
+from colossal_mpi.layers.optim import LEARNING_RATES
 from colossal_mpi.layers.parallelism import require_axes
 from colossal_mpi.layers.pipeline import PIPE, program
 
@@ -59,10 +60,13 @@ def _checks(config: Config) -> Iterator[tuple[list[str], Callable[[], object]]]:
             "it keeps some of those that training.keep_last removes: set it",
         ),
     )
+    yield ["training.optimizer_options"], training.optimizer_arguments
+    yield ["training.rate_options"], training.rate_arguments
     yield (
         ["training.milestones"],
         lambda: _require(
-            not training.milestones or training.rate == "multi-step", "these are of training.rate='multi-step'"
+            not training.milestones or "milestones" in LEARNING_RATES[training.rate].options,
+            "these are of training.rate='multi-step'",
         ),
     )
     yield (

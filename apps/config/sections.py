@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import (
     AfterValidator,
@@ -20,14 +20,17 @@ from pydantic import (
     GetCoreSchemaHandler,
     PlainValidator,
     SerializeAsAny,
+    TypeAdapter,
+    ValidationError,
     model_validator,
 )
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from colossal_mpi.apps.config.plugins import absolute
+from colossal_mpi.errors import ConfigError
 from colossal_mpi.layers.kernels import choices as kernel_choices
-from colossal_mpi.layers.optim import LEARNING_RATES, OPTIMIZERS
+from colossal_mpi.layers.optim import LEARNING_RATES, OPTIMIZERS, Option
 from colossal_mpi.layers.parallelism import MODES, SEQUENCE_MODES
 from colossal_mpi.layers.pipeline import PIPE, SCHEDULES
 
@@ -167,10 +170,16 @@ class Training(Section):
     optimizer: Annotated[str, Choice(lambda: OPTIMIZERS)] = Field(
         "adamw", description="rule by which gradients change weights"
     )
+    optimizer_options: dict[str, Any] = Field(
+        {}, description="options of this optimizer alone, for example { momentum = 0.9 } for sgd"
+    )
     lr: float = Field(1e-3, gt=0, allow_inf_nan=False, description="peak of the learning rate")
     warmup: int = Field(20, ge=0, description="steps of linear warm-up")
     rate: Annotated[str, Choice(lambda: LEARNING_RATES)] = Field(
         "cosine", description="how the learning rate falls after the warm-up"
+    )
+    rate_options: dict[str, Any] = Field(
+        {}, description="options of this learning-rate schedule alone, for example { power = 2.0 } for polynomial"
     )
     floor: float = Field(0.1, ge=0, le=1, description="share of lr at the end")
     milestones: list[int] = Field(
@@ -209,6 +218,54 @@ class Training(Section):
         if self.microbatches > self.batch:
             raise ValueError(f"microbatches={self.microbatches} must be at most batch={self.batch}")
         return self
+
+    def optimizer_arguments(self) -> dict[str, Any]:
+        """Return ``optimizer_options`` as keyword arguments of the optimizer.
+
+        Returns
+        -------
+        dict of str to object
+            Values of the types that the optimizer declares.
+
+        Raises
+        ------
+        ConfigError
+            If the optimizer has no such option, or a value is of another type.
+        """
+        return _arguments(self.optimizer, self.optimizer_options, OPTIMIZERS[self.optimizer].options)
+
+    def rate_arguments(self) -> dict[str, Any]:
+        """Return ``rate_options``, ``floor`` and ``milestones`` as keyword arguments of the learning-rate schedule.
+
+        Returns
+        -------
+        dict of str to object
+            Values of the types that the schedule declares; ``floor`` and ``milestones`` only where it has them.
+
+        Raises
+        ------
+        ConfigError
+            If the schedule has no such option, or a value is of another type.
+        """
+        known = LEARNING_RATES[self.rate].options
+        keys = {"floor": self.floor, "milestones": tuple(self.milestones)}
+        common = {name: value for name, value in keys.items() if name in known}
+        return common | _arguments(self.rate, self.rate_options, known)
+
+
+def _arguments(name: str, given: Mapping[str, Any], known: Mapping[str, Option]) -> dict[str, Any]:
+    """Return the options of a registered optimizer or learning-rate schedule, each of its declared type."""
+    arguments: dict[str, Any] = {}
+    for option, value in given.items():
+        if option not in known:
+            has = f"it has {', '.join(sorted(known))}" if known else "it has none"
+            raise ConfigError(f"{name!r} has no option {option!r}; {has}")
+        try:
+            arguments[option] = TypeAdapter[Any](cast("Any", known[option].annotation)).validate_python(value)
+        except ValidationError as problem:
+            message = problem.errors()[0]["msg"]
+            raise ConfigError(f"option {option}={value!r} of {name!r}: {message[0].lower()}{message[1:]}") from None
+    return arguments
 
 
 class Parallel(Section):

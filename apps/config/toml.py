@@ -227,6 +227,22 @@ def grid_setting(axes: Mapping[str, int]) -> str:
     return f"parallel.grid={{ {', '.join(f'{axis} = {size}' for axis, size in axes.items())} }}"
 
 
+def plugins_setting(plugins: Sequence[str]) -> str:
+    """Return the setting that gives a run its plugins, for `load`.
+
+    Parameters
+    ----------
+    plugins : sequence of str
+        Python files or modules.
+
+    Returns
+    -------
+    str
+        ``run.plugins=[...]``.
+    """
+    return f"run.plugins={_inline(list(plugins))}"
+
+
 def dump(config: Config) -> str:
     """Return a configuration as TOML.
 

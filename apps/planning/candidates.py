@@ -12,7 +12,8 @@ from itertools import product
 from typing import Any
 
 from colossal_mpi.apps.config import Config
-from colossal_mpi.layers.pipeline import PIPE
+from colossal_mpi.layers import MODES
+from colossal_mpi.layers.pipeline import PIPE, SCHEDULES
 
 Axes = dict[str, int]
 """The axes of a grid and their sizes, outermost first."""
@@ -79,12 +80,11 @@ def tensor_shapes(config: Config, ranks: int) -> Iterator[tuple[str, Axes]]:
         return
     if ranks > config.model.hidden:
         return
-    if ranks <= _heads(config):
-        yield "1d", {"col": ranks}
-    for tensor, names in (("2d", ("row", "col")), ("2.5d", ("depth", "row", "col")), ("3d", ("row", "col", "depth"))):
-        even = even_factors(ranks, len(names))
-        if even is not None:
-            yield tensor, dict(zip(names, even, strict=True))
+    for mode in MODES.values():
+        even = even_factors(ranks, len(mode.axes)) if mode.axes else None
+        # Cut over one axis, every rank needs a head of its own.
+        if even is not None and (len(even) > 1 or ranks <= _heads(config)):
+            yield mode.name, dict(zip(mode.axes, even, strict=True))
 
 
 def even_factors(n: int, count: int) -> list[int] | None:
@@ -109,13 +109,14 @@ def schedules(config: Config, axes: Axes) -> Iterator[dict[str, Any]]:
     most = max(training.microbatches, training.batch // axes.get("data", 1))
     if stages == 1:
         for power in range((most // training.microbatches).bit_length()):
-            yield {"microbatches": training.microbatches << power, "schedule": "1f1b", "virtual_stages": 1}
+            schedule = type(parallel)().schedule  # any: a single stage has nothing to wait for
+            yield {"microbatches": training.microbatches << power, "schedule": schedule, "virtual_stages": 1}
         return
     for microbatches in sorted({min(most, max(training.microbatches, n * stages)) for n in (1, 2, 4)}):
-        for schedule in ("1f1b", "zero-bubble", "interleaved"):
-            chunks = max(2, parallel.virtual_stages) if schedule == "interleaved" else 1
-            if stages * chunks <= config.model.layers:
-                yield {"microbatches": microbatches, "schedule": schedule, "virtual_stages": chunks}
+        for kind in SCHEDULES.values():
+            chunks = max(2, parallel.virtual_stages) if kind.interleaved else 1
+            if kind.planned and stages * chunks <= config.model.layers:
+                yield {"microbatches": microbatches, "schedule": kind.name, "virtual_stages": chunks}
 
 
 def with_settings(config: Config, axes: Axes, tensor: str, **settings: Any) -> Config:

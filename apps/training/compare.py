@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,19 +21,31 @@ from colossal_mpi.apps.training.trainer import Trainer
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import LaunchError
 from colossal_mpi.grid import world_rank
+from colossal_mpi.layers.parallelism import MODES, SEQUENCE_MODES
 from colossal_mpi.layout import index_of
 from colossal_mpi.platform import backend
 
-CASES: list[tuple[str, str, dict[str, int]]] = [
-    ("one rank", "none", {"data": 1}),
-    ("1d", "1d", {"col": 4}),
-    ("2d", "2d", {"row": 2, "col": 2}),
-    ("2.5d", "2.5d", {"depth": 2, "row": 2, "col": 2}),
-    ("3d", "3d", {"row": 2, "col": 2, "depth": 2}),
-    ("ring", "none", {"seq": 4}),
-    ("ulysses", "none", {"ulysses": 4}),
-]
-"""Name, mode and grid of what the demo compares; the first is the reference."""
+
+class Case(NamedTuple):
+    """A way to run the comparison: its name, the modes, and the axes of its grid."""
+
+    name: str
+    tensor: str
+    sequence: str
+    axes: dict[str, int]
+
+
+def cases() -> list[Case]:
+    """Return one rank, which is the reference, then every tensor mode and every sequence mode on a small grid."""
+    found = [Case("one rank", "none", "ring", {"data": 1})]
+    for mode in MODES.values():
+        if mode.axes:
+            size = 4 if len(mode.axes) == 1 else 2
+            found.append(Case(mode.name, mode.name, "ring", dict.fromkeys(mode.axes, size)))
+    for sequence in SEQUENCE_MODES.values():
+        axis = sequence.ring[0] if sequence.ring else sequence.heads[-1]
+        found.append(Case(sequence.name, "none", sequence.name, {axis: 4}))
+    return found
 
 
 def first_steps(config: configs.Config, steps: int, reference: Path) -> dict[str, Any]:
@@ -64,7 +76,7 @@ def _difference(gradient: DistArray, exact: np.ndarray, floor: float) -> float:
 
 
 def modes(config: str, directory: Path, steps: int = 3) -> dict[str, dict[str, Any]]:
-    """Start the first steps of `config` in every mode of `CASES`, one after the other; return a row for each.
+    """Start the first steps of `config` in every mode, one after the other; return a row for each.
 
     Raises
     ------
@@ -75,7 +87,7 @@ def modes(config: str, directory: Path, steps: int = 3) -> dict[str, dict[str, A
     reference = directory / "reference.npz"
     reference.unlink(missing_ok=True)
     rows = {}
-    for name, tensor, axes in CASES:
+    for name, tensor, sequence, axes in cases():
         out, ranks = directory / f"{name.replace(' ', '-')}.json", int(np.prod(list(axes.values())))
         command = [
             sys.executable,
@@ -84,6 +96,7 @@ def modes(config: str, directory: Path, steps: int = 3) -> dict[str, dict[str, A
             config,
             json.dumps(axes),
             tensor,
+            sequence,
             str(steps),
             str(reference),
             str(out),
@@ -95,9 +108,10 @@ def modes(config: str, directory: Path, steps: int = 3) -> dict[str, dict[str, A
     return rows
 
 
-def main(config: str, axes: str, tensor: str, steps: str, reference: str, out: str) -> None:
+def main(config: str, axes: str, tensor: str, sequence: str, steps: str, reference: str, out: str) -> None:
     """Do the part of one mode."""
-    settings = [configs.grid_setting(json.loads(axes)), f'parallel.tensor="{tensor}"', 'parallel.dtype="float64"']
+    modes_of = [f'parallel.tensor="{tensor}"', f'parallel.sequence="{sequence}"']
+    settings = [configs.grid_setting(json.loads(axes)), *modes_of, 'parallel.dtype="float64"']
     row = first_steps(configs.load(config, settings), int(steps), Path(reference))
     if world_rank() == 0:
         Path(out).write_text(json.dumps(row))

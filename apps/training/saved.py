@@ -1,87 +1,166 @@
-"""Models from what runs and conversions have saved."""
+"""Models from what runs and conversions have saved: the weights of a checkpoint, and the model that they belong to.
+
+The commands ``generate`` and ``convert`` call it. It reads checkpoints with ``checkpoint`` and makes models with
+``layers.models``.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from colossal_mpi import checkpoint
+from colossal_mpi.apps.config import load_plugins
 from colossal_mpi.apps.training.run_directory import RunDirectory
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import CheckpointError, GridError
 from colossal_mpi.grid import Grid
-from colossal_mpi.layers import Parallelism, models
+from colossal_mpi.layers import Layer, Parallelism, models
 from colossal_mpi.layers.parameter import Parameter
 from colossal_mpi.layers.pipeline import PIPE, Pipeline, partition, stage_grid
 
 
-def weights(parameters: Iterable[Parameter], kind: str = "weights") -> dict[str, DistArray]:
-    """Return weights by the names that checkpoints give them, or their averages."""
-    return {f"{kind}/{p.name}": p.value for p in parameters}
-
-
-def load(source: Path, parameters: Iterable[Parameter], grid: Grid) -> None:
-    """Fill weights from a checkpoint: with their moving averages, where a run has kept these."""
-    averaged = any(name.startswith("average/") for name in checkpoint.read_manifest(source)["arrays"])
-    checkpoint.load(source, weights(parameters, "average" if averaged else "weights"), grid, besides=True)
-
-
-def checkpoint_of(source: Path) -> Path:
-    """Return a checkpoint, of a run the latest one."""
-    return RunDirectory(source).latest() if (source / "checkpoints").is_dir() else source
-
-
-def metadata_of(source: Path) -> dict[str, Any]:
-    """Return the metadata of a checkpoint.
-
-    Raises
-    ------
-    CheckpointError
-        If there is none, or it does not say of which model it is.
-    """
-    metadata = checkpoint.read_manifest(source)["metadata"]
-    if "model" not in metadata:
-        raise CheckpointError(f"{source} does not say of which model it is: its metadata have no 'model'")
-    return metadata
-
-
-def restore(source: Path, grid: Grid, tensor: str) -> tuple[Any, Pipeline | None, dict[str, Any]]:
-    """Return a model with its weights, its pipeline where ``pipe`` cuts it, and what is known of it besides.
+def weights_by_name(parameters: Iterable[Parameter], kind: str = "weights") -> dict[str, DistArray]:
+    """Return the weights of a model by the names that checkpoints give them.
 
     Parameters
     ----------
-    source : path
-        A run, of which the latest checkpoint is taken, a checkpoint, or a directory of Hugging Face.
-    grid : Grid
-        Any, whatever it was saved on.
-    tensor : str
+    parameters : iterable of Parameter
+        The parameters of the model.
+    kind : {"weights", "average"}
+        First part of the names: that of weights, or of their moving averages.
 
     Returns
     -------
-    model : GPT, Llama, Bert or ViT
-    pipeline : Pipeline or None
-    table : dict
-        Hugging Face's ``config.json`` where the weights have come from there; empty where they were trained here.
+    dict of str to DistArray
+        The weights themselves, not copies.
+    """
+    return {f"{kind}/{p.name}": p.value for p in parameters}
+
+
+def load_weights(source: Path, parameters: Iterable[Parameter], grid: Grid) -> None:
+    """Fill the weights of a model from a checkpoint: with their moving averages, where the run has kept them.
+
+    Parameters
+    ----------
+    source : Path
+        The checkpoint.
+    parameters : iterable of Parameter
+        The parameters of the model, on any grid and in any mode.
+    grid : Grid
+        All ranks that read.
 
     Raises
     ------
     CheckpointError
-        If it is none of these, or damaged.
-    GridError
-        If a directory of Hugging Face is to be cut into stages.
+        If the checkpoint lacks a weight or is damaged, on all ranks.
+
+    Notes
+    -----
+    **Communication:** messages of a few bytes; each rank reads its own blocks.
     """
-    place = Parallelism(stage_grid(grid), tensor)
+    averaged = any(name.startswith("average/") for name in checkpoint.read_manifest(source)["arrays"])
+    checkpoint.load(source, weights_by_name(parameters, "average" if averaged else "weights"), grid, besides=True)
+
+
+def checkpoint_of(source: Path) -> Path:
+    """Return the checkpoint that a user names.
+
+    Parameters
+    ----------
+    source : Path
+        A checkpoint or a run directory.
+
+    Returns
+    -------
+    Path
+        The checkpoint itself, or the latest one of the run.
+
+    Raises
+    ------
+    CheckpointError
+        If the run has no checkpoint.
+    """
+    return RunDirectory(source).latest() if (source / "checkpoints").is_dir() else source
+
+
+def metadata_of(source: Path, plugins: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the metadata of a checkpoint, once the plugins of its run are loaded.
+
+    Parameters
+    ----------
+    source : Path
+        The checkpoint.
+    plugins : sequence of str
+        Files or modules to load in place of the plugins that the run had.
+
+    Returns
+    -------
+    dict
+        ``model``, a description for `colossal_mpi.layers.models.from_description`, and what else was saved.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no checkpoint, or it does not say which model it holds.
+    ConfigError
+        If a plugin cannot be loaded.
+    """
+    metadata: dict[str, Any] = checkpoint.read_manifest(source)["metadata"]
+    if "model" not in metadata:
+        raise CheckpointError(f"{source} does not say of which model it is: its metadata have no 'model'")
+    load_plugins(plugins or metadata.get("config", {}).get("run", {}).get("plugins", []))
+    return metadata
+
+
+def load_model(
+    source: Path, grid: Grid, tensor: str, plugins: Sequence[str] = ()
+) -> tuple[Layer, Pipeline | None, dict[str, Any]]:
+    """Return a model with its weights, and its pipeline if the grid has an axis ``pipe``.
+
+    Parameters
+    ----------
+    source : Path
+        A run, of which the latest checkpoint is taken, a checkpoint, or a Hugging Face directory.
+    grid : Grid
+        Any grid, whatever the model was saved on.
+    tensor : str
+        A tensor mode of `colossal_mpi.layers.MODES`.
+    plugins : sequence of str
+        Files or modules to load in place of the plugins that the run had.
+
+    Returns
+    -------
+    model : Layer
+        A model of a registered kind.
+    pipeline : Pipeline or None
+        The stages of the model where ``pipe`` cuts it.
+    table : dict
+        Hugging Face's ``config.json`` where the weights come from there; empty where they were trained here.
+
+    Raises
+    ------
+    CheckpointError
+        If the source is none of these, or damaged.
+    GridError
+        If a Hugging Face directory is to be cut into stages.
+
+    Notes
+    -----
+    **Communication:** messages of a few bytes; each rank reads its own blocks.
+    """
+    parallelism = Parallelism(stage_grid(grid), tensor)
     if (source / "config.json").is_file():
         if grid.axes.get(PIPE, 1) > 1:
             raise GridError(f"{source} on {grid}: only a checkpoint is cut into stages; make one with convert --to cm")
-        model = models.from_pretrained(source, place)  # which refuses a table that is damaged
+        model = models.from_pretrained(source, parallelism)  # which refuses a table that is damaged
         return model, None, json.loads((source / "config.json").read_text(encoding="utf-8"))
     source = checkpoint_of(source)
-    metadata = metadata_of(source)
-    model = models.from_description(metadata["model"], place)
+    metadata = metadata_of(source, plugins)
+    model = models.from_description(metadata["model"], parallelism)
     pipeline = Pipeline(partition(model, grid), grid) if grid.axes.get(PIPE, 1) > 1 else None
     parameters = model.parameters() if pipeline is None else pipeline.parameters()
-    load(source, parameters, grid)
+    load_weights(source, parameters, grid)
     return model, pipeline, metadata.get("huggingface", {})

@@ -19,7 +19,7 @@ from colossal_mpi.apps.training import tasks
 from colossal_mpi.apps.training.tasks import StepFeed
 from colossal_mpi.grid import Grid
 from colossal_mpi.layers import Context, Parallelism, kernels, models, precision, recompute
-from colossal_mpi.layers.optim import LEARNING_RATES, OPTIMIZERS, LearningRateSchedule, MovingAverage
+from colossal_mpi.layers.optim import OPTIMIZERS, LearningRateSchedule, MovingAverage
 from colossal_mpi.layers.pipeline import PIPE, SCHEDULES, Pipeline, parameter_names, partition, stage_grid
 from colossal_mpi.platform import backend
 
@@ -52,14 +52,18 @@ class Trainer:
         names = parameter_names(whole, grid, parallel.virtual_stages)
         self.pipeline = self.task.pipeline = Pipeline(chunks, grid, parallel.schedule, parallel.bucket, names)
         self.optimizer = OPTIMIZERS[training.optimizer](
-            self.pipeline.parameters(), weight_decay=training.weight_decay, clip=training.clip, offload=parallel.offload
+            self.pipeline.parameters(),
+            weight_decay=training.weight_decay,
+            clip=training.clip,
+            offload=parallel.offload,
+            **training.optimizer_arguments(),
         )
         self.average = MovingAverage(self.optimizer.parameters, training.average) if training.average else None
         self.own: dict[str, float] = {}
         """What experts have added to the loss of the last step."""
-        given = {"floor": training.floor, "milestones": tuple(training.milestones)}
-        shape = {name: given[name] for name in LEARNING_RATES[training.rate].options if name in given}
-        self.learning_rate = LearningRateSchedule(training.rate, training.lr, training.steps, training.warmup, **shape)
+        self.learning_rate = LearningRateSchedule(
+            training.rate, training.lr, training.steps, training.warmup, **training.rate_arguments()
+        )
         """Of a step."""
         self.saving = checkpoint.AsyncCheckpointer(grid)
 

@@ -115,6 +115,8 @@ class ScheduleKind:
         Whether a stage holds two chunks of the model or more; it holds one otherwise.
     defers_weights : bool
         Whether weight products may come later than right after the input cotangent of their microbatch.
+    planned : bool
+        Whether the planner tries the schedule.
     """
 
     name: str
@@ -122,6 +124,7 @@ class ScheduleKind:
     description: str
     interleaved: bool = False
     defers_weights: bool = False
+    planned: bool = True
 
 
 SCHEDULES: dict[str, ScheduleKind] = {}
@@ -129,7 +132,7 @@ SCHEDULES: dict[str, ScheduleKind] = {}
 
 
 def register_schedule(
-    name: str, description: str, *, interleaved: bool = False, defers_weights: bool = False
+    name: str, description: str, *, interleaved: bool = False, defers_weights: bool = False, planned: bool = True
 ) -> Callable[[Order], Order]:
     """Return a decorator that registers a function as the order of a pipeline schedule.
 
@@ -144,6 +147,8 @@ def register_schedule(
     defers_weights : bool
         Whether weight products may come later than right after the input cotangent of their microbatch. Recomputed
         layers then keep what these products need.
+    planned : bool
+        Whether the planner tries the schedule; false for one that is never the best.
 
     Returns
     -------
@@ -165,13 +170,13 @@ def register_schedule(
         taken = SCHEDULES.get(name)
         if taken is not None and getattr(taken.order, "__qualname__", None) != getattr(order, "__qualname__", None):
             raise OptionError(f"register_schedule({name!r}): another schedule has this name; choose another one")
-        SCHEDULES[name] = ScheduleKind(name, order, description, interleaved, defers_weights)
+        SCHEDULES[name] = ScheduleKind(name, order, description, interleaved, defers_weights, planned)
         return order
 
     return register
 
 
-@register_schedule("gpipe", "All forward passes, then all backward passes.")
+@register_schedule("gpipe", "All forward passes, then all backward passes.", planned=False)  # 1F1B has fewer caches
 def gpipe(stages: int, microbatches: int, chunks: int, stage: int) -> Iterator[Instruction]:
     """Yield all forward passes, then all backward passes. A stage keeps the caches of all microbatches."""
     for c in range(chunks):

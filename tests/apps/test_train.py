@@ -236,13 +236,13 @@ def test_resuming_survives_a_cut_line_and_a_lost_link_and_keeps_its_settings(fol
 
 def test_every_mode_does_the_steps_of_one_rank(folder, monkeypatch):
     ragged = [
-        ("one rank", "none", {"data": 1}),
-        ("2d", "2d", {"row": 2, "col": 2}),
-        ("3d", "3d", {"col": 2, "depth": 2}),
-        ("ring", "none", {"seq": 3}),
-        ("ulysses", "none", {"ulysses": 2}),
+        compare.Case("one rank", "none", "ring", {"data": 1}),
+        compare.Case("2d", "2d", "ring", {"row": 2, "col": 2}),
+        compare.Case("3d", "3d", "ring", {"col": 2, "depth": 2}),
+        compare.Case("ring", "none", "ring", {"seq": 3}),
+        compare.Case("ulysses", "none", "ring", {"ulysses": 2}),
     ]
-    monkeypatch.setattr(compare, "CASES", ragged)
+    monkeypatch.setattr(compare, "cases", lambda: ragged)
     result = compare.modes(str(folder / "small.toml"), folder / "compare", steps=3)
     reference = result["one rank"]["losses"]
     assert len(reference) == 3
