@@ -1,17 +1,18 @@
 """Neural-network layers with manual backward passes. A layer exists once; a parallel mode is a choice of layouts."""
 
-from colossal_mpi.layers.activation import GELU, Gated, ReLU, SiLU
+from colossal_mpi.layers.activation import GELU, Gated, ReLU, SiLU, Softmax
 from colossal_mpi.layers.attention.rotary import Rotary, Rotation
 from colossal_mpi.layers.attention.self_attention import Attention, GroupedAttention, SelfAttention
 from colossal_mpi.layers.block import TransformerBlock
 from colossal_mpi.layers.containers import FanOut, Parallel, Residual, Sequential
+from colossal_mpi.layers.context import AuxiliaryLosses, Context, Decoding
 from colossal_mpi.layers.conv import Conv2d, PatchEmbedding
 from colossal_mpi.layers.dropout import Dropout, DropPath
 from colossal_mpi.layers.embedding import Embedding, PositionEmbedding, SegmentEmbedding
 from colossal_mpi.layers.inference import generate
-from colossal_mpi.layers.layer import Context, Layer
+from colossal_mpi.layers.layer import Layer
 from colossal_mpi.layers.linear import Linear, Linears
-from colossal_mpi.layers.loss import CrossEntropy, MeanSquaredError
+from colossal_mpi.layers.loss import CrossEntropy, MeanSquaredError, backpropagate, count_correct
 from colossal_mpi.layers.mlp import MLP
 from colossal_mpi.layers.moe import MoE
 from colossal_mpi.layers.norm import LayerNorm, RMSNorm
@@ -29,8 +30,6 @@ from colossal_mpi.layers.parallelism import (
 from colossal_mpi.layers.parameter import Parameter
 from colossal_mpi.layers.pooling import AvgPool2d, ClassifierHead, FirstPool, MaxPool2d, MeanPool
 from colossal_mpi.layers.recompute import Recompute, recompute
-from colossal_mpi.layers.softmax import Softmax
-from colossal_mpi.layers.step import backpropagate
 
 __all__ = [
     "GELU",
@@ -43,11 +42,13 @@ __all__ = [
     "Adafactor",
     "AdamW",
     "Attention",
+    "AuxiliaryLosses",
     "AvgPool2d",
     "ClassifierHead",
     "Context",
     "Conv2d",
     "CrossEntropy",
+    "Decoding",
     "DropPath",
     "Dropout",
     "Embedding",
@@ -85,6 +86,7 @@ __all__ = [
     "Template",
     "TransformerBlock",
     "backpropagate",
+    "count_correct",
     "generate",
     "recompute",
     "register_mode",

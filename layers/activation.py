@@ -1,61 +1,73 @@
-"""Elementwise layers: local in every layout."""
+"""Activation functions: elementwise, which are local in every layout, gated, and softmax over a dim that may be cut.
+
+MLPs, experts and the heads of models choose one by name from `ACTIVATIONS` or `GATED`. The functions of a block are the
+kernels of the array's grid.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
+from colossal_mpi import comm
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import OptionError, ShapeError
 from colossal_mpi.grid import Grid
 from colossal_mpi.layers import kernels
-from colossal_mpi.layers.layer import Context, Later, Layer
+from colossal_mpi.layers.context import Context
+from colossal_mpi.layers.kernels import like, wide
+from colossal_mpi.layers.layer import Cache, Later, Layer
 from colossal_mpi.layout import Layout
 from colossal_mpi.platform import backend
 from colossal_mpi.platform.backend import Block
 
 
 class Activation(Layer):
-    """Base of the elementwise layers: the kernel of its name and that one's ``_backward``.
+    """Base of the elementwise layers: the kernel of their name forward, and the one named ``_backward`` backward.
 
-    **Communication:** none; partial sums, of which the function would not be that of the sum, are reduced first.
+    **Communication:** none for complete arrays; partial sums are reduced first, because the function of a sum is not
+    the sum of the functions.
     """
 
     kernel: str
 
     def value(self, x: Block, grid: Grid) -> Block:
-        """Return the function of a block."""
+        """Return the function of each element of a block."""
         function: Callable[[Block], Block] = getattr(kernels.of(grid), self.kernel)
         return function(x)
 
     def cotangent(self, dy: Block, x: Block, grid: Grid) -> Block:
-        """Return the cotangent of a block `x` for that of the function."""
+        """Return the cotangent of a block x, given the cotangent of the function."""
         function: Callable[[Block, Block], Block] = getattr(kernels.of(grid), f"{self.kernel}_backward")
         return function(dy, x)
 
-    def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
-        """Return the function of each element, in the layout of `x`."""
-        x = x.reduced()
-        return x.like(self.value(x.local, x.grid)), x
+    def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Cache]:
+        given, x = x, x.reduced()
+        return x.like(self.value(x.local, x.grid)), self.save(given, x)
 
-    def backward(self, dy: DistArray, cache: Any, later: Later = None) -> DistArray:
-        """Return `dy` times the slope at each element."""
-        dy = dy.redistribute(cache.layout)
-        return cache.like(self.cotangent(dy.local, cache.local, dy.grid))
+    def backward(self, dy: DistArray, cache: Cache, later: Later = None) -> DistArray:
+        x = self.load(cache, DistArray.reduced)
+        # dY[B_row, S, F_col] * slope(X[B_row, S, F_col])
+        dy = dy.redistribute(x.layout)
+        return x.like(self.cotangent(dy.local, x.local, dy.grid))
 
 
 class GELU(Activation):
-    """The Gaussian error linear unit.
+    """The Gaussian error linear unit, ``y = x Phi(x)`` with the cumulative normal distribution Phi.
 
     Parameters
     ----------
     approximate : {"tanh", "none"}
-        By the hyperbolic tangent, as GPT-2 has it, or by the error function, as BERT and ViT have it.
+        ``"tanh"`` approximates Phi by the hyperbolic tangent, as GPT-2 does; ``"none"`` takes the error function, as
+        BERT and ViT do.
 
     Raises
     ------
     OptionError
         If there is no such form.
+
+    Notes
+    -----
+    **Communication:** none for complete arrays; partial sums are reduced first.
 
     References
     ----------
@@ -69,31 +81,56 @@ class GELU(Activation):
 
 
 class SiLU(Activation):
-    """``x sigmoid(x)`` (Elfwing, Uchibe, Doya 2017; Ramachandran, Zoph, Le 2017: swish)."""
+    """The sigmoid linear unit, ``y = x sigmoid(x)``, which is also called swish.
+
+    Notes
+    -----
+    **Communication:** none for complete arrays; partial sums are reduced first.
+
+    References
+    ----------
+    Elfwing, Uchibe, Doya: Sigmoid-weighted linear units, 2017. Ramachandran, Zoph, Le: Searching for activation
+    functions, 2017 (swish).
+    """
 
     kernel = "silu"
 
 
 class ReLU(Activation):
-    """The positive part of each element, of slope 0 at 0."""
+    """The rectified linear unit, ``y = max(x, 0)``, with slope 0 at 0.
+
+    Notes
+    -----
+    **Communication:** none for complete arrays; partial sums are reduced first.
+    """
 
     kernel = "relu"
 
 
 class Tanh(Activation):
-    """The hyperbolic tangent, as BERT's pooler has it."""
+    """The hyperbolic tangent, as in the pooler of BERT."""
 
     kernel = "tanh"
 
 
 class Gated(Layer):
-    """``activation(gate) up`` of pairs ``[..., 2, f]`` of gate and up, to ``[..., f]``.
-
-    With SiLU it is SwiGLU, with GELU GEGLU. **Communication:** none; partial sums are reduced first.
+    """A gated activation, ``y = activation(gate) up``, of pairs ``[..., 2, f]`` of gate and up to ``[..., f]``.
 
     Parameters
     ----------
     activation : Activation
+        The function of the gate: with SiLU the layer is SwiGLU, with GELU it is GEGLU.
+
+    Raises
+    ------
+    ShapeError
+        From `forward`, if the last dim but one is not 2.
+
+    Notes
+    -----
+    The output has the layout of the input without the dim of pairs, which may not be cut.
+
+    **Communication:** none for complete arrays whose pairs are whole; partial sums are reduced first.
 
     References
     ----------
@@ -103,31 +140,62 @@ class Gated(Layer):
     def __init__(self, activation: Activation) -> None:
         self.activation = activation
 
-    def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
-        """Return the gated values, in the layout of `x` without its pairs.
-
-        Raises
-        ------
-        ShapeError
-            If the last dim but one is not 2.
-        """
+    def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Cache]:
         if x.ndim < 2 or x.shape[-2] != 2:
             raise ShapeError(f"a gated activation takes pairs of gate and up, [..., 2, f]; its input is {x.shape}")
-        *leading, _, last = x.layout.dims
-        x = x.redistribute(Layout(*leading, None, last))
+        given, x = x, self._whole_pairs(x)
+        # activation(X[B, S, 0, F_col]) * X[B, S, 1, F_col] -> Y[B, S, F_col]
         y = self.activation.value(x.local[..., 0, :], x.grid)
         y *= x.local[..., 1, :]
-        return DistArray(y, (*x.shape[:-2], x.shape[-1]), Layout(*leading, last), x.grid), x
+        *leading, _, last = x.layout.dims
+        return DistArray(y, (*x.shape[:-2], x.shape[-1]), Layout(*leading, last), x.grid), self.save(given, x)
 
-    def backward(self, dy: DistArray, cache: Any, later: Later = None) -> DistArray:
-        """Return the cotangents of gate and up."""
-        *leading, _, last = cache.layout.dims
-        dy = dy.redistribute(Layout(*leading, last)).local
-        gate, up = (cache.local[..., t, :] for t in range(2))
-        dx = backend.empty_like(cache.local, cache.local.shape)
-        dx[..., 0, :] = self.activation.cotangent(dy * up, gate, cache.grid)
-        dx[..., 1, :] = dy * self.activation.value(gate, cache.grid)
-        return cache.like(dx)
+    def backward(self, dy: DistArray, cache: Cache, later: Later = None) -> DistArray:
+        x = self.load(cache, self._whole_pairs)
+        *leading, _, last = x.layout.dims
+        dy = dy.redistribute(Layout(*leading, last))
+        gate, up = (x.local[..., t, :] for t in range(2))
+        # dY[B, S, F_col] -> dX[B, S, 2, F_col]
+        dx = backend.empty_like(x.local, x.local.shape)
+        dx[..., 0, :] = self.activation.cotangent(dy.local * up, gate, x.grid)
+        dx[..., 1, :] = dy.local * self.activation.value(gate, x.grid)
+        return x.like(dx)
+
+    @staticmethod
+    def _whole_pairs(x: DistArray) -> DistArray:
+        """Return x with complete sums and each pair of gate and up on one rank."""
+        *leading, _, last = x.layout.dims
+        return x.redistribute(Layout(*leading, None, last))
+
+
+class Softmax(Layer):
+    """The softmax ``y = exp(x) / sum(exp(x))`` over the last dim, in any layout.
+
+    Notes
+    -----
+    An empty block has maximum -inf and sum 0. Partial sums are reduced first.
+
+    **Communication:** over the axes that cut the last dim, p ranks and n rows: an allreduce of n maxima and one of n
+    sums forward, and one of n sums backward, together ``6 (p - 1) n`` words summed over ranks.
+    """
+
+    def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Cache]:
+        x = x.reduced()
+        xp, grid, axes = backend.namespace(x.local), x.grid, x.layout.dims[-1]
+        # X[B, S, V_col] -> max over v: M[B, S], an allreduce (MAX) over col
+        top = comm.allreduce(kernels.of(grid).peak(x.local), grid, axes, comm.MAX)
+        y = xp.exp(wide(x.local) - wide(top)[..., None])
+        # sum over v: T[B, S] {U_col} -> T[B, S]: allreduce over col
+        y /= comm.allreduce(xp.sum(y, axis=-1), grid, axes)[..., None]
+        y = like(x.local, y)
+        return x.like(y), x.like(y)
+
+    def backward(self, dy: DistArray, cache: Cache, later: Later = None) -> DistArray:
+        y: DistArray = cache
+        xp, d, p = backend.namespace(y.local), wide(dy.redistribute(y.layout).local), wide(y.local)
+        # dX = y (dY - T), with the sum over v of y dY: T[B, S] {U_col} -> T[B, S], an allreduce over col
+        total = comm.allreduce(xp.sum(p * d, axis=-1), y.grid, y.layout.dims[-1])
+        return y.like(like(y.local, p * (d - total[..., None])))
 
 
 ACTIVATIONS: dict[str, Callable[[], Activation]] = {

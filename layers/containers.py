@@ -1,34 +1,52 @@
-"""Layers put together: one after the other, side by side, beside what they are added to."""
+"""Containers of layers: in sequence, in parallel, on one input, and with a residual connection.
+
+Models and blocks are containers. Pipelines cut a `Sequential` into stages, and `colossal_mpi.layers.overlap` watches it
+to prefetch weights and to start reductions of gradients between its layers.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Protocol
 
 from colossal_mpi import ledger
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import ShapeError
-from colossal_mpi.layers.layer import Context, Later, Layer
+from colossal_mpi.layers.context import Context
+from colossal_mpi.layers.layer import Arrays, Cache, Later, Layer
 
 
 class Watcher(Protocol):
-    """What has something to do between the layers of a chain."""
+    """An observer that does something between the layers of a `Sequential`."""
 
     def visit(self, kind: str, chain: Sequential, i: int) -> None:
-        """Take note that layer i goes ``forward`` or ``backward`` or does its ``weight`` products now."""
+        """Hear that layer i now goes ``forward`` or ``backward``, or does its ``weight`` products."""
 
 
 class Sequential(Layer):
-    """Layers one after the other; the backward pass is theirs in reverse."""
+    """Layers one after the other.
+
+    Parameters
+    ----------
+    *layers : Layer
+        The layers in the order of the forward pass; the backward pass goes through them in reverse. A layer must hand
+        on what the next one takes.
+
+    Notes
+    -----
+    **Communication:** that of the layers. The time, words and flop of each layer are recorded under its label in the
+    ledger's spans ``forward``, ``backward`` and ``weight``.
+
+    **Adjoint:** the reversed sequence of the layers' backward passes.
+    """
 
     watchers: tuple[Watcher, ...] = ()
 
     def __init__(self, *layers: Layer) -> None:
         self.layers = list(layers)
 
-    def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
-        """Return the output of the last layer."""
+    def forward(self, x: Arrays, ctx: Context) -> tuple[Arrays, Cache]:
         caches = []
         for i, layer in enumerate(self.layers):
             self._visit("forward", i)
@@ -37,8 +55,8 @@ class Sequential(Layer):
             caches.append(cache)
         return x, caches
 
-    def replay(self, x: DistArray, ctx: Context) -> Any:
-        """Return the caches, without the output of the last layer."""
+    def replay(self, x: Arrays, ctx: Context) -> Cache:
+        # Only the last layer may leave out what its output alone needs.
         *first, last = self.layers
         x, caches = Sequential(*first).forward(x, ctx)
         return [*caches, last.replay(x, ctx)]
@@ -49,98 +67,137 @@ class Sequential(Layer):
 
     @contextmanager
     def watched(self, watcher: Watcher) -> Iterator[None]:
-        """Let a watcher know of each layer until the context ends."""
+        """Return a context in which a watcher hears of each layer.
+
+        Parameters
+        ----------
+        watcher : Watcher
+            The observer.
+
+        Yields
+        ------
+        None
+            Nothing.
+        """
         self.watchers += (watcher,)
         try:
             yield
         finally:
             self.watchers = tuple(other for other in self.watchers if other is not watcher)
 
-    def backward(self, dy: DistArray, cache: Any, later: Later = None) -> Any:
-        """Return the cotangent of the first layer's input."""
+    def backward(self, dy: Arrays, cache: Cache, later: Later = None) -> Arrays:
         for i, layer in reversed(list(enumerate(self.layers))):
             self._visit("backward", i)
             before = len(later or ())
             with ledger.span("backward", layer=layer.label):
                 dy = layer.backward(dy, cache[i], later)
             if later is not None:
-                later[before:] = [self._measured(i, work) for work in later[before:]]
+                later[before:] = [self._recorded(i, work) for work in later[before:]]
         return dy
 
-    def _measured(self, i: int, work: Callable[[], None]) -> Callable[[], None]:
-        def measured() -> None:
+    def _recorded(self, i: int, work: Callable[[], None]) -> Callable[[], None]:
+        """Return a weight product that is watched and recorded under the label of layer i."""
+
+        def recorded() -> None:
             self._visit("weight", i)
             with ledger.span("weight", layer=self.layers[i].label):
                 work()
 
-        return measured
+        return recorded
 
 
 class Parallel(Layer):
-    """Layers side by side: the i-th takes the i-th of several arrays."""
+    """Layers side by side: the i-th layer takes the i-th array of a tuple.
 
-    def __init__(self, *layers: Layer) -> None:
-        self.layers = list(layers)
+    Parameters
+    ----------
+    *layers : Layer
+        One layer for each array of the input. The output is the tuple of their outputs.
 
-    def forward(self, x: Sequence[DistArray], ctx: Context) -> tuple[tuple[DistArray, ...], Any]:
-        """Return the outputs of all layers."""
-        ys, caches = zip(*[layer.forward(part, ctx) for layer, part in zip(self.layers, x, strict=True)], strict=True)
-        return ys, caches
-
-    def backward(self, dy: Sequence[DistArray], cache: Any, later: Later = None) -> Any:
-        """Return the cotangents of all inputs."""
-        return tuple(
-            layer.backward(part, kept, later) for layer, part, kept in zip(self.layers, dy, cache, strict=True)
-        )
-
-
-class Residual(Sequential):
-    """``x + chain(x)``, for a chain whose output is shaped as its input."""
-
-    def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
-        """Return ``x + chain(x)``."""
-        y, cache = super().forward(x, ctx)
-        return x + y, (cache, x.layout.with_partial())
-
-    def replay(self, x: DistArray, ctx: Context) -> Any:
-        """Return the chain's caches."""
-        return super().replay(x, ctx), x.layout.with_partial()
-
-    def backward(self, dy: DistArray, cache: Any, later: Later = None) -> Any:
-        """Return ``dy`` and the chain's cotangent together."""
-        caches, layout = cache
-        dy = dy.redistribute(layout)
-        return dy + super().backward(dy, caches, later)
-
-
-class FanOut(Layer):
-    """Several layers on one array: a tuple of their outputs, and a tuple of cotangents of them.
-
-    A cotangent may be None, where a loss does not take that output.
+    Notes
+    -----
+    **Communication:** that of the layers.
     """
 
     def __init__(self, *layers: Layer) -> None:
         self.layers = list(layers)
 
-    def forward(self, x: DistArray, ctx: Context) -> tuple[Any, Any]:
-        """Return the outputs of all layers."""
+    def forward(self, x: Sequence[DistArray], ctx: Context) -> tuple[tuple[DistArray, ...], Cache]:
+        ys, caches = zip(*[layer.forward(part, ctx) for layer, part in zip(self.layers, x, strict=True)], strict=True)
+        return ys, caches
+
+    def backward(self, dy: Sequence[DistArray], cache: Cache, later: Later = None) -> tuple[DistArray, ...]:
+        return tuple(
+            layer.backward(part, part_cache, later)
+            for layer, part, part_cache in zip(self.layers, dy, cache, strict=True)
+        )
+
+
+class Residual(Sequential):
+    """A sequence of layers with a residual connection, ``y = x + layers(x)``.
+
+    Parameters
+    ----------
+    *layers : Layer
+        The layers of the branch, whose output has the shape of their input.
+
+    Notes
+    -----
+    **Communication:** that of the layers.
+
+    **Adjoint:** ``dx = dy + layers^T(dy)``.
+    """
+
+    def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Cache]:
+        y, cache = super().forward(x, ctx)
+        return x + y, (cache, x.layout.with_partial())
+
+    def replay(self, x: DistArray, ctx: Context) -> Cache:
+        return super().replay(x, ctx), x.layout.with_partial()
+
+    def backward(self, dy: DistArray, cache: Cache, later: Later = None) -> DistArray:
+        caches, layout = cache
+        dy = dy.redistribute(layout)
+        through: DistArray = super().backward(dy, caches, later)
+        return dy + through
+
+
+class FanOut(Layer):
+    """Several layers on one array: the output is the tuple of their outputs.
+
+    Parameters
+    ----------
+    *layers : Layer
+        The layers, each of which takes the input. A cotangent of their outputs may be None, where the loss does not
+        depend on that output.
+
+    Raises
+    ------
+    ShapeError
+        From `backward`, if there are not as many cotangents as layers, or all are None.
+
+    Notes
+    -----
+    **Communication:** that of the layers.
+
+    **Adjoint:** the sum of the layers' cotangents.
+    """
+
+    def __init__(self, *layers: Layer) -> None:
+        self.layers = list(layers)
+
+    def forward(self, x: DistArray, ctx: Context) -> tuple[tuple[Arrays, ...], Cache]:
         ys, caches = zip(*[layer.forward(x, ctx) for layer in self.layers], strict=True)
         return ys, caches
 
-    def backward(self, dy: Sequence[DistArray | None], cache: Any, later: Later = None) -> Any:
-        """Return the sum of the layers' cotangents.
-
-        Raises
-        ------
-        ShapeError
-            If there are not as many cotangents as layers, or all are None.
-        """
+    def backward(self, dy: Sequence[DistArray | None], cache: Cache, later: Later = None) -> DistArray:
         given = sum(part is not None for part in dy)
         if len(dy) != len(self.layers) or not given:
             raise ShapeError(
                 f"the cotangents of {len(self.layers)} outputs must be as many, and one of them not None; they are "
                 f"{len(dy)}, {given} of them not None"
             )
-        taken = [part for part in zip(self.layers, dy, cache, strict=True) if part[1] is not None]
-        first, *others = [layer.backward(part, kept, later) for layer, part, kept in taken]
-        return sum(others, start=first)
+        used = [part for part in zip(self.layers, dy, cache, strict=True) if part[1] is not None]
+        first, *others = [layer.backward(part, part_cache, later) for layer, part, part_cache in used]
+        total: DistArray = sum(others, start=first)
+        return total

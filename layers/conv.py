@@ -1,37 +1,45 @@
-"""Convolutions of images and their patches: the windows of an image in one product, in every mode."""
+"""Convolutions of images, and the embedding of their patches: one product of windows and weight, in every mode.
+
+Vision models build them. They call `contract`, like `Linear`, and the kernels ``unfold`` and ``fold`` of their grid,
+which make the windows of an image and add the cotangents of windows up.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+from numpy.typing import DTypeLike
+
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import OptionError, ShapeError
 from colossal_mpi.layers import kernels
-from colossal_mpi.layers.layer import Context, Later, Layer
+from colossal_mpi.layers.context import Context
+from colossal_mpi.layers.layer import Cache, Later, Layer
 from colossal_mpi.layers.parallelism import Parallelism
 from colossal_mpi.layers.parameter import Parameter
 from colossal_mpi.layout import Layout
 from colossal_mpi.linalg.contraction import adjoints, contract, parse
 from colossal_mpi.platform import backend
+from colossal_mpi.platform.backend import Block
 
 Pair = tuple[int, int]
 
 
 def pair(value: int | Pair) -> Pair:
-    """Return sizes along y and x of one for both or of a pair."""
+    """Return the sizes along y and x: a single number is both."""
     return (value, value) if isinstance(value, int) else value
 
 
 class Convolution(Layer):
     """The product of the windows ``[b, c, i, j, s]`` of images ``[b, c, y, x]`` with a weight ``[c, i, j, o]``.
 
-    Base of `Conv2d` and `PatchEmbedding`, which name the letters and shape the result. Images move whole, before they
-    are unfolded and after their cotangent is folded, which spares a factor i j of the words; where s is cut, so is the
-    product.
+    It is the base of `Conv2d` and `PatchEmbedding`, which name the letters and shape the result. Images are
+    redistributed before they are unfolded, and cotangents after they are folded: windows would be i j times the words.
+    Where the map cuts s, each rank multiplies its part of the windows.
     """
 
     lead = 0
-    """Windows of zeros before those of the image."""
+    """The number of windows of zeros before those of the image."""
 
     def __init__(
         self,
@@ -46,8 +54,8 @@ class Convolution(Layer):
         padding: int | Pair = 0,
         bias: bool = True,
         std: float = 0.02,
-        seed: int = 0,
-        dtype: Any = "float32",
+        seed: int | None = 0,
+        dtype: DTypeLike = "float32",
     ) -> None:
         self.kernel, self.stride, self.padding = pair(kernel), pair(stride), pair(padding)
         if min(*self.kernel, *self.stride) < 1 or min(self.padding) < 0:
@@ -58,6 +66,7 @@ class Convolution(Layer):
         self.name, self.product, self.keep = name, parallelism.product(subscripts, inner), parallelism.keep_gathered
         self.keep_weight = parallelism.keep_weights
         self.images = Layout(*self.product.x.dims[:2], None, None)
+        """The layout of an image whose windows are multiplied: y and x are whole."""
         shape = (channels[0], *self.kernel, channels[1])
         self.weight = Parameter(f"{name}.weight", shape, self.product.w, parallelism, std=std, seed=seed, dtype=dtype)
         self.bias, self.out_dim = None, parse(subscripts).c.index(subscripts.split(",")[1][3])
@@ -78,40 +87,53 @@ class Convolution(Layer):
             )
         return count
 
+    def _image(self, x: DistArray) -> DistArray:
+        """Return the images in the layout in which their windows are multiplied."""
+        # X[B_row, C_col, Y, X] -> X[B_row, C, Y, X]: allgather over the axes that the map needs whole
+        return x.redistribute(self.images)
+
     def _windows(self, image: DistArray) -> DistArray:
         """Return the windows of an image that is cut over b and c alone. **Communication:** none."""
-        block = kernels.of(image.grid).unfold(image.local, self.kernel, self.stride, self.padding)
+        unfold = kernels.of(image.grid).unfold
+        # X[B_row, C, Y, X] -> windows[B_row, C, I, J, S]
+        block = unfold(image.local, self.kernel, self.stride, self.padding)
         if self.lead:
             zeros = backend.zeros_like(block, (*block.shape[:4], self.lead))
             block = backend.namespace(block).concat([zeros, block], axis=4)
         layout = Layout(*self.images.dims[:2], None, None, None)
         return DistArray(block, (*image.shape[:2], *self.kernel, block.shape[-1]), layout, image.grid)
 
-    def _apply(self, x: DistArray) -> tuple[DistArray, Any]:
+    def _apply(self, x: DistArray) -> tuple[DistArray, Cache]:
         """Return the product, without bias, as the map leaves it, and what `_adjoint` needs."""
-        p, image = self.product, x.redistribute(self.images)
+        p, image = self.product, self._image(x)
         w = self.weight.use(p.w)
+        # 1d inside: windows[B, C, I, J, S] . W[C, I, J, O_col] -> Y[B, O_col, S]
         y = contract(p.subscripts, self._windows(image), w, p.axes)
-        return y, (image if self.keep else x, w if self.keep_weight else None, x.layout.with_partial())
+        saved = self.save(x, image if self.keep else x)
+        return y, (saved, x.shape, w if self.keep_weight else None, x.layout.with_partial())
 
-    def _adjoint(self, dy: DistArray, cache: Any, later: Later) -> DistArray:
-        """Return the cotangent of the images for one of the product as the map takes it."""
-        p, (x, w, layout) = self.product, cache
+    def _adjoint(self, dy: DistArray, cache: Cache, later: Later) -> DistArray:
+        """Return the cotangent of the images, given the cotangent of the product in the layout of the map."""
+        p, (saved, shape, w, layout) = self.product, cache
         dx_subscripts, dw_subscripts = adjoints(p.subscripts)
         w = self.weight.use(p.w) if w is None else w
+        # dY[B, O_col, S] . W[C, I, J, O_col]^T -> dwindows[B, C, I, J, S] {U_col}
         d = contract(dx_subscripts, dy, w, p.axes)
-        image = kernels.of(d.grid).fold(self._all_windows(d), x.shape[2:], self.stride, self.padding)
+        # dwindows[B, C, I, J, S] {U_col} -> dX[B, C, Y, X] {U_col}: overlapping windows are added on each rank
+        image = kernels.of(d.grid).fold(self._all_windows(d), shape[2:], self.stride, self.padding)
         partial = Layout(*d.layout.dims[:2], None, None, partial=(*d.layout.partial, *d.layout.dims[4]))
 
-        def weight_product() -> None:
-            windows = self._windows(x.redistribute(self.images))
+        def add_weight_gradient() -> None:
+            windows = self._windows(self._image(self.load(saved)))
+            # windows[B, C, I, J, S]^T . dY[B, O_col, S] -> dW[C, I, J, O_col]
             self.weight.accumulate(contract(dw_subscripts, windows, dy, p.axes, wide=True))
 
-        weight_product() if later is None else later.append(weight_product)
-        return DistArray(image, x.shape, partial, x.grid).redistribute(layout)
+        add_weight_gradient() if later is None else later.append(add_weight_gradient)
+        # dX[B, C, Y, X] {U_col} -> dX[B, C_col, Y, X]: reduce_scatter over col
+        return DistArray(image, shape, partial, dy.grid).redistribute(layout)
 
-    def _all_windows(self, d: DistArray) -> Any:
-        """Return the block of windows with zeros for those of other ranks, without the leading ones."""
+    def _all_windows(self, d: DistArray) -> Block:
+        """Return this rank's windows with zeros in place of the other ranks', without the leading ones."""
         block, (start, stop) = d.local, d.box[4]
         if d.layout.dims[4]:
             block = backend.zeros_like(block, (*block.shape[:4], d.shape[4]))
@@ -120,24 +142,30 @@ class Convolution(Layer):
 
     def _accumulate_bias(self, dy: DistArray) -> None:
         if self.bias is not None:
+            # dY[B_row, O_col, S] summed over b and s -> dbias[O_col] {U_row}
             self.bias.accumulate(dy.sum_over([d for d in range(dy.ndim) if d != self.out_dim]))
 
 
 class Conv2d(Convolution):
-    """Two-dimensional convolution (cross-correlation, as everywhere in deep learning) of images ``[b, c, y, x]``.
+    """Two-dimensional convolution of images ``[b, c, y, x]``: a cross-correlation, as everywhere in deep learning.
 
     Parameters
     ----------
-    inputs, outputs : int
-        Numbers of channels.
-    kernel, stride, padding : int or pair of int
-        Along y and x; padding is of zeros, on both sides.
+    inputs : int
+        Number of channels of the input.
+    outputs : int
+        Number of channels of the output.
+    kernel : int or pair of int
+        Sides of a window along y and x, in pixels.
     parallelism : Parallelism
+        The mode, which chooses the map and the layouts.
     name : str
-        Prefix of the names of the parameters ``weight``, ``[inputs, i, j, outputs]``, and ``bias``.
+        Prefix of the names of the parameters ``weight`` ``[inputs, i, j, outputs]`` and ``bias`` ``[outputs]``.
     into : {"inside", "stream"}
-        Whether the channels go as h of the stream to a letter of the inside, or come back.
-    bias, std, seed, dtype
+        Whether the channels go, as the h of the stream, to a letter of the inside of a block, or come back.
+    **options
+        Options ``stride`` and ``padding``, int or pair of int along y and x, in pixels (padding is zeros on both
+        sides), and ``bias``, ``std``, ``seed`` and ``dtype``, as `Linear` takes them.
 
     Raises
     ------
@@ -148,8 +176,10 @@ class Conv2d(Convolution):
 
     Notes
     -----
-    Images are cut over b and c as the residual stream (b and h) or the inside (b and f), never over y and x.
-    **Communication:** as `Linear` with the image in place of its windows.
+    Images are cut over b and c like the residual stream (b and h) or the inside of a block (b and f), never over y and
+    x.
+
+    **Communication:** the words of `Linear` with the image in place of its windows.
 
     References
     ----------
@@ -177,48 +207,65 @@ class Conv2d(Convolution):
         self.y = parallelism.inside("bos", "o") if into == "inside" else parallelism.stream("bhyx")
         self.y = Layout(*self.y.dims[:2], None, None)
 
-    def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
-        """Return the images ``[b, o, y, x]`` of the next layer."""
+    def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Cache]:
         count = self._check(x)
         y, cache = self._apply(x)
+        # stream: Y[B_row, H, S] {U_col} -> Y[B_row, H_col, S]: reduce_scatter over the axes that cut the summed letter
         y = y.redistribute(Layout(*self.y.dims[:2], None))
         xp, shape = backend.namespace(y.local), (*y.shape[:2], *count)
         block = xp.reshape(y.local, (*y.local.shape[:2], *count))
         if self.bias is not None:
+            # Y[B_row, O_col, Y, X] + bias[O_col]
             bias = self.bias.use(Layout(self.y.dims[1]))
             block = block + bias.local[None, :, None, None]
         return DistArray(block, shape, self.y, x.grid), cache
 
-    def backward(self, dy: DistArray, cache: Any, later: Later = None) -> DistArray:
-        """Return the cotangent of the images; those of weight and bias go to the gradients."""
+    def backward(self, dy: DistArray, cache: Cache, later: Later = None) -> DistArray:
         dy = dy.redistribute(self.y)
         b, o, ny, nx = dy.shape
         xp = backend.namespace(dy.local)
         block = xp.reshape(dy.local, (*dy.local.shape[:2], ny * nx))
         dy = DistArray(block, (b, o, ny * nx), Layout(*self.y.dims[:2], None), dy.grid)
         self._accumulate_bias(dy)
+        # stream: dY[B_row, H_col, S] -> dY[B_row, H, S]: allgather, the adjoint of the reduce_scatter
         return self._adjoint(dy.redistribute(self.product.dy), cache, later)
 
 
 class PatchEmbedding(Convolution):
-    """Patches of images ``[b, c, y, x]`` as a sequence ``[b, s, h]`` of the stream, after a class token if wanted.
+    """Patches of images ``[b, c, y, x]`` as a sequence ``[b, s, h]`` of the stream, with or without a class token.
 
     Parameters
     ----------
-    channels, patch, hidden : int
-        `patch` is the side of a patch, or its sides along y and x; rows and columns that fill none are left out.
+    channels : int
+        Number of channels of an image.
+    patch : int or pair of int
+        Sides of a patch along y and x, in pixels. Rows and columns that do not fill a patch are left out.
+    hidden : int
+        Width h of the stream.
     parallelism : Parallelism
+        The mode, which chooses the map and the layouts.
     name : str
-        Prefix of the names of ``weight`` ``[channels, i, j, hidden]``, ``bias`` and ``token``.
+        Prefix of the names of the parameters ``weight`` ``[channels, i, j, hidden]``, ``bias`` ``[hidden]`` and
+        ``token`` ``[hidden]``.
     class_token : bool
-        Put a learned vector before the patches, at position 0.
-    bias, std, seed, dtype
+        Whether a learned vector stands before the patches, at position 0.
+    **options
+        Options ``bias``, ``std``, ``seed`` and ``dtype``, as `Linear` takes them.
+
+    Raises
+    ------
+    OptionError
+        If a size is out of its range.
+    ShapeError
+        From `forward`, if the images do not fit.
 
     Notes
     -----
-    **Communication:** that of a product down, of which the windows are the inside. The token has a window of zeros, so
-    that it has its place wherever the sequence is cut, and joins the partial sums before they are reduced into the
-    stream, for no words of its own.
+    The patches stand in the sequence row by row. The class token has a window of zeros: it has its place wherever the
+    sequence is cut, joins the partial sums before they are reduced into the stream, and costs no words of its own.
+
+    **Communication:** the words of a product from the inside of a block to the stream, with the image in place of its
+    windows.
 
     References
     ----------
@@ -240,35 +287,38 @@ class PatchEmbedding(Convolution):
         super().__init__("bcijs,cijh->bsh", "c", sizes, patch, parallelism, name, stride=patch, **options)
         self.y, self.token, self.lead = parallelism.stream(), None, int(class_token)
         if class_token:
-            made = {key: options[key] for key in ("std", "seed", "dtype") if key in options}
-            self.token = Parameter(f"{name}.token", [hidden], self.bias_layout, parallelism, **{"std": 0.02, **made})
+            initial = {"std": 0.02} | {key: options[key] for key in ("std", "seed", "dtype") if key in options}
+            self.token = Parameter(f"{name}.token", [hidden], self.bias_layout, parallelism, **initial)
 
-    def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
-        """Return the embedded patches, row by row, in the layout of the stream."""
+    def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Cache]:
         self._check(x)
+        # 1d: windows[B, C_col, I, J, S] . W[C_col, I, J, H] -> Y[B, S, H] {U_col}
         y, cache = self._apply(x)
+        # Bias and token are added on one of the ranks whose partial sums are reduced.
         first = all(y.grid.coords[axis] == 0 for axis in y.layout.partial)
         if self.bias is not None and first:
             y = y.like(y.local + self.bias.use(self.bias_layout).local)
         if self.token is not None:
             token = self.token.use(self.bias_layout)
-            y.local[:, : self._held(y), :] = token.local if first else 0
+            y.local[:, : self._leading(y), :] = token.local if first else 0
+        # Y[B, S, H] {U_col} -> Y[B, S_col, H]: reduce_scatter over col
         return y.redistribute(self.y), cache
 
-    def _held(self, y: DistArray) -> int:
-        """Return how many positions of this rank's block are no patches."""
+    def _leading(self, y: DistArray) -> int:
+        """Return how many positions of this rank's block stand before the patches."""
         start, stop = y.box[1]
         return max(0, min(stop, self.lead) - start)
 
-    def backward(self, dy: DistArray, cache: Any, later: Later = None) -> DistArray:
-        """Return the cotangent of the images; those of weight, bias and token go to the gradients."""
+    def backward(self, dy: DistArray, cache: Cache, later: Later = None) -> DistArray:
+        # dY[B, S_col, H] -> dY[B, S, H]: allgather, the adjoint of the reduce_scatter
         dy = dy.redistribute(self.product.dy)
         if self.token is None:
             self._accumulate_bias(dy)
             return self._adjoint(dy, cache, later)
-        held, (b, s, h) = self._held(dy), dy.layout.dims
+        lead, (b, s, h) = self._leading(dy), dy.layout.dims
+        # dY[B, S, H] summed over b and the positions of the token, and of the patches -> dtoken[H] and dbias[H]
         vector = Layout(h, partial=(*b, *s, *dy.layout.partial))
-        for parameter, rows in ((self.token, slice(0, held)), (self.bias, slice(held, None))):
+        for parameter, rows in ((self.token, slice(0, lead)), (self.bias, slice(lead, None))):
             if parameter is not None:
                 sums = backend.sum_over(dy.local[:, rows, :], [0, 1])
                 parameter.accumulate(DistArray(sums, parameter.shape, vector, dy.grid))

@@ -1,13 +1,16 @@
-"""The head of a language model."""
+"""The head of a language model: a product to the logits of all tokens, or of one token of each sample.
+
+The models GPT and Llama end with a `Head`. Generation asks, through `Context.decoding`, for the logits of the last
+token of each prompt only; it calls `pick` where a model ends otherwise.
+"""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 
 from colossal_mpi.distarray import DistArray
-from colossal_mpi.layers.layer import Context, Later
+from colossal_mpi.layers.context import Context
+from colossal_mpi.layers.layer import Cache, Later
 from colossal_mpi.layers.linear import Linear
 from colossal_mpi.layout import Layout
 from colossal_mpi.platform import backend
@@ -15,64 +18,63 @@ from colossal_mpi.platform.backend import Block
 
 
 class Head(Linear):
-    """A `Linear` of all tokens, or of the one of each sample that the context's `wanted` names.
+    """A `Linear` to logits ``[b, s, v]``, or to ``[b, 1, v]`` where the context asks for one token of each sample.
 
-    **Communication:** besides that of `Linear`, ``b h`` words are summed over the axes that cut s where one is wanted.
+    **Communication:** that of `Linear`, and for one token of each sample the words of `pick`.
     """
 
-    def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
-        """Return the logits ``[b, s, v]``, or ``[b, 1, v]`` of the tokens that are wanted."""
-        x, outside = _of_wanted(x, ctx)
+    def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Cache]:
+        x, picked = _picked(x, ctx)
         y, cache = super().forward(x, ctx)
-        return y, (cache, outside)
+        return y, (cache, picked)
 
-    def replay(self, x: DistArray, ctx: Context) -> Any:
-        """Return the operands that are kept."""
-        x, outside = _of_wanted(x, ctx)
-        return super().replay(x, ctx), outside
+    def replay(self, x: DistArray, ctx: Context) -> Cache:
+        x, picked = _picked(x, ctx)
+        return super().replay(x, ctx), picked
 
-    def backward(self, dy: DistArray, cache: Any, later: Later = None) -> DistArray:
-        """Return the cotangent of the input: zeros where no logits were wanted."""
-        inside, outside = cache
-        dx = super().backward(dy, inside, later)
-        return dx if outside is None else _spread(dx, *outside)
+    def backward(self, dy: DistArray, cache: Cache, later: Later = None) -> DistArray:
+        inner, picked = cache
+        dx = super().backward(dy, inner, later)
+        return dx if picked is None else _unpick(dx, *picked)
 
 
-def _of_wanted(x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
-    """Return the tokens whose logits are wanted, and where they were; None where they are all."""
-    if ctx.wanted is None:
+def _picked(x: DistArray, ctx: Context) -> tuple[DistArray, tuple[np.ndarray, int, Layout] | None]:
+    """Return the tokens whose logits the context asks for, and what `_unpick` needs; None where it asks for all."""
+    at = None if ctx.decoding is None else ctx.decoding.logits_at
+    if at is None:
         return x, None
-    return pick(x, ctx.wanted), (ctx.wanted, x.shape[1], x.layout.with_partial())
+    return pick(x, at), (at, x.shape[1], x.layout.with_partial())
 
 
-def pick(x: DistArray, wanted: np.ndarray) -> DistArray:
-    """Return ``[b, 1, n]`` of ``x [b, s, n]``: of sample i what is at index ``wanted[i]`` of s.
+def pick(x: DistArray, at: np.ndarray) -> DistArray:
+    """Return the one token of each sample i of ``x [b, s, n]`` that stands at index ``at[i]`` of s, ``[b, 1, n]``.
 
-    **Communication:** a sum over the axes that cut s, ``b n`` words in all reduce-scattered. **Adjoint:** it is laid
-    into zeros.
+    **Communication:** a reduce_scatter over the axes that cut s, of ``b n`` words in all. **Adjoint:** `_unpick`.
     """
     x = x.reduced()
-    xp, hit = backend.namespace(x.local), _hit(x, wanted)
-    block = xp.sum(xp.where(hit, x.local, xp.zeros_like(x.local)), axis=1, keepdims=True, dtype=x.dtype)
+    xp, here = backend.namespace(x.local), _is_at(x, at)
+    block = xp.sum(xp.where(here, x.local, xp.zeros_like(x.local)), axis=1, keepdims=True, dtype=x.dtype)
     b, s, n = x.layout.dims
+    # Y[B_row, 1, N] {U_col} -> Y[B_row, 1_col, N]: reduce_scatter over the axes that cut s
     part = DistArray(block, (x.shape[0], 1, x.shape[2]), Layout(b, None, n, partial=s), x.grid)
     return part.redistribute(Layout(b, s, n))
 
 
-def _spread(dy: DistArray, wanted: np.ndarray, length: int, layout: Layout) -> DistArray:
-    """Return ``[b, s, n]`` with what `pick` would find, zeros elsewhere, for s of `length`, in a layout."""
+def _unpick(dy: DistArray, at: np.ndarray, length: int, layout: Layout) -> DistArray:
+    """Return ``[b, s, n]`` in `layout`, s of size `length`: dy ``[b, 1, n]`` where `pick` found it, zeros elsewhere."""
     b, _, n = layout.dims
+    # dY[B_row, 1_col, N] -> dY[B_row, 1, N]: allgather over the axes that cut s
     dy = dy.redistribute(Layout(b, None, n))
     shape = (dy.shape[0], length, dy.shape[2])
     box = layout.box(shape, dy.grid.axes, dy.grid.coords)
     blank = backend.zeros_like(dy.local, tuple(stop - start for start, stop in box))
     zeros = DistArray(blank, shape, layout, dy.grid)
-    return zeros.like(backend.namespace(blank).where(_hit(zeros, wanted), dy.local, blank))
+    return zeros.like(backend.namespace(blank).where(_is_at(zeros, at), dy.local, blank))
 
 
-def _hit(x: DistArray, wanted: np.ndarray) -> Block:
-    """Say, ``[b, s, 1]``, which tokens of this rank's block are wanted."""
+def _is_at(x: DistArray, at: np.ndarray) -> Block:
+    """Return a mask ``[b, s, 1]`` of this rank's block: true where a sample's token stands at its index."""
     rows, columns = x.box[:2]
-    mine = backend.to_block(np.asarray(wanted[slice(*rows)], np.int64), x.local)
-    xp = backend.namespace(mine)
-    return (xp.arange(*columns)[None, :] == mine[:, None])[..., None]
+    own = backend.to_block(np.asarray(at[slice(*rows)], np.int64), x.local)
+    xp = backend.namespace(own)
+    return (xp.arange(*columns)[None, :] == own[:, None])[..., None]

@@ -1,93 +1,216 @@
-"""What a layer is: a pure forward that returns its cache, and a manual backward that takes it."""
+"""What a layer is: a pure forward that returns its output and a cache, and a manual backward that takes the cache.
+
+`Layer` is the base class of every layer and every model. Training, pipelines and generation call its `forward` and
+`backward`; the layers call distributed products, redistributions and the kernels of their grid. The base also has the
+two methods through which a layer keeps its input for the backward pass, `save` and `load`: with them an input may be
+recomputed instead of being kept, and no layer has to know (`colossal_mpi.layers.recompute`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from colossal_mpi.distarray import DistArray
+from colossal_mpi.grid import Grid
+from colossal_mpi.layers.context import Context
 from colossal_mpi.layers.parameter import Parameter
+from colossal_mpi.layout import Layout
+from colossal_mpi.platform.backend import Block
 
-Later = list[Callable[[], None]] | None
-"""Where a backward pass puts its weight products for later; None does them at once."""
+Cache: TypeAlias = Any
+"""What a layer's `forward` hands to its `backward`; nobody else looks into it."""
 
+Arrays: TypeAlias = Any
+"""What goes through a layer: a DistArray, or a tuple of them for a layer that takes or returns several."""
 
-@dataclass(frozen=True)
-class Context:
-    """What a layer may know of the step that it is part of."""
+Later: TypeAlias = list[Callable[[], None]] | None
+"""Where a backward pass puts the products of weight gradients, to be done later; None: it does them at once."""
 
-    step: int = 0
-    microbatch: int = 0
-    sample: int = 0
-    """Global index, in the step, of the microbatch's first sample: dropout masks are the same for any microbatches."""
-    train: bool = True
-    mask: DistArray | None = None
-    """Bool ``[b, s]`` in the layout of `Parallelism.tokens`, true where a token is no padding; None: all are tokens."""
-    positions: Any = None
-    """Integers ``[s]`` or ``[b, s]``, a DistArray or the whole array on every rank; None: the indices in the sequence.
-    A causal order is one of positions."""
-    order: Any = None
-    """Integers ``[s]``, on every rank in NumPy: of each index of the arrays the index of its token in the sequence, as
-    `Parallelism.order` gives them; None: the same."""
-    segments: DistArray | None = None
-    """Integers ``[b, s]`` in that layout: the segment of each token, such as its sentence of two; None: all are 0."""
-    share: float = 1.0
-    """Factor of the losses that layers add of their own: the microbatch's share of the step."""
-    scale: float = 1.0
-    """Factor of all cotangents, that of the loss included: the loss scale of 16-bit floats."""
-    losses: dict[str, float] | None = None
-    """Where layers report those losses, times `share`, by name; None: they do not."""
-    kv_cache: Any = None
-    """The `KVCache` of the tokens before these, to which attention appends; None: these tokens are all."""
-    wanted: Any = None
-    """Integers ``[b]``, on every rank in NumPy: the index in s of the one token of each sample whose logits are wanted,
-    None: those of all."""
+Kept = TypeVar("Kept")
 
 
 class Layer:
     """Base of all layers.
 
-    A layer implements ``forward(x, ctx) -> (y, cache)`` and ``backward(dy, cache, later=None) -> dx``. Both are pure
-    but for the gradients of parameters, which are accumulated in them. `dy` may come in any layout, partial sums
-    included; dx goes in the layout of x. With `later` a list, the weight products are appended to it as functions
-    instead of being done.
+    A layer implements `forward` and `backward`. Both are pure, but that `backward` adds to the gradients of the
+    parameters. A layer that needs its input in the backward pass keeps it with `save` and gets it back with `load`.
     """
 
-    def forward(self, x: Any, ctx: Context) -> tuple[Any, Any]:
-        """Return the output and what `backward` needs."""
+    def forward(self, x: Arrays, ctx: Context) -> tuple[Arrays, Cache]:
+        """Return the output and what `backward` needs.
+
+        Parameters
+        ----------
+        x : DistArray or tuple of DistArray
+            The input, in any layout, partial sums included.
+        ctx : Context
+            The step, and the tokens' positions and masks.
+
+        Returns
+        -------
+        y : DistArray or tuple of DistArray
+            The output, in the layout that the next layer takes.
+        cache : object
+            What `backward` needs: arrays, layouts, and the caches of the layer's parts, in tuples and lists.
+        """
         raise NotImplementedError
 
-    def replay(self, x: Any, ctx: Context) -> Any:
-        """Return what `backward` needs, alone: what `forward` does for the output only may be left out."""
+    def backward(self, dy: Arrays, cache: Cache, later: Later = None) -> Arrays:
+        """Return the cotangent of the input, and add to the gradients of the parameters.
+
+        Parameters
+        ----------
+        dy : DistArray or tuple of DistArray
+            The cotangent of the output, in any layout, partial sums included.
+        cache : object
+            What `forward` returned. It may be used again.
+        later : list of functions, optional
+            Append the products of weight gradients to it as functions, instead of doing them at once: a pipeline does
+            them when it would wait (zero-bubble).
+
+        Returns
+        -------
+        DistArray or tuple of DistArray
+            The cotangent of the input, in the input's layout with partial sums made replicated.
+        """
+        raise NotImplementedError
+
+    def replay(self, x: Arrays, ctx: Context) -> Cache:
+        """Return what `backward` needs, without the output: a layer may leave out what only the output needs.
+
+        Parameters
+        ----------
+        x : DistArray or tuple of DistArray
+            The input of the forward pass.
+        ctx : Context
+            The context of the forward pass.
+
+        Returns
+        -------
+        object
+            The cache that `forward` returns.
+        """
         return self.forward(x, ctx)[1]
 
-    def backward(self, dy: Any, cache: Any, later: Later = None) -> Any:
-        """Return the cotangent of the input, in the input's layout."""
-        raise NotImplementedError
+    def save(self, x: Arrays, needed: Kept) -> Kept | Replay:
+        """Return what to keep of an input for the backward pass.
+
+        Parameters
+        ----------
+        x : DistArray or tuple of DistArray
+            The input of `forward`, as it came.
+        needed : object
+            What the backward pass needs and `forward` made from x: x itself, x gathered, or blocks of it.
+
+        Returns
+        -------
+        object
+            `needed`; or, if the layer before asks for its output to be recomputed, how to make x again (`Replay`).
+        """
+        return x.replay if isinstance(x, Replayable) else needed
+
+    def load(self, saved: Kept | Replay, needed: Callable[[Any], Kept] | None = None) -> Kept:
+        """Return what `save` was given.
+
+        Parameters
+        ----------
+        saved : object
+            What `save` returned.
+        needed : function, optional
+            Makes what the backward pass needs from an input that had to be made again; by default it is the input
+            itself, in the layout in which it came.
+
+        Returns
+        -------
+        object
+            What the backward pass needs, with the same bits whether it was kept or made again.
+
+        Notes
+        -----
+        **Communication:** none if it was kept; else the communication of the forward pass of the layer before, and of
+        `needed`.
+        """
+        if not isinstance(saved, Replay):
+            return saved
+        x = saved.output()
+        return x if needed is None else needed(x)  # type: ignore[no-any-return]
 
     def parameters(self) -> Iterator[Parameter]:
-        """Yield the parameters of this layer and its parts, each once, in the order of construction."""
+        """Return an iterator over the parameters of this layer and its parts, each once, in the order of construction.
+
+        Yields
+        ------
+        Parameter
+            A parameter that was not yielded before.
+        """
         seen: set[int] = set()
-        for parameter in self.places():
+        for parameter in self.parameter_uses():
             if id(parameter) not in seen:
                 seen.add(id(parameter))
                 yield parameter
 
-    @cached_property
-    def label(self) -> str:
-        """Its name, or what the names of its parameters have in common, or its class."""
-        names = [parameter.name.split(".")[:-1] for parameter in self.parameters()]
-        common = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*names, strict=False))]
-        return getattr(self, "name", None) or ".".join(common) or type(self).__name__
+    def parameter_uses(self) -> Iterator[Parameter]:
+        """Return an iterator over the parameters, a tied one as often as layers hold it.
 
-    def places(self) -> Iterator[Parameter]:
-        """Yield the parameters as often as this layer and its parts hold each: a tied one comes from every place."""
+        Yields
+        ------
+        Parameter
+            A parameter of this layer or of one of its parts.
+        """
         for value in vars(self).values():
             for item in value if isinstance(value, list) else [value]:
                 if isinstance(item, Parameter):
                     yield item
                 elif isinstance(item, Layer):
-                    yield from item.places()
+                    yield from item.parameter_uses()
+
+    @cached_property
+    def label(self) -> str:
+        """The layer's name; else the common prefix of its parameters' names; else its class."""
+        names = [parameter.name.split(".")[:-1] for parameter in self.parameters()]
+        common = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*names, strict=False))]
+        return getattr(self, "name", None) or ".".join(common) or type(self).__name__
+
+
+class Replay(NamedTuple):
+    """A forward pass that can be done once more, for its output or for the cache of its backward pass.
+
+    Layers are pure, and the masks of dropout are functions of step and sample, so that the bits are the same as the
+    first time. Auxiliary losses are not reported a second time.
+    """
+
+    layer: Layer
+    x: Arrays
+    """The input, or the `Replay` that makes it again."""
+    ctx: Context
+
+    @classmethod
+    def of(cls, layer: Layer, x: Arrays, ctx: Context) -> Replay:
+        """Return the replay of ``layer.forward(x, ctx)``; an input that is to be recomputed is not kept."""
+        silent = replace(ctx, auxiliary=replace(ctx.auxiliary, values=None))
+        return cls(layer, x.replay if isinstance(x, Replayable) else x, silent)
+
+    def output(self) -> Arrays:
+        """Do the forward pass again and return its output. **Communication:** that of the forward pass."""
+        return self.layer.forward(self._input(), self.ctx)[0]
+
+    def cache(self) -> Cache:
+        """Return the cache of the backward pass. **Communication:** that of `Layer.replay`."""
+        return self.layer.replay(self._input(), self.ctx)
+
+    def _input(self) -> Arrays:
+        return self.x.output() if isinstance(self.x, Replay) else self.x
+
+
+class Replayable(DistArray):
+    """An array with the replay that makes it again: `Layer.save` keeps the replay in its place."""
+
+    __slots__ = ("replay",)
+
+    def __init__(self, local: Block, shape: Sequence[int], layout: Layout, grid: Grid, replay: Replay) -> None:
+        super().__init__(local, shape, layout, grid)
+        self.replay = replay

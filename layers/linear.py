@@ -1,50 +1,76 @@
-"""Linear: one product forward and its two adjoints backward, on the same map, in every mode."""
+"""Linear layers: one distributed product forward and its two adjoint products backward, on one map, in every mode.
+
+Attention, MLPs, experts and heads are made of them. They ask `Parallelism` for the map and the layouts of their
+product, and call `contract` of `colossal_mpi.linalg.contraction`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
-from typing import Any
+
+from numpy.typing import DTypeLike
 
 from colossal_mpi.distarray import DistArray
-from colossal_mpi.layers.layer import Context, Later, Layer
+from colossal_mpi.layers.context import Context
+from colossal_mpi.layers.layer import Cache, Later, Layer
 from colossal_mpi.layers.parallelism import Parallelism, Product
 from colossal_mpi.layers.parameter import Parameter
-from colossal_mpi.layers.replay import kept, taken
 from colossal_mpi.layout import Layout
 from colossal_mpi.linalg.contraction import adjoints, contract, parse
 from colossal_mpi.platform import backend
 
 
 class Linear(Layer):
-    """``y = x w + bias`` between the residual stream and the inside of a block.
+    """The product ``y = x w + bias`` between the residual stream and the inside of a block.
 
     Parameters
     ----------
     subscripts : str
-        ``"bsh,hf->bsf"`` or ``"bsf,fh->bsh"``; heads are letters too, ``"bsh,htad->bstad"``.
+        The product as an einsum: ``"bsh,hf->bsf"`` goes into a block, ``"bsf,fh->bsh"`` comes back. Heads are letters,
+        too: ``"bsh,htad->bstad"``.
     sizes : mapping of str to int
-        Size of each letter of the weight.
+        The global size of each letter of the weight.
     inner : str, optional
-        The letter that the inside is cut on; None where the result stays in the stream, ``"bsh,he->bse"``.
+        The letter that the inside of the block is cut on; None where the result stays in the stream, as in
+        ``"bsh,he->bse"``.
     parallelism : Parallelism
+        The mode, which chooses the map and the layouts.
     name : str
         Prefix of the names of the parameters ``weight`` and ``bias``.
     replicate : str
         Letters that the product lacks on purpose, so that all ranks of the axes that cut them do the same product: for
         example ``"s"`` for ``"bh,hv->bv"``, the classes of whole samples.
     bias : bool
+        Whether there is a bias, of the letters that x lacks and y has.
     std : float
-        Standard deviation of the initial weight.
+        Standard deviation of the initial weight; the initial bias is zero.
     weight : Parameter, optional
         A weight to share instead of making one (tied weights).
-    seed, dtype
+    seed : int, optional
+        Seed of the initial weight; None leaves it zero, for a weight that is to be loaded.
+    dtype : dtype
+        Dtype of the parameters.
+
+    Raises
+    ------
+    GridError
+        If an axis of the grid cuts a letter that the product lacks and `replicate` does not name.
 
     Notes
     -----
-    **Communication**, summed over ranks: V = mk(P_n - 1) + kn(P_m - 1) + mn(P_k - 1) forward and V backward with
-    gathered operands kept, where the weight is stored once; weights replicated over an axis are gathered in each
-    replica and their gradients summed over it. See docs/design.rst for a block's words in every mode.
+    Backward ``dx = dy w^T``, ``dw = x^T dy``, and the bias gets the sum of dy over the dims that w lacks.
+
+    **Communication:** summed over ranks, ``V = mk(P_n - 1) + kn(P_m - 1) + mn(P_k - 1)`` words forward and V backward
+    for a product of m x k and k x n, where P_m, P_n and P_k ranks cut these dims, the gathered operands are kept and
+    the weight is stored once. A weight that is replicated over an axis is gathered in each replica, and its gradients
+    are reduced over the axis. The design notes have the words of a block in every mode.
+
+    **Adjoint:** the two products of the backward pass run on the map of the forward pass.
+
+    Examples
+    --------
+    >>> up = Linear("bsh,hf->bsf", {"h": 256, "f": 1024}, "f", Parallelism(Grid(col=2), "1d"), "up")  # doctest: +SKIP
     """
 
     def __init__(
@@ -59,8 +85,8 @@ class Linear(Layer):
         bias: bool = True,
         std: float = 0.02,
         weight: Parameter | None = None,
-        seed: int = 0,
-        dtype: Any = "float32",
+        seed: int | None = 0,
+        dtype: DTypeLike = "float32",
     ) -> None:
         self.name = name
         self.product: Product = parallelism.product(subscripts, inner, replicate=replicate)
@@ -78,55 +104,68 @@ class Linear(Layer):
             inputs=max(1, len(list(takewhile(lambda letter: letter in x and letter not in y, w[batch:])))),
             batch=batch,
         )
-        self.batch_dims = [d for d, x in enumerate(y) if x not in w]
-        self.bias_dims = [d for d, x in enumerate(y) if x in w]
-        self.bias_layout = Layout(*[self.product.y.dims[d] for d in self.bias_dims])
+        self.batch_dims = [d for d, letter in enumerate(y) if letter not in w]
+        bias_dims = [d for d, letter in enumerate(y) if letter in w]
+        self.bias_layout = Layout(*[self.product.y.dims[d] for d in bias_dims])
         self.bias = None
         if bias:
-            shape = [sizes[y[d]] for d in self.bias_dims]
+            shape = [sizes[y[d]] for d in bias_dims]
             self.bias = Parameter(f"{name}.bias", shape, self.bias_layout, parallelism, dtype=dtype)
 
-    def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
-        """Return ``x w + bias`` in the layout of the next layer."""
+    def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Cache]:
+        # 1d: X[B, S_col, H] -> X[B, S, H]; 2d: X[B_row, S, H_col] -> X[B_row, S, H]
         gathered = x.redistribute(self.product.x)
         y, w = self.apply(gathered)
-        return y, (kept(x, gathered if self.keep else x), w, x.layout.with_partial())
+        return y, (self.save(x, gathered if self.keep else x), w, x.layout.with_partial())
 
-    def replay(self, x: DistArray, ctx: Context) -> Any:
-        """Return the operands that are kept. **Communication:** they are gathered, if they are kept so."""
+    def replay(self, x: DistArray, ctx: Context) -> Cache:
+        # The product itself is left out: the backward pass needs its operands alone, gathered if they are kept so.
         gathered = x.redistribute(self.product.x) if self.keep else x
         w = self.weight.use(self.product.w) if self.keep_weight else None
-        return kept(x, gathered), w, x.layout.with_partial()
+        return self.save(x, gathered), w, x.layout.with_partial()
 
     def apply(self, x: DistArray) -> tuple[DistArray, DistArray | None]:
-        """Return ``x w + bias`` of an input as the map takes it, and the weight if it is kept as the map takes it."""
+        """Return ``x w + bias`` for an x in the layout of the map, and the gathered weight if it is to be kept."""
         p, w = self.product, self.weight.use(self.product.w)
+        # 1d up:   X[B, S, H] . W[H, F_col] -> Y[B, S, F_col]
+        # 1d down: X[B, S, F_col] . W[F_col, H] -> Y[B, S, H] {U_col} -> Y[B, S_col, H]: reduce_scatter over col
+        # 2d up:   X[B_row, S, H] . W[H, F_col] -> Y[B_row, S, F_col]
+        # 3d up:   X[B_row, S, H_depth] . W[H_depth, F_col] -> Y[B_row, S, F_col] {U_depth}
+        #          -> Y[B_(row,depth), S, F_col]: reduce_scatter over depth
         y = contract(p.subscripts, x, w, p.axes, out=p.y)
         if self.bias is not None:
+            # Y[B, S, F_col] + bias[F_col]
             bias = self.bias.use(self.bias_layout)
             shape = [1 if d in self.batch_dims else n for d, n in enumerate(y.local.shape)]
             y.local += backend.namespace(y.local).reshape(bias.local, tuple(shape))
         return y, w if self.keep_weight else None
 
-    def backward(self, dy: DistArray, cache: Any, later: Later = None) -> DistArray:
-        """Return ``dy w^T``; ``x^T dy`` and the sum of dy go to the gradients."""
+    def backward(self, dy: DistArray, cache: Cache, later: Later = None) -> DistArray:
         x, w, layout = cache
-        dx, weight_product = self.adjoint(dy, w, layout)
-        _defer(later, lambda: weight_product(taken(x)))
+        dx, add_weight_gradient = self.adjoint(dy, w, layout)
+        _do(lambda: add_weight_gradient(self.load(x)), later)
         return dx
 
     def adjoint(
         self, dy: DistArray, w: DistArray | None, out: Layout | None = None
     ) -> tuple[DistArray, Callable[[DistArray], None]]:
-        """Return ``dy w^T``, by default as the map leaves it, and what adds ``x^T dy`` to the gradient, given x."""
+        """Return ``dy w^T``, and the function of x that adds ``x^T dy`` to the gradient of the weight.
+
+        `w` is the gathered weight if it was kept. The result is in the layout `out`, or by default as the map leaves
+        it: with partial sums over the axes that cut the summed letter.
+        """
         p = self.product
         dx_subscripts, dw_subscripts = adjoints(p.subscripts)
         if self.bias is not None:
             dy = dy.redistribute(p.y)
+            # dY[B_row, S, F_col] summed over b and s -> dbias[F_col] {U_row}
             self.bias.accumulate(dy.sum_over(self.batch_dims))
+        # The cotangent of what the forward pass reduce-scattered is gathered: dY[B, S_col, H] -> dY[B, S, H]
         gathered = dy.redistribute(p.dy)
         w = self.weight.use(p.w) if w is None else w
+        # 1d up: dY[B, S, F_col] . W[H, F_col]^T -> dX[B, S, H] {U_col} -> dX[B, S_col, H]: reduce_scatter over col
         dx = contract(dx_subscripts, gathered, w, p.axes, out)
+        # 2d: X[B_row, S, H]^T . dY[B_row, S, F_col] -> dW[H, F_col] {U_row}; the parameter reduces it to where W lies
         return dx, lambda x: self.weight.accumulate(contract(dw_subscripts, x, gathered, p.axes, wide=True))
 
 
@@ -136,35 +175,42 @@ class Linears(Layer):
     Parameters
     ----------
     *linears : Linear
-        Whose maps take the input in the same way, as all do from the stream.
+        Layers whose maps take the input in the same layout, as all products from the stream do. The output is the tuple
+        of their outputs.
+
+    Notes
+    -----
+    **Communication:** that of the layers, with the words of gathering x and of reducing dx counted once.
     """
 
     def __init__(self, *linears: Linear) -> None:
         self.linears = list(linears)
 
-    def forward(self, x: DistArray, ctx: Context) -> tuple[tuple[DistArray, ...], Any]:
-        """Return the products, in the order of the layers."""
+    def forward(self, x: DistArray, ctx: Context) -> tuple[tuple[DistArray, ...], Cache]:
         first = self.linears[0]
+        # X[B_row, S, H_col] -> X[B_row, S, H], once for all products
         gathered = x.redistribute(first.product.x)
         ys, ws = zip(*[linear.apply(gathered) for linear in self.linears], strict=True)
-        return ys, (kept(x, gathered if first.keep else x), ws, x.layout.with_partial())
+        return ys, (self.save(x, gathered if first.keep else x), ws, x.layout.with_partial())
 
-    def backward(self, dy: Sequence[DistArray], cache: Any, later: Later = None) -> DistArray:
-        """Return the cotangent of the input for those of the products."""
+    def backward(self, dy: Sequence[DistArray], cache: Cache, later: Later = None) -> DistArray:
         x, ws, layout = cache
+        # dY_i[B, S, F_col] . W_i[H, F_col]^T -> dX_i[B, S, H] {U_col} for each product i
         terms = [linear.adjoint(*pair) for linear, *pair in zip(self.linears, dy, ws, strict=True)]
-        # A term that holds partial sums takes the others in as such for free; the other way round it would be reduced.
+        # A term with partial sums takes in a complete one for free; the other way round the partial sums are reduced.
         parts = sorted((dx for dx, _ in terms), key=lambda dx: -len(dx.layout.partial))
+        # sum_i dX_i[B, S, H] {U_col} -> dX[B, S_col, H]: one reduce_scatter over col
         total = sum(parts[1:], start=parts[0]).redistribute(layout)
 
-        def weight_products() -> None:
-            gathered = taken(x).redistribute(self.linears[0].product.x)
-            for _, weight_product in terms:
-                weight_product(gathered)
+        def add_weight_gradients() -> None:
+            gathered = self.load(x).redistribute(self.linears[0].product.x)
+            for _, add_weight_gradient in terms:
+                add_weight_gradient(gathered)
 
-        _defer(later, weight_products)
+        _do(add_weight_gradients, later)
         return total
 
 
-def _defer(later: Later, work: Callable[[], None]) -> None:
+def _do(work: Callable[[], None], later: Later) -> None:
+    """Do the product of a weight gradient now, or put it off."""
     work() if later is None else later.append(work)

@@ -1,34 +1,102 @@
-"""Losses of arrays that may be cut, the classes of a cross-entropy included."""
+"""What ends a model: losses, the number of correct predictions, and the step back from the loss through the model.
+
+Training and pipelines call a loss with the model's output and the labels, and `backpropagate` where there is one stage.
+Losses take arrays in any layout, with the classes of a cross-entropy cut, too; they call the kernels of the grid for
+blocks and an allreduce for maxima and sums.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Protocol
 
 from colossal_mpi import comm
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import OptionError, ShapeError
 from colossal_mpi.layers import kernels
+from colossal_mpi.layers.context import Context
+from colossal_mpi.layers.layer import Arrays, Cache, Layer
 from colossal_mpi.layers.parallelism import Parallelism
 from colossal_mpi.layers.precision import rounded, widened
 from colossal_mpi.layout import Layout
 from colossal_mpi.platform import backend
 
 
-class CrossEntropy:
-    """Mean cross-entropy of logits ``[b, s, v]`` or ``[b, v]`` against the labels of all but the last dim.
+class Loss(Protocol):
+    """The methods of a loss: `CrossEntropy`, `MeanSquaredError` or a class of one's own has them."""
 
-    Negative labels do not count. With smoothing e the target is ``1 - e`` for the label and ``e / v`` more for every
-    class; with z_loss z, ``z (log sum exp)^2`` is added to each loss, which keeps logits from drifting.
+    def forward(self, x: Arrays, target: Arrays, count: int | None) -> tuple[float, Cache]:
+        """Return the loss, the same bits on every rank, and what `backward` needs."""
+
+    def backward(self, cache: Cache, scale: float = 1.0) -> Arrays:
+        """Return the cotangent of x, times a loss scale."""
+
+
+def backpropagate(
+    model: Layer,
+    loss: Loss,
+    x: Arrays,
+    target: Arrays,
+    ctx: Context | None = None,
+    *,
+    count: int | None = None,
+) -> float:
+    """Return the loss of a model and add its gradients to the gradients of the parameters.
+
+    Parameters
+    ----------
+    model : Layer
+        The whole model.
+    loss : Loss
+        What compares the output of the model with the target.
+    x : DistArray
+        The input of the model.
+    target : DistArray
+        Labels, or what else the loss takes.
+    ctx : Context, optional
+        The step, and the tokens' positions and masks; by default `Context` with none.
+    count : int, optional
+        What the loss divides by: the number of labels that count in all microbatches of the step. By default only this
+        microbatch's.
+
+    Returns
+    -------
+    float
+        The loss with the auxiliary losses of the layers, the same bits on every rank.
+
+    Notes
+    -----
+    **Communication:** that of the model's layers and of the loss.
+
+    Examples
+    --------
+    >>> backpropagate(model, CrossEntropy(parallelism), ids, labels, Context(step=0))  # doctest: +SKIP
+    10.82
+    """
+    ctx, own = ctx or Context(), dict[str, float]()
+    y, cache = model.forward(x, replace(ctx, auxiliary=replace(ctx.auxiliary, values=own)))
+    value, saved = loss.forward(y, target, count)
+    model.backward(loss.backward(saved, ctx.scale), cache)
+    if ctx.auxiliary.values is not None:
+        ctx.auxiliary.values.update(own)
+    return value + sum(own.values())
+
+
+class CrossEntropy:
+    """The mean cross-entropy of logits ``[b, s, v]`` or ``[b, v]`` against labels of all but the last dim.
 
     Parameters
     ----------
     parallelism : Parallelism
+        The mode, which chooses the layout in which the loss is computed.
     ignore : int, optional
-        One more label that does not count, of the vocabulary or not, such as padding.
+        One more label that does not count, inside or outside of the vocabulary, such as padding. Negative labels never
+        count.
     smoothing : float
-        From 0 to 1.
+        Label smoothing e, from 0 to 1: the target is ``1 - e`` for the label plus ``e / v`` for every class.
     z_loss : float
-        0 or more; PaLM has 1e-4.
+        Factor z, 0 or more: ``z log(sum exp(logits))^2`` is added to each loss, which keeps logits from drifting. PaLM
+        takes 1e-4.
 
     Raises
     ------
@@ -37,14 +105,20 @@ class CrossEntropy:
 
     Notes
     -----
-    **Communication:** over the axes that cut v, p ranks: one maximum of ``[b, s]`` and one sum of ``[2, b, s]``, in all
-    ``6 (p - 1) b s`` words summed over ranks, smoothing and z-loss included; a single word over those that cut b and
-    s. An empty block of the vocabulary has maximum -inf and sum 0. Backward: none.
+    An empty block of the vocabulary has maximum -inf and sum 0.
+
+    **Communication:** over the axes that cut v, p ranks: an allreduce of maxima ``[b, s]`` and one of sums
+    ``[2, b, s]``, together ``6 (p - 1) b s`` words summed over ranks, smoothing and z-loss included; a single word over
+    the axes that cut b and s. Backward none.
 
     References
     ----------
     Shoeybi et al.: Megatron-LM, 2019. Szegedy et al.: Rethinking the Inception architecture, 2016 (smoothing).
     Chowdhery et al.: PaLM, 2022 (z-loss).
+
+    Examples
+    --------
+    >>> value, cache = CrossEntropy(parallelism).forward(logits, labels)  # doctest: +SKIP
     """
 
     def __init__(
@@ -58,22 +132,31 @@ class CrossEntropy:
         self.layouts = {len(letters): parallelism.inside(letters, "v") for letters in ("bsv", "bv")}
         self.ignore, self.smoothing, self.z_loss = ignore, smoothing, z_loss
 
-    def forward(self, logits: DistArray, labels: DistArray, count: int | None = None) -> tuple[float, Any]:
-        """Return the sum of the losses over `count`, the same bits on every rank, and the cache.
+    def forward(self, logits: DistArray, labels: DistArray, count: int | None = None) -> tuple[float, Cache]:
+        """Return the sum of the losses divided by `count`, and what `backward` needs.
 
         Parameters
         ----------
         logits : DistArray, ``[b, s, v]`` or ``[b, v]``
-            In any layout; free in that of the head's result.
-        labels : DistArray of integers, ``[b, s]`` or ``[b]``
+            The logits in any layout; the layout in which the head returns them moves nothing.
+        labels : DistArray of int, ``[b, s]`` or ``[b]``
+            The classes, from 0 to v - 1, or labels that do not count, in any layout.
         count : int, optional
-            Number of labels that count in all microbatches of the step, 1 or more; by default those of `labels`, for
-            which one word is summed over the axes that cut them.
+            The number of labels that count in all microbatches of the step, 1 or more; by default of `labels` alone,
+            for which one word is summed over the axes that cut them.
+
+        Returns
+        -------
+        loss : float
+            The same bits on every rank.
+        cache : object
+            What `backward` needs.
 
         Raises
         ------
         ShapeError
-            If the shapes do not fit, nothing counts, or, on the ranks that hold it, a label is not of the vocabulary.
+            If the shapes do not fit, no label counts, or, on the ranks that hold it, a label is outside of the
+            vocabulary.
         """
         count = self._count(labels) if count is None else count
         if logits.ndim not in self.layouts or labels.shape != logits.shape[:-1] or count < 1:
@@ -85,48 +168,79 @@ class CrossEntropy:
         logits, labels = logits.redistribute(layout), self._labels(labels.redistribute(Layout(*layout.dims[:-1])))
         kernels.require_ids(labels.local, logits.shape[-1], least=None)
         start, axes = logits.box[-1][0], logits.layout.dims[-1]
+        # logits[B, S, V_col] -> max over v: top[B, S], an allreduce (MAX) over col
         top = comm.allreduce(kernels.of(grid).peak(logits.local), grid, axes, comm.MAX)
+        # sum over v of exp(logits - top), and of target . logits: sums[2, B, S] {U_col} -> sums[2, B, S], an allreduce
         target = {"on": 1 - self.smoothing, "off": self.smoothing / logits.shape[-1]}
         sums = kernels.of(grid).cross_entropy_sums(logits.local, labels.local, top, start, **target)
         sums = comm.allreduce(sums, grid, axes)
         losses = labels.like(kernels.of(grid).cross_entropy_losses(top, sums, labels.local >= 0, self.z_loss))
         options = {**target, "scale": 1.0 / count, "z_loss": self.z_loss}
+        # losses[B_row, S] summed over b and s: a word over the axes that cut them
         return losses.sum() / count, (logits, labels, top, sums[0, ...], start, options)
 
     def _count(self, labels: DistArray) -> int:
+        """Return how many labels count."""
         labels = self._labels(labels.reduced())
         xp = backend.namespace(labels.local)
         return int(labels.like(xp.astype(labels.local >= 0, xp.int64)).sum())
 
     def _labels(self, labels: DistArray) -> DistArray:
+        """Return the labels with -1 in place of the ignored one."""
         if self.ignore is None:
             return labels
         xp = backend.namespace(labels.local)
         return labels.like(xp.where(labels.local == self.ignore, -xp.ones_like(labels.local), labels.local))
 
-    def backward(self, cache: Any, scale: float = 1.0) -> DistArray:
-        """Return the cotangent of the logits, times a loss scale, in the layout of the inside of a block."""
-        logits, labels, top, total, start, options = cache
-        options = {**options, "scale": scale * options["scale"]}
-        backward = kernels.of(logits.grid).cross_entropy_backward
-        return logits.like(backward(logits.local, labels.local, top, total, start, **options))
-
-
-class MeanSquaredError:
-    """Mean of the squares of ``x - target``, arrays of one shape in any layouts.
-
-    **Communication:** the target is redistributed to the layout of x, and one word is summed over the axes that cut
-    it. Backward: none.
-    """
-
-    def forward(self, x: DistArray, target: DistArray, count: int | None = None) -> tuple[float, Any]:
-        """Return the sum of the squares over `count`, the same bits on every rank, and the cache.
+    def backward(self, cache: Cache, scale: float = 1.0) -> DistArray:
+        """Return the cotangent of the logits.
 
         Parameters
         ----------
-        x, target : DistArray
+        cache : object
+            What `forward` returned.
+        scale : float
+            Loss scale that multiplies the cotangent.
+
+        Returns
+        -------
+        DistArray, ``[b, s, v]`` or ``[b, v]``
+            ``(softmax(logits) - target) scale / count``, in the layout of the inside of a block.
+        """
+        logits, labels, top, total, start, options = cache
+        options = {**options, "scale": scale * options["scale"]}
+        backward = kernels.of(logits.grid).cross_entropy_backward
+        dlogits: DistArray = logits.like(backward(logits.local, labels.local, top, total, start, **options))
+        return dlogits
+
+
+class MeanSquaredError:
+    """The mean of the squares of ``x - target``, for two arrays of one shape in any layouts.
+
+    Notes
+    -----
+    **Communication:** the target is redistributed to the layout of x, and one word is summed over the axes that cut x.
+    Backward none.
+    """
+
+    def forward(self, x: DistArray, target: DistArray, count: int | None = None) -> tuple[float, Cache]:
+        """Return the sum of the squares divided by `count`, and what `backward` needs.
+
+        Parameters
+        ----------
+        x : DistArray
+            The output of a model.
+        target : DistArray
+            An array of the shape of x.
         count : int, optional
-            Number of elements in all microbatches of the step; those of `x` by default.
+            The number of elements in all microbatches of the step, 1 or more; by default of x alone.
+
+        Returns
+        -------
+        loss : float
+            The same bits on every rank.
+        cache : object
+            What `backward` needs.
 
         Raises
         ------
@@ -142,7 +256,65 @@ class MeanSquaredError:
         difference = widened(x.redistribute(x.layout.with_partial())) - widened(target)
         return (difference * difference).sum() / count, (difference, 2.0 / count, x.dtype)
 
-    def backward(self, cache: Any, scale: float = 1.0) -> DistArray:
-        """Return the cotangent of x, times a loss scale, in its layout with partial sums made replicated."""
+    def backward(self, cache: Cache, scale: float = 1.0) -> DistArray:
+        """Return the cotangent of x.
+
+        Parameters
+        ----------
+        cache : object
+            What `forward` returned.
+        scale : float
+            Loss scale that multiplies the cotangent.
+
+        Returns
+        -------
+        DistArray
+            ``2 (x - target) scale / count``, in the layout of x with partial sums made replicated.
+        """
         difference, factor, dtype = cache
         return rounded(difference * (scale * factor), dtype)
+
+
+def count_correct(logits: DistArray, labels: DistArray) -> int:
+    """Return how many labels name the class of the greatest logit, and of equal logits the first.
+
+    Parameters
+    ----------
+    logits : DistArray, ``[..., v]``
+        The logits in any layout.
+    labels : DistArray of int, ``[...]``
+        The classes in any layout; negative labels do not count.
+
+    Returns
+    -------
+    int
+        The number, the same on every rank.
+
+    Raises
+    ------
+    ShapeError
+        If the labels do not have the shape of all but the last dim of the logits.
+
+    Notes
+    -----
+    **Communication:** over the axes that cut v, p ranks: an allreduce of the greatest logits and one of their places,
+    together ``4 (p - 1)`` words for each label, summed over ranks; a single word over the axes that cut the labels.
+    """
+    if labels.shape != logits.shape[:-1]:
+        raise ShapeError(
+            f"count_correct: labels {labels.shape} must have all but the last dim of the logits {logits.shape}"
+        )
+    logits = logits.redistribute(logits.layout.with_partial())
+    labels = labels.redistribute(Layout(*logits.layout.dims[:-1]))
+    block, (start, stop), axes = logits.local, logits.box[-1], logits.layout.dims[-1]
+    xp, most = backend.namespace(block), kernels.of(logits.grid).peak(block)
+    # logits[B, S, V_col] -> max over v: top[B, S], an allreduce (MAX) over col
+    top = comm.allreduce(most, logits.grid, axes, comm.MAX)
+    # A place is counted from the end, so that the greatest place belongs to the first class.
+    place = xp.zeros_like(labels.local)
+    if stop > start:
+        first = xp.astype(xp.argmax(block, axis=-1), place.dtype) + start
+        place = xp.where(most == top, logits.shape[-1] - first, place)
+    place = comm.allreduce(place, logits.grid, axes, comm.MAX)
+    right = logits.shape[-1] - place == labels.local
+    return int(labels.like(xp.astype(right, xp.int64)).sum())

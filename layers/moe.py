@@ -1,8 +1,10 @@
-"""Mixture of experts: each token goes through the MLPs of a few experts, which are cut over the data axis.
+"""Mixture of experts: a router sends each token through the MLPs of a few experts, which the data axis cuts.
 
-Each rank sorts the tokens that it holds into slots ``[e, p, c, h]``: p counts the blocks of tokens, one to a rank, c
-the slots of an expert in a block. To the experts, e cut over ``data`` instead of p, is one redistribution and back is
-another: all_to_alls, each the adjoint of the other. In between stands an ordinary `MLP` over a batch letter e.
+A transformer block builds `MoE` in place of its MLP. Each rank sorts its tokens into slots ``[e, p, c, h]``, where p
+counts the blocks of tokens, one for each rank, and c the slots of an expert in a block. One redistribution brings the
+slots to the experts, with e cut over ``data`` instead of p, and another brings them back: both are all_to_alls, and
+each is the adjoint of the other. Between them stands an ordinary `MLP` with the batch letter e. The sorting is local:
+it calls the routing kernels of the grid.
 """
 
 from __future__ import annotations
@@ -11,16 +13,18 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from numpy.typing import DTypeLike
+
 from colossal_mpi import comm
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import OptionError
 from colossal_mpi.layers import kernels
+from colossal_mpi.layers.context import Context
 from colossal_mpi.layers.kernels import like, wide
-from colossal_mpi.layers.layer import Context, Later, Layer
+from colossal_mpi.layers.layer import Cache, Later, Layer
 from colossal_mpi.layers.linear import Linear
 from colossal_mpi.layers.mlp import MLP
 from colossal_mpi.layers.parallelism import Parallelism
-from colossal_mpi.layers.positions import given_mask
 from colossal_mpi.layout import Layout
 from colossal_mpi.platform import backend
 from colossal_mpi.platform.backend import Block
@@ -28,72 +32,96 @@ from colossal_mpi.platform.backend import Block
 
 @dataclass(frozen=True)
 class Routing:
-    """Where the tokens that a rank holds go; the same on all ranks that hold them."""
+    """Where the tokens of a rank go: equal on all ranks that hold the same tokens.
+
+    An *assignment* is one token's choice of one expert: token i makes the assignments i k to i k + k - 1.
+    """
 
     chosen: Block
+    """The experts of each token ``[n, k]``, integers."""
     weights: Block
+    """The weights of these experts in the output ``[n, k]``."""
     probabilities: Block
+    """The softmax of the router's logits ``[n, e]``."""
     source: Block
     """The assignment of each slot."""
     slots: Block
     """The slot of each assignment."""
     pull: Block | None
-    """Cotangent of the probabilities, that of the balancing loss."""
+    """The cotangent of the probabilities from the balancing loss."""
     push: Block | None
-    """Cotangent of the logarithms of the sums of ``exp(logits)``, that of the z-loss."""
+    """The cotangent of ``log(sum exp(logits))`` from the z-loss."""
 
 
 class MoE(Layer):
     """A mixture-of-experts feed-forward layer of the residual stream ``[b, s, h]``.
 
-    A router, one product to a logit for each expert, sends each token to its `top_k` experts; what they return is added
-    with the softmax probabilities as weights. No token is dropped, whatever the router does, and padding is routed as
-    any token. Equal logits go to the lower expert. Choices are discrete: logits that are equal but for rounding may be
-    ordered differently on another grid.
+    A router, one product to a logit for each expert, sends each token to its `top_k` experts; the output is the sum of
+    their outputs with the softmax probabilities as weights. No token is dropped, however unbalanced the router is, and
+    padding is routed like any token. Of equal logits the expert with the lower number wins. Choices are discrete:
+    logits that differ by rounding only may be ordered differently on another grid.
 
     Parameters
     ----------
-    hidden, inner, experts : int
-        Width of the stream, width of each expert's MLP, number of experts: any numbers, on any grid.
+    hidden : int
+        Width h of the stream.
+    inner : int
+        Width f of each expert's MLP.
+    experts : int
+        Number e of experts, any number on any grid.
     parallelism : Parallelism
+        The mode, which chooses maps and layouts.
     name : str
         Prefix of the names of the parameters ``router.weight`` ``[h, e]``, ``up.weight`` ``[e, h, f]`` and
         ``down.weight`` ``[e, f, h]``.
     activation : str
-        As `MLP` takes it.
+        Activation of the experts, a name that `MLP` takes.
     top_k : int
-        Experts of a token: 2 in Mixtral, 1 in Switch.
+        Experts of each token: 2 in Mixtral, 1 in Switch.
     renormalise : bool, optional
-        Whether the weights of a token's experts are made to add up to 1. By default they are if there are several: a
-        single one would be 1 and teach the router nothing.
+        Whether the weights of a token's experts are scaled to the sum 1. By default they are if there are several: a
+        single weight would be 1 and teach the router nothing.
     balance : float
-        Coefficient of the load-balancing loss ``e sum_i(f_i p_i)``: f_i the assignments of expert i per token, p_i its
-        mean probability, over all tokens but padding on all ranks. It is `top_k` at perfect balance.
+        Coefficient of the load-balancing loss ``e sum_i(f_i p_i)``, where f_i is the number of assignments to expert i
+        per token and p_i its mean probability, over all tokens of all ranks but padding. The loss is `top_k` at perfect
+        balance.
     z_loss : float
         Coefficient of the mean of ``log(sum exp(logits))^2`` over the same tokens.
     bias : bool
         Whether the experts' products have biases.
-    std, out_std : float
-        Standard deviations of the initial weights of the router and the products up, and of the products down.
-    seed, dtype
+    std : float
+        Standard deviation of the initial weights of the router and of the experts' products up.
+    out_std : float
+        Standard deviation of the initial weights of the experts' products down.
+    seed : int, optional
+        Seed of the initial weights; None leaves them zero, for weights that are to be loaded.
+    dtype : dtype
+        Dtype of the parameters.
 
     Raises
     ------
     OptionError
-        If `top_k` is not from 1 to `experts` or a coefficient is negative.
+        If `top_k` is not from 1 to `experts`, or a coefficient is negative.
+    ShapeError
+        From `forward`, if the mask of the context is not ``[b, s]``.
+    DTypeError
+        From `forward`, if this mask is not bool.
 
     Notes
     -----
-    `backward` adds the gradients of the two losses, times `Context.share`; `forward` reports their values to
-    `Context.losses`.
+    `backward` adds the gradients of the two losses, times ``Context.auxiliary.share``; `forward` reports their values
+    to ``Context.auxiliary.values``.
 
-    All experts have as many slots in all blocks as the fullest of them needs, up to an eighth more: no token is
-    dropped, and the better the balance the fewer the words. With N slots in all:
+    All experts have the same number of slots in all blocks: as many as the fullest one needs, rounded up by an eighth
+    at most. The better the balance, the fewer the words.
 
-    **Communication**, summed over ranks: that of an `MLP` of N tokens whose weights are not replicated over ``data``,
-    and ``N h (1 - 1/d)`` words each way between its d ranks, forward and backward. The router's logits ``[b, s, e]``
-    are reduced over the axes that cut h, in the backward pass the cotangents of the weights ``[b, s, k]``, too; one
-    word and, with losses, ``2 e + 2`` are reduced over the blocks of tokens. Gradients of experts cross no ``data``.
+    **Communication:** with N slots in all and d ranks along ``data``, summed over ranks: the words of an `MLP` of N
+    tokens whose weights are not replicated over ``data``, and ``N h (1 - 1/d)`` words each way between the d ranks,
+    forward and backward. The router's logits ``[b, s, e]`` are reduced over the axes that cut h; so are, backward, the
+    cotangents of the weights ``[b, s, k]``. One word and, with losses, ``2 e + 2`` words are reduced over the blocks of
+    tokens. Gradients of experts do not cross ``data``.
+
+    **Adjoint:** the cotangents take the way of the tokens in reverse, in the same slots.
 
     References
     ----------
@@ -117,8 +145,8 @@ class MoE(Layer):
         bias: bool = False,
         std: float = 0.02,
         out_std: float = 0.02,
-        seed: int = 0,
-        dtype: Any = "float32",
+        seed: int | None = 0,
+        dtype: DTypeLike = "float32",
     ) -> None:
         if not 1 <= top_k <= experts or min(balance, z_loss) < 0:
             raise OptionError(
@@ -127,51 +155,52 @@ class MoE(Layer):
             )
         self.name, self.top_k, self.balance, self.z_loss = name, top_k, balance, z_loss
         self.renormalise = top_k > 1 if renormalise is None else renormalise
-        common, inside = {"std": std, "seed": seed, "dtype": dtype}, parallelism.experts()
+        common: dict[str, Any] = {"std": std, "seed": seed, "dtype": dtype}
+        inside = parallelism.experts()
         sizes = {"h": hidden, "e": experts}
         self.router = Linear("bsh,he->bse", sizes, None, parallelism, f"{name}.router", bias=False, **common)
         common |= {"activation": activation, "bias": bias, "out_std": out_std}
         self.experts = MLP(hidden, inner, inside, name, experts=experts, **common)
         self.stream, self.slots = parallelism.stream(), inside.stream("epch")
 
-    def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
-        """Return the weighted sum of what its experts make of each token, in the layout of the stream.
-
-        Raises
-        ------
-        ShapeError
-            If the context's mask is not ``[b, s]``.
-        DTypeError
-            If it is not bool.
-        """
+    def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Cache]:
         layout, x = x.layout.with_partial(), x.redistribute(self.stream)
-        logits, kept = self.router.forward(x, ctx)
+        # X[B, S, H_x] . router[H_x, E] -> logits[B, S, E] {U_x} -> logits[B, S, E], an allreduce over the axes x
+        logits, router_cache = self.router.forward(x, ctx)
         routing = self._route(logits, ctx)
-        y, inside = self.experts.forward(self._in_slots(x, routing), ctx)
-        rows = kernels.of(y.grid).take_slots(_flat(y), routing.slots, self.top_k)
+        # X[E, P_data, C, H] -> X[E_data, P, C, H], an all_to_all over data, is the first redistribution of the experts;
+        # X[E_data, P, C, H] . up[E_data, H, F_col] . down[E_data, F_col, H] -> Y[E_data, P, C, H] -> Y[E, P_data, C, H]
+        y, experts_cache = self.experts.forward(self._in_slots(x, routing), ctx)
+        rows = kernels.of(y.grid).take_slots(_rows_of(y), routing.slots, self.top_k)
+        # y[n] = sum over the token's k experts of weights[n, k] rows[k, n]
         mixed = sum(routing.weights[:, j, None] * rows[j, ...] for j in range(self.top_k))
-        return _like(x, mixed), (layout, x, kept, routing, inside, rows)
+        dtype = x.local.dtype
+        y = x.like(_from_rows(mixed, x.local.shape, dtype))
+        return y, (layout, dtype, router_cache, routing, experts_cache, rows)
 
-    def backward(self, dy: DistArray, cache: Any, later: Later = None) -> DistArray:
-        """Return the cotangent of x; those of router and experts go to the gradients."""
-        layout, x, kept, routing, inside, rows = cache
+    def backward(self, dy: DistArray, cache: Cache, later: Later = None) -> DistArray:
+        layout, dtype, router_cache, routing, experts_cache, rows = cache
         dy = dy.redistribute(self.stream)
-        dx = self.experts.backward(self._in_slots(dy, routing, routing.weights), inside, later)
-        back = kernels.of(dx.grid).take_slots(_flat(dx), routing.slots, self.top_k)
-        through = _like(x, sum(back[j, ...] for j in range(self.top_k)))
-        return (through + self.router.backward(self._dlogits(dy, routing, rows), kept, later)).redistribute(layout)
+        # weights[n, k] dY[n] -> dY[E, P_data, C, H] -> dY[E_data, P, C, H], an all_to_all over data;
+        # the experts' backward pass makes dX[E_data, P, C, H] -> dX[E, P_data, C, H], the other all_to_all
+        dx = self.experts.backward(self._in_slots(dy, routing, routing.weights), experts_cache, later)
+        back = kernels.of(dx.grid).take_slots(_rows_of(dx), routing.slots, self.top_k)
+        through = dy.like(_from_rows(sum(back[j, ...] for j in range(self.top_k)), dy.local.shape, dtype))
+        dlogits = self._dlogits(dy, routing, rows)
+        return (through + self.router.backward(dlogits, router_cache, later)).redistribute(layout)
 
     def _in_slots(self, x: DistArray, routing: Routing, weights: Block | None = None) -> DistArray:
-        """Return the tokens of all ranks in their slots ``[e, p, c, h]``. **Communication:** none."""
+        """Return the tokens in their slots ``[e, p, c, h]``, times `weights` if given. **Communication:** none."""
         e, grid = routing.probabilities.shape[1], x.grid
-        block = like(x.local, kernels.of(grid).fill_slots(_flat(x), routing.source, self.top_k, weights))
+        block = like(x.local, kernels.of(grid).fill_slots(_rows_of(x), routing.source, self.top_k, weights))
         capacity, p = block.shape[0] // e, grid.extent(self.slots.dims[1])
         block = backend.namespace(block).reshape(block, (e, 1, capacity, block.shape[1]))
+        # each rank's own block of tokens: X[E, P_(..,data), C, H_x]
         return DistArray(block, (e, p, capacity, x.shape[-1]), self.slots, grid)
 
     def _route(self, logits: DistArray, ctx: Context) -> Routing:
         local = kernels.of(logits.grid)
-        chosen, weights, probabilities, log = local.route(_flat(logits), self.top_k, self.renormalise)
+        chosen, weights, probabilities, log = local.route(_rows_of(logits), self.top_k, self.renormalise)
         order, starts = local.sort_by_expert(chosen, logits.shape[-1])
         source, slots = local.match_slots(chosen, order, starts, self._capacity(starts, logits))
         pull = push = None
@@ -180,35 +209,37 @@ class MoE(Layer):
         return Routing(chosen, weights, probabilities, source, slots, pull, push)
 
     def _capacity(self, starts: Block, logits: DistArray) -> int:
-        """Return the most assignments of an expert in a block of tokens, rounded up by an eighth at most.
+        """Return the slots of each expert in each block: the most assignments of any, rounded up by an eighth at most.
 
-        Every capacity has its own plans of redistributions, which are kept: the rounding bounds their number.
+        Redistributions keep a plan for every capacity: the rounding bounds the number of plans.
         """
-        if logits.grid.is_meta:  # nothing is routed: all experts have as many
+        if logits.grid.is_meta:  # meta arrays have no values to route by: assume perfect balance
             rows = math.prod(logits.local.shape[:-1])
             return -(-rows * self.top_k // logits.shape[-1])
         xp = backend.namespace(starts)
         most = xp.reshape(xp.max(starts[1:] - starts[:-1]), (1,))
-        most = int(backend.to_host(comm.allreduce(most, logits.grid, logits.layout.cut, comm.MAX))[0])
-        step = 1 << max(0, most.bit_length() - 4)
-        return -(-most // step) * step
+        # the maximum over all blocks of tokens: one word, an allreduce (MAX) over the axes that cut b and s
+        capacity = int(backend.to_host(comm.allreduce(most, logits.grid, logits.layout.cut, comm.MAX))[0])
+        step = 1 << max(0, capacity.bit_length() - 4)
+        return -(-capacity // step) * step
 
     def _losses(
         self, logits: DistArray, chosen: Block, probabilities: Block, log: Block, ctx: Context
     ) -> tuple[Block, Block]:
-        """Report the two losses; return the cotangents of the probabilities and of the logarithms of the sums."""
+        """Report the two losses, and return the cotangents of the probabilities and of ``log(sum exp(logits))``."""
         xp, e = backend.namespace(log), logits.shape[-1]
-        mask = given_mask(ctx, logits)
+        mask = ctx.mask_of(logits)
         valid = None if mask is None else xp.reshape(mask, (-1,))
+        # assignments[E], probabilities[E], tokens and squares, each {U_(b,s)}: an allreduce over the axes of b and s
         sums = kernels.of(logits.grid).routing_sums(chosen, probabilities, log, valid)
         sums = comm.allreduce(sums, logits.grid, logits.layout.cut)
         assigned, mass, (count, squares) = sums[:e], sums[e : 2 * e], backend.to_host(sums[2 * e :])
-        count = max(float(count), 1.0)
-        if ctx.losses is not None:
+        count, values = max(float(count), 1.0), ctx.auxiliary.values
+        if values is not None:
             balance = e * float(backend.to_host(xp.sum(assigned * mass))) / count**2
-            ctx.losses[f"{self.name}.balance"] = ctx.share * self.balance * balance
-            ctx.losses[f"{self.name}.z_loss"] = ctx.share * self.z_loss * float(squares) / count
-        share = ctx.share * ctx.scale
+            values[f"{self.name}.balance"] = ctx.auxiliary.share * self.balance * balance
+            values[f"{self.name}.z_loss"] = ctx.auxiliary.share * self.z_loss * float(squares) / count
+        share = ctx.auxiliary.share * ctx.scale
         pull = xp.astype(share * self.balance * e / count**2 * assigned, log.dtype)
         pull, push = xp.broadcast_to(pull, probabilities.shape), 2 * share * self.z_loss / count * log
         if valid is not None:
@@ -219,7 +250,8 @@ class MoE(Layer):
     def _dlogits(self, dy: DistArray, routing: Routing, rows: Block) -> DistArray:
         """Return the cotangent of the logits. **Communication:** ``[b, s, k]`` is summed over the axes that cut h."""
         xp = backend.namespace(rows)
-        d, rows = wide(_flat(dy)), wide(rows)
+        d, rows = wide(_rows_of(dy)), wide(rows)
+        # dY[n, H_x] . rows[k, n, H_x] -> dweights[n, k] {U_x} -> dweights[n, k]: allreduce over the axes x that cut h
         dweights = xp.stack([xp.sum(d * rows[j, ...], axis=-1) for j in range(self.top_k)], axis=-1)
         dweights = comm.allreduce(dweights, dy.grid, dy.layout.dims[-1])
         block = kernels.of(dy.grid).route_backward(
@@ -236,13 +268,13 @@ class MoE(Layer):
         return DistArray(block, (*dy.shape[:2], e), Layout(*dy.layout.dims[:2], None), dy.grid)
 
 
-def _flat(x: DistArray) -> Block:
-    """Return a block as rows of its last dim."""
-    rows = 1
-    for n in x.local.shape[:-1]:
-        rows *= n
+def _rows_of(x: DistArray) -> Block:
+    """Return a rank's block ``[..., n]`` as rows ``[tokens, n]``."""
+    rows = math.prod(x.local.shape[:-1])
     return backend.namespace(x.local).reshape(x.local, (rows, x.local.shape[-1]))
 
 
-def _like(x: DistArray, rows: Any) -> DistArray:
-    return x.like(like(x.local, backend.namespace(rows).reshape(rows, x.local.shape)))
+def _from_rows(rows: Block, shape: tuple[int, ...], dtype: Any) -> Block:
+    """Return rows ``[tokens, n]`` as a block of a shape ``[..., n]``, in a dtype."""
+    xp = backend.namespace(rows)
+    return xp.astype(xp.reshape(rows, shape), dtype, copy=False)

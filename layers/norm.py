@@ -1,45 +1,55 @@
-"""LayerNorm and RMSNorm over a dim that may be cut."""
+"""Normalisation layers, RMSNorm and LayerNorm, over a last dim that may be cut.
+
+Transformer blocks and models build them by name with `normalisation`. They call the ``norm`` kernels of their grid and
+sum the statistics with an allreduce over the axes that cut the dim.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+
+from numpy.typing import DTypeLike
 
 from colossal_mpi import comm
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import OptionError, ShapeError
 from colossal_mpi.layers import kernels
-from colossal_mpi.layers.layer import Context, Later, Layer
+from colossal_mpi.layers.context import Context
+from colossal_mpi.layers.layer import Cache, Later, Layer
 from colossal_mpi.layers.parallelism import Parallelism
 from colossal_mpi.layers.parameter import Parameter
-from colossal_mpi.layers.replay import kept, taken
 from colossal_mpi.layout import Layout
+from colossal_mpi.platform.backend import Block
 
 
 class RMSNorm(Layer):
-    """Normalisation by the root of the mean square of the last dim, with gain, of arrays ``[..., h]``.
-
-    Free of moves of its vectors in the layout of the stream, right in any; partial sums are reduced first.
+    """Normalisation of the last dim by the root of its mean square, ``y = x / sqrt(mean(x^2) + eps) * gain``.
 
     Parameters
     ----------
     size : int
-        The whole of h.
+        The global size of the last dim, h.
     parallelism : Parallelism
+        The mode, which chooses the layout of the gain.
     name : str
-        Prefix of the name of the parameter ``gain``.
+        Prefix of the name of the parameter ``gain``, ``[h]``.
     eps : float
-        Added to the mean square.
-    dtype
+        The number that is added to the mean square.
+    dtype : dtype
+        Dtype of the parameters.
 
     Raises
     ------
     ShapeError
-        From `forward`, if the last dim is not `size`.
+        From `forward`, if the last dim of x is not `size`.
 
     Notes
     -----
-    **Communication:** over the axes that cut h, p ranks: an allreduce of ``[b, s]`` forward and backward, in all
-    ``4 (p - 1) b s`` words summed over ranks; the gradient of the gain is reduced over those that cut b and s.
+    It takes x ``[..., h]`` in any layout and reduces partial sums first. The gain lies where the stream's h lies.
+
+    **Communication:** over the axes that cut h, p ranks: an allreduce of ``[b, s]`` forward and one backward, together
+    ``4 (p - 1) b s`` words summed over ranks; none where h is whole. The gradient of the gain is reduced over the axes
+    that cut b and s.
 
     References
     ----------
@@ -48,36 +58,41 @@ class RMSNorm(Layer):
 
     bias: Parameter | None = None
     centred = False
+    """Whether the mean is subtracted first."""
 
     def __init__(
-        self, size: int, parallelism: Parallelism, name: str, *, eps: float = 1e-5, dtype: Any = "float32"
+        self, size: int, parallelism: Parallelism, name: str, *, eps: float = 1e-5, dtype: DTypeLike = "float32"
     ) -> None:
         self.size, self.eps, self.name = size, eps, name
         self.gain = Parameter(f"{name}.gain", [size], parallelism.stream("h"), parallelism, fill=1.0, dtype=dtype)
 
-    def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
-        """Return ``x / sqrt(mean(x^2) + eps) * gain``."""
+    def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Cache]:
         if x.shape[-1:] != (self.size,):
             raise ShapeError(f"{self.name} normalises over {self.size}; its input is {x.shape}")
-        x, bias = x.reduced(), None if self.bias is None else self._vector(self.bias, x)
-        gain = self._vector(self.gain, x)
-        y, statistics = kernels.of(x.grid).norm(x.local, gain, bias, self.centred, self.eps, self.size, self._total(x))
-        return x.like(y), (kept(x, x), gain, statistics)
+        given, x = x, x.reduced()
+        # X[B_row, S, H_col] * gain[H_col]
+        gain, bias = self._vector(self.gain, x), None if self.bias is None else self._vector(self.bias, x)
+        # mean over h: M[B_row, S] {U_col} -> M[B_row, S]: allreduce over col
+        norm = kernels.of(x.grid).norm
+        y, statistics = norm(x.local, gain, bias, self.centred, self.eps, self.size, self._sum_over_h(x))
+        return x.like(y), (self.save(given, x), gain, statistics)
 
-    def _vector(self, parameter: Parameter, x: DistArray) -> Any:
+    def _vector(self, parameter: Parameter, x: DistArray) -> Block:
+        """Return the gain or the bias, cut as the last dim of x."""
         return parameter.use(Layout(x.layout.dims[-1])).local
 
-    def _total(self, x: DistArray) -> Any:
-        """Return what finishes a sum over h; None where h is not cut."""
+    def _sum_over_h(self, x: DistArray) -> Callable[[Block], Block] | None:
+        """Return what adds the sums over h of several ranks; None where h is whole."""
         axes = x.layout.dims[-1]
         return (lambda local: comm.allreduce(local, x.grid, axes)) if axes else None
 
-    def backward(self, dy: DistArray, cache: Any, later: Later = None) -> DistArray:
-        """Return the cotangent of x; those of the vectors go to their gradients."""
-        source, gain, statistics = cache
-        x: DistArray = taken(source)
+    def backward(self, dy: DistArray, cache: Cache, later: Later = None) -> DistArray:
+        saved, gain, statistics = cache
+        x = self.load(saved, DistArray.reduced)
         dy = dy.redistribute(x.layout)
-        dx, *sums = kernels.of(dy.grid).norm_backward(dy.local, x.local, gain, statistics, self.size, self._total(x))
+        norm_backward = kernels.of(dy.grid).norm_backward
+        dx, *sums = norm_backward(dy.local, x.local, gain, statistics, self.size, self._sum_over_h(x))
+        # dY[B_row, S, H_col] summed over b and s -> dgain[H_col] {U_row}
         *rows, last = x.layout.dims
         layout = Layout(last, partial=[axis for axes in rows for axis in axes])
         for parameter, local in zip((self.gain, self.bias), sums, strict=True):
@@ -87,16 +102,33 @@ class RMSNorm(Layer):
 
 
 class LayerNorm(RMSNorm):
-    """Normalisation by mean and variance of the last dim, with gain and bias, of arrays ``[..., h]``.
+    """Normalisation of the last dim by mean and variance, ``y = (x - mean) / sqrt(var + eps) * gain + bias``.
 
-    The variance is taken about the mean, in two passes: E[x^2] - E[x]^2 loses half of the digits. Parameters are those
-    of `RMSNorm`; there is a parameter ``bias`` more.
+    Parameters
+    ----------
+    size : int
+        The global size of the last dim, h.
+    parallelism : Parallelism
+        The mode, which chooses the layout of gain and bias.
+    name : str
+        Prefix of the names of the parameters ``gain`` and ``bias``, ``[h]``.
+    eps : float
+        The number that is added to the variance.
+    dtype : dtype
+        Dtype of the parameters.
+
+    Raises
+    ------
+    ShapeError
+        From `forward`, if the last dim of x is not `size`.
 
     Notes
     -----
+    The variance is taken about the mean, in two passes: ``E[x^2] - E[x]^2`` would lose half of the digits.
+
     **Communication:** over the axes that cut h, p ranks: two allreduces of ``[b, s]`` forward and one of
-    ``[2, b, s]`` backward, in all ``8 (p - 1) b s`` words summed over ranks; the gradients of gain and bias are
-    reduced over those that cut b and s.
+    ``[2, b, s]`` backward, together ``8 (p - 1) b s`` words summed over ranks; none where h is whole. The gradients of
+    gain and bias are reduced over the axes that cut b and s.
 
     References
     ----------
@@ -106,28 +138,20 @@ class LayerNorm(RMSNorm):
     centred = True
 
     def __init__(
-        self, size: int, parallelism: Parallelism, name: str, *, eps: float = 1e-5, dtype: Any = "float32"
+        self, size: int, parallelism: Parallelism, name: str, *, eps: float = 1e-5, dtype: DTypeLike = "float32"
     ) -> None:
         super().__init__(size, parallelism, name, eps=eps, dtype=dtype)
         self.bias = Parameter(f"{name}.bias", [size], parallelism.stream("h"), parallelism, dtype=dtype)
-
-    def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
-        """Return ``(x - mean) / sqrt(var + eps) * gain + bias``."""
-        return super().forward(x, ctx)
 
 
 NORMS = {"layer": LayerNorm, "rms": RMSNorm}
 """The normalisations by the names that blocks and models give them."""
 
 
-def normalisation(kind: str, size: int, parallelism: Parallelism, name: str, *, eps: float, dtype: Any) -> RMSNorm:
-    """Return the normalisation of that name.
-
-    Raises
-    ------
-    OptionError
-        If there is none.
-    """
+def normalisation(
+    kind: str, size: int, parallelism: Parallelism, name: str, *, eps: float, dtype: DTypeLike
+) -> RMSNorm:
+    """Return a new normalisation layer of a kind in `NORMS`; raise an OptionError if there is no such kind."""
     if kind not in NORMS:
         raise OptionError(f"{name}: norm={kind!r}: use one of {', '.join(map(repr, NORMS))}")
     return NORMS[kind](size, parallelism, name, eps=eps, dtype=dtype)

@@ -38,7 +38,7 @@ import numpy as np
 
 from colossal_mpi.errors import GridError, OptionError
 from colossal_mpi.grid import Grid
-from colossal_mpi.layers.order import zigzag
+from colossal_mpi.layers.context import zigzag
 from colossal_mpi.layout import Axes, Layout, bounds
 from colossal_mpi.linalg.contraction import Subscripts, layout_map, map_layout, parse
 

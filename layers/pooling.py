@@ -1,4 +1,7 @@
-"""One vector for a sequence, by its mean or its first position, and its classes; one value for a window of images."""
+"""Pooling: one vector for a sequence, one value for a window of an image, and the classifier on a pooled stream.
+
+Vision and text classifiers end with them. They call the pooling kernels of the grid and `redistribute`.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,19 @@ from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import OptionError, ShapeError
 from colossal_mpi.layers import kernels
 from colossal_mpi.layers.containers import Sequential
+from colossal_mpi.layers.context import Context
 from colossal_mpi.layers.conv import Pair, pair
-from colossal_mpi.layers.layer import Context, Later, Layer
+from colossal_mpi.layers.layer import Cache, Later, Layer
 from colossal_mpi.layers.linear import Linear
 from colossal_mpi.layers.parallelism import Parallelism
 from colossal_mpi.layers.precision import rounded
 from colossal_mpi.layout import Layout, box_shape
 from colossal_mpi.platform import backend
+from colossal_mpi.platform.backend import Block
 
 
 def _zeros(dy: DistArray, shape: tuple[int, ...], layout: Layout) -> DistArray:
+    """Return zeros of a global shape in a layout, with dtype, device and grid of dy."""
     box = layout.box(shape, dy.grid.axes, dy.grid.coords)
     return DistArray(backend.zeros_like(dy.local, box_shape(box)), shape, layout, dy.grid)
 
@@ -27,19 +33,30 @@ def _zeros(dy: DistArray, shape: tuple[int, ...], layout: Layout) -> DistArray:
 class MeanPool(Layer):
     """The mean over the positions of the stream, ``[b, s, h]`` to ``[b, h]``.
 
-    **Communication:** partial sums ``[b, h]`` over the axes that cut s are reduced. Backward: dy is gathered to x.
+    Parameters
+    ----------
+    parallelism : Parallelism
+        The mode, which chooses the layout of the result.
+
+    Notes
+    -----
+    **Communication:** the partial sums ``[b, h]`` are reduced over the axes that cut s; backward dy is gathered to the
+    layout of x.
+
+    **Adjoint:** ``dy / s`` at every position.
     """
 
     def __init__(self, parallelism: Parallelism) -> None:
         self.y = parallelism.stream("bh")
 
-    def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
-        """Return the mean of the positions."""
-        return rounded((x.sum_over([1]) / x.shape[1]).redistribute(self.y), x.dtype), (x.shape, x.layout.with_partial())
+    def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Cache]:
+        # X[B_row, S_col, H] summed over s -> Y[B_row, H] {U_col} -> Y[B_row, H]: allreduce over col
+        y = (x.sum_over([1]) / x.shape[1]).redistribute(self.y)
+        return rounded(y, x.dtype), (x.shape, x.layout.with_partial())
 
-    def backward(self, dy: DistArray, cache: Any, later: Later = None) -> DistArray:
-        """Return ``dy / s`` at every position."""
+    def backward(self, dy: DistArray, cache: Cache, later: Later = None) -> DistArray:
         shape, layout = cache
+        # dY[B_row, H] / s -> dX[B_row, S_col, H]: the same vector at every position
         dy = dy.redistribute(Layout(layout.dims[0], layout.dims[2])) / shape[1]
         dx = _zeros(dy, shape, layout)
         dx.local[...] = dy.local[:, None, :]
@@ -47,22 +64,33 @@ class MeanPool(Layer):
 
 
 class FirstPool(Layer):
-    """The first position of the stream, a class token as a rule, ``[b, s, h]`` to ``[b, h]``.
+    """The first position of the stream, as a rule a class token, ``[b, s, h]`` to ``[b, h]``.
 
-    **Communication:** the rows of position 0 go to the ranks that hold others. Backward: none.
+    Parameters
+    ----------
+    parallelism : Parallelism
+        The mode, which chooses the layout of the result.
+
+    Notes
+    -----
+    In another order of the sequence (`Context.order`) it takes the token that is the first of the sequence.
+
+    **Communication:** the ranks that hold position 0 send it to the ranks that hold other positions; backward none.
+
+    **Adjoint:** dy at position 0, zeros elsewhere.
     """
 
     def __init__(self, parallelism: Parallelism) -> None:
         self.y = parallelism.stream("bh")
 
-    def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
-        """Return position 0."""
+    def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Cache]:
         at = 0 if ctx.order is None else int(np.argmin(ctx.order))
+        # X[B_row, S_col, H] at one s -> Y[B_row, H]: a broadcast over col
         return x[:, at, :].redistribute(self.y), (x.shape, x.layout.with_partial(), at)
 
-    def backward(self, dy: DistArray, cache: Any, later: Later = None) -> DistArray:
-        """Return `dy` at position 0 and zeros elsewhere."""
+    def backward(self, dy: DistArray, cache: Cache, later: Later = None) -> DistArray:
         shape, layout, at = cache
+        # dY[B_row, H] -> dX[B_row, S_col, H]: zeros but on the ranks that hold the position
         dy = dy.redistribute(Layout(layout.dims[0], layout.dims[2]))
         dx = _zeros(dy, shape, layout)
         start, stop = dx.box[1]
@@ -72,21 +100,31 @@ class FirstPool(Layer):
 
 
 class ClassifierHead(Sequential):
-    """A pooled stream ``[b, h]`` to logits ``[b, v]`` of v classes, cut as a vocabulary is.
+    """The head of a classifier: pools the stream ``[b, s, h]`` and multiplies ``[b, h]`` to logits ``[b, v]``.
 
     Parameters
     ----------
-    hidden, classes : int
+    hidden : int
+        Width h of the stream.
+    classes : int
+        Number v of classes, which are cut like a vocabulary.
     parallelism : Parallelism
+        The mode, which chooses maps and layouts.
     name : str
+        Prefix of the names of the parameters ``weight`` ``[h, v]`` and ``bias`` ``[v]``.
     pool : {"first", "mean"}
+        Whether the first position is taken, or the mean of all.
     **common
-        ``std``, ``seed`` and ``dtype``, as `Linear` takes them.
+        Options ``bias``, ``std``, ``seed`` and ``dtype``, as `Linear` takes them.
 
     Raises
     ------
     OptionError
         If there is no such pooling.
+
+    Notes
+    -----
+    **Communication:** that of the pooling and of the product. Ranks that cut the sequence do the same product.
     """
 
     def __init__(
@@ -102,27 +140,10 @@ class ClassifierHead(Sequential):
 
 
 class Pool2d(Layer):
-    """Base of the layers that make one value of each window of images ``[b, c, y, x]``, cut over b and c at most.
+    """Base of the layers that make one value of each window of images ``[b, c, y, x]``.
 
-    Parameters
-    ----------
-    kernel : int or pair of int
-        Along y and x.
-    stride : int or pair of int, optional
-        That of the kernel by default.
-    padding : int or pair of int
-        On both sides; half of the kernel at most.
-
-    Raises
-    ------
-    OptionError
-        If a size is out of its range.
-    ShapeError
-        From `forward`, if the images are smaller than the kernel.
-
-    Notes
-    -----
-    **Communication:** none, if neither y nor x is cut and there are no partial sums.
+    The output ``[b, c, i, j]`` has the values of the windows row by row. Images may be cut over b and c; an image that
+    is cut over y or x is gathered. Parameters, errors and words are documented at `MaxPool2d` and `AvgPool2d`.
     """
 
     def __init__(self, kernel: int | Pair, *, stride: int | Pair | None = None, padding: int | Pair = 0) -> None:
@@ -135,50 +156,97 @@ class Pool2d(Layer):
                 "and stride must be 1 or more and padding from 0 to half of the kernel"
             )
 
-    def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
-        """Return the values ``[b, c, i, j]`` of the windows, row by row."""
+    def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Cache]:
         sizes = self.kernel, self.stride, self.padding
         if x.ndim != 4 or min(kernels.windows((x.shape[2], x.shape[3]), *sizes)) < 1:
             raise ShapeError(
                 f"{type(self).__name__} of images {x.shape}: they must be [b, c, y, x], with their padding "
                 f"{self.padding} no smaller than the kernel {self.kernel}"
             )
+        # X[B_row, C_col, Y, X] -> Y[B_row, C_col, I, J]; images that are cut over y or x are gathered first
         image = x.redistribute(Layout(*x.layout.dims[:2], None, None))
-        block, kept = self._pool(image, *sizes)
+        block, saved = self._pool(image, *sizes)
         y = DistArray(block, (*x.shape[:2], *block.shape[2:]), image.layout, x.grid)
-        return y, (kept, x.shape, image.layout, x.layout.with_partial())
+        return y, (saved, x.shape, image.layout, x.layout.with_partial())
 
-    def backward(self, dy: DistArray, cache: Any, later: Later = None) -> DistArray:
-        """Return the cotangent of the images."""
-        kept, shape, cut, layout = cache
+    def backward(self, dy: DistArray, cache: Cache, later: Later = None) -> DistArray:
+        saved, shape, cut, layout = cache
+        # dY[B_row, C_col, I, J] -> dX[B_row, C_col, Y, X]: overlapping windows are added
         dy = dy.redistribute(cut)
-        block = self._unpool(dy, kept, (shape[2], shape[3]), self.kernel, self.stride, self.padding)
+        block = self._unpool(dy, saved, (shape[2], shape[3]), self.kernel, self.stride, self.padding)
         return DistArray(block, shape, cut, dy.grid).redistribute(layout)
 
-    def _pool(self, x: DistArray, *sizes: Pair) -> tuple[Any, Any]:
-        """Return the values of a block and what `_unpool` needs."""
+    def _pool(self, x: DistArray, *sizes: Pair) -> tuple[Block, Block | None]:
+        """Return the values of this rank's windows and what `_unpool` needs."""
         raise NotImplementedError
 
-    def _unpool(self, dy: DistArray, kept: Any, size: Pair, *sizes: Pair) -> Any:
+    def _unpool(self, dy: DistArray, saved: Block | None, size: Pair, *sizes: Pair) -> Block:
+        """Return the cotangent of this rank's images, whose size along y and x is given."""
         raise NotImplementedError
 
 
 class MaxPool2d(Pool2d):
-    """The greatest element of each window, the first of equal ones; parameters are those of `Pool2d`."""
+    """The greatest element of each window of images ``[b, c, y, x]``, and of equal ones the first.
 
-    def _pool(self, x: DistArray, *sizes: Pair) -> tuple[Any, Any]:
+    Parameters
+    ----------
+    kernel : int or pair of int
+        Sides of a window along y and x, in pixels.
+    stride : int or pair of int, optional
+        Distance of two windows along y and x, in pixels; by default the kernel.
+    padding : int or pair of int
+        Rows and columns that are added on both sides, in pixels: at most half of the kernel.
+
+    Raises
+    ------
+    OptionError
+        If a size is out of its range.
+    ShapeError
+        From `forward`, if the images are smaller than the kernel.
+
+    Notes
+    -----
+    **Communication:** none if neither y nor x is cut and there are no partial sums.
+
+    **Adjoint:** dy at the place of the greatest element.
+    """
+
+    def _pool(self, x: DistArray, *sizes: Pair) -> tuple[Block, Block | None]:
         y, which = kernels.of(x.grid).max_pool(x.local, *sizes)
         return y, which
 
-    def _unpool(self, dy: DistArray, kept: Any, size: Pair, *sizes: Pair) -> Any:
-        return kernels.of(dy.grid).max_pool_backward(dy.local, kept, size, *sizes)
+    def _unpool(self, dy: DistArray, saved: Block | None, size: Pair, *sizes: Pair) -> Block:
+        return kernels.of(dy.grid).max_pool_backward(dy.local, saved, size, *sizes)
 
 
 class AvgPool2d(Pool2d):
-    """The mean of each window, zeros of the padding included; parameters are those of `Pool2d`."""
+    """The mean of each window of images ``[b, c, y, x]``, with the zeros of the padding.
 
-    def _pool(self, x: DistArray, *sizes: Pair) -> tuple[Any, Any]:
+    Parameters
+    ----------
+    kernel : int or pair of int
+        Sides of a window along y and x, in pixels.
+    stride : int or pair of int, optional
+        Distance of two windows along y and x, in pixels; by default the kernel.
+    padding : int or pair of int
+        Rows and columns of zeros on both sides, in pixels: at most half of the kernel.
+
+    Raises
+    ------
+    OptionError
+        If a size is out of its range.
+    ShapeError
+        From `forward`, if the images are smaller than the kernel.
+
+    Notes
+    -----
+    **Communication:** none if neither y nor x is cut and there are no partial sums.
+
+    **Adjoint:** ``dy / (i j)`` at every element of a window of i x j.
+    """
+
+    def _pool(self, x: DistArray, *sizes: Pair) -> tuple[Block, Block | None]:
         return kernels.of(x.grid).mean_pool(x.local, *sizes), None
 
-    def _unpool(self, dy: DistArray, kept: Any, size: Pair, *sizes: Pair) -> Any:
+    def _unpool(self, dy: DistArray, saved: Block | None, size: Pair, *sizes: Pair) -> Block:
         return kernels.of(dy.grid).mean_pool_backward(dy.local, size, *sizes)

@@ -1,43 +1,48 @@
-"""Recompute: what the backward pass needs is made again instead of being kept."""
+"""Recomputation: layers whose cache, or whose output, is made again in the backward pass instead of being kept.
+
+`recompute` wraps the layers of a finished model; the trainer and plans call it. The wrappers rely on `Layer.replay`,
+`Layer.save` and `Layer.load`, so that every layer takes part without knowing of them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
+from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import OptionError
 from colossal_mpi.layers.activation import Activation, Gated
 from colossal_mpi.layers.attention.self_attention import SelfAttention
 from colossal_mpi.layers.block import TransformerBlock
-from colossal_mpi.layers.layer import Context, Later, Layer
+from colossal_mpi.layers.context import Context
+from colossal_mpi.layers.layer import Arrays, Cache, Later, Layer, Replay, Replayable
 from colossal_mpi.layers.mlp import MLP
 from colossal_mpi.layers.moe import MoE
 from colossal_mpi.layers.norm import RMSNorm
-from colossal_mpi.layers.replay import Replay, Replayable
 
 AnyLayer = TypeVar("AnyLayer", bound=Layer)
 
 
 class Recompute(Layer):
-    """A layer that keeps its input alone, and does its forward pass again in the backward pass.
-
-    The gradients have the same bits as without.
+    """A layer that keeps its input alone and repeats its forward pass in the backward pass.
 
     Parameters
     ----------
     layer : Layer
+        The layer, as a rule a whole block.
     defer : bool
-        Whether weight products may be put off, as zero-bubble does to fill the bubble: what they need is then kept
-        until they are done. By default they are done at once.
+        Whether products of weight gradients may be put off, as zero-bubble schedules do to fill the bubble: the arrays
+        that they need are then kept until they are done. By default they are done at once.
 
     Notes
     -----
-    All is done again but the last product of a chain, of which only the operands are needed. For a block of width h and
-    4 h inside, ``16 h^2`` flop a token come to the ``72 h^2`` of a step, 2/9, and to attention itself the third of it
-    that its forward pass is. Where dropout follows the last product that is done again, too, 1/3 in all.
+    The gradients have the same bits as without. Everything is repeated but the last product of a sequence, of which
+    the backward pass needs the operands only. For a block of width h with an MLP of 4 h, ``16 h^2`` flop a token are
+    added to the ``72 h^2`` of a step, 2/9, and attention itself repeats its forward pass, a third of its step. Where
+    dropout follows the last product, this product is repeated, too: 1/3 of the step in all.
 
-    **Communication:** once more that of the forward pass, but for the last product's result.
+    **Communication:** once more the words of the forward pass, but for the result of the last product.
 
     References
     ----------
@@ -48,32 +53,30 @@ class Recompute(Layer):
     def __init__(self, layer: Layer, defer: bool = False) -> None:
         self.layer, self.defer = layer, defer
 
-    def forward(self, x: Any, ctx: Context) -> tuple[Any, Any]:
-        """Return the layer's output."""
+    def forward(self, x: Arrays, ctx: Context) -> tuple[Arrays, Cache]:
         return self.layer.forward(x, ctx)[0], Replay.of(self.layer, x, ctx)
 
-    def replay(self, x: Any, ctx: Context) -> Any:
-        """Return what makes the layer's cache again."""
+    def replay(self, x: Arrays, ctx: Context) -> Cache:
         return Replay.of(self.layer, x, ctx)
 
-    def backward(self, dy: Any, cache: Any, later: Later = None) -> Any:
-        """Return the layer's cotangent of the input."""
+    def backward(self, dy: Arrays, cache: Cache, later: Later = None) -> Arrays:
         return self.layer.backward(dy, cache.cache(), later if self.defer else None)
 
 
 class Discard(Layer):
-    """A layer whose output the next product does not keep: it is made again for the product's weight gradient.
+    """A layer whose output the next layer does not keep: it is made again when that layer's backward pass loads it.
 
-    For layers that are cheap and keep their input anyway, such as norms and activations.
+    It suits cheap layers that keep their input anyway, such as norms and activations: selective recomputation.
 
     Parameters
     ----------
     layer : Layer
+        The layer, which returns one array.
 
     Notes
     -----
-    **Communication:** that of the layer's forward pass once more, and, where gathered operands are kept, another gather
-    of the output, ``mk(P_n - 1)`` words of the product that takes it.
+    **Communication:** once more the words of the layer's forward pass; and, where gathered operands are kept, the next
+    product gathers the output a second time, ``mk(P_n - 1)`` words.
 
     References
     ----------
@@ -83,17 +86,14 @@ class Discard(Layer):
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
 
-    def forward(self, x: Any, ctx: Context) -> tuple[Any, Any]:
-        """Return the layer's output."""
+    def forward(self, x: Arrays, ctx: Context) -> tuple[DistArray, Cache]:
         y, cache = self.layer.forward(x, ctx)
         return Replayable(y.local, y.shape, y.layout, y.grid, Replay.of(self.layer, x, ctx)), cache
 
-    def replay(self, x: Any, ctx: Context) -> Any:
-        """Return the layer's cache."""
+    def replay(self, x: Arrays, ctx: Context) -> Cache:
         return self.layer.replay(x, ctx)
 
-    def backward(self, dy: Any, cache: Any, later: Later = None) -> Any:
-        """Return the layer's cotangent of the input."""
+    def backward(self, dy: Arrays, cache: Cache, later: Later = None) -> Arrays:
         return self.layer.backward(dy, cache, later)
 
 
@@ -106,27 +106,33 @@ KINDS: dict[str, tuple[type[Layer], tuple[type[Layer], ...]]] = {
     "norm": (Discard, (RMSNorm,)),
     "activation": (Discard, (Activation, Gated)),
 }
-"""What may be made again: whole layers from their inputs, or outputs alone."""
+"""What may be recomputed: whole layers from their inputs (`Recompute`), or outputs alone (`Discard`)."""
 
 MODES: dict[str, tuple[str, ...]] = {"none": (), "selective": ("norm", "activation"), "full": ("block",)}
-"""Kinds by the names of configurations."""
+"""The kinds that each name in a configuration stands for."""
 
 
 def recompute(model: AnyLayer, kinds: str | Sequence[str], defer: bool = False) -> AnyLayer:
-    """Let a model make again, in the backward pass, what layers of some kinds would keep; return the model itself.
+    """Let a model recompute, in the backward pass, what layers of some kinds would keep.
 
-    Names of parameters, stages, checkpoints and descriptions of the model are what they were.
+    Names of parameters, pipeline stages, checkpoints and descriptions of the model stay what they are.
 
     Parameters
     ----------
     model : Layer
-        Whose parts are changed in place.
+        The model, whose parts are wrapped in place.
     kinds : {"none", "selective", "full"} or sequence of str
-        ``"full"``: each transformer block keeps its input alone. ``"selective"``: the outputs of norms and activations
-        are not kept, for less than a hundredth of the flops. Or any of the `KINDS`: ``"block"``, ``"attention"`` and
-        ``"mlp"`` (or experts), of which only the input is kept, ``"norm"`` and ``"activation"``, whose outputs are not.
+        With ``"full"`` each transformer block keeps its input alone. With ``"selective"`` the outputs of norms and
+        activations are not kept, for less than a hundredth of the flop more. A sequence chooses among ``"block"``,
+        ``"attention"`` and ``"mlp"`` (or experts), which keep their input alone, and ``"norm"`` and ``"activation"``,
+        whose outputs are not kept.
     defer : bool
-        As `Recompute` takes it.
+        Whether `Recompute` layers may put off their products of weight gradients.
+
+    Returns
+    -------
+    Layer
+        The model itself.
 
     Raises
     ------
@@ -135,7 +141,7 @@ def recompute(model: AnyLayer, kinds: str | Sequence[str], defer: bool = False) 
 
     Examples
     --------
-    >>> model = recompute(GPT(config, parallelism), "full")
+    >>> model = recompute(GPT(config, parallelism), "full")  # doctest: +SKIP
     """
     chosen = MODES.get(kinds) if isinstance(kinds, str) else tuple(kinds)
     if chosen is None or not set(chosen) <= set(KINDS):
@@ -148,13 +154,14 @@ def recompute(model: AnyLayer, kinds: str | Sequence[str], defer: bool = False) 
 
 
 def _wrap_parts(layer: Layer, chosen: Sequence[tuple[Wrapper, tuple[type[Layer], ...]]]) -> None:
-    """Put the parts of a layer that are of a chosen kind into their wrappers, none into one of its own kind.
+    """Wrap the parts of a layer that are of a chosen kind.
 
-    A gated activation has an activation that it does not call as a layer.
+    A part is not wrapped inside a layer of its own kind: a gated activation has an activation whose function it calls
+    itself.
     """
     inside = [kind for kind in chosen if not isinstance(layer, kind[1])]
 
-    def wrapped(part: Any) -> Any:
+    def wrapped(part: object) -> object:
         if not isinstance(part, Layer):
             return part
         _wrap_parts(part, inside)

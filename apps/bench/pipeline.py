@@ -165,7 +165,7 @@ class _Microbatches:
         return from_global(whole[rows], self.p.grid, self.p.tokens())
 
     def context(self, microbatch: int) -> Context:
-        return Context(microbatch=microbatch)
+        return Context()
 
     def inputs(self, microbatch: int) -> DistArray:
         return self._cut(self._ids, microbatch)

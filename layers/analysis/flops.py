@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from functools import singledispatch
 
 from colossal_mpi.errors import OptionError
-from colossal_mpi.layers.activation import Activation
+from colossal_mpi.layers.activation import Activation, Softmax
 from colossal_mpi.layers.attention.rotary import Rotation
 from colossal_mpi.layers.attention.self_attention import Attention, GroupedAttention, SelfAttention
 from colossal_mpi.layers.containers import Sequential
@@ -40,7 +40,6 @@ from colossal_mpi.layers.moe import MoE
 from colossal_mpi.layers.norm import RMSNorm
 from colossal_mpi.layers.pooling import FirstPool, MeanPool, Pool2d
 from colossal_mpi.layers.recompute import Discard, Recompute
-from colossal_mpi.layers.softmax import Softmax
 from colossal_mpi.linalg.contraction import parse
 
 

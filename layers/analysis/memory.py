@@ -7,7 +7,7 @@ from typing import Any
 
 from colossal_mpi import distarray, meta
 from colossal_mpi.distarray import DistArray
-from colossal_mpi.layers.layer import Context
+from colossal_mpi.layers.context import Context
 from colossal_mpi.layers.pipeline import Pipeline, StepData
 
 

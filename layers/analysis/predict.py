@@ -13,7 +13,7 @@ from colossal_mpi.distarray import DistArray
 from colossal_mpi.grid import Grid
 from colossal_mpi.layers.analysis.memory import one_microbatch, saved_bytes
 from colossal_mpi.layers.containers import Sequential
-from colossal_mpi.layers.layer import Context
+from colossal_mpi.layers.context import Context
 from colossal_mpi.layers.loss import CrossEntropy
 from colossal_mpi.layers.optim.adam import AdamW
 from colossal_mpi.layers.optim.base import Optimizer
@@ -73,7 +73,7 @@ class TokenFeed:
 
     def context(self, microbatch: int) -> Context:
         """Return the number and the samples of a microbatch."""
-        return Context(microbatch=microbatch, sample=self._rows(microbatch)[0])
+        return Context(sample=self._rows(microbatch)[0])
 
     def inputs(self, microbatch: int) -> DistArray:
         """Return token ids."""

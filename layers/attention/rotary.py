@@ -1,4 +1,8 @@
-"""Rotary positions: queries and keys turned by angles of their positions, so that scores see distances."""
+"""Rotary position embeddings: queries and keys are rotated by angles of their positions, so that scores see distances.
+
+The Llama models make a `Rotary`; `SelfAttention` puts a `Rotation` between its products and attention, which calls the
+kernel ``rotate`` of the grid.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,8 @@ import numpy as np
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import OptionError, ShapeError
 from colossal_mpi.layers import kernels
-from colossal_mpi.layers.layer import Context, Later, Layer
-from colossal_mpi.layers.positions import given_positions
+from colossal_mpi.layers.context import Context
+from colossal_mpi.layers.layer import Cache, Later, Layer
 from colossal_mpi.platform import backend
 from colossal_mpi.platform.backend import Block
 
@@ -27,9 +31,9 @@ def _linear(frequencies: np.ndarray, factor: float) -> np.ndarray:
 
 
 def _llama3(frequencies: np.ndarray, factor: float, low: float, high: float, positions: float) -> np.ndarray:
-    """Return the frequencies, those that turn less than `low` times in the first `positions` divided by `factor`.
+    """Divide the frequencies that turn less than `low` times in the first `positions` by `factor`.
 
-    Those that turn more than `high` times stay; in between the two are blended.
+    Frequencies that turn more than `high` times stay as they are, and the ones between are blended.
     """
     turns = positions * frequencies / (2 * math.pi)
     kept = np.clip((turns - low) / (high - low), 0.0, 1.0) if high > low else np.where(turns > high, 1.0, 0.0)
@@ -41,29 +45,35 @@ SCALINGS: dict[str, tuple[tuple[str, ...], Callable[..., np.ndarray]]] = {
     "linear": (("factor",), _linear),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), _llama3),
 }
-"""Scalings of the frequencies by their names in Hugging Face's configurations, and the numbers that they need."""
+"""The scalings of the frequencies by their names in Hugging Face's configurations: the numbers they need, and how."""
 
 
 class Rotary:
-    """The frequencies ``theta^(-2i/d)`` at which the pairs (i, i + d/2) of a head of width d turn with the position.
+    """The frequencies ``theta^(-2i/d)`` with which the pairs (i, i + d/2) of a head of width d turn with the position.
 
     Parameters
     ----------
     theta : float, optional
-        The base; the scaling's ``rope_theta`` by default, or 10000.
+        The base; by default ``rope_theta`` of the scaling, or 10000.
     scaling : mapping, optional
-        As Hugging Face has it in ``rope_scaling`` or ``rope_parameters``: ``rope_type`` (``"default"``, ``"linear"`` or
-        ``"llama3"``; older files say ``type``) and the numbers that the type needs; other keys are left alone.
+        The mapping ``rope_scaling`` or ``rope_parameters`` of a Hugging Face configuration: ``rope_type``
+        (``"default"``, ``"linear"`` or ``"llama3"``; older files say ``type``) and the numbers that the type needs.
+        Other keys are ignored.
 
     Raises
     ------
     OptionError
-        If the scaling is of another type, lacks a number, or is to turn a part of each head.
+        If the scaling has another type, lacks a number, or turns only a part of each head.
 
     References
     ----------
     Su et al.: RoFormer, 2021. Chen et al.: Extending context window via positional interpolation, 2023 (linear).
     Llama team: The Llama 3 herd of models, 2024.
+
+    Examples
+    --------
+    >>> Rotary(10000.0).frequencies(4)
+    array([1.  , 0.01])
     """
 
     def __init__(self, theta: float | None = None, scaling: Mapping[str, Any] | None = None) -> None:
@@ -83,7 +93,17 @@ class Rotary:
         self._numbers = tuple(float(given[key]) for key in keys)
 
     def frequencies(self, width: int) -> np.ndarray:
-        """Return the angles per position ``[d/2]`` in float64 for heads of width d.
+        """Return the angles by which one position turns the pairs of a head.
+
+        Parameters
+        ----------
+        width : int
+            Width d of a head.
+
+        Returns
+        -------
+        array of float64, ``[d/2]``
+            Angles in radians per position.
 
         Raises
         ------
@@ -93,13 +113,25 @@ class Rotary:
         if width % 2:
             raise ShapeError(f"rotary positions turn pairs: the width of a head must be even; it is {width}")
         plain = self.theta ** (-np.arange(0, width, 2) / width)
-        return self._scale(plain, *self._numbers)
+        scaled: np.ndarray = self._scale(plain, *self._numbers)
+        return scaled
 
     def angles(self, x: DistArray, positions: Block | None) -> tuple[Block, Block]:
-        """Return cosine and sine of the angles of this rank's part of ``x [b, s, ..., d]``, in its dtype.
+        """Return cosine and sine of the angles of this rank's tokens.
 
-        Computed in float64; in float32 for 16-bit floats.
-        Those of given positions ``[s]`` or ``[b, s]`` are ``[s, d/2]`` or ``[b, s, d/2]``.
+        Parameters
+        ----------
+        x : DistArray, ``[b, s, ..., d]``
+            Queries or keys.
+        positions : Block, ``[s]`` or ``[b, s]``, optional
+            Positions of this rank's tokens; None: their indices in s.
+
+        Returns
+        -------
+        cos : Block, ``[s, d/2]`` or ``[b, s, d/2]``
+            In the dtype of x, for 16-bit floats in float32.
+        sin : Block, ``[s, d/2]`` or ``[b, s, d/2]``
+            Likewise.
         """
         frequencies, dtype = self.frequencies(x.shape[-1]), x.local.dtype
         dtype = backend.wide_dtype(x.local) if backend.is_half(dtype) else dtype
@@ -113,42 +145,55 @@ class Rotary:
 
 
 @lru_cache(maxsize=8)
-def _table(frequencies: bytes, span: tuple[int, int], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """Return cosine and sine ``[s, d/2]`` of the angles of a range of positions; every layer asks for the same."""
-    angle = np.arange(*span)[:, None] * np.frombuffer(frequencies)
+def _table(frequencies: bytes, indices: tuple[int, int], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """Return cosine and sine ``[s, d/2]`` for a range of positions; kept, because every layer asks for the same."""
+    angle = np.arange(*indices)[:, None] * np.frombuffer(frequencies)
     return np.cos(angle).astype(dtype), np.sin(angle).astype(dtype)
 
 
 class Rotation(Layer):
-    """Turn heads ``[b, s, n, ..., d]`` by the angles of their positions, the context's or their indices.
-
-    **Communication:** none. **Adjoint:** the rotation by the angles' negatives; partial sums stay partial.
+    """The rotation of heads ``[b, s, n, ..., d]`` by the angles of their positions.
 
     Parameters
     ----------
     rotary : Rotary
+        The frequencies.
     turned : int, optional
-        Turn the first of dim n only (the queries and keys of three, say); all of it by default.
+        How many of dim n are rotated, the first ones: 2 of packed queries, keys and values; by default all.
+
+    Raises
+    ------
+    ShapeError
+        From `forward`, if the positions of the context are neither ``[s]`` nor ``[b, s]``.
+    DTypeError
+        From `forward`, if they are not integers.
+
+    Notes
+    -----
+    The positions are `Context.positions`, or the indices in the sequence where there are none.
+
+    **Communication:** none, but for positions that are a DistArray in another layout. Partial sums stay partial.
+
+    **Adjoint:** the rotation by the negative angles.
     """
 
     def __init__(self, rotary: Rotary, turned: int | None = None) -> None:
         self.rotary, self.turned = rotary, turned
 
-    def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
-        """Return the turned heads in the layout of x."""
-        cos, sin = self.rotary.angles(x, given_positions(ctx, x))
+    def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Cache]:
+        cos, sin = self.rotary.angles(x, ctx.positions_of(x))
         return self._turn(x, cos, sin), (x.layout, cos, sin)
 
     def _turn(self, x: DistArray, cos: Block, sin: Block) -> DistArray:
+        rotate = kernels.of(x.grid).rotate
         if self.turned is None:
-            return x.like(kernels.of(x.grid).rotate(x.local, cos, sin))
+            return x.like(rotate(x.local, cos, sin))
         block = backend.empty_like(x.local, x.local.shape)
-        block[:, :, : self.turned, ...] = kernels.of(x.grid).rotate(x.local[:, :, : self.turned, ...], cos, sin)
+        block[:, :, : self.turned, ...] = rotate(x.local[:, :, : self.turned, ...], cos, sin)
         block[:, :, self.turned :, ...] = x.local[:, :, self.turned :, ...]
         return x.like(block)
 
-    def backward(self, dy: DistArray, cache: Any, later: Later = None) -> DistArray:
-        """Return `dy` turned back."""
+    def backward(self, dy: DistArray, cache: Cache, later: Later = None) -> DistArray:
         layout, cos, sin = cache
         partial = [axis for axis in dy.layout.partial if axis not in layout.cut]
         return self._turn(dy.redistribute(layout.with_partial(*partial)), cos, -sin)

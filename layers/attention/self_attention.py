@@ -1,43 +1,62 @@
-"""Self-attention: heads are letters that the map cuts, so that attention itself is local unless the sequence is cut."""
+"""Self-attention: the core on queries, keys and values, multi-head or grouped, and the layer with its products.
+
+Transformer blocks build `SelfAttention`. Heads are letters of its products, so that the map of the mode cuts them and
+the core needs no communication, unless an axis cuts the sequence: then the core calls the ring. In generation it calls
+the KV cache of the context.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+from numpy.typing import DTypeLike
+
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import ShapeError
 from colossal_mpi.layers.attention import ring
-from colossal_mpi.layers.attention.mask import Sight
+from colossal_mpi.layers.attention.mask import AttentionMask
 from colossal_mpi.layers.attention.rotary import Rotary, Rotation
 from colossal_mpi.layers.containers import Parallel, Sequential
-from colossal_mpi.layers.layer import Context, Later, Layer
+from colossal_mpi.layers.context import Context, KeyValueCache
+from colossal_mpi.layers.layer import Cache, Later, Layer
 from colossal_mpi.layers.linear import Linear, Linears
 from colossal_mpi.layers.parallelism import Parallelism
 from colossal_mpi.layout import Layout
 from colossal_mpi.platform import backend
+from colossal_mpi.platform.backend import Block
 
 
 class Attention(Layer):
     """Softmax attention of packed queries, keys and values ``[b, s, 3, a, d]`` to ``[b, s, a, d]``.
 
-    Batch, heads and the sequence may be cut, the head dim may not. Inside, the heads are cut by the axes of
-    `Parallelism.attention`, and s by those of a ring at most. The keys that count are those where the context's `mask`
-    is true; a query that sees no key gives zeros. The causal order is that of the context's `positions`. The backward
-    pass makes the probabilities again from the peaks and sums of their scores, tile by tile: memory grows linearly in
-    s, and falls with the ranks that cut it.
-
     Parameters
     ----------
     parallelism : Parallelism
+        The mode, which chooses the layout.
     causal : bool
-        Whether a query sees the keys of its own position and lower ones only.
+        Whether a query sees only the keys of its own position and lower ones.
+
+    Raises
+    ------
+    ShapeError
+        From `forward`, if the mask of the context is not ``[b, s]``, or its positions are neither ``[s]`` nor
+        ``[b, s]``.
+    DTypeError
+        From `forward`, if the mask is not bool, or the positions are not integers.
 
     Notes
     -----
-    **Communication** on each of c ranks that cut s, where blocks are equal. On axes that cut heads inside, all_to_alls,
-    ``3 (c - 1) / c^2`` of ``b s a d`` words for x and ``(c - 1) / c^2`` for y, where the next layer asks for it, and as
-    much backward. In a ring ``2 (c - 1) b (s/c) a d`` forward and ``(4 c - 2) b (s/c) a d`` backward. A mask is
-    gathered over all of them, ``b s`` bytes; in another layout than `Parallelism.tokens` it is redistributed.
+    Batch, heads and sequence may be cut, the head dim d may not. The keys that count are those where `Context.mask` is
+    true; a query that sees no key gives zeros. The causal order compares `Context.positions`.
+
+    The probabilities are not kept: the backward pass makes them again, tile by tile, from the peaks and sums of the
+    scores. Memory grows linearly with s and falls with the ranks that cut it.
+
+    **Communication:** words received on each of c ranks that cut s in equal blocks. Over axes that cut heads inside,
+    all_to_alls of ``3 (c - 1) / c^2`` of ``b s a d`` words for x, of ``(c - 1) / c^2`` for y where the next layer asks
+    for it, and as many backward. In a ring ``2 (c - 1) b (s/c) a d`` forward and ``(4 c - 2) b (s/c) a d`` backward. A
+    mask is gathered over all of these axes, ``b s`` bytes; in another layout than `Parallelism.tokens` it is
+    redistributed first.
 
     References
     ----------
@@ -47,136 +66,184 @@ class Attention(Layer):
     def __init__(self, parallelism: Parallelism, *, causal: bool = True) -> None:
         self.layout, self.causal = parallelism.attention("bstad", "a", "a"), causal
 
-    def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Any]:
-        """Return the attention of each head, cut as it is inside.
-
-        Raises
-        ------
-        ShapeError
-            If the context's mask is not ``[b, s]``, or its positions are neither ``[s]`` nor ``[b, s]``.
-        DTypeError
-            If the mask is not bool, or the positions are no integers.
-        """
+    def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Cache]:
+        # X[B, S_(seq,ulysses), 3, A_col, D] -> X[B, S_seq, 3, A_(col,ulysses), D]: all_to_all over ulysses
         packed, (b, s, _, a, d) = x.redistribute(self.layout), x.shape
-        if ctx.kv_cache is not None:
-            return ctx.kv_cache.attend(self, packed[:, :, 0], packed[:, :, 1:], ctx), None
-        sight = Sight(packed, self.causal, ctx)
-        q, k, v = (_own(packed.local[:, :, t, ...], sight) for t in range(3))
-        out, statistics = ring.attend(q, (k, v), sight)
-        dims, saved = self.layout.dims, (q, (k, v), out, statistics, sight)
+        cache = _kv_cache(ctx)
+        if cache is not None:
+            return cache.attend(self, packed[:, :, 0], packed[:, :, 1:], ctx), None
+        mask, (q, k, v) = AttentionMask(packed, self.causal, ctx), self._heads(packed)
+        out, statistics = ring.attend(q, (k, v), mask)
+        dims, saved = self.layout.dims, (self.save(x, (q, k, v)), out, statistics, mask)
         return DistArray(out, (b, s, a, d), Layout(*dims[:2], *dims[3:]), x.grid), (saved, x.layout.with_partial())
 
-    def backward(self, dy: DistArray, cache: Any, later: Later = None) -> Any:
-        """Return the cotangent of the packed queries, keys and values."""
-        saved, layout = cache
+    def _heads(self, packed: DistArray) -> tuple[Block, Block, Block]:
+        """Return this rank's queries, keys and values."""
+        q, k, v = (_own(packed, t) for t in range(3))
+        return q, k, v
+
+    def backward(self, dy: DistArray, cache: Cache, later: Later = None) -> DistArray:
+        (saved, out, statistics, mask), layout = cache
+        q, k, v = self.load(saved, lambda x: self._heads(x.redistribute(self.layout)))
         dims, (b, s, a, d) = self.layout.dims, dy.shape
+        # dY[B, S_(seq,ulysses), A_col, D] -> dO[B, S_seq, A_(col,ulysses), D]: all_to_all over ulysses
         do = dy.redistribute(Layout(*dims[:2], *dims[3:])).local
-        block = backend.namespace(do).stack(ring.attend_backward(do, *saved), axis=2)
+        block = backend.namespace(do).stack(ring.attend_backward(do, q, (k, v), out, statistics, mask), axis=2)
+        # dX[B, S_seq, 3, A_(col,ulysses), D] -> dX[B, S_(seq,ulysses), 3, A_col, D]: all_to_all over ulysses
         return DistArray(block, (b, s, 3, a, d), self.layout, dy.grid).redistribute(layout)
 
 
-def _own(block: Any, sight: Sight) -> Any:
-    """Return a part of an array on its own: as it lies, unless it is to be sent."""
-    return block if sight.ranks == 1 else backend.contiguous(block)
+def _kv_cache(ctx: Context) -> KeyValueCache | None:
+    return None if ctx.decoding is None else ctx.decoding.kv_cache
+
+
+def _own(x: DistArray, t: int) -> Block:
+    """Return entry t of dim 2 of this rank's block: a view, or a contiguous copy where it is sent round a ring."""
+    block = x.local[:, :, t, ...]
+    return backend.contiguous(block) if x.grid.extent(x.layout.dims[1]) > 1 else block
 
 
 class GroupedAttention(Layer):
-    """Attention of queries ``[b, s, g, r, d]`` and keys and values ``[b, s, 2, g, d]`` to ``[b, s, g, r, d]``.
-
-    The r queries of a group share its keys and values. Where r is cut, each rank has keys and values of every group,
-    and their cotangents are partial sums over the axes that cut r; they are handed on as such, unless these axes cut s
-    outside.
+    """Grouped-query attention of queries ``[b, s, g, r, d]`` and keys and values ``[b, s, 2, g, d]``.
 
     Parameters
     ----------
     parallelism : Parallelism
+        The mode, which chooses the layouts.
     inner : {"g", "r"}
-        Which of the two letters is cut.
+        Which of the two letters the inside of the block is cut on.
     spread : {"g", "r"}
-        Which is cut by the axes that cut s outside and are no ring.
+        Which of them the axes cut that cut s outside attention and form no ring.
     causal : bool
+        Whether a query sees only the keys of its own position and lower ones.
+
+    Raises
+    ------
+    ShapeError
+        From `forward`, if the mask of the context is not ``[b, s]``, or its positions are neither ``[s]`` nor
+        ``[b, s]``.
+    DTypeError
+        From `forward`, if the mask is not bool, or the positions are not integers.
 
     Notes
     -----
-    **Communication:** as `Attention`, of queries and of keys and values; in a ring those of the g groups alone travel.
+    The input is the pair of queries, and keys and values; the output is ``[b, s, g, r, d]``. The r queries of a group
+    share its keys and values. Where r is cut, each rank has the keys and values of every group, and their cotangents
+    are partial sums over the axes that cut r. They are handed on as partial sums, unless these axes cut s outside.
+
+    **Communication:** as in `Attention`, for queries, and for keys and values; in a ring only the keys and values of
+    the g groups travel.
+
+    References
+    ----------
+    Ainslie et al.: GQA: training generalized multi-query transformer models, 2023.
     """
 
     def __init__(self, parallelism: Parallelism, inner: str, spread: str, *, causal: bool = True) -> None:
         self.q, self.kv = (parallelism.attention(letters, inner, spread) for letters in ("bsgrd", "bstgd"))
         self.causal = causal
 
-    def forward(self, x: tuple[DistArray, DistArray], ctx: Context) -> tuple[DistArray, Any]:
-        """Return the attention of each head, for queries, and keys and values."""
+    def forward(self, x: tuple[DistArray, DistArray], ctx: Context) -> tuple[DistArray, Cache]:
+        # Q[B, S_(seq,ulysses), G_col, R, D] -> Q[B, S_seq, G_col, R_ulysses, D]: all_to_all over ulysses, where it cuts
+        # r; then KV[B, S_(seq,ulysses), 2, G_col, D] -> KV[B, S_seq, 2, G_col, D]: allgather over ulysses
         q, kv = (part.redistribute(layout) for part, layout in zip(x, (self.q, self.kv), strict=True))
-        if ctx.kv_cache is not None:
-            return ctx.kv_cache.attend(self, q, kv, ctx), None
-        sight, (b, s, g, r, d) = Sight(q, self.causal, ctx), q.local.shape
-        xp = backend.namespace(q.local)
-        heads, (k, v) = xp.reshape(q.local, (b, s, g * r, d)), (_own(kv.local[:, :, t, ...], sight) for t in range(2))
-        out, statistics = ring.attend(heads, (k, v), sight)
-        saved, layouts = (heads, (k, v), out, statistics, sight), [part.layout.with_partial() for part in x]
-        return q.like(xp.reshape(out, (b, s, g, r, d))), (saved, kv.shape, layouts)
+        cache = _kv_cache(ctx)
+        if cache is not None:
+            return cache.attend(self, q, kv, ctx), None
+        mask, heads, (k, v) = AttentionMask(q, self.causal, ctx), _merged_heads(q), (_own(kv, 0), _own(kv, 1))
+        out, statistics = ring.attend(heads, (k, v), mask)
+        saved = self.save(x[0], heads), self.save(x[1], (k, v)), out, statistics, mask
+        y = q.like(backend.namespace(out).reshape(out, q.local.shape))
+        return y, (saved, kv.shape, [part.layout.with_partial() for part in x])
 
-    def backward(self, dy: DistArray, cache: Any, later: Later = None) -> Any:
-        """Return the cotangents of queries, and of keys and values."""
-        saved, shape, (of_q, of_kv) = cache
+    def backward(self, dy: DistArray, cache: Cache, later: Later = None) -> tuple[DistArray, DistArray]:
+        (saved_q, saved_kv, out, statistics, mask), shape, (q_layout, kv_layout) = cache
+        heads = self.load(saved_q, lambda q: _merged_heads(q.redistribute(self.q)))
+        kv = self.load(saved_kv, self._keys_and_values)
+        # dY[B, S_(seq,ulysses), G_col, R, D] -> dO[B, S_seq, G_col, R_ulysses, D]: all_to_all over ulysses
         dy = dy.redistribute(self.q)
-        b, s, g, r, d = dy.local.shape
+        dq, *dkv = ring.attend_backward(_merged_heads(dy), heads, kv, out, statistics, mask)
         xp = backend.namespace(dy.local)
-        dq, *dkv = ring.attend_backward(xp.reshape(dy.local, (b, s, g * r, d)), *saved)
+        # each rank has the terms of its own queries: dKV[B, S_seq, 2, G, D] {U_r} over the axes that cut r
         shared = [axis for axis in dy.layout.cut if axis not in self.kv.cut]
         summed = DistArray(xp.stack(dkv, axis=2), shape, self.kv.with_partial(*shared), dy.grid)
-        kept = of_kv.with_partial(*[axis for axis in shared if axis not in of_kv.cut])
-        return dy.like(xp.reshape(dq, (b, s, g, r, d))).redistribute(of_q), summed.redistribute(kept)
+        left = kv_layout.with_partial(*[axis for axis in shared if axis not in kv_layout.cut])
+        return dy.like(xp.reshape(dq, dy.local.shape)).redistribute(q_layout), summed.redistribute(left)
+
+    def _keys_and_values(self, kv: DistArray) -> tuple[Block, Block]:
+        kv = kv.redistribute(self.kv)
+        return _own(kv, 0), _own(kv, 1)
+
+
+def _merged_heads(q: DistArray) -> Block:
+    """Return this rank's queries ``[b, s, g, r, d]`` as ``[b, s, g r, d]``."""
+    b, s, g, r, d = q.local.shape
+    block: Block = backend.namespace(q.local).reshape(q.local, (b, s, g * r, d))
+    return block
 
 
 class SelfAttention(Sequential):
-    """Self-attention of the residual stream, multi-head or grouped-query, with its input and output products.
+    """Self-attention of the residual stream ``[b, s, h]``, multi-head or grouped-query, with its products.
 
     Parameters
     ----------
-    hidden, heads : int
+    hidden : int
+        Width h of the stream.
+    heads : int
+        Number a of heads of queries.
     parallelism : Parallelism
+        The mode, which chooses maps and layouts.
     name : str
-        Prefix of the names of the parameters: ``qkv.weight [h, 3, a, d]`` and ``out.weight [a, d, h]``, with biases
-        ``qkv.bias [3, a, d]`` and ``out.bias [h]``. With groups g of r heads each ``q.weight [h, g, r, d]``,
-        ``kv.weight [h, 2, g, d]``, ``out.weight [g, r, d, h]``, and biases ``q.bias [g, r, d]``, ``kv.bias [2, g, d]``,
-        ``out.bias [h]``. Names and shapes are the same on every grid.
+        Prefix of the names of the parameters. Multi-head: ``qkv.weight [h, 3, a, d]``, ``qkv.bias [3, a, d]``,
+        ``out.weight [a, d, h]`` and ``out.bias [h]``. With g groups of r heads: ``q.weight [h, g, r, d]``,
+        ``kv.weight [h, 2, g, d]``, ``out.weight [g, r, d, h]``, and the biases ``q.bias [g, r, d]``,
+        ``kv.bias [2, g, d]`` and ``out.bias [h]``. Names and shapes are the same on every grid.
     groups : int, optional
-        Groups of heads that share keys and values; as many as heads by default, which is multi-head attention. Head i
-        belongs to group ``i // (heads / groups)``.
+        Number g of groups of heads that share keys and values: head i belongs to group ``i // (heads / groups)``. By
+        default as many as heads, which is multi-head attention.
     rotary : Rotary, optional
-        Turns queries and keys by their positions.
+        Rotates queries and keys by their positions; None: positions do not enter here.
     causal : bool
-        Whether a query sees the keys of its own position and lower ones only.
-    bias, out_bias : bool
-        Whether the input products have biases, and the output product; `out_bias` is as `bias` by default.
+        Whether a query sees only the keys of its own position and lower ones.
+    bias : bool
+        Whether the input products have biases.
+    out_bias : bool, optional
+        Whether the output product has a bias; by default as `bias`.
     width : int, optional
-        Width d of a head; hidden / heads by default.
-    std, out_std : float
-        Standard deviations of the initial weights of the input and the output product.
-    seed, dtype
+        Width d of a head; by default ``hidden / heads``.
+    std : float
+        Standard deviation of the initial weights of the input products.
+    out_std : float
+        Standard deviation of the initial weight of the output product.
+    seed : int, optional
+        Seed of the initial weights; None leaves them zero, for weights that are to be loaded.
+    dtype : dtype
+        Dtype of the parameters.
 
     Raises
     ------
     ShapeError
-        If `heads` does not divide `hidden` and no width is given, `groups` does not divide `heads`, or the width is odd
-        and to be turned.
+        If `heads` does not divide `hidden` and no width is given, if `groups` does not divide `heads`, or if the width
+        is odd and `rotary` is given.
 
     Notes
     -----
-    Heads are cut. Of grouped ones it is the groups, or, if there are fewer than ranks that cut them, the queries of a
-    group: keys and values are then replicated over those ranks, and so is the work of their product. Axes that cut the
-    sequence outside attention and heads inside it choose one of the two anew.
+    The inside is cut on the heads. Of grouped heads the groups are cut, or, where there are fewer groups than ranks,
+    the queries of each group: the ranks then have copies of the keys and values, and all do their product. Axes that
+    cut the sequence outside attention and heads inside it choose between the two anew.
 
-    **Communication:** that of the products (`Linear`); grouped, the stream is gathered once for both, and its
-    cotangent reduced once. With n = bs tokens and c ranks that cut the r queries of a group, the cotangents of keys and
-    values are summed for ``2 (c - 1) 2 n g d`` words.
+    **Communication:** that of the products (`Linear`) and of `Attention`; grouped, the stream is gathered once for both
+    input products, and its cotangent is reduced once. Where c ranks cut the r queries of a group, the cotangents of
+    keys and values of n = b s tokens are summed for ``2 (c - 1) 2 n g d`` words.
 
     References
     ----------
     Vaswani et al.: Attention is all you need, 2017. Shazeer: Fast transformer decoding, 2019. Ainslie et al.: GQA:
     training generalized multi-query transformer models, 2023.
+
+    Examples
+    --------
+    >>> SelfAttention(768, 12, Parallelism(Grid(col=4), "1d"), "attention", groups=4)  # doctest: +SKIP
     """
 
     def __init__(
@@ -194,15 +261,15 @@ class SelfAttention(Sequential):
         width: int | None = None,
         std: float = 0.02,
         out_std: float = 0.02,
-        seed: int = 0,
-        dtype: Any = "float32",
+        seed: int | None = 0,
+        dtype: DTypeLike = "float32",
     ) -> None:
         groups = heads if groups is None else groups
         width = head_width(hidden, heads, groups, width)
         if rotary is not None:
             rotary.frequencies(width)  # refuses an odd width
         sizes = {"h": hidden, "a": heads, "g": groups, "r": heads // groups, "d": width}
-        common = {"bias": bias, "std": std, "seed": seed, "dtype": dtype}
+        common: dict[str, Any] = {"bias": bias, "std": std, "seed": seed, "dtype": dtype}
         parts = _multi_head if groups == heads else _grouped
         heads_of, subscripts, inner = parts(sizes, parallelism, name, rotary, causal, common)
         common |= {"bias": bias if out_bias is None else out_bias, "std": out_std}
@@ -212,7 +279,7 @@ class SelfAttention(Sequential):
 def _multi_head(
     sizes: dict[str, int], p: Parallelism, name: str, rotary: Rotary | None, causal: bool, common: dict[str, Any]
 ) -> tuple[list[Layer], str, str]:
-    """Return the layers to the heads' outputs, and the subscripts and the inner letter of the output product."""
+    """Return the layers before the output product, and the subscripts and the inner letter of that product."""
     turn = [] if rotary is None else [Rotation(rotary, 2)]
     qkv = Linear("bsh,htad->bstad", {**sizes, "t": 3}, "a", p, f"{name}.qkv", **common)
     return [qkv, *turn, Attention(p, causal=causal)], "bsad,adh->bsh", "a"
@@ -221,7 +288,7 @@ def _multi_head(
 def _grouped(
     sizes: dict[str, int], p: Parallelism, name: str, rotary: Rotary | None, causal: bool, common: dict[str, Any]
 ) -> tuple[list[Layer], str, str]:
-    """Return the layers to the heads' outputs, and the subscripts and the inner letter of the output product."""
+    """Return the layers before the output product, and the subscripts and the inner letter of that product."""
     heads = {letter: sizes[letter] for letter in "gr"}
     spread = p.spread(heads, inner := p.inner(heads))
     turn = [] if rotary is None else [Parallel(Rotation(rotary), Rotation(rotary, 1))]
@@ -233,12 +300,28 @@ def _grouped(
 
 
 def head_width(hidden: int, heads: int, groups: int, width: int | None = None) -> int:
-    """Return the width of a head, ``hidden / heads`` unless it is given.
+    """Return the width of a head.
+
+    Parameters
+    ----------
+    hidden : int
+        Width of the residual stream.
+    heads : int
+        Number of heads of queries.
+    groups : int
+        Number of groups of heads that share keys and values.
+    width : int, optional
+        The width, if it is given; by default ``hidden / heads``.
+
+    Returns
+    -------
+    int
+        The width.
 
     Raises
     ------
     ShapeError
-        If the heads do not divide hidden, or the groups the heads.
+        If the heads do not divide `hidden` and no width is given, or the groups do not divide the heads.
     """
     if width is None and hidden % heads:
         fitting = [str(n) for n in range(1, min(hidden, 4 * heads) + 1) if hidden % n == 0]

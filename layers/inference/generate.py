@@ -14,10 +14,11 @@ import numpy as np
 from colossal_mpi import comm
 from colossal_mpi.distarray import DistArray, from_global
 from colossal_mpi.errors import ColossalError, OptionError, ShapeError
+from colossal_mpi.layers.context import Context, Decoding
 from colossal_mpi.layers.head import pick
 from colossal_mpi.layers.inference.kv_cache import KVCache
 from colossal_mpi.layers.inference.sampling import NO_TOKEN, Sampling, draw
-from colossal_mpi.layers.layer import Context, Layer
+from colossal_mpi.layers.layer import Layer
 from colossal_mpi.layers.pipeline import PIPE, Pipeline
 from colossal_mpi.platform import backend
 
@@ -119,10 +120,10 @@ def generate(
             break
         if sequences.truncate() or not cached or not new:
             cache = KVCache(sequences.capacity(count - new)) if cached else None
-            ids, context = sequences.visible(), Context(train=False, kv_cache=cache, wanted=sequences.sizes() - 1)
+            ids, context = sequences.visible(), Context(train=False, decoding=Decoding(cache, sequences.sizes() - 1))
         else:
             at = sequences.sizes()[:, None] - 1
-            ids, context = sequences.last(), Context(train=False, kv_cache=cache, positions=at)
+            ids, context = sequences.last(), Context(train=False, positions=at, decoding=Decoding(cache))
         sequences.append(decoder.next_tokens(ids, context, sequences.lengths()))
     return sequences.continuations()
 
@@ -233,8 +234,9 @@ class _Decoder:
 
     def _drawn(self, logits: DistArray, context: Context, lengths: np.ndarray) -> np.ndarray:
         """Return a token for each sequence, ``[b]``."""
-        if context.wanted is not None and logits.shape[1] != 1:
-            logits = pick(logits, context.wanted)  # the head of some models computes the logits of all tokens
+        at = None if context.decoding is None else context.decoding.logits_at
+        if at is not None and logits.shape[1] != 1:
+            logits = pick(logits, at)  # the head of some models computes the logits of all tokens
         # tokens[B_data, 1] -> tokens[B, 1] on all ranks: allgather
         tokens = draw(logits, lengths[:, None], self.sampling).gather()
         assert tokens is not None

@@ -12,8 +12,8 @@ from functools import reduce
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import OptionError, ShapeError
 from colossal_mpi.layers import kernels
-from colossal_mpi.layers.layer import Context, Layer
-from colossal_mpi.layers.positions import given_positions
+from colossal_mpi.layers.context import Context
+from colossal_mpi.layers.layer import Layer
 from colossal_mpi.layout import Layout, bounds
 from colossal_mpi.platform import backend
 from colossal_mpi.platform.backend import Block
@@ -93,7 +93,7 @@ class KVCache:
         own = _Slots(q)
         # q[B_data, S_seq, A_col, D], kv[B_data, S_seq, 2, G_col, D] -> whole s on each rank: allgather over seq
         new, pairs = (x.redistribute(Layout(x.layout.dims[0], None, *x.layout.dims[2:])) for x in (q, kv))
-        positions = given_positions(ctx, new)
+        positions = ctx.positions_of(new)
         array = self._array(layer, pairs, own)
         if positions is None:
             positions = backend.namespace(array).arange(new.shape[1])

@@ -13,10 +13,10 @@ from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import OptionError, ShapeError
 from colossal_mpi.layers.block import TransformerBlock
 from colossal_mpi.layers.containers import Sequential
+from colossal_mpi.layers.context import Context
 from colossal_mpi.layers.conv import PatchEmbedding
 from colossal_mpi.layers.dropout import Dropout
 from colossal_mpi.layers.embedding import PositionEmbedding
-from colossal_mpi.layers.layer import Context
 from colossal_mpi.layers.models.bert import block_keys, block_weights
 from colossal_mpi.layers.models.huggingface import architecture as hf
 from colossal_mpi.layers.models.registry import register_model

@@ -115,7 +115,7 @@ class GradientBuckets:
 
     def __init__(self, layers: Iterable[Layer], microbatches: int = 1, size: int = BUCKET_BYTES) -> None:
         layers = list(layers)
-        places = [parameter for layer in layers for parameter in layer.places()]
+        places = [parameter for layer in layers for parameter in layer.parameter_uses()]
         self._parameters = {id(parameter): parameter for parameter in places}
         self._lacking = Counter({key: n * microbatches for key, n in Counter(map(id, places)).items()})
         self._chains = [layer for layer in layers if isinstance(layer, Sequential)]

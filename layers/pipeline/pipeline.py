@@ -14,7 +14,8 @@ from colossal_mpi.comm import start_exchange
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import GridError
 from colossal_mpi.grid import Grid
-from colossal_mpi.layers.layer import Context, Layer
+from colossal_mpi.layers.context import Context
+from colossal_mpi.layers.layer import Layer
 from colossal_mpi.layers.overlap import BUCKET_BYTES, GradientBuckets, Prefetch
 from colossal_mpi.layers.parameter import Parameter
 from colossal_mpi.layers.pipeline.partition import PIPE, stage_grid

@@ -18,7 +18,8 @@ from colossal_mpi import comm, ledger
 from colossal_mpi.comm import Pending, start_exchange
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.grid import Grid
-from colossal_mpi.layers.layer import Context, Layer
+from colossal_mpi.layers.context import Context
+from colossal_mpi.layers.layer import Layer
 from colossal_mpi.layers.pipeline.partition import PIPE
 from colossal_mpi.layers.pipeline.schedule import (
     BackwardInput,

@@ -16,7 +16,8 @@ from colossal_mpi import comm, dlpack
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import DTypeError, OptionError, ShapeError, SharingError
 from colossal_mpi.grid import Grid
-from colossal_mpi.layers.layer import Context, Layer
+from colossal_mpi.layers.context import Context
+from colossal_mpi.layers.layer import Layer
 from colossal_mpi.layers.parameter import Parameter
 from colossal_mpi.layers.precision import rounded
 from colossal_mpi.layout import Layout, box_shape

@@ -17,8 +17,9 @@ from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import OptionError
 from colossal_mpi.layers.attention.self_attention import SelfAttention
 from colossal_mpi.layers.block import TransformerBlock
+from colossal_mpi.layers.context import Context
 from colossal_mpi.layers.embedding import Embedding
-from colossal_mpi.layers.layer import Context, Later, Layer
+from colossal_mpi.layers.layer import Later, Layer
 from colossal_mpi.layers.linear import Linear
 from colossal_mpi.layers.norm import LayerNorm, RMSNorm
 from colossal_mpi.layers.parallelism import Parallelism

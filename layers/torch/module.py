@@ -24,9 +24,10 @@ from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import LayoutError, OptionError, ShapeError, SharingError
 from colossal_mpi.grid import Grid
 from colossal_mpi.layers.containers import Residual, Sequential
+from colossal_mpi.layers.context import Context
 from colossal_mpi.layers.dropout import Dropout
 from colossal_mpi.layers.embedding import Embedding
-from colossal_mpi.layers.layer import Context, Layer
+from colossal_mpi.layers.layer import Layer
 from colossal_mpi.layers.linear import Linear
 from colossal_mpi.layers.optim import gradient_norm
 from colossal_mpi.layers.parallelism import Parallelism

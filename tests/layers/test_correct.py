@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from colossal_mpi import Layout, ShapeError, from_global
-from colossal_mpi.layers.accuracy import correct
+from colossal_mpi.layers import count_correct
 from tests.reference.modes import every_mode, parallelism
 
 
 @every_mode
 @pytest.mark.parametrize("shape", [(7, 5, 9), (7, 3), (2, 1)])
-def test_hits_are_those_of_the_whole_array(grid, shape):
+def test_the_count_is_that_of_the_whole_array(grid, shape):
     p, rng = parallelism(grid), np.random.default_rng(0)
     logits, labels = rng.integers(-2, 2, shape).astype(float), rng.integers(-1, shape[-1], shape[:-1])
     expected = int((logits.argmax(-1) == labels).sum())
@@ -19,7 +19,7 @@ def test_hits_are_those_of_the_whole_array(grid, shape):
     partial = Layout(*[None] * len(shape), partial=[axis for axis, n in grid.axes.items() if n > 1])
     for layout in (cut, Layout(*[None] * len(shape)), partial):
         x, y = from_global(logits, grid, layout), from_global(labels, grid, Layout(*[None] * len(shape[:-1])))
-        assert correct(x, y) == expected
+        assert count_correct(x, y) == expected
     assert expected > 0 or shape == (2, 1)
 
 
@@ -27,6 +27,6 @@ def test_hits_are_those_of_the_whole_array(grid, shape):
 def test_labels_of_another_shape_are_refused(grid):
     x, y = (from_global(np.zeros(shape), grid, Layout(*[None] * len(shape))) for shape in ((3, 4), (4,)))
     with pytest.raises(
-        ShapeError, match=r"correct: labels \(4,\) must have all but the last dim of the logits \(3, 4\)"
+        ShapeError, match=r"count_correct: labels \(4,\) must have all but the last dim of the logits \(3, 4\)"
     ):
-        correct(x, y)
+        count_correct(x, y)

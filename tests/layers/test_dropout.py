@@ -44,7 +44,7 @@ def test_microbatches_have_the_masks_of_the_whole_batch(grid, kind):
     layer, layout, whole = kind(0.3, "drop", seed=2), parallelism(grid).stream(), expected(kind)
     for first, last in ((0, 3), (3, 4), (4, 7)):
         ones = distarray.full((last - first, *SHAPE[1:]), 1.0, grid, layout)
-        y, _ = layer.forward(ones, Context(step=4, sample=first, microbatch=first))
+        y, _ = layer.forward(ones, Context(step=4, sample=first))
         assert np.array_equal(host(y), block_of(whole[first:last], layout, grid))
 
 

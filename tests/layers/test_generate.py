@@ -7,7 +7,7 @@ import pytest
 from mpi4py import MPI
 
 from colossal_mpi import ColossalError, Grid, OptionError, ShapeError, comm, from_global, ledger, random
-from colossal_mpi.layers import Context, Parallelism, SelfAttention, generate
+from colossal_mpi.layers import Context, Decoding, Parallelism, SelfAttention, generate
 from colossal_mpi.layers.containers import Sequential
 from colossal_mpi.layers.head import Head
 from colossal_mpi.layers.inference.kv_cache import KVCache
@@ -89,7 +89,7 @@ def step_by_step(name, grid):
         at = LENGTHS + step - 1
         ids = np.take_along_axis(TOKENS, at[:, None], 1) if step else TOKENS[:, : LENGTHS.max()]
         where = {"positions": at[:, None]} if step else {"wanted": at}
-        ctx, x = Context(train=False, kv_cache=cache, **where), from_global(ids, p.grid, p.tokens())
+        ctx, x = Context(train=False, decoding=Decoding(cache), **where), from_global(ids, p.grid, p.tokens())
         border = (*ids.shape, model.config.hidden), p.stream(), "float64"
         y = model.forward(x, ctx)[0] if pipeline is None else pipeline.forward(x, ctx, border)
         made.append(None if y is None else y.gather()[:, 0])
@@ -158,7 +158,7 @@ def test_words_of_a_token(grid):
     def words(length, cache):
         ids = from_global(TOKENS[:, :1], grid, p.tokens())
         with ledger.record() as moved:
-            model.forward(ids, Context(train=False, kv_cache=cache, positions=np.full((B, 1), length)))
+            model.forward(ids, Context(train=False, decoding=Decoding(cache), positions=np.full((B, 1), length)))
         return moved.words
 
     cache = KVCache(9)
@@ -173,7 +173,7 @@ def test_words_in_a_ring(grid):
     for step, tokens in enumerate((x, x[:, :1])):
         positions = np.full((b, 1), s) if step else None
         with ledger.record() as moved:
-            layer.forward(tokens, Context(kv_cache=cache, positions=positions))
+            layer.forward(tokens, Context(decoding=Decoding(cache), positions=positions))
         n = tokens.shape[1]
         assert sum(comm.collect(moved.words, grid)) == (c - 1) * n * b * (3 * h + heads * (h // heads + 2))
     slots = comm.collect(cache.nbytes, grid)
@@ -187,7 +187,7 @@ def test_a_head_of_some_tokens_has_its_adjoint(grid):
     x = random.normal((5, 7, 6), grid, p.stream(), 0, "x")
     whole, _ = head.forward(x, Context())
     wanted = np.array([6, 0, 3, 3, 1])
-    y, cache = head.forward(x, Context(wanted=wanted))
+    y, cache = head.forward(x, Context(decoding=Decoding(logits_at=wanted)))
     assert y.shape == (5, 1, 11)
     picked = np.take_along_axis(whole.gather(), wanted[:, None, None], 1)
     assert np.max(abs(y.gather() - picked)) <= 1e-14 * np.max(abs(picked))
@@ -226,10 +226,10 @@ def test_what_cannot_be_generated_is_refused(grid):
     both = SelfAttention(6, 3, p, "a", causal=False)
     x = random.normal((2, 3, 6), grid, p.stream(), 0, "x").astype("float32")
     with pytest.raises(OptionError, match="kept for causal attention alone"):
-        both.forward(x, Context(kv_cache=KVCache(3)))
+        both.forward(x, Context(decoding=Decoding(KVCache(3))))
     causal = SelfAttention(6, 3, p, "a")
     with pytest.raises(ShapeError, match="a token at position 2 needs 3 slots; the cache has 2"):
-        causal.forward(x, Context(kv_cache=KVCache(2)))
+        causal.forward(x, Context(decoding=Decoding(KVCache(2))))
     model.layers[-1].weight.value.local[...] *= backend.namespace(x.local).nan
     with pytest.raises(ColossalError, match="the logits after prompt 0, 1, 2, 3, 4 are not numbers"):
         generate(model, PROMPTS, 3)

@@ -5,7 +5,7 @@ import pytest
 from mpi4py import MPI
 
 from colossal_mpi import DTypeError, Grid, Layout, OptionError, ShapeError, comm, from_global, ledger, random
-from colossal_mpi.layers import Context, Parallelism, backpropagate
+from colossal_mpi.layers import AuxiliaryLosses, Context, Parallelism, backpropagate
 from colossal_mpi.layers.block import TransformerBlock
 from colossal_mpi.layers.loss import MeanSquaredError
 from colossal_mpi.layers.moe import MoE
@@ -56,7 +56,7 @@ def test_losses_have_their_gradients(grid):
     x, dy = (from_global(a, grid, p.stream()) for a in (case.X, case.DY))
 
     def value():
-        return (layer.forward(x, ctx)[0] * dy).sum() + sum(ctx.losses.values())
+        return (layer.forward(x, ctx)[0] * dy).sum() + sum(ctx.auxiliary.values.values())
 
     dx = layer.backward(dy, layer.forward(x, ctx)[1])
     tensors = {"x": (x, dx)} | {q.name: (q.value, q.reduce()) for q in layer.parameters()}
@@ -148,9 +148,9 @@ def test_a_block_of_experts_trains(grid):
         optimizer, loss = AdamW(model.parameters(), lr=0.1), MeanSquaredError()
         x, target = (from_global(a, grid, p.stream()) for a in (case.X, np.tanh(case.X[..., ::-1])))
         for _ in range(8):
-            ctx = Context(losses={})
+            ctx = Context(auxiliary=AuxiliaryLosses(values={}))
             yield backpropagate(model, loss, x, target, ctx)
-            assert set(ctx.losses) == {"block.mlp.balance", "block.mlp.z_loss"}
+            assert set(ctx.auxiliary.values) == {"block.mlp.balance", "block.mlp.z_loss"}
             optimizer.step()
 
     one = Grid(MPI.COMM_SELF)

@@ -46,7 +46,7 @@ class Feed:
 
     def context(self, microbatch):
         first, _ = part(BATCH, MICROBATCHES, microbatch)
-        return Context(self.step, microbatch, first, order=self.order)
+        return Context(self.step, first, order=self.order)
 
     def inputs(self, microbatch):
         return self._cut(TOKENS, microbatch)

@@ -52,7 +52,7 @@ class Feed:
         return from_global(whole[slice(*part(B, self.microbatches, microbatch))], self.p.grid, self.p.tokens())
 
     def context(self, microbatch):
-        return Context(microbatch=microbatch)
+        return Context()
 
     def inputs(self, microbatch):
         return self._cut(TOKENS, microbatch)

@@ -8,7 +8,7 @@ import pytest
 from mpi4py import MPI
 
 from colossal_mpi import Grid, OptionError, comm, distarray, from_global
-from colossal_mpi.layers import Context, Parallelism, backpropagate, kernels, precision
+from colossal_mpi.layers import AuxiliaryLosses, Context, Parallelism, backpropagate, kernels, precision
 from colossal_mpi.layers.loss import CrossEntropy, MeanSquaredError
 from colossal_mpi.layers.models import GPT, GPTConfig, Llama, LlamaConfig
 from colossal_mpi.layers.moe import MoE
@@ -126,7 +126,7 @@ class Feed:
         return from_global(whole[slice(*part(7, self.microbatches, microbatch))], self.p.grid, self.p.tokens())
 
     def context(self, microbatch):
-        return Context(microbatch=microbatch, scale=self.scale)
+        return Context(scale=self.scale)
 
     def inputs(self, microbatch):
         return self._cut(TOKENS, microbatch)
@@ -282,7 +282,7 @@ def test_experts_within_the_roundings(grid):
             q.value = q.value.astype("float16").astype(dtype)
         rng = np.random.default_rng(5)
         x, dy = (from_global(rng.standard_normal((4, 5, 6)), grid, p.stream(), dtype="float16") for _ in range(2))
-        y, cache = layer.forward(x.astype(dtype), Context(losses={}, scale=4.0))
+        y, cache = layer.forward(x.astype(dtype), Context(auxiliary=AuxiliaryLosses(values={}), scale=4.0))
         dx = layer.backward((dy * 4).astype(dtype), cache)
         assert y.dtype == dx.dtype == np.dtype(dtype)
         results.append({"y": y, "dx": dx} | {q.name: q.reduce() for q in layer.parameters()})

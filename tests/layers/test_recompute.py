@@ -7,7 +7,15 @@ import pytest
 from mpi4py import MPI
 
 from colossal_mpi import Grid, OptionError, comm, from_global, ledger, random
-from colossal_mpi.layers import Context, Parallelism, Sequential, TransformerBlock, backpropagate, recompute
+from colossal_mpi.layers import (
+    AuxiliaryLosses,
+    Context,
+    Parallelism,
+    Sequential,
+    TransformerBlock,
+    backpropagate,
+    recompute,
+)
 from colossal_mpi.layers.loss import CrossEntropy, MeanSquaredError
 from colossal_mpi.layers.models import GPT, Bert, BertConfig, GPTConfig, Llama, LlamaConfig, describe
 from colossal_mpi.layers.pipeline import Pipeline, partition
@@ -83,7 +91,7 @@ def mixture(p, kinds):
     model, own = recompute(Sequential(block), kinds), {}
     x, target = (random.normal((7, 5, 10), p.grid, p.stream(), 0, name) for name in ("x", "target"))
     mask = from_global(np.arange(5) < np.array([5, 3, 4, 5, 1, 2, 5])[:, None], p.grid, p.tokens())
-    loss = backpropagate(model, MeanSquaredError(), x, target, Context(losses=own, share=0.5, mask=mask))
+    loss = backpropagate(model, MeanSquaredError(), x, target, Context(auxiliary=AuxiliaryLosses(0.5, own), mask=mask))
     return {"loss": np.float64(loss), **own} | {q.name: host(q.reduce()) for q in model.parameters()}
 
 

@@ -13,9 +13,9 @@ from colossal_mpi import Grid, Layout, OptionError, ShapeError, comm, from_globa
 from colossal_mpi.layers import Context, Parallelism
 from colossal_mpi.layers.attention import ring
 from colossal_mpi.layers.attention.self_attention import Attention, GroupedAttention, SelfAttention
+from colossal_mpi.layers.context import zigzag
 from colossal_mpi.layers.kernels import reference
 from colossal_mpi.layers.kernels.reference import tiles
-from colossal_mpi.layers.order import zigzag
 from colossal_mpi.layout import part
 from colossal_mpi.testing import fake
 from tests.cases import host
@@ -156,14 +156,14 @@ class Vandal:
 
     def __init__(self, monkeypatch):
         self.armed, self.victim, self.seen = False, None, 0
-        pass_on = ring._pass_on
+        send_on = ring._send_on
 
-        def wrapped(send, recv, sight, stream):
-            pending, lost = pass_on(send, recv, sight, stream), self.armed and self.seen == self.victim
+        def wrapped(send, recv, mask, stream):
+            pending, lost = send_on(send, recv, mask, stream), self.armed and self.seen == self.victim
             self.seen += self.armed
             return Lost(pending, recv) if lost else pending
 
-        monkeypatch.setattr(ring, "_pass_on", wrapped)
+        monkeypatch.setattr(ring, "_send_on", wrapped)
 
     def arm(self, victim):
         self.armed, self.victim, self.seen = True, victim, 0

@@ -17,7 +17,7 @@ class GPTFeed:
         return from_global(whole[rows], self.p.grid, self.p.tokens())
 
     def context(self, microbatch):
-        return Context(microbatch=microbatch)
+        return Context()
 
     def inputs(self, microbatch):
         return self._cut(case.TOKENS, microbatch)

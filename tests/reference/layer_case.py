@@ -11,7 +11,7 @@ import numpy as np
 
 from colossal_mpi import Layout, from_global, random
 from colossal_mpi.layers import Context, Layer, Parallelism
-from colossal_mpi.layers.activation import GELU, Gated, ReLU, SiLU, Tanh
+from colossal_mpi.layers.activation import GELU, Gated, ReLU, SiLU, Softmax, Tanh
 from colossal_mpi.layers.attention.rotary import Rotary
 from colossal_mpi.layers.block import MLP, TransformerBlock
 from colossal_mpi.layers.containers import Sequential
@@ -21,7 +21,6 @@ from colossal_mpi.layers.embedding import Embedding, PositionEmbedding
 from colossal_mpi.layers.linear import Linear
 from colossal_mpi.layers.norm import LayerNorm, RMSNorm
 from colossal_mpi.layers.pooling import AvgPool2d, ClassifierHead, FirstPool, MaxPool2d, MeanPool
-from colossal_mpi.layers.softmax import Softmax
 from tests.reference.gpt_case import block_and_index, difference
 
 SIZES = {"b": 5, "s": 7, "h": 9, "t": 3, "a": 3, "d": 3, "f": 10, "v": 11, "p": 2, "c": 3, "y": 8, "x": 9, "k": 2}

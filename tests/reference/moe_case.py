@@ -3,7 +3,7 @@
 import numpy as np
 
 from colossal_mpi import from_global
-from colossal_mpi.layers import Context
+from colossal_mpi.layers import AuxiliaryLosses, Context
 from colossal_mpi.layers.moe import MoE
 
 B, S, H, F = 5, 7, 6, 9
@@ -42,7 +42,7 @@ def make(parallelism, case):
 
 def context(grid, parallelism, case):
     mask = from_global(MASK, grid, parallelism.tokens()) if case == "masked" else None
-    return Context(mask=mask, share=SHARE, losses={})
+    return Context(mask=mask, auxiliary=AuxiliaryLosses(SHARE, {}))
 
 
 def run(grid, parallelism, case):
@@ -54,7 +54,7 @@ def run(grid, parallelism, case):
     dx = layer.backward(dy, cache, later)
     for work in later:
         work()
-    return {"y": y, "dx": dx, **{q.name: q.reduce() for q in layer.parameters()}}, ctx.losses, layer
+    return {"y": y, "dx": dx, **{q.name: q.reduce() for q in layer.parameters()}}, ctx.auxiliary.values, layer
 
 
 def prepare(path):

@@ -4,7 +4,7 @@ import numpy as np
 from mpi4py import MPI
 
 from colossal_mpi import Grid, from_global
-from colossal_mpi.layers import Context, Parallelism
+from colossal_mpi.layers import AuxiliaryLosses, Context, Parallelism
 from colossal_mpi.layers.block import TransformerBlock
 from colossal_mpi.layers.containers import Sequential
 from colossal_mpi.layers.embedding import Embedding
@@ -87,7 +87,7 @@ def run(name, p, *, order=None, microbatches=1, armed=lambda: None):
     model, cross_entropy, loss = MODELS[name](p), CrossEntropy(p), 0.0
     for rows in np.array_split(np.arange(B), microbatches):
         x, labels, known = batch(name, p, rows, order)
-        y, cache = model.forward(x, Context(sample=int(rows[0]), share=len(rows) / B, **known))
+        y, cache = model.forward(x, Context(sample=int(rows[0]), auxiliary=AuxiliaryLosses(len(rows) / B), **known))
         pairs = zip(y if isinstance(y, tuple) else (y,), labels, strict=True)
         values, saved = zip(*[cross_entropy.forward(*pair, count(pair[1])) for pair in pairs], strict=True)
         dy = tuple(cross_entropy.backward(one) for one in saved)

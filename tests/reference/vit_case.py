@@ -38,7 +38,7 @@ def run(name, p):
         rows = slice(first, first + count)
         x = from_global(IMAGES[rows], p.grid, Layout(p.tokens().dims[0], None, None, None))
         labels = from_global(LABELS[rows], p.grid, Layout(None))
-        logits, cache = model.forward(x, Context(step=STEP, microbatch=i, sample=first))
+        logits, cache = model.forward(x, Context(step=STEP, sample=first))
         value, saved = loss_layer.forward(logits, labels, BATCH)
         dx = model.backward(loss_layer.backward(saved), cache)
         results |= {f"y{i}": logits, f"dx{i}": dx}

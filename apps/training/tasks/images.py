@@ -12,8 +12,7 @@ from colossal_mpi.apps import data
 from colossal_mpi.apps.config import Config, ModelSection, TransformerSection
 from colossal_mpi.apps.training.tasks.task import Batch, Task, make_model, register_section, register_task, whole
 from colossal_mpi.distarray import DistArray, from_global
-from colossal_mpi.layers import Context, Parallelism
-from colossal_mpi.layers.accuracy import correct
+from colossal_mpi.layers import Context, Parallelism, count_correct
 from colossal_mpi.layers.loss import CrossEntropy
 from colossal_mpi.layout import Layout
 
@@ -96,7 +95,7 @@ class ImageClassification(Task):
         return self.cross_entropy.backward(saved, scale)
 
     def measures(self, outputs: DistArray, labels: DistArray, samples: int) -> Mapping[str, float]:
-        return {"accuracy": correct(outputs, labels) / samples}
+        return {"accuracy": count_correct(outputs, labels) / samples}
 
     def sample(self, count: int) -> bytes:
         # Drawings of the first held-out images, as many as fit on a line, above their labels and the model's answers.

@@ -12,8 +12,7 @@ from colossal_mpi.apps import data
 from colossal_mpi.apps.config import Config, TextSection, TransformerSection
 from colossal_mpi.apps.training.tasks.task import Batch, Task, make_model, register_section, register_task, whole
 from colossal_mpi.distarray import DistArray, from_global
-from colossal_mpi.layers import Context, Parallelism
-from colossal_mpi.layers.accuracy import correct
+from colossal_mpi.layers import Context, Parallelism, count_correct
 from colossal_mpi.layers.loss import CrossEntropy
 from colossal_mpi.layout import Layout
 
@@ -111,7 +110,7 @@ class MaskedLanguage(Task):
     def measures(self, outputs: Any, labels: Any, samples: int) -> Mapping[str, float]:
         names = ("masked accuracy", "next accuracy")
         heads = zip(names, self._heads(outputs, labels), strict=False)
-        return {name: correct(x, y) / (samples * n) for name, (x, y, n) in heads}
+        return {name: count_correct(x, y) / (samples * n) for name, (x, y, n) in heads}
 
     def sample(self, count: int) -> bytes:
         # Lines of held-out text: with underlines for the hidden bytes, and as the model fills them in.

@@ -19,7 +19,7 @@ from pydantic import Field, create_model
 from colossal_mpi.apps.config import Config, ModelSection
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import OptionError
-from colossal_mpi.layers import Context, Parallelism, Sequential
+from colossal_mpi.layers import AuxiliaryLosses, Context, Parallelism, Sequential
 from colossal_mpi.layers.models import MODELS, ModelKind
 from colossal_mpi.layers.pipeline import ArraySpec, Pipeline
 from colossal_mpi.layout import part
@@ -449,8 +449,8 @@ class StepFeed:
         low, high = self._range(microbatch)
         share, rest = (high - low) / self.size, self._batch(microbatch).context
         self.own.append({})
-        given = Context(step=self.step, microbatch=microbatch, sample=low, losses=self.own[-1])
-        return replace(given, share=share, scale=self.scale, **rest)
+        given = Context(step=self.step, sample=low, auxiliary=AuxiliaryLosses(share, self.own[-1]))
+        return replace(given, scale=self.scale, **rest)
 
     def inputs(self, microbatch: int) -> DistArray:
         """Return the inputs of the model.

@@ -1,0 +1,246 @@
+"""The context of a forward pass: the step that it belongs to, and the positions, order and padding of its tokens.
+
+Whoever runs a model makes a `Context` for each microbatch: training, pipelines and generation. Layers read it: dropout
+the step, attention the mask, the positions and the order, experts the share of their losses. It calls `redistribute`
+where an array of it does not lie as a layer's input does.
+
+References
+----------
+Zhu: ring-flash-attention, 2024 (zig-zag). Brandon et al.: Striped attention, 2023 (the imbalance without it).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from colossal_mpi.distarray import DistArray, from_global
+from colossal_mpi.errors import DTypeError, ShapeError
+from colossal_mpi.layout import Layout, part
+from colossal_mpi.platform import backend
+from colossal_mpi.platform.backend import Block
+
+if TYPE_CHECKING:
+    from colossal_mpi.layers.layer import Layer
+
+
+class KeyValueCache(Protocol):
+    """The keys and values of earlier tokens, as attention uses them; `layers.inference` has one."""
+
+    def attend(self, layer: Layer, q: DistArray, kv: DistArray, ctx: Context) -> DistArray:
+        """Append keys and values ``[b, s, 2, g, d]`` and return the attention of the queries to all of them."""
+
+
+@dataclass(frozen=True)
+class AuxiliaryLosses:
+    """The losses that layers add to the model's, such as the balance of a mixture of experts.
+
+    Parameters
+    ----------
+    share : float
+        Factor of these losses: the microbatch's share of the step's samples.
+    values : dict of str to float, optional
+        Where layers report their losses, times `share`, by name; None: nobody asks.
+    """
+
+    share: float = 1.0
+    values: dict[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What the generation of text tells the layers.
+
+    Parameters
+    ----------
+    kv_cache : KeyValueCache, optional
+        Keys and values of the earlier tokens, to which attention appends; None: there are no earlier tokens.
+    logits_at : array of int, ``[b]``, optional
+        A NumPy array, the same on every rank: the index in s of the one token of each sample whose logits the head
+        returns; None: of all tokens.
+    """
+
+    kv_cache: KeyValueCache | None = None
+    logits_at: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a layer may know of the step and of the tokens that go through it.
+
+    Parameters
+    ----------
+    step : int
+        The number of the training step, from 0.
+    sample : int
+        The global index, in the step, of the microbatch's first sample: with it dropout masks do not depend on how a
+        step is split into microbatches.
+    train : bool
+        Whether the model trains; otherwise dropout does nothing.
+    mask : DistArray of bool, ``[b, s]``, optional
+        True where a token is no padding, in the layout of `Parallelism.tokens` for the fewest words; None: no token is.
+    positions : DistArray or array of int, ``[s]`` or ``[b, s]``, optional
+        Position of each token, as a DistArray or whole on every rank; None: the index in the sequence. Causal attention
+        compares positions.
+    order : array of int, ``[s]``, optional
+        A NumPy array, the same on every rank: of each index of the arrays the index of its token in the sequence, as
+        `Parallelism.order` returns it; None: arrays hold a sequence in its own order.
+    segments : DistArray of int, ``[b, s]``, optional
+        The segment of each token, such as the first or the second of two sentences; None: 0 for all.
+    scale : float
+        Factor of all cotangents, the loss's included: the loss scale of 16-bit floats.
+    auxiliary : AuxiliaryLosses
+        The factor of the losses that layers add, and where they report them.
+    decoding : Decoding, optional
+        What the generation of text tells attention and the head; None: nothing is generated.
+
+    Examples
+    --------
+    >>> Context(step=3, train=False).positions is None
+    True
+    """
+
+    step: int = 0
+    sample: int = 0
+    train: bool = True
+    mask: DistArray | None = None
+    positions: DistArray | np.ndarray | None = None
+    order: np.ndarray | None = None
+    segments: DistArray | None = None
+    scale: float = 1.0
+    auxiliary: AuxiliaryLosses = field(default_factory=AuxiliaryLosses)
+    decoding: Decoding | None = None
+
+    def positions_of(self, x: DistArray, whole: bool = False) -> Block | None:
+        """Return the positions of the tokens of this rank's block.
+
+        Parameters
+        ----------
+        x : DistArray, ``[b, s, ...]``
+            The array of a layer.
+        whole : bool
+            Return the positions of the whole sequence, for the samples of this rank's block.
+
+        Returns
+        -------
+        Block or None
+            Integers ``[s]`` or ``[b, s]``: the positions, where there are none the order; None: they are the indices.
+
+        Raises
+        ------
+        ShapeError
+            If the positions are neither ``[s]`` nor ``[b, s]``.
+        DTypeError
+            If they are not integers.
+
+        Notes
+        -----
+        **Communication:** none for a whole array; a DistArray is redistributed to the layout of b and s in x.
+        """
+        given = self.order if self.positions is None else self.positions
+        if given is None:
+            return None
+        b, s = x.shape[:2]
+        if not isinstance(given, DistArray):
+            given = from_global(given, x.grid, Layout(*[None] * np.ndim(given)))
+        if given.shape not in ((s,), (b, s)):
+            raise ShapeError(
+                f"positions must be of shape [s] = {[s]} or [b, s] = {[b, s]}; they are {list(given.shape)}"
+            )
+        if backend.numpy_dtype(given.dtype).kind not in "iu":
+            raise DTypeError(f"positions must be integers; they are {given.dtype}")
+        cut = x.layout.dims[0], () if whole else x.layout.dims[1]
+        # P[B, S] -> P[B_x, S_x], or P[B_x, S] where the whole sequence is asked for
+        return given.redistribute(Layout(*cut[2 - given.ndim :])).local
+
+    def mask_of(self, x: DistArray, whole: bool = False) -> Block | None:
+        """Return the padding mask of the tokens of this rank's block.
+
+        Parameters
+        ----------
+        x : DistArray, ``[b, s, ...]``
+            The array of a layer.
+        whole : bool
+            Return the mask of the whole sequence, for the samples of this rank's block.
+
+        Returns
+        -------
+        Block or None
+            Bool ``[b, s]``, true where a token counts; None: all tokens count.
+
+        Raises
+        ------
+        ShapeError
+            If the mask is not ``[b, s]``.
+        DTypeError
+            If it is not bool.
+
+        Notes
+        -----
+        **Communication:** none for a mask in the layout of `Parallelism.tokens`; with `whole` it is gathered over the
+        axes that cut s, one byte an element.
+        """
+        given = self.mask
+        if given is None:
+            return None
+        if given.shape != x.shape[:2]:
+            raise ShapeError(
+                f"the mask must be of shape [b, s] = {list(x.shape[:2])}, as its input; it is {list(given.shape)}"
+            )
+        if backend.numpy_dtype(given.dtype).kind != "b":
+            raise DTypeError(f"the mask must be bool, true where a token counts; it is {given.dtype}")
+        # M[B, S] -> M[B_x, S_x], or M[B_x, S] where the whole sequence is asked for
+        return given.redistribute(Layout(x.layout.dims[0], None if whole else x.layout.dims[1])).local
+
+
+def zigzag(length: int, ranks: int) -> np.ndarray:
+    """Return the order in which each rank holds one run from the start and one as far from the end of a sequence.
+
+    The causal query at index i sees i + 1 keys, so that two queries as far from both ends see as many keys as two in
+    the middle: all ranks have the same work.
+
+    Parameters
+    ----------
+    length : int
+        Tokens of the whole sequence.
+    ranks : int
+        Ranks that cut it.
+
+    Returns
+    -------
+    array of int64, ``[length]``
+        Of each index of the arrays, which are cut in balanced blocks, the index of its token in the sequence; it grows
+        within a block.
+    """
+    index, blocks, first, last = np.arange(length), [], 0, length
+    for rank in range(ranks):
+        start, stop = part(length, ranks, rank)
+        back = (stop - start) // 2
+        front = stop - start - back
+        blocks += [index[first : first + front], index[last - back : last]]
+        first, last = first + front, last - back
+    return np.concatenate(blocks)
+
+
+def runs(order: np.ndarray | None, start: int, stop: int) -> list[tuple[int, int]]:
+    """Return the runs of consecutive tokens that the indices `start` to `stop` of the arrays hold.
+
+    Parameters
+    ----------
+    order : array of int, ``[s]``, optional
+        As in `Context`; None: index i holds token i.
+    start, stop : int
+        A range of indices. An empty range has one run, which is empty.
+
+    Returns
+    -------
+    list of (int, int)
+        First token and end of each run, in the order of the arrays.
+    """
+    if order is None or start == stop:
+        return [(start, stop)]
+    tokens = np.asarray(order)[start:stop]
+    cuts = np.flatnonzero(np.diff(tokens) != 1) + 1
+    return [(int(run[0]), int(run[-1]) + 1) for run in np.split(tokens, cuts)]
