@@ -45,7 +45,7 @@ class Activation(Layer):
         return x.like(self.value(x.local, x.grid)), self.save(given, x)
 
     def backward(self, dy: DistArray, cache: Cache, later: Later = None) -> DistArray:
-        x = self.load(cache, DistArray.reduced)
+        x: DistArray = self.load(cache, DistArray.reduced)
         # dY[B_row, S, F_col] * slope(X[B_row, S, F_col])
         dy = dy.redistribute(x.layout)
         return x.like(self.cotangent(dy.local, x.local, dy.grid))
@@ -151,7 +151,7 @@ class Gated(Layer):
         return DistArray(y, (*x.shape[:-2], x.shape[-1]), Layout(*leading, last), x.grid), self.save(given, x)
 
     def backward(self, dy: DistArray, cache: Cache, later: Later = None) -> DistArray:
-        x = self.load(cache, self._whole_pairs)
+        x: DistArray = self.load(cache, self._whole_pairs)
         *leading, _, last = x.layout.dims
         dy = dy.redistribute(Layout(*leading, last))
         gate, up = (x.local[..., t, :] for t in range(2))

@@ -137,7 +137,7 @@ class Layer:
         if not isinstance(saved, Replay):
             return saved
         x = saved.output()
-        return x if needed is None else needed(x)  # type: ignore[no-any-return]
+        return x if needed is None else needed(x)
 
     def parameters(self) -> Iterator[Parameter]:
         """Return an iterator over the parameters of this layer and its parts, each once, in the order of construction.

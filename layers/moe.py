@@ -220,7 +220,7 @@ class MoE(Layer):
         most = xp.reshape(xp.max(starts[1:] - starts[:-1]), (1,))
         # the maximum over all blocks of tokens: one word, an allreduce (MAX) over the axes that cut b and s
         capacity = int(backend.to_host(comm.allreduce(most, logits.grid, logits.layout.cut, comm.MAX))[0])
-        step = 1 << max(0, capacity.bit_length() - 4)
+        step: int = 1 << max(0, capacity.bit_length() - 4)
         return -(-capacity // step) * step
 
     def _losses(

@@ -88,7 +88,7 @@ class RMSNorm(Layer):
 
     def backward(self, dy: DistArray, cache: Cache, later: Later = None) -> DistArray:
         saved, gain, statistics = cache
-        x = self.load(saved, DistArray.reduced)
+        x: DistArray = self.load(saved, DistArray.reduced)
         dy = dy.redistribute(x.layout)
         norm_backward = kernels.of(dy.grid).norm_backward
         dx, *sums = norm_backward(dy.local, x.local, gain, statistics, self.size, self._sum_over_h(x))
