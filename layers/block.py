@@ -1,9 +1,14 @@
-"""The transformer block."""
+"""The transformer block: attention and MLP, or experts, each with a norm and a residual connection.
+
+The models are sequences of blocks. A block is built of `SelfAttention`, `MLP` or `MoE`, norms and dropout.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+
+from numpy.typing import DTypeLike
 
 from colossal_mpi.errors import OptionError
 from colossal_mpi.layers.attention.self_attention import SelfAttention
@@ -17,46 +22,63 @@ from colossal_mpi.layers.parallelism import Parallelism
 
 
 class TransformerBlock(Sequential):
-    """Attention and MLP, each added to the stream: ``x + attention(norm(x))``, then ``x + mlp(norm(x))``.
+    """Attention and MLP on the residual stream, ``y = x + attention(norm(x))`` and ``z = y + mlp(norm(y))``.
 
     Parameters
     ----------
-    hidden, heads, inner : int
-        Width of the stream, number of heads, width of the MLP.
+    hidden : int
+        Width h of the stream.
+    heads : int
+        Number of heads of queries.
+    inner : int
+        Width of the MLP, or of each expert.
     parallelism : Parallelism
+        The mode, which chooses maps and layouts.
     name : str
         Prefix of the names of the parameters of ``norm1``, ``attention``, ``norm2`` and ``mlp``.
     order : {"pre", "post"}
-        Whether the norms come first in each branch (GPT-2, Llama, ViT) or after each sum, as ``norm(x + mlp(x))``
-        (Vaswani et al., BERT).
+        Whether a norm stands first in each branch (GPT-2, Llama, ViT) or after each sum, ``norm(x + mlp(x))`` (Vaswani
+        et al., BERT).
     norm : {"layer", "rms"}
+        `LayerNorm` or `RMSNorm`.
     eps : float
-        Of the norms.
+        The number that the norms add to the variance or the mean square.
     activation : str
-        As `MLP` takes it.
+        Activation of the MLP, a name that `MLP` takes.
     attention : mapping, optional
-        Further options of `SelfAttention`, ``{"causal": False}``.
+        Further options of `SelfAttention`, such as ``{"causal": False}``.
     experts : mapping, optional
-        Options of `MoE`, ``{"experts": 8}``, which then takes the place of the MLP.
+        Options of `MoE`, such as ``{"experts": 8}``, which then takes the place of the MLP.
     dropout : float
-        Rate at which elements of what attention and MLP add are dropped.
+        Rate at which elements of the output of attention and MLP are dropped.
     drop_path : float
-        Rate at which all that attention or MLP adds to a sample is dropped.
-    bias : bool
-        Whether the products have biases.
-    std, out_std : float
-        Standard deviations of the initial weights of the products from the stream and back to it.
-    seed, dtype
+        Rate at which the whole output of attention or MLP is dropped for a sample.
+    seed : int
+        Seed of the initial weights and of the dropout masks.
+    dtype : dtype
+        Dtype of the parameters.
+    **common
+        Options ``bias`` (whether the products have biases), ``std`` and ``out_std`` (standard deviations of the initial
+        weights of the products from the stream and of the products back to it).
 
     Raises
     ------
     OptionError
         If there is no such order, norm or activation.
 
+    Notes
+    -----
+    **Communication:** that of `SelfAttention`, of `MLP` or `MoE`, and of the norms. The design notes have the words of
+    a block in every mode.
+
     References
     ----------
     Vaswani et al.: Attention is all you need, 2017. Radford et al.: Language models are unsupervised multitask
     learners, 2019 (norms first).
+
+    Examples
+    --------
+    >>> TransformerBlock(768, 12, 3072, Parallelism(Grid(row=2, col=2), "2d"), "block")  # doctest: +SKIP
     """
 
     def __init__(
@@ -76,7 +98,7 @@ class TransformerBlock(Sequential):
         dropout: float = 0.0,
         drop_path: float = 0.0,
         seed: int = 0,
-        dtype: Any = "float32",
+        dtype: DTypeLike = "float32",
         **common: Any,
     ) -> None:
         if order not in ("pre", "post"):
@@ -89,7 +111,8 @@ class TransformerBlock(Sequential):
                 Dropout(dropout, f"{name}.{which}.dropout", seed),
                 DropPath(drop_path, f"{name}.{which}.drop_path", seed),
             )
-            drops = [drop for drop in every if drop.rate]  # a branch that ends with a product is cheaper to make again
+            # Dropout of rate 0 is left out: recomputation of a branch that ends with a product can skip that product.
+            drops = [drop for drop in every if drop.rate]
             if order == "pre":
                 return [Residual(normal, layer, *drops)]
             return [Residual(layer, *drops), normal]

@@ -115,7 +115,7 @@ class Linear(Layer):
     def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Cache]:
         # 1d: X[B, S_col, H] -> X[B, S, H]; 2d: X[B_row, S, H_col] -> X[B_row, S, H]
         gathered = x.redistribute(self.product.x)
-        y, w = self.apply(gathered)
+        y, w = self._apply(gathered)
         return y, (self.save(x, gathered if self.keep else x), w, x.layout.with_partial())
 
     def replay(self, x: DistArray, ctx: Context) -> Cache:
@@ -124,7 +124,7 @@ class Linear(Layer):
         w = self.weight.use(self.product.w) if self.keep_weight else None
         return self.save(x, gathered), w, x.layout.with_partial()
 
-    def apply(self, x: DistArray) -> tuple[DistArray, DistArray | None]:
+    def _apply(self, x: DistArray) -> tuple[DistArray, DistArray | None]:
         """Return ``x w + bias`` for an x in the layout of the map, and the gathered weight if it is to be kept."""
         p, w = self.product, self.weight.use(self.product.w)
         # 1d up:   X[B, S, H] . W[H, F_col] -> Y[B, S, F_col]
@@ -142,11 +142,11 @@ class Linear(Layer):
 
     def backward(self, dy: DistArray, cache: Cache, later: Later = None) -> DistArray:
         x, w, layout = cache
-        dx, add_weight_gradient = self.adjoint(dy, w, layout)
+        dx, add_weight_gradient = self._adjoint(dy, w, layout)
         _do(lambda: add_weight_gradient(self.load(x)), later)
         return dx
 
-    def adjoint(
+    def _adjoint(
         self, dy: DistArray, w: DistArray | None, out: Layout | None = None
     ) -> tuple[DistArray, Callable[[DistArray], None]]:
         """Return ``dy w^T``, and the function of x that adds ``x^T dy`` to the gradient of the weight.
@@ -190,13 +190,13 @@ class Linears(Layer):
         first = self.linears[0]
         # X[B_row, S, H_col] -> X[B_row, S, H], once for all products
         gathered = x.redistribute(first.product.x)
-        ys, ws = zip(*[linear.apply(gathered) for linear in self.linears], strict=True)
+        ys, ws = zip(*[linear._apply(gathered) for linear in self.linears], strict=True)
         return ys, (self.save(x, gathered if first.keep else x), ws, x.layout.with_partial())
 
     def backward(self, dy: Sequence[DistArray], cache: Cache, later: Later = None) -> DistArray:
         x, ws, layout = cache
         # dY_i[B, S, F_col] . W_i[H, F_col]^T -> dX_i[B, S, H] {U_col} for each product i
-        terms = [linear.adjoint(*pair) for linear, *pair in zip(self.linears, dy, ws, strict=True)]
+        terms = [linear._adjoint(*pair) for linear, *pair in zip(self.linears, dy, ws, strict=True)]
         # A term with partial sums takes in a complete one for free; the other way round the partial sums are reduced.
         parts = sorted((dx for dx, _ in terms), key=lambda dx: -len(dx.layout.partial))
         # sum_i dX_i[B, S, H] {U_col} -> dX[B, S_col, H]: one reduce_scatter over col

@@ -1,4 +1,7 @@
-"""The MLP between two points of the stream."""
+"""The MLP of a transformer block: two products with an activation between them, for tokens or for experts.
+
+Transformer blocks and `MoE` build it from `Linear` and an activation.
+"""
 
 from __future__ import annotations
 
@@ -12,30 +15,44 @@ from colossal_mpi.layers.parallelism import Parallelism
 
 
 class MLP(Sequential):
-    """Two products with an activation between them, ``[b, s, h]`` to ``[b, s, f]`` and back.
-
-    Several side by side are the experts of a mixture, which take slots ``[e, p, c, h]`` instead.
+    """The feed-forward layer of the residual stream, ``y = activation(x up) down``, ``[b, s, h]`` to ``[b, s, h]``.
 
     Parameters
     ----------
-    hidden, inner : int
-        h and f.
+    hidden : int
+        Width h of the stream.
+    inner : int
+        Width f between the two products.
     parallelism : Parallelism
+        The mode, which chooses maps and layouts; for experts the one of `Parallelism.experts`.
     name : str
-        Prefix of the names of the parameters of ``up`` and ``down``.
+        Prefix of the names of the parameters ``up.weight [h, f]``, ``up.bias [f]``, ``down.weight [f, h]`` and
+        ``down.bias [h]``.
     activation : str
-        One of `ACTIVATIONS`, or of `GATED`, whose weight up is ``[h, 2, f]``: of the gate and of what it lets through.
+        A name in `ACTIVATIONS`, or in `GATED`: then ``up.weight`` is ``[h, 2, f]``, of the gate and of the values that
+        the gate multiplies.
     experts : int, optional
-        Number of MLPs, e, the first letter of their weights; `parallelism` is that of `Parallelism.experts`.
-    std, out_std : float
-        Standard deviations of the initial weights up and down.
+        Number e of MLPs side by side: they take slots ``[e, p, c, h]`` instead of tokens, and their weights and biases
+        have a first dim e.
+    std : float
+        Standard deviation of the initial weight up.
+    out_std : float
+        Standard deviation of the initial weight down.
     **common
-        ``bias``, ``seed`` and ``dtype``, as `Linear` takes them.
+        Options ``bias``, ``seed`` and ``dtype``, as `Linear` takes them.
 
     Raises
     ------
     OptionError
         If there is no such activation.
+
+    Notes
+    -----
+    **Communication:** that of the two products (`Linear`).
+
+    Examples
+    --------
+    >>> MLP(768, 3072, Parallelism(Grid(col=4), "1d"), "mlp", activation="swiglu", bias=False)  # doctest: +SKIP
     """
 
     def __init__(
@@ -55,6 +72,7 @@ class MLP(Sequential):
             fitting = ", ".join(map(repr, (*ACTIVATIONS, *GATED)))
             raise OptionError(f"{name}: activation={activation!r}: use one of {fitting}")
         function, gated = ACTIVATIONS[GATED.get(activation, activation)](), activation in GATED
+        # "bsh,hf->bsf" and "bsf,fh->bsh"; gated "bsh,htf->bstf"; of experts "epch,ehf->epcf" and "epcf,efh->epch"
         (tokens, each), pair = ("bs", "") if experts is None else ("epc", "e"), "t" if gated else ""
         sizes = {"e": experts or 1, "h": hidden, "f": inner, "t": 2}
         up, down = f"{tokens}h,{each}h{pair}f->{tokens}{pair}f", f"{tokens}f,{each}fh->{tokens}h"

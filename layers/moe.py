@@ -214,14 +214,15 @@ class MoE(Layer):
         Redistributions keep a plan for every capacity: the rounding bounds the number of plans.
         """
         if logits.grid.is_meta:  # meta arrays have no values to route by: assume perfect balance
-            rows = math.prod(logits.local.shape[:-1])
+            rows: int = math.prod(logits.local.shape[:-1])
             return -(-rows * self.top_k // logits.shape[-1])
         xp = backend.namespace(starts)
         most = xp.reshape(xp.max(starts[1:] - starts[:-1]), (1,))
         # the maximum over all blocks of tokens: one word, an allreduce (MAX) over the axes that cut b and s
         capacity = int(backend.to_host(comm.allreduce(most, logits.grid, logits.layout.cut, comm.MAX))[0])
         step: int = 1 << max(0, capacity.bit_length() - 4)
-        return -(-capacity // step) * step
+        rounded: int = -(-capacity // step) * step
+        return rounded
 
     def _losses(
         self, logits: DistArray, chosen: Block, probabilities: Block, log: Block, ctx: Context

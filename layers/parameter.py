@@ -1,9 +1,16 @@
-"""Weights: stored cut as far as the mode allows, with their gradients."""
+"""Parameters: weights, stored as far cut as the mode allows, with their gradients and the layout of optimizer states.
+
+Layers make a `Parameter` for each weight, take it with `use` and add gradients with `accumulate`. Optimizers,
+checkpoints and pipelines hold the same objects. `colossal_mpi.layers.overlap` puts its buckets and its prefetch into
+them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
+
+from numpy.typing import DTypeLike
 
 from colossal_mpi import distarray, random
 from colossal_mpi.distarray import DistArray
@@ -15,52 +22,63 @@ from colossal_mpi.platform import backend
 
 
 class Reduction(Protocol):
-    """A reduction that gradients are part of, under way or yet to be begun: `layers.buckets.Bucket`."""
+    """A reduction of gradients, under way or yet to begin, as `layers.overlap` has it."""
 
     def finish(self) -> None:
-        """Wait for it and add its results to the gradients of the parameters."""
+        """Wait for the reduction and add its results to the gradients of the parameters."""
 
 
 class Buckets(Protocol):
-    """What takes contributions to gradients while a step is under way: `layers.buckets.GradientBuckets`."""
+    """The buckets that take contributions to gradients during a step, as `layers.overlap` has them."""
 
     def counted(self, parameter: Parameter) -> None:
-        """Take note of a contribution to a gradient that stays partial until the last."""
+        """Count a contribution to a gradient that stays partial until the last contribution."""
 
     def contribute(self, parameter: Parameter, gradient: DistArray) -> None:
-        """Take a contribution to a gradient of which each is reduced."""
+        """Take a contribution that is to be reduced at once."""
 
 
 class Ahead(Protocol):
-    """What gathers weights before they are used: `layers.prefetch.Prefetch`."""
+    """The prefetch that gathers weights before they are used, as `layers.overlap` has it."""
 
     def take(self, parameter: Parameter, layout: Layout) -> DistArray:
         """Return a weight in the layout of its use."""
 
 
 class Parameter:
-    """A weight: stored cut as far as the mode allows, with its gradient in the same layout.
+    """A weight, stored as far cut as the mode allows, with its gradient in the same layout.
 
     Parameters
     ----------
     name : str
         Its full name, unique in the model: the stream of its random numbers and its key in checkpoints.
-    shape : tuple of int
-        Global shape.
+    shape : sequence of int
+        Its global shape.
     used : Layout
-        How its layer uses it.
+        The layout in which its layer uses it.
     parallelism : Parallelism
+        The mode, which chooses the layouts in which weight, gradient and optimizer state are stored.
     std : float, optional
-        Standard deviation of the normal initial values.
+        Standard deviation of the normal initial values; None fills the weight with `fill`.
     fill : float
         The initial value where `std` is None.
     seed : int, optional
-        None makes zeros of random values, for weights that are to be loaded.
-    dtype : optional
+        Seed of the initial values; None leaves them `fill`, for a weight that is to be loaded.
+    dtype : dtype
+        Dtype of the weight: float64, float32, float16 or bfloat16.
     inputs : int
-        How many of the leading dims are those of the layer's input, for optimizers that take weights as matrices.
+        How many of the leading dims belong to the layer's input, for optimizers that take weights as matrices.
     batch : int
-        How many dims before these number weights that are matrices of their own: those of experts.
+        How many dims before these number separate matrices: 1 for the experts of a mixture.
+
+    Raises
+    ------
+    OptionError
+        If the dtype is bfloat16 and the package ml_dtypes is not installed.
+
+    Examples
+    --------
+    >>> Parameter("scale", [768], parallelism.stream("h"), parallelism, fill=1.0)  # doctest: +SKIP
     """
 
     def __init__(
@@ -73,7 +91,7 @@ class Parameter:
         std: float | None = None,
         fill: float = 0.0,
         seed: int | None = 0,
-        dtype: Any = "float32",
+        dtype: DTypeLike = "float32",
         inputs: int = 1,
         batch: int = 0,
     ) -> None:
@@ -85,14 +103,14 @@ class Parameter:
         """The layout of the reduced gradient and of the optimizer's state."""
         self.grad: DistArray | None = None
         self.world: Grid | None = None
-        """The ranks of the whole model, where it is cut into stages; None: those of the parameter's own grid."""
+        """The grid of the whole model, if pipeline stages cut it; None: the parameter's own grid is all of it."""
         self.counted = True
-        """False for a copy, on another stage, of a weight that has its place on one before."""
+        """False for the copy of a tied weight that an earlier pipeline stage holds, too: sums count it there."""
         self._dtype = require_dtype(dtype)
         self._value: DistArray | None = None
         self.buckets: Buckets | None = None
         self.coming: list[Reduction] = []
-        """Reductions that hold parts of the gradient; `reduce` waits for them."""
+        """Reductions that have contributions to the gradient under way; `reduce` waits for them."""
         self.prefetch: Ahead | None = None
 
         def make(layout: Layout, dtype: str) -> DistArray:
@@ -109,12 +127,12 @@ class Parameter:
 
     @property
     def half(self) -> bool:
-        """Whether it is a 16-bit weight, of which the optimizer has a float32 master."""
+        """Whether the weight has 16 bits, so that the optimizer keeps float32 master weights."""
         return backend.is_half(self.dtype)
 
     @property
     def value(self) -> DistArray:
-        """The weight. It is made when first asked for, so that a stage may build a model and hold its own part."""
+        """The weight, made when it is first asked for: a pipeline stage builds a whole model and makes its own part."""
         if self._value is None:
             whole = self._make(self._stored, "float32" if self.half else self.dtype)
             self._value = rounded(whole, self.dtype)
@@ -125,54 +143,104 @@ class Parameter:
         self._value = value
 
     def use(self, layout: Layout) -> DistArray:
-        """Return the weight as a layer uses it.
+        """Return the weight in the layout in which a layer uses it.
 
-        **Communication:** an exchange from the stored layout, unless it was begun before (`layers.prefetch`).
+        Parameters
+        ----------
+        layout : Layout
+            The layout that the map of a product, or an elementwise layer, asks for.
+
+        Returns
+        -------
+        DistArray
+            The gathered weight, or the weight itself where it is stored so.
+
+        Notes
+        -----
+        **Communication:** an allgather over the axes that cut the stored weight and not the used one, unless a prefetch
+        has begun it.
         """
+        # W[H_row, F_col] as it is stored -> W[H, F_col] as the map takes it: allgather over row
         return self.value.redistribute(layout) if self.prefetch is None else self.prefetch.take(self, layout)
 
     def accumulate(self, grad: DistArray) -> None:
-        """Add a contribution, in any layout, to the gradient, which stays partial over the deferred axes.
+        """Add a contribution to the gradient.
 
-        **Communication:** one redistribution to the stored layout, or to that of the optimizer's state where nothing is
-        deferred: reduce_scatters over the axes that cut it. In a step with `layers.buckets.GradientBuckets` the latter
-        is begun and goes on while the backward pass does.
+        Parameters
+        ----------
+        grad : DistArray
+            The contribution, of the weight's shape, in any layout, partial sums included.
+
+        Notes
+        -----
+        The gradient stays partial over the deferred axes (`Parallelism.deferred`) until `reduce`.
+
+        **Communication:** a reduce_scatter over the axes that cut the stored weight, or the optimizer's state where
+        nothing is deferred. Within gradient buckets the latter goes on while the backward pass does.
         """
         grad = widened(grad)
         if self.deferred:
             partial = [axis for axis in self.deferred if axis in grad.layout.partial]
+            # dW[H, F_col] {U_row,U_data} -> dW[H_row, F_col] {U_data}: reduce_scatter over row
             self.add(grad.redistribute(self.value.layout.with_partial(*partial)))
             if self.buckets is not None:
                 self.buckets.counted(self)
         elif self.buckets is not None:
             self.buckets.contribute(self, grad)
         else:
+            # dW[H, F_col] {U_row,U_data} -> dW[H_(row,data), F_col]: reduce_scatter over row and data
             self.add(grad.redistribute(self.owned))
 
     def add(self, grad: DistArray) -> None:
-        """Add to the gradient, in the layout that it has."""
+        """Add a contribution that is in the layout of the gradient.
+
+        Parameters
+        ----------
+        grad : DistArray
+            The contribution.
+        """
         self.grad = grad if self.grad is None else self.grad + grad
 
     def reduce(self) -> DistArray:
-        """Finish the gradient after the last microbatch and return it, in the layout of the optimizer's state.
+        """Return the complete gradient, after the last microbatch.
 
+        Returns
+        -------
+        DistArray
+            The gradient, in the layout of the optimizer's state.
+
+        Notes
+        -----
         **Communication:** over the deferred axes an allreduce, with ZeRO a reduce_scatter, unless it is under way.
         """
         while self.coming:
             self.coming[0].finish()
         if self.grad is None:
             self.grad = self.zeros()
+        # dW[H_row, F_col] {U_data} -> dW[H_row, F_col]: allreduce over data; with ZeRO -> dW[H_(row,data), F_col]
         self.grad = self.grad.redistribute(self.owned)
         return self.grad
 
     def zeros(self) -> DistArray:
-        """Return zeros in the layout of the optimizer's state, in the dtype of the gradient."""
+        """Return zeros in the layout of the optimizer's state.
+
+        Returns
+        -------
+        DistArray
+            Zeros of the weight's shape, in the dtype of the gradient.
+        """
         return distarray.zeros(self.shape, self.parallelism.grid, self.owned, "float32" if self.half else self.dtype)
 
     def master(self) -> DistArray:
-        """Return the weight in float32, in the layout of the optimizer's state.
+        """Return the master weight of a 16-bit weight.
 
-        It was rounded to 16 bits when it was drawn: an element that is still what it was then is what was drawn.
+        Initial values are drawn in float32 and rounded: an element that still has its rounded initial value gets the
+        value that was drawn.
+
+        Returns
+        -------
+        DistArray of float32
+            The weight, in the layout of the optimizer's state.
         """
         share, drawn = self.value.redistribute(self.owned).local, self._make(self.owned, "float32")
         xp = backend.namespace(share)
@@ -180,16 +248,32 @@ class Parameter:
         return drawn.like(xp.where(same, drawn.local, xp.astype(share, drawn.local.dtype)))
 
     def share(self) -> DistArray:
-        """Return the part of the weight that this rank's optimizer steps, in the weight's own memory."""
+        """Return the part of the weight that this rank's optimizer updates.
+
+        Returns
+        -------
+        DistArray
+            A view of the weight, in the layout of the optimizer's state.
+        """
         return self.value.redistribute(self.owned)
 
     def refresh(self, share: DistArray) -> None:
-        """Let all ranks that hold the weight have the parts that were stepped, rounded if they are of a master.
+        """Write the updated parts of all ranks into the weight.
 
-        **Communication:** with ZeRO an allgather over ``data``, unless the weight is stored so.
+        Parameters
+        ----------
+        share : DistArray
+            The weight or its master, in the layout of the optimizer's state.
+
+        Notes
+        -----
+        A master is rounded to the dtype of the weight.
+
+        **Communication:** with ZeRO 1 and 2 an allgather over ``data``, ``seq`` and ``ulysses``; otherwise none.
         """
         if self.owned != self.value.layout or self.half:
             share = rounded(share, self.value.dtype)
+            # W[H_(row,data), F_col] -> W[H_row, F_col]: allgather over data
             self.value.local[...] = share.redistribute(self.value.layout).local
 
     def __repr__(self) -> str:

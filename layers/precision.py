@@ -1,8 +1,9 @@
 """Mixed precision: 16-bit weights, activations and cotangents, with float32 master weights, gradients and sums.
 
-A parameter of a 16-bit dtype stores its weight so. Its gradient is float32 from the product that makes it, and its
-optimizer steps a float32 master, in the layout of its state, of which the weight is the rounded value. What sums many
-terms (products, norms, softmax, losses, reductions over ranks) does so in float32.
+Parameters, losses and optimizers use it; `LossScale` belongs to the optimizer. A parameter of a 16-bit dtype stores its
+weight in 16 bits. Its gradient is float32 from the product that makes it. Its optimizer updates a float32 master
+weight, in the layout of its state, and the weight is the rounded master. Whatever sums many terms does so in float32:
+products, norms, softmax, losses, and reductions over ranks.
 
 References
 ----------
@@ -17,26 +18,20 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import OptionError
 from colossal_mpi.platform import backend
 
 MASTER = "master"
-"""The slot of a master weight in the state of an optimizer."""
+"""The name of the master weight in the state of an optimizer."""
 
 
-def require_dtype(dtype: Any) -> str:
-    """Return the name of a dtype, and let NumPy know bfloat16.
-
-    Raises
-    ------
-    OptionError
-        If it is bfloat16 and the package ml_dtypes is not installed.
-    """
+def require_dtype(dtype: DTypeLike) -> str:
+    """Return the name of a dtype, and register bfloat16 with NumPy; an OptionError if ml_dtypes is not installed."""
     if isinstance(dtype, str) and dtype == "bfloat16":
         if find_spec("ml_dtypes") is None:
             raise OptionError(
@@ -47,51 +42,53 @@ def require_dtype(dtype: Any) -> str:
 
 
 def widened(array: DistArray) -> DistArray:
-    """Return 16-bit floats as float32, any other array as it is."""
+    """Return an array of 16-bit floats in float32, any other array as it is."""
     return array.astype("float32") if backend.is_half(array.dtype) else array
 
 
-def rounded(array: DistArray, dtype: Any) -> DistArray:
-    """Return an array in a dtype; the array itself where it has it."""
+def rounded(array: DistArray, dtype: DTypeLike) -> DistArray:
+    """Return an array in a dtype; the array itself if it has this dtype."""
     return array if array.dtype == dtype else array.astype(dtype)
 
 
 def overflowing() -> AbstractContextManager[None]:
-    """Return a context in which NumPy does not warn of overflows, which a loss scale is there to find."""
+    """Return a context in which NumPy does not warn of overflows: a loss scale expects and finds them."""
     return np.errstate(over="ignore", invalid="ignore")
 
 
 @dataclass
 class LossScale:
-    """The factor of a loss that keeps its cotangents among the float16 numbers, and how it follows them.
+    """The loss scale: a factor of the loss that keeps its cotangents within the range of float16, and adapts itself.
 
-    It is a power of two, so that gradients lose no bit by it. After `patience` steps without an overflow it doubles;
-    an overflow, which the norm of the gradients shows all ranks alike, halves it, and the step is left out.
+    It is a power of two, so that no bit of a gradient is lost. After `patience` steps without an overflow it doubles.
+    An overflow shows in the norm of the gradients, on all ranks alike: the scale halves and the step is left out.
 
     Parameters
     ----------
     value : float
+        The current factor.
     patience : int, optional
-        None: it stays as it is.
+        Steps without an overflow after which the factor doubles; None: it never changes.
     least : float
-        An overflow at this scale is none of the scale's.
+        The smallest factor: an overflow at this factor has another cause.
+    good : int
+        Steps since the last change.
     """
 
     value: float = 2.0**16
     patience: int | None = 2000
     least: float = 1.0
     good: int = 0
-    """Steps since the last change."""
 
     @classmethod
     def of(cls, dtypes: set[str]) -> LossScale | None:
-        """Return that of weights of these dtypes: dynamic for float16, 1 for bfloat16, None where all are wider."""
+        """Return the loss scale that weights of these dtypes need: adaptive for float16, 1 for bfloat16, else None."""
         if "float16" in dtypes:
             return cls()
         return cls(1.0, None) if "bfloat16" in dtypes else None
 
     def follow(self, norm: float) -> bool:
-        """Take in the norm of a step's gradients; say whether the step may be done."""
+        """Adapt to the norm of a step's gradients, and return whether the step may be done."""
         if math.isfinite(norm):
             self.good += 1
             if self.patience is not None and self.good >= self.patience:
@@ -102,9 +99,9 @@ class LossScale:
         return False
 
     def state(self) -> dict[str, float]:
-        """Return what a checkpoint must hold."""
+        """Return what a checkpoint stores."""
         return {"value": self.value, "good": self.good}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Take what `state` has returned."""
+    def restore(self, state: Mapping[str, float]) -> None:
+        """Restore what `state` returned."""
         self.value, self.good = float(state["value"]), int(state["good"])

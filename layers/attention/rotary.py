@@ -36,8 +36,9 @@ def _llama3(frequencies: np.ndarray, factor: float, low: float, high: float, pos
     Frequencies that turn more than `high` times stay as they are, and the ones between are blended.
     """
     turns = positions * frequencies / (2 * math.pi)
-    kept = np.clip((turns - low) / (high - low), 0.0, 1.0) if high > low else np.where(turns > high, 1.0, 0.0)
-    return kept * frequencies + (1.0 - kept) * frequencies / factor
+    share = np.clip((turns - low) / (high - low), 0.0, 1.0) if high > low else np.where(turns > high, 1.0, 0.0)
+    blended: np.ndarray = share * frequencies + (1.0 - share) * frequencies / factor
+    return blended
 
 
 SCALINGS: dict[str, tuple[tuple[str, ...], Callable[..., np.ndarray]]] = {

@@ -8,10 +8,21 @@ from mpi4py import MPI
 
 from colossal_mpi import Grid, OptionError, comm, from_global, ledger, random
 from colossal_mpi.layers import (
+    GELU,
+    Attention,
     AuxiliaryLosses,
     Context,
+    Conv2d,
+    Gated,
+    LayerNorm,
+    Linear,
+    MoE,
     Parallelism,
+    ReLU,
+    RMSNorm,
+    SelfAttention,
     Sequential,
+    SiLU,
     TransformerBlock,
     backpropagate,
     recompute,
@@ -26,6 +37,28 @@ from tests.reference import gpt_case as gpt
 from tests.reference.modes import few, mode_of
 from tests.reference.saved import saved_arrays
 from tests.reference.words import recompute_words
+
+
+def norm(p):
+    """Return a norm, and a stream that it takes."""
+    return RMSNorm(6, p, "norm", dtype="float64"), random.normal((4, 8, 6), p.grid, p.stream(), 0, "x")
+
+
+def activation(p):
+    """Return an activation, and a stream that it takes."""
+    return GELU(), random.normal((4, 8, 6), p.grid, p.stream(), 0, "x")
+
+
+def heads_activation(letters, dims):
+    """Return what makes an activation, and the inside of a block that it takes."""
+    inner = "a" if "a" in letters else letters[-1]
+    return lambda p: (ReLU(), random.normal((4, 8, *dims), p.grid, p.inside(letters, inner), 0, "x"))
+
+
+def images_activation(p):
+    """Return an activation, and images that it takes."""
+    return ReLU(), random.normal((4, 6, 7, 8), p.grid, p.stream("bhyx"), 0, "x")
+
 
 SIZES = {
     "vocabulary": 13,
@@ -154,6 +187,42 @@ def test_memory_between_the_passes_falls(grid):
     assert held["full"] == one
     assert 10 * one <= held["selective"] <= 10 * one + statistics
     assert 16 * one <= held["none"] <= 16 * one + statistics
+
+
+H, A, D = 6, 3, 4
+EVERY_LAYER = {
+    "product": (norm, lambda p: Linear("bsh,hf->bsf", {"h": H, "f": 7}, "f", p, "m", dtype="float64")),
+    "products": (norm, lambda p: SelfAttention(H, A, p, "m", groups=1, width=2, dtype="float64").layers[0]),
+    "norm": (activation, lambda p: LayerNorm(H, p, "m", dtype="float64")),
+    "activation": (norm, lambda p: GELU()),
+    "gate": (heads_activation("bsth", (2, H)), lambda p: Gated(SiLU())),
+    "convolution": (images_activation, lambda p: Conv2d(H, 5, 3, p, "m", dtype="float64")),
+    "attention": (heads_activation("bstad", (3, A, D)), lambda p: Attention(p)),
+    "experts": (norm, lambda p: MoE(H, 7, 3, p, "m", std=0.5, dtype="float64")),
+}
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["gathered", "stored"])
+@pytest.mark.grids({}, {"col": 2}, {"row": 2, "col": 2}, {"seq": 2})
+def test_every_layer_makes_the_output_of_a_norm_or_an_activation_again(grid, keep):
+    """No layer's cache holds the output before it, and the gradients have the bits of a cache that does."""
+    p = Parallelism(grid, mode_of(grid), keep)
+    for name, (before, layer) in EVERY_LAYER.items():
+        first, x = before(p)
+        model, ctx = Sequential(first, layer(p)), Context(order=p.order(x.shape[1]))
+        passes, exact = [], first.forward(x, ctx)[0]
+        for _ in range(2):
+            for q in model.parameters():
+                q.grad = None
+            y, cache = model.forward(x, ctx)
+            dy = y if isinstance(y, tuple) else y * y
+            dx = model.backward(dy, cache)
+            passes.append([dx, *(q.reduce() for q in model.parameters())])
+            model = recompute(model, "selective")
+        held = [a for a in saved_arrays(cache[1]) if a.shape == exact.local.shape and np.array_equal(a, exact.local)]
+        assert not held or not exact.local.size, name
+        for mine, kept in zip(*passes, strict=True):
+            assert np.array_equal(mine.local, kept.local), name
 
 
 def test_a_model_stays_what_it_was():
