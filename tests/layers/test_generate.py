@@ -88,8 +88,10 @@ def step_by_step(name, grid):
     for step in range(STEPS + 1):
         at = LENGTHS + step - 1
         ids = np.take_along_axis(TOKENS, at[:, None], 1) if step else TOKENS[:, : LENGTHS.max()]
-        where = {"positions": at[:, None]} if step else {"wanted": at}
-        ctx, x = Context(train=False, decoding=Decoding(cache), **where), from_global(ids, p.grid, p.tokens())
+        ctx = Context(
+            train=False, positions=at[:, None] if step else None, decoding=Decoding(cache, None if step else at)
+        )
+        x = from_global(ids, p.grid, p.tokens())
         border = (*ids.shape, model.config.hidden), p.stream(), "float64"
         y = model.forward(x, ctx)[0] if pipeline is None else pipeline.forward(x, ctx, border)
         made.append(None if y is None else y.gather()[:, 0])
@@ -186,10 +188,10 @@ def test_a_head_of_some_tokens_has_its_adjoint(grid):
     head = Head("bsh,vh->bsv", sizes, "v", p, "head", bias=False, std=1.0, dtype="float64")
     x = random.normal((5, 7, 6), grid, p.stream(), 0, "x")
     whole, _ = head.forward(x, Context())
-    wanted = np.array([6, 0, 3, 3, 1])
-    y, cache = head.forward(x, Context(decoding=Decoding(logits_at=wanted)))
+    at = np.array([6, 0, 3, 3, 1])
+    y, cache = head.forward(x, Context(decoding=Decoding(logits_at=at)))
     assert y.shape == (5, 1, 11)
-    picked = np.take_along_axis(whole.gather(), wanted[:, None, None], 1)
+    picked = np.take_along_axis(whole.gather(), at[:, None, None], 1)
     assert np.max(abs(y.gather() - picked)) <= 1e-14 * np.max(abs(picked))
     dy = random.normal(y.shape, grid, y.layout, 1, "dy")
     dx = head.backward(dy, cache)
