@@ -13,10 +13,11 @@ from colossal_mpi.apps import config as configs
 from colossal_mpi.apps.command import Command, GridAxes, Plugins
 from colossal_mpi.apps.data import Bytes, Tokenizer, load_tokenizer
 from colossal_mpi.apps.training.saved import load_model
+from colossal_mpi.apps.training.tasks import TASKS, CausalLanguage
 from colossal_mpi.errors import ConfigError
 from colossal_mpi.grid import Grid, world_size
 from colossal_mpi.layers import MODES, generate, kernels
-from colossal_mpi.layers.models import MODELS, describe
+from colossal_mpi.layers.models import MODELS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +54,9 @@ class Generate(Command):
         grid = Grid(None, "auto", **axes)
         kernels.use("auto", grid)
         model, pipeline, table = load_model(self.source, grid, self.tensor, self.plugin)
-        if MODELS[describe(model)["kind"]].task != "language":
-            names = ", ".join(kind.model.__name__ for kind in MODELS.values() if kind.task == "language")
+        generating = [kind.model for kind in MODELS.values() if issubclass(TASKS[kind.task], CausalLanguage)]
+        if type(model) not in generating:
+            names = ", ".join(model.__name__ for model in generating)
             raise ConfigError(f"{self.source} is a {type(model).__name__}: the models that generate text are {names}")
         words = self._tokenizer(bool(table))
         continuations = generate(
