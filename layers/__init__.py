@@ -1,8 +1,13 @@
-"""Neural-network layers with manual backward passes. A layer exists once; a parallel mode is a choice of layouts."""
+"""Neural-network layers with manual backward passes, each written once for all parallel modes.
+
+The command line, the configuration and the tasks of `colossal_mpi.apps` import what they need from here, and so do
+users' own models; the subpackages (models, optimizers, pipelines, overlap, inference) import its modules. The layers
+call distributed products and redistributions for what moves, and the kernels of their grid for what is local: a
+parallel mode is a choice of layouts.
+"""
 
 from colossal_mpi.layers.activation import GELU, Gated, ReLU, SiLU, Softmax
-from colossal_mpi.layers.attention.rotary import Rotary, Rotation
-from colossal_mpi.layers.attention.self_attention import Attention, GroupedAttention, SelfAttention
+from colossal_mpi.layers.attention import Attention, GroupedAttention, Rotary, Rotation, SelfAttention
 from colossal_mpi.layers.block import TransformerBlock
 from colossal_mpi.layers.containers import FanOut, Parallel, Residual, Sequential
 from colossal_mpi.layers.context import AuxiliaryLosses, Context, Decoding
@@ -26,6 +31,7 @@ from colossal_mpi.layers.parallelism import (
     Template,
     register_mode,
     register_sequence_mode,
+    require_axes,
 )
 from colossal_mpi.layers.parameter import Parameter
 from colossal_mpi.layers.pooling import AvgPool2d, ClassifierHead, FirstPool, MaxPool2d, MeanPool
@@ -91,4 +97,5 @@ __all__ = [
     "recompute",
     "register_mode",
     "register_sequence_mode",
+    "require_axes",
 ]

@@ -25,8 +25,7 @@ from colossal_mpi.apps.command import JsonFile
 from colossal_mpi.distarray import DistArray, from_global
 from colossal_mpi.errors import ConfigError
 from colossal_mpi.grid import Grid
-from colossal_mpi.layers import Context, Parallelism, kernels
-from colossal_mpi.layers.loss import CrossEntropy
+from colossal_mpi.layers import Context, CrossEntropy, Parallelism, kernels
 from colossal_mpi.layers.models import GPT
 from colossal_mpi.layers.pipeline import SCHEDULES, ArraySpec, Instruction, partition, program, simulate, stage_grid
 from colossal_mpi.layers.pipeline import Pipeline as PipelinedModel

@@ -25,8 +25,7 @@ from colossal_mpi.apps.command import GridAxes, JsonFile
 from colossal_mpi.distarray import DistArray, from_global
 from colossal_mpi.errors import ConfigError
 from colossal_mpi.grid import Grid, world_size
-from colossal_mpi.layers import MODES, Context, Parallelism, kernels
-from colossal_mpi.layers.loss import CrossEntropy
+from colossal_mpi.layers import MODES, Context, CrossEntropy, Parallelism, kernels
 from colossal_mpi.layers.models import GPT
 from colossal_mpi.layers.optim import AdamW
 

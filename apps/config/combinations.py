@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 
 from colossal_mpi.apps.config.sections import Config, TransformerSection
 from colossal_mpi.errors import ColossalError, ConfigError
-from colossal_mpi.layers.attention.self_attention import head_width
+from colossal_mpi.layers import require_axes
+from colossal_mpi.layers.attention import head_width
 from colossal_mpi.layers.optim import LEARNING_RATES
-from colossal_mpi.layers.parallelism import require_axes
 from colossal_mpi.layers.pipeline import PIPE, program
 
 

@@ -29,9 +29,9 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from colossal_mpi.apps.config.plugins import absolute
 from colossal_mpi.errors import ConfigError
+from colossal_mpi.layers import MODES, SEQUENCE_MODES
 from colossal_mpi.layers.kernels import choices as kernel_choices
 from colossal_mpi.layers.optim import LEARNING_RATES, OPTIMIZERS, Option
-from colossal_mpi.layers.parallelism import MODES, SEQUENCE_MODES
 from colossal_mpi.layers.pipeline import PIPE, SCHEDULES
 
 _TASKS = "colossal_mpi.apps.training.tasks"

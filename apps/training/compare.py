@@ -21,7 +21,7 @@ from colossal_mpi.apps.training.trainer import Trainer
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import LaunchError
 from colossal_mpi.grid import world_rank
-from colossal_mpi.layers.parallelism import MODES, SEQUENCE_MODES
+from colossal_mpi.layers import MODES, SEQUENCE_MODES
 from colossal_mpi.layout import index_of
 from colossal_mpi.platform import backend
 

@@ -17,8 +17,7 @@ from colossal_mpi.apps.training.run_directory import RunDirectory
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import CheckpointError, GridError
 from colossal_mpi.grid import Grid
-from colossal_mpi.layers import Layer, Parallelism, models
-from colossal_mpi.layers.parameter import Parameter
+from colossal_mpi.layers import Layer, Parallelism, Parameter, models
 from colossal_mpi.layers.pipeline import PIPE, Pipeline, partition, stage_grid
 
 

@@ -12,8 +12,7 @@ from colossal_mpi.apps import data
 from colossal_mpi.apps.config import Config, TextSection, TransformerSection
 from colossal_mpi.apps.training.tasks.task import Batch, Task, make_model, register_section, register_task
 from colossal_mpi.distarray import DistArray
-from colossal_mpi.layers import Parallelism, generate
-from colossal_mpi.layers.loss import CrossEntropy
+from colossal_mpi.layers import CrossEntropy, Parallelism, generate
 
 PROMPT = b"\nThe "
 

@@ -12,8 +12,7 @@ from colossal_mpi.apps import data
 from colossal_mpi.apps.config import Config, TextSection, TransformerSection
 from colossal_mpi.apps.training.tasks.task import Batch, Task, make_model, register_section, register_task, whole
 from colossal_mpi.distarray import DistArray, from_global
-from colossal_mpi.layers import Context, Parallelism, count_correct
-from colossal_mpi.layers.loss import CrossEntropy
+from colossal_mpi.layers import Context, CrossEntropy, Parallelism, count_correct
 from colossal_mpi.layout import Layout
 
 
