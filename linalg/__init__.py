@@ -9,10 +9,7 @@ from colossal_mpi.linalg.factor.polar import newton_schulz
 from colossal_mpi.linalg.factor.qr import QR, qr
 from colossal_mpi.linalg.factor.syrk import gram, herk, syrk
 from colossal_mpi.linalg.matmul import ALGORITHMS, matmul, preset
-from colossal_mpi.linalg.model.auto import Machine, calibrate, explain, options
-from colossal_mpi.linalg.model.bounds import lower_bound, memory_bound
-from colossal_mpi.linalg.model.grids import best_grid
-from colossal_mpi.linalg.model.price import price
+from colossal_mpi.linalg.model import best_grid, explain, lower_bound, memory_bound, options, price
 from colossal_mpi.linalg.norms import diagonal, dot, matvec, norm, trace, transpose, tril, triu
 
 register_matmul(matmul)
@@ -20,10 +17,8 @@ register_matmul(matmul)
 __all__ = [
     "ALGORITHMS",
     "QR",
-    "Machine",
     "adjoints",
     "best_grid",
-    "calibrate",
     "contract",
     "diagonal",
     "dot",

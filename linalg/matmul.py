@@ -19,7 +19,7 @@ from colossal_mpi.errors import GridError, ShapeError
 from colossal_mpi.grid import Grid
 from colossal_mpi.layout import Layout
 from colossal_mpi.linalg.contraction.contract import contract
-from colossal_mpi.linalg.model.auto import fastest
+from colossal_mpi.linalg.model import fastest
 from colossal_mpi.linalg.verify import Check
 
 GEMM = "mk,kn->mn"

@@ -20,7 +20,8 @@ from colossal_mpi.distarray import DistArray
 from colossal_mpi.grid import Grid
 from colossal_mpi.layout import Layout, box_shape, coords_of, index_of
 from colossal_mpi.linalg import ALGORITHMS
-from colossal_mpi.linalg.model.price import Cost
+from colossal_mpi.linalg.model import Price
+from colossal_mpi.machine import TYPICAL
 from colossal_mpi.platform import backend
 
 _SUBSCRIPTS = "mk,kn->mn"
@@ -130,8 +131,8 @@ def best_sizes(name: str, problem: Problem, ranks: int) -> dict[str, int]:
     axes, preset = list(ALGORITHMS[name].axes), ALGORITHMS[name]
     every = [dict(zip(axes, sizes, strict=True)) for sizes in _factors(ranks, len(axes))]
     own = [sizes for sizes in every if not _simpler(sizes, len(axes))] or every
-    machine, layouts = linalg.Machine(), [preset.a, preset.b, preset.c]
-    return min(own, key=lambda sizes: machine.seconds(_price(problem, sizes, preset.axes, layouts)))
+    layouts, itemsize = [preset.a, preset.b, preset.c], problem.dtype.itemsize
+    return min(own, key=lambda sizes: _price(problem, sizes, preset.axes, layouts).seconds(TYPICAL, itemsize))
 
 
 def _simpler(sizes: Mapping[str, int], axes: int) -> bool:
@@ -144,7 +145,7 @@ def _factors(ranks: int, parts: int) -> list[tuple[int, ...]]:
     return [sizes for sizes in itertools.product(divisors, repeat=parts) if math.prod(sizes) == ranks]
 
 
-def _price(problem: Problem, sizes: Mapping[str, int], axes: Mapping[str, str], layouts: list[Layout]) -> Cost:
+def _price(problem: Problem, sizes: Mapping[str, int], axes: Mapping[str, str], layouts: list[Layout]) -> Price:
     extents = {"m": problem.m, "n": problem.n, "k": problem.k}
     used = {axis: letter for axis, letter in axes.items() if axis in sizes}
     a, b, c = layouts

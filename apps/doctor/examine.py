@@ -8,7 +8,7 @@ from mpi4py import MPI
 
 from colossal_mpi.apps.doctor import cores, disk, facts, gpus, mpi, network, packages, same, show
 from colossal_mpi.apps.doctor.finding import BAD, Finding, worst
-from colossal_mpi.apps.doctor.network import Link
+from colossal_mpi.apps.doctor.network import NamedLink
 from colossal_mpi.platform import backend
 from colossal_mpi.runtime import guards
 
@@ -39,7 +39,7 @@ def main(directory: Path, seconds: float, json: bool) -> int:
     return 1 if world.bcast(worst(findings)) == BAD else 0
 
 
-def examine(world: MPI.Intracomm, directory: Path, seconds: float) -> tuple[list[Finding], list[Link]]:
+def examine(world: MPI.Intracomm, directory: Path, seconds: float) -> tuple[list[Finding], list[NamedLink]]:
     """Return what was found, on rank 0; other ranks return what is of no use."""
     known = world.allgather(facts.mine(world))
     program = same.check(known)

@@ -1,126 +1,101 @@
-"""Latency and bandwidth between ranks, measured within a few seconds."""
+"""The doctor's check of the network: latency and bandwidth between ranks, measured within a few seconds.
+
+`examine` calls `measure` on all ranks and `check` on rank 0. ``colossal_mpi.machine`` times the messages. This module
+chooses the ranks that exchange them, and says what is too slow.
+"""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 from mpi4py import MPI
 
 from colossal_mpi.apps.doctor.facts import Facts, nodes
 from colossal_mpi.apps.doctor.finding import GOOD, WARNING, Finding
+from colossal_mpi.machine import Link, measure_allreduce, measure_pair
 
-SMALL, LARGE = 8, 4 << 20
-"""Bytes of the messages whose latency and whose bandwidth are measured."""
-_TOPIC, _TAG, _PARTNERS = "network", 11, 8
-_MOST = 2000  # rounds
-# What shared memory does not need even on a slow machine, and what only TCP over a slow network does not reach.
+_TOPIC = "network"
+_PARTNERS = 8
+"""The most other nodes that rank 0 exchanges messages with."""
 _LATE_NEAR, _LATE_FAR, _NARROW_FAR = 50e-6, 100e-6, 0.5e9
+"""Limits of the latency in seconds, within a node and between nodes, and of the bandwidth between nodes in bytes/s.
+Shared memory is faster even on a slow machine, and only TCP over a slow network is slower."""
 
 
 @dataclass(frozen=True)
-class Link:
-    """What was measured between two ranks, or of an allreduce over all of them."""
+class NamedLink(Link):
+    """A measured link, with the ranks that it connects.
+
+    Attributes
+    ----------
+    latency : float
+        Seconds of a message of 8 bytes one way, or of an allreduce of 8 bytes.
+    bandwidth : float
+        Bytes/s of messages of 4 MiB, or that each rank sends in an allreduce of 4 MiB.
+    name : str
+        The ranks.
+    near : bool
+        Whether all of them are on one node.
+    """
 
     name: str
     near: bool
-    """Whether all of it is on one node."""
-    latency: float
-    """Seconds of a message of `SMALL` bytes, one way; of an allreduce of as many."""
-    bandwidth: float
-    """Bytes/s of messages of `LARGE` bytes; of an allreduce, those that each rank sends, ``2 (p - 1) / p n``."""
 
 
 def partners(facts: Sequence[Facts]) -> list[int]:
-    """Return the ranks that rank 0 exchanges messages with: one on its own node and one on some others."""
+    """Return the ranks that rank 0 exchanges messages with: one on its own node, one on each of some others."""
     groups = nodes(facts)
     near = [one["rank"] for one in groups[0][1:2]]
     return near + [group[0]["rank"] for group in groups[1 : 1 + _PARTNERS]]
 
 
-def measure(facts: Sequence[Facts], world: MPI.Intracomm, seconds: float) -> list[Link]:
-    """Return the links from rank 0 to some partners and that of all ranks; on rank 0 only.
+def measure(facts: Sequence[Facts], world: MPI.Intracomm, seconds: float) -> list[NamedLink]:
+    """Return, on rank 0, the links from rank 0 to some partners and the link of an allreduce over all ranks.
 
-    **Communication:** as much as there is time for.
+    Parameters
+    ----------
+    facts : sequence of Facts
+        What each rank knows about itself.
+    world : mpi4py.MPI.Intracomm
+        All ranks; all of them call.
+    seconds : float
+        Time to spend.
+
+    Returns
+    -------
+    list of NamedLink
+        Empty on the other ranks, and if there is only one.
+
+    Notes
+    -----
+    **Communication:** messages between rank 0 and each partner, and allreduces, as many as there is time for.
     """
     if world.size == 1:
         return []
     own, others = facts[0]["node"], partners(facts)
-    share, links = seconds / (2 * len(others) + 2), []
+    share, links = seconds / (len(others) + 1), []
     for other in others:
-        latency, large = (_pingpong(world, other, size, share) for size in (SMALL, LARGE))
-        near = facts[other]["node"] == own
-        links.append(Link(f"ranks 0, {other}", near, latency, LARGE / large))
-    latency, large = (_allreduce(world, size, share) for size in (SMALL, LARGE))
-    moved = 2 * (world.size - 1) / world.size * LARGE
+        link = measure_pair(world, other, share)
+        links.append(NamedLink(link.latency, link.bandwidth, f"ranks 0, {other}", facts[other]["node"] == own))
+    link = measure_allreduce(world, share)
     near = all(one["node"] == own for one in facts)
-    links.append(Link(f"allreduce of {world.size}", near, latency, moved / large))
+    links.append(NamedLink(link.latency, link.bandwidth, f"allreduce of {world.size}", near))
     return links if world.rank == 0 else []
 
 
-def _pingpong(world: MPI.Intracomm, other: int, size: int, seconds: float) -> float:
-    """Return the median seconds of a message one way between rank 0 and another; 1 on ranks that have no part in it."""
-    buffer, result = np.zeros(size, np.uint8), 1.0
-    if world.rank == 0:
-
-        def round_trip() -> None:
-            world.Send(buffer, other, _TAG)
-            world.Recv(buffer, other, _TAG)
-
-        result = _timed(round_trip, seconds, lambda count: world.send(count, other, _TAG)) / 2
-    elif world.rank == other:
-
-        def answer() -> None:
-            world.Recv(buffer, 0, _TAG)
-            world.Send(buffer, 0, _TAG)
-
-        _timed(answer, seconds, lambda _: world.recv(source=0, tag=_TAG))
-    _rest(world)
-    return result
-
-
-def _allreduce(world: MPI.Intracomm, size: int, seconds: float) -> float:
-    """Return the median seconds of an allreduce of `size` bytes."""
-    mine, total = np.zeros(size // 8), np.empty(size // 8)
-    return _timed(lambda: world.Allreduce(mine, total), seconds, world.bcast)
-
-
-def _timed(action: Callable[[], None], seconds: float, agree: Callable[[int], Any]) -> float:
-    """Return the median seconds of an action that is done as often as there is time for: `agree` tells how often."""
-    first = [_seconds(action) for _ in range(3)]
-    count = int(min(max(seconds / max(*first, 1e-7), 3), _MOST))
-    told = agree(count)
-    return statistics.median(_seconds(action) for _ in range(count if told is None else told))
-
-
-def _seconds(action: Callable[[], None]) -> float:
-    begun = time.perf_counter()
-    action()
-    return time.perf_counter() - begun
-
-
-def _rest(world: MPI.Intracomm) -> None:
-    """Wait for all ranks without taking a core from those that are measuring."""
-    request = world.Ibarrier()
-    while not request.Test():
-        time.sleep(0.001)
-
-
-def check(links: Sequence[Link], late: str) -> list[Finding]:
-    """Return what there is to say about the links; `late` is the remedy for late messages within a node."""
+def check(links: Sequence[NamedLink], late: str) -> list[Finding]:
+    """Return the findings about the links; `late` is the remedy for late messages within a node."""
     if not links:
         text = "alone, there is nothing to measure: `colossal-mpi run -n 2 colossal-mpi doctor` does"
         return [Finding(_TOPIC, GOOD, text)]
-    return [found for link in links if (found := _judged(link, late))] or [
+    return [found for link in links if (found := _problem(link, late))] or [
         Finding(_TOPIC, GOOD, "latency and bandwidth as below")
     ]
 
 
-def _judged(link: Link, late: str) -> Finding | None:
+def _problem(link: NamedLink, late: str) -> Finding | None:
+    """Return a warning if a link is slower than its limits."""
     figures = f"{link.name}: {link.latency * 1e6:,.1f} us, {link.bandwidth / 1e9:,.2f} GB/s"
     if link.near and link.latency > _LATE_NEAR:
         return Finding(_TOPIC, WARNING, f"{figures}, within a node", late)

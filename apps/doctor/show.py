@@ -14,18 +14,18 @@ from rich.table import Table
 from rich.text import Text
 
 from colossal_mpi.apps.doctor.finding import BAD, GOOD, WARNING, Finding, worst
-from colossal_mpi.apps.doctor.network import Link
+from colossal_mpi.apps.doctor.network import NamedLink
 
 _STYLES = {GOOD: "green", WARNING: "yellow", BAD: "bold red"}
 
 
-def as_json(ranks: int, findings: Sequence[Finding], links: Sequence[Link]) -> str:
+def as_json(ranks: int, findings: Sequence[Finding], links: Sequence[NamedLink]) -> str:
     """Return the diagnosis as JSON; latencies in seconds, bandwidths in bytes/s."""
     parts = {"findings": [asdict(one) for one in findings], "network": [asdict(link) for link in links]}
     return json.dumps({"level": worst(findings), "ranks": ranks, **parts}, indent=1)
 
 
-def show(findings: Sequence[Finding], links: Sequence[Link]) -> None:
+def show(findings: Sequence[Finding], links: Sequence[NamedLink]) -> None:
     """Print the diagnosis."""
     console = Console(soft_wrap=True, highlight=False)
     if console.is_terminal:
@@ -50,7 +50,7 @@ def table(findings: Sequence[Finding]) -> Table:
     return made
 
 
-def measured(links: Sequence[Link]) -> Table:
+def measured(links: Sequence[NamedLink]) -> Table:
     """Return what was measured between ranks as a table."""
     made = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("ranks", "within", "latency", "bandwidth"):
@@ -60,12 +60,12 @@ def measured(links: Sequence[Link]) -> Table:
     return made
 
 
-def _figures(link: Link) -> tuple[str, str, str, str]:
+def _figures(link: NamedLink) -> tuple[str, str, str, str]:
     where = "a node" if link.near else "the network"
     return link.name, where, f"{link.latency * 1e6:,.1f} us", f"{link.bandwidth / 1e9:,.2f} GB/s"
 
 
-def lines(findings: Sequence[Finding], links: Sequence[Link]) -> list[str]:
+def lines(findings: Sequence[Finding], links: Sequence[NamedLink]) -> list[str]:
     """Return the diagnosis as plain lines, one for each finding, each remedy and each link."""
     told = []
     for one in findings:

@@ -6,10 +6,9 @@ them. It calls nothing but ``platform``, where it registers the device ``meta``.
 """
 
 from colossal_mpi.meta import namespace
-from colossal_mpi.meta.array import Clock, Memory, MetaArray, Tally, empty, on_host, result, tally, work
+from colossal_mpi.meta.array import Memory, MetaArray, Tally, empty, on_host, result, tally, work
 
 __all__ = [
-    "Clock",
     "Memory",
     "MetaArray",
     "Tally",

@@ -1,5 +1,27 @@
-"""What a product costs before it runs: words, messages, flop, memory and time, and the choice that costs least.
+"""The price of a product before it runs: words, messages, flop, memory and time, and the choice that costs least.
 
-``matmul(algorithm="auto")``, ``linalg.explain`` and ``best_grid`` call this package. It uses the same maps and layouts
-as ``linalg.contraction``, so that predicted words equal those of the ledger.
+``matmul(algorithm="auto")``, ``linalg.explain`` and ``linalg.best_grid`` call this package. It uses the maps and
+layouts of ``linalg.contraction``, so that priced words equal those of the ledger, and turns them into seconds with a
+`colossal_mpi.machine.Machine`.
+
+Words: the *price* of a product is what it moves, computes and holds. Training steps have a cost instead, see
+``apps.planning``.
 """
+
+from colossal_mpi.linalg.model.auto import Option, explain, fastest, options
+from colossal_mpi.linalg.model.bounds import lower_bound, memory_bound
+from colossal_mpi.linalg.model.grids import GridChoice, best_grid
+from colossal_mpi.linalg.model.price import Price, price
+
+__all__ = [
+    "GridChoice",
+    "Option",
+    "Price",
+    "best_grid",
+    "explain",
+    "fastest",
+    "lower_bound",
+    "memory_bound",
+    "options",
+    "price",
+]

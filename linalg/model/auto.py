@@ -1,13 +1,16 @@
-"""Choose the map of a product by its modelled time, and explain the choice."""
+"""The map of a product that a machine finishes first, and an explanation of the choice.
+
+``matmul(algorithm="auto")`` calls `fastest`; users call `options` and `explain`. Every map of the grid's axes to the
+letters is priced (`price`), and the map is executed by ``contraction.contract``.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 from colossal_mpi import comm, ledger
 from colossal_mpi.distarray import DistArray
@@ -17,63 +20,13 @@ from colossal_mpi.layout import Layout
 from colossal_mpi.linalg.contraction.contract import contract
 from colossal_mpi.linalg.contraction.subscripts import Subscripts, extents_of, map_layout, parse
 from colossal_mpi.linalg.model.bounds import lower_bound
-from colossal_mpi.linalg.model.price import Cost, price
+from colossal_mpi.linalg.model.price import Price, price
+from colossal_mpi.machine import TYPICAL, Machine
 from colossal_mpi.platform import backend
 
 
-@dataclass(frozen=True)
-class Machine:
-    """Seconds that a machine takes for a message, a word, a floating-point operation and an addition of a reduction."""
-
-    message: float = 5e-6
-    word: float = 2e-9
-    flop: float = 4e-11
-    add: float = 1e-9
-    """For one element that a reduction adds: it is read twice and written once, from memory."""
-
-    def seconds(self, cost: Cost) -> float:
-        """Return the modelled time of a product: that of its busiest rank."""
-        moved = self.message * cost.messages + self.word * max(cost.words)
-        return moved + self.flop * cost.flop + self.add * cost.summed
-
-
-def calibrate(grid: Grid, words: int = 1 << 18, size: int = 384) -> Machine:
-    """Measure a machine with an allgather of one word, one of `words`, a sum of `words` and a product of `size`.
-
-    **Communication:** two allgathers over the whole grid, each three times; the best of them counts.
-    """
-    flop = _best(grid, lambda: _product(grid, size)) / (2 * size**3)
-    block = grid.xp.ones(words)
-    add = _best(grid, lambda: backend.synchronize(block + block)) / words
-    if grid.size == 1:
-        return Machine(0.0, 0.0, flop, add)
-    small, large = (_best(grid, partial(_gather, grid, n)) for n in (1, words))
-    each = (grid.size - 1) * words
-    return Machine(small / max(1, (grid.size - 1).bit_length()), max(large - small, 1e-12) / each, flop, add)
-
-
-def _best(grid: Grid, work: Callable[[], None]) -> float:
-    """Return the best of three times that `work` takes on the slowest rank."""
-    taken = []
-    for _ in range(3):
-        comm.collect(None, grid)
-        begun = time.perf_counter()
-        work()
-        taken.append(time.perf_counter() - begun)
-    return min(max(times) for times in zip(*comm.collect(taken, grid), strict=True))
-
-
-def _gather(grid: Grid, n: int) -> None:
-    comm.allgather(grid.xp.zeros(n), grid, tuple(grid.axes), [n] * grid.size)
-
-
-def _product(grid: Grid, size: int) -> None:
-    block = grid.xp.ones((size, size))
-    backend.synchronize(grid.xp.matmul(block, block))
-
-
 def maps(sub: Subscripts, grid: Grid) -> Iterator[dict[str, str]]:
-    """Yield every map of the grid's axes to the letters of a product, axes left out included."""
+    """Yield every map of the grid's axes to the letters of a product, also those that leave axes out."""
     axes = [axis for axis, size in grid.axes.items() if size > 1]
     letters = [*dict.fromkeys(sub.a + sub.b), None]
     for choice in itertools.product(letters, repeat=len(axes)):
@@ -81,34 +34,69 @@ def maps(sub: Subscripts, grid: Grid) -> Iterator[dict[str, str]]:
 
 
 _NARROWEST = 32
-"""Indices of the narrowest panel that is tried: a local product of fewer is no faster than memory."""
+"""Width of the narrowest panel that is tried: the gemm of a narrower one is no faster than memory."""
 
 
 def spread_layout(sub: Subscripts, axes: Mapping[str, str], grid: Grid) -> Layout:
-    """Return the layout of a result that is stored once: cut as the map leaves it and further, innermost, on one dim.
+    """Return a layout that stores the result of a map once.
 
-    The k-axes, along which it is reduce-scattered, and those that the map leaves out cut the first dim further.
+    The map cuts the dims of the result. The axes of k, over which the result is reduce-scattered, and the axes that the
+    map leaves out cut the first dim further, innermost.
     """
-    made = map_layout(sub.c, axes)
+    mapped = map_layout(sub.c, axes)
     if not sub.c:
-        return made
-    rest = [axis for axis, size in grid.axes.items() if size > 1 and axis not in made.cut]
-    return Layout((*made.dims[0], *rest), *made.dims[1:])
+        return mapped
+    rest = [axis for axis, size in grid.axes.items() if size > 1 and axis not in mapped.cut]
+    # C[M_row, N_col] {U_depth} -> C[M_(row,depth), N_col]: reduce_scatter over depth
+    return Layout((*mapped.dims[0], *rest), *mapped.dims[1:])
 
 
 @dataclass(frozen=True)
 class Option:
-    """One map of a product, whole or in panels, with its price."""
+    """One map of a product, done whole or in panels, with its price.
+
+    Parameters
+    ----------
+    axes : mapping of str to str
+        The map: the letter that each axis cuts.
+    out : Layout
+        Layout of the result.
+    price : Price
+        Words, messages, flop and workspace.
+    seconds : float
+        Time of the busiest rank on the machine that was asked for.
+    stream : str, optional
+        The letter of the panels; None if the product is done whole.
+    panel : int
+        Width of a panel; 0 if the product is done whole.
+    """
 
     axes: Mapping[str, str]
     out: Layout
-    cost: Cost
+    price: Price
     seconds: float
     stream: str | None = None
     panel: int = 0
 
-    def do(self, subscripts: str, a: DistArray, b: DistArray) -> DistArray:
-        """Return the product on this map."""
+    def run(self, subscripts: str, a: DistArray, b: DistArray) -> DistArray:
+        """Return the product, done on this map.
+
+        Parameters
+        ----------
+        subscripts : str
+            The product, such as ``"mk,kn->mn"``.
+        a, b : DistArray
+            The operands that the option was priced for.
+
+        Returns
+        -------
+        DistArray
+            The result in the layout `out`.
+
+        Notes
+        -----
+        **Communication:** `price` tells the words that each rank receives.
+        """
         return contract(subscripts, a, b, self.axes, self.out, stream=self.stream, panel=self.panel or 1)
 
 
@@ -118,39 +106,47 @@ def options(
     b: DistArray,
     out: Layout | None = None,
     memory: int | None = None,
-    machine: Machine | None = None,
+    machine: Machine = TYPICAL,
 ) -> list[Option]:
-    """Return every map of a product that fits the memory, fastest first; in panels where it does not fit whole.
+    """Return every map of a product that fits the memory, the fastest first, in panels where it does not fit whole.
 
     Parameters
     ----------
     subscripts : str
+        The product, such as ``"mk,kn->mn"``.
     a, b : DistArray
-        Where they lie counts: moves are priced.
+        The operands. Their layouts count, because the moves to each map are priced.
     out : Layout, optional
-        Of the result; by default each map's own `spread_layout`.
+        Layout of the result; by default each map stores the result once, cut as the map leaves it.
     memory : int, optional
-        Elements of workspace that a rank has.
-    machine : Machine, optional
+        Array elements of workspace that a rank has; by default there is no limit.
+    machine : Machine
+        The machine that computes and moves words, such as `colossal_mpi.machine.measure` returns it.
 
     Returns
     -------
     list of Option
-        By modelled seconds; ties go against cutting a summed letter, which adds and writes the result once more.
+        The maps by their modelled seconds. Ties go against cutting a summed letter, which adds and writes the result
+        once more.
 
     Raises
     ------
     ShapeError
         If no map fits the memory.
+
+    Examples
+    --------
+    >>> best = linalg.options("mk,kn->mn", a, b, machine=measure(a.grid))[0]
+    >>> c = best.run("mk,kn->mn", a, b)
     """
-    sub, grid, machine = parse(subscripts), a.grid, machine or Machine()
+    sub, grid = parse(subscripts), a.grid
     found: list[Option] = []
     for axes in maps(sub, grid):
         result = spread_layout(sub, axes, grid) if out is None else out
         found += _ways(sub, a, b, axes, result, memory, machine)
-    fitting = [option for option in found if memory is None or option.cost.workspace <= memory]
+    fitting = [option for option in found if memory is None or option.price.workspace <= memory]
     if not fitting:
-        least = min(option.cost.workspace for option in found)
+        least = min(option.price.workspace for option in found)
         raise ShapeError(
             f"{subscripts} on {grid} needs {least:,} elements of workspace on a rank, and memory is {memory:,}: "
             "use more ranks or more memory"
@@ -171,23 +167,38 @@ def _ways(
     extents = extents_of(sub, a.shape, b.shape)
 
     def option(stream: str | None = None, panel: int = 0) -> Option:
-        cost = price(str(sub), extents, a.grid.axes, axes, a.layout, b.layout, out, stream, panel)
-        return Option(axes, out, cost, machine.seconds(cost), stream, panel)
+        priced = price(str(sub), extents, a.grid.axes, axes, a.layout, b.layout, out, stream, panel)
+        return Option(axes, out, priced, priced.seconds(machine, backend.numpy_dtype(a.dtype).itemsize), stream, panel)
 
     whole = option()
     yield whole
-    if memory is None or whole.cost.workspace <= memory:
+    if memory is None or whole.price.workspace <= memory:
         return
     for letter, extent in extents.items():
         panel = extent
-        while panel > _NARROWEST and option(letter, panel).cost.workspace > memory:
+        while panel > _NARROWEST and option(letter, panel).price.workspace > memory:
             panel = max(_NARROWEST, panel // 2)
         yield option(letter, max(1, panel))
 
 
 def fastest(subscripts: str, a: DistArray, b: DistArray, out: Layout | None = None) -> Option:
-    """Return the first of `options`; the choice is kept for the grid."""
-    key = (subscripts, a.shape, b.shape, a.layout, b.layout, out)
+    """Return the fastest map of a product on a typical machine, and keep the choice for the next such product.
+
+    Parameters
+    ----------
+    subscripts : str
+        The product, such as ``"mk,kn->mn"``.
+    a, b : DistArray
+        The operands.
+    out : Layout, optional
+        Layout of the result; by default each map stores the result once, cut as the map leaves it.
+
+    Returns
+    -------
+    Option
+        The first of `options`.
+    """
+    key = (subscripts, a.shape, b.shape, a.dtype, a.layout, b.layout, out)
     return _CHOICES.get(a.grid, key, lambda: options(subscripts, a, b, out)[0])
 
 
@@ -204,14 +215,45 @@ def explain(
     b: DistArray,
     out: Layout | None = None,
     memory: int | None = None,
-    machine: Machine | None = None,
+    machine: Machine = TYPICAL,
     most: int = 5,
 ) -> str:
-    """Do a product on its best maps and return a table: words predicted and measured, ratio to the bound, time.
+    """Run a product on its best maps and return a table of priced and measured words and seconds.
 
-    Parameters are those of `options`; `most` maps are tried.
+    Parameters
+    ----------
+    subscripts : str
+        The product, such as ``"mk,kn->mn"``.
+    a, b : DistArray
+        The operands.
+    out : Layout, optional
+        Layout of the result; by default each map stores the result once, cut as the map leaves it.
+    memory : int, optional
+        Array elements of workspace that a rank has; by default there is no limit.
+    machine : Machine
+        The machine whose times are predicted, such as `colossal_mpi.machine.measure` returns it.
+    most : int
+        How many maps are run.
 
-    **Communication:** that of the products, each done twice. Collective: every rank gets the same text.
+    Returns
+    -------
+    str
+        The table, the same on all ranks. A line for each map has the words of all ranks as priced and as the ledger
+        counts them, the words of the busiest rank over the `lower_bound`, the workspace in array elements, and the
+        predicted and the measured time.
+
+    Raises
+    ------
+    ShapeError
+        If no map fits the memory.
+
+    Notes
+    -----
+    **Communication:** that of the products, each of which is done twice, and gathers of numbers.
+
+    Examples
+    --------
+    >>> print(linalg.explain("mk,kn->mn", a, b, machine=measure(a.grid)))
     """
     sub, grid = parse(subscripts), a.grid
     sizes = extents_of(sub, a.shape, b.shape)
@@ -228,19 +270,19 @@ def explain(
 
 def _measure(subscripts: str, a: DistArray, b: DistArray, option: Option) -> tuple[int, float]:
     with ledger.record() as moved:
-        option.do(subscripts, a, b)  # makes the plans, too
+        option.run(subscripts, a, b)  # makes the plans, too
     words = sum(comm.collect(moved.words, a.grid))
     begun = time.perf_counter()
-    option.do(subscripts, a, b)
+    option.run(subscripts, a, b)
     return words, max(comm.collect(time.perf_counter() - begun, a.grid))
 
 
 def _line(option: Option, words: int, seconds: float, bound: float) -> str:
     name = " ".join(f"{axis}:{letter}" for axis, letter in option.axes.items()) or "no axis"
     name += f" by {option.panel} of {option.stream}" if option.stream else ""
-    busiest = max(option.cost.words)
+    busiest = max(option.price.words)
     ratio = f"{busiest / bound:.3f}" if bound else "-"
     return (
-        f"{name:<32}{option.cost.total_words:>14,}{words:>14,}{ratio:>9}{option.cost.workspace:>12,}"
+        f"{name:<32}{option.price.total_words:>14,}{words:>14,}{ratio:>9}{option.price.workspace:>12,}"
         f"{option.seconds * 1e3:>8.2f} ms{seconds * 1e3:>8.2f} ms"
     )

@@ -1,6 +1,7 @@
-"""What a product costs on a grid, before it is done: words, messages, flop and memory.
+"""The price of a product on a grid: words, messages, flop, memory and, on a machine, seconds.
 
-Everything here is arithmetic on sizes; nothing needs MPI. Words are those of the ledger, to the word.
+`options` prices every map with it. All of it is arithmetic on sizes and layouts, and nothing needs MPI; it asks
+``redistribution`` what each move receives, so that the words are exactly those that the ledger counts.
 """
 
 from __future__ import annotations
@@ -13,34 +14,100 @@ from functools import partial
 from colossal_mpi.errors import GridError, LayoutError, ShapeError
 from colossal_mpi.layout import Layout, bounds, box_shape, coords_of, part
 from colossal_mpi.linalg.contraction.subscripts import Subscripts, map_layout, parse
+from colossal_mpi.machine import Link, Machine
 from colossal_mpi.redistribution import received, stages
 
 
 @dataclass(frozen=True)
-class Cost:
-    """The cost of one product on one map, moves included."""
+class Traffic:
+    """What moves when one of the three arrays of a product goes from layout to layout.
 
+    Parameters
+    ----------
+    axes : tuple of str
+        The grid axes that it moves over.
+    words : tuple of int
+        Array elements that each rank receives.
+    messages : int
+        Messages that a rank receives at most, counted as log2 of the number of ranks of a collective.
+    """
+
+    axes: tuple[str, ...]
     words: tuple[int, ...]
-    """Array elements that each rank receives."""
     messages: int
-    """Messages that a rank receives, at most: log2 p for each reduction or gathering over p ranks, of each panel."""
+
+
+@dataclass(frozen=True)
+class Price:
+    """The price of one product on one map, with the moves of its operands and its result.
+
+    Parameters
+    ----------
+    sizes : mapping of str to int
+        The axes of the grid and their sizes.
+    traffic : tuple of Traffic
+        The moves of A, B and C.
+    flop : int
+        Flop of the busiest rank; 2mnk of all ranks together.
+    summed : int
+        Array elements that a rank adds in reductions, at most.
+    workspace : int
+        Array elements that a rank holds besides the stored operands and the stored result, at most: gathered or
+        received blocks of the operands, partial sums and packed messages. Blocks that lie on one node and are read in
+        place take less.
+    """
+
+    sizes: Mapping[str, int]
+    traffic: tuple[Traffic, ...]
     flop: int
-    """Floating-point operations of the busiest rank; 2mnk in all."""
     summed: int
-    """Array elements that a rank adds up in reductions, at most."""
     workspace: int
-    """Array elements that a rank holds besides the stored operands and result, at most: gathered or received pieces of
-    the operands, partial sums and what is packed for sending. What lies on one node and is read in place takes less."""
+
+    @property
+    def words(self) -> tuple[int, ...]:
+        """Array elements that each rank receives."""
+        return tuple(map(sum, zip(*(move.words for move in self.traffic), strict=True)))
 
     @property
     def total_words(self) -> int:
-        """Words received by all ranks together."""
+        """Array elements that all ranks receive together."""
         return sum(self.words)
+
+    @property
+    def messages(self) -> int:
+        """Messages that a rank receives, at most: log2 p for each reduction or gather over p ranks, for each panel."""
+        return sum(move.messages for move in self.traffic)
+
+    def seconds(self, machine: Machine, itemsize: int) -> float:
+        """Return the time of the product on a machine, as the busiest rank takes it.
+
+        Parameters
+        ----------
+        machine : Machine
+            Its rates and links.
+        itemsize : int
+            Bytes of an array element.
+
+        Returns
+        -------
+        float
+            Seconds: ``latency messages + words itemsize / bandwidth`` on each link, ``flop / flops``, and
+            ``3 summed itemsize / memory``, since an addition reads twice and writes once.
+        """
+        first = coords_of(0, self.sizes)
+        links: dict[Link, list[Traffic]] = {}
+        for move in self.traffic:
+            links.setdefault(machine.link(move.axes, self.sizes, first), []).append(move)
+        moving = 0.0
+        for link, moves in links.items():
+            busiest = max(map(sum, zip(*(move.words for move in moves), strict=True)))
+            moving += link.latency * sum(move.messages for move in moves) + busiest * itemsize / link.bandwidth
+        return moving + self.flop / machine.flops + 3 * self.summed * itemsize / machine.memory
 
 
 @dataclass(frozen=True)
 class _Move:
-    """From where to where one of the three arrays goes."""
+    """The layouts that one of the three arrays has and wants, with its letters and its global shape."""
 
     letters: str
     shape: tuple[int, ...]
@@ -51,7 +118,7 @@ class _Move:
 
 @dataclass(frozen=True)
 class _Panels:
-    """The panels of a streamed product: their letter, how many, and the longest."""
+    """The panels of a streamed product: their letter, their number, and the width of the widest."""
 
     letter: str = ""
     count: int = 1
@@ -68,29 +135,48 @@ def price(
     out: Layout | None = None,
     stream: str | None = None,
     panel: int = 256,
-) -> Cost:
-    """Return the cost of ``contract(subscripts, a, b, axes, out, ...)``, the moves of badly stored operands included.
+) -> Price:
+    """Return the price of ``contract(subscripts, a, b, axes, out, ...)``, the moves to and from its map included.
 
     Parameters
     ----------
     subscripts : str
+        The product, such as ``"mk,kn->mn"``.
     extents : mapping of str to int
-        Size of each letter.
+        Global size of each letter.
     sizes : mapping of str to int
-        The axes of the grid.
+        The axes of the grid and their sizes.
     axes : mapping of str to str
-        Grid axis to letter.
+        The map: the letter that each axis cuts.
     a, b : Layout
-        In which the operands are stored.
+        Layouts in which the operands are stored.
     out : Layout, optional
-        Of the result; None leaves it partial.
-    stream, panel
-        As in `contract`.
+        Layout of the result; None leaves it partial.
+    stream : str, optional
+        The letter in whose panels the product is done, as in `contract`; by default it is done whole.
+    panel : int
+        Width of a panel.
+
+    Returns
+    -------
+    Price
+        Words, messages, flop and workspace of a rank.
 
     Raises
     ------
-    ShapeError, GridError, LayoutError
-        If extents, sizes, map or stream do not fit the subscripts.
+    ShapeError
+        If the extent of a letter is missing or a panel has no width.
+    GridError
+        If the map has an axis that the sizes lack.
+    LayoutError
+        If the map or the stream has a letter that the subscripts lack.
+
+    Examples
+    --------
+    >>> layout = Layout("row", "col")
+    >>> linalg.price("mk,kn->mn", {"m": 8, "n": 8, "k": 8}, {"row": 2, "col": 2}, {"row": "m", "col": "n"},
+    ...              layout, layout, layout).words
+    (32, 32, 32, 32)
     """
     sub = parse(subscripts)
     _check(sub, extents, sizes, axes, stream, panel)
@@ -105,9 +191,13 @@ def price(
     moves = [_Move(x, tuple(extents[y] for y in x), have, want, operand) for x, have, want, operand in arrays]
     panels = _panels(extents, sizes, axes, stream, panel)
     words = [received(m.shape, m.have, m.want, sizes) for m in moves]
-    return Cost(
-        tuple(map(sum, zip(*words, strict=True))),
-        sum(_messages(m.have, m.want, sizes) * _times(m, panels) for m in moves),
+    traffic = tuple(
+        Traffic(_moved_over(m.have, m.want), tuple(w), _messages(m.have, m.want, sizes) * _times(m, panels))
+        for m, w in zip(moves, words, strict=True)
+    )
+    return Price(
+        dict(sizes),
+        traffic,
         2 * math.prod(-(-n // _parts(x, axes, sizes)) for x, n in extents.items()),
         sum(_summed(m, sizes) for m in moves),
         sum(_workspace(m, panels, sizes) for m in moves),
@@ -152,13 +242,13 @@ def _scatters(move: _Move) -> bool:
 
 
 def _times(move: _Move, panels: _Panels) -> int:
-    """Return how often an array is communicated: once a panel if it has their letter and is not reduced whole."""
+    """Return how often an array is moved: once for each panel if it has the panels' letter and is not reduced whole."""
     in_panels = panels.letter in move.letters and (move.operand or _scatters(move))
     return panels.count if in_panels else 1
 
 
 def _summed(move: _Move, sizes: Mapping[str, int]) -> int:
-    """Return the elements that rank 0, whose blocks are never smaller than another's, adds to its own."""
+    """Return the elements that rank 0, which has the largest blocks, adds to its own in reductions."""
     scattered, middle, rest = stages(move.have, move.want)
     p, q = (math.prod(sizes[axis] for axis in axes) for axes in (scattered, rest))
     own = _block(move, middle, sizes)
@@ -175,15 +265,15 @@ def _block(move: _Move, layout: Layout, sizes: Mapping[str, int], panels: _Panel
 
 
 def _workspace(move: _Move, panels: _Panels, sizes: Mapping[str, int]) -> int:
-    """Return what a rank holds of one of the three arrays besides what is stored, at most."""
+    """Return the elements of one of the three arrays that a rank holds besides its stored block, at most."""
     if move.have == move.want:
         return 0
     scattered, middle, rest = stages(move.have, move.want)
     block = partial(_block, move, sizes=sizes)
-    reduced = 3 * block(middle) if scattered or rest else 0  # received, added, the sum before
+    reduced = 3 * block(middle) if scattered or rest else 0  # the received block, the sum, and the sum before
     if move.operand:
-        # What arrives and what is packed are together no more than the piece of the gathered operand, twice if the
-        # next panel is under way.
+        # What arrives and what is packed are together no more than the gathered panel, twice if the next panel is
+        # under way.
         gathered = block(move.want, panels=panels) * (2 if _times(move, panels) > 1 else 1)
         return gathered + (reduced + block(move.have) if reduced else 0)
     in_panels = panels if _times(move, panels) > 1 else None
@@ -196,6 +286,13 @@ def _parts(letter: str, axes: Mapping[str, str], sizes: Mapping[str, int]) -> in
     return math.prod(sizes[axis] for axis, mapped in axes.items() if mapped == letter)
 
 
+def _moved_over(have: Layout, want: Layout) -> tuple[str, ...]:
+    """Return the axes over which an array moves: those that it is reduced over, and those that cut it otherwise."""
+    reduced = [axis for axis in have.partial if axis not in want.partial]
+    changed = [axis for axis in (*have.cut, *want.cut) if have.dims != want.dims and axis not in _kept(have, want)]
+    return tuple(dict.fromkeys((*reduced, *changed)))
+
+
 def _messages(have: Layout, want: Layout, sizes: Mapping[str, int]) -> int:
     reduced = math.prod(sizes[axis] for axis in have.partial if axis not in want.partial)
     moved = math.prod(sizes[axis] for axis in have.cut if have.dims != want.dims and axis not in _kept(have, want))
@@ -203,7 +300,7 @@ def _messages(have: Layout, want: Layout, sizes: Mapping[str, int]) -> int:
 
 
 def _kept(have: Layout, want: Layout) -> list[str]:
-    """Return the axes that cut the same outermost piece of the same dim before and after."""
+    """Return the axes that cut a dim outermost and in the same order before and after."""
     kept = []
     for old, new in zip(have.dims, want.dims, strict=True):
         for x, y in zip(old, new, strict=False):

@@ -200,7 +200,7 @@ def test_disk_leaves_nothing_behind(tmp_path):
 def test_links_are_judged_by_where_they_are():
     known = [rank(i, node=i // 2 * 2) for i in range(8)]
     assert network.partners(known) == [1, 2, 4, 6]
-    fast = network.Link("ranks 0, 1", True, 1e-6, 5e9)
+    fast = network.NamedLink(1e-6, 5e9, "ranks 0, 1", near=True)
     assert worst(network.check([fast, replace(fast, near=False)], "")) == GOOD
     late, narrow = replace(fast, latency=1e-3), replace(fast, near=False, bandwidth=1e8)
     assert network.check([late], "rest")[0].remedy == "rest"
@@ -215,7 +215,7 @@ def test_the_table_fits_and_the_lines_tell_all():
         Finding("disk", BAD, "full " * 30, "make room"),
         packages.check([rank(0)]),
     ]
-    links = [network.Link("ranks 0, 1", True, 1.5e-6, 5.25e9)]
+    links = [network.NamedLink(1.5e-6, 5.25e9, "ranks 0, 1", near=True)]
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(show.table(findings), show.measured(links), show.summary(findings))
     text = console.export_text()

@@ -6,6 +6,7 @@ import pytest
 from colossal_mpi import Layout, ShapeError, comm, from_global, ledger, linalg
 from colossal_mpi.linalg.contraction.subscripts import parse
 from colossal_mpi.linalg.model.auto import maps, options
+from colossal_mpi.machine import measure
 from tests.cases import integers
 
 GRIDS = pytest.mark.grids({}, {"row": 2, "col": 2}, {"row": 3, "col": 2}, {"x": 2, "y": 2, "z": 2})
@@ -25,7 +26,7 @@ def test_auto_is_exact_and_moves_what_was_predicted(grid, sizes):
     with ledger.record() as moved:
         c = linalg.matmul(a, b, "auto")
     assert np.array_equal(c.gather(), x @ y)
-    assert comm.collect(moved.words, grid) == list(best.cost.words)
+    assert comm.collect(moved.words, grid) == list(best.price.words)
     assert c.layout == best.out.on(grid.axes, 2)
 
 
@@ -56,8 +57,8 @@ def test_ties_go_against_cutting_k(grid):
 @pytest.mark.grids({"row": 2, "col": 2})
 def test_memory_decides_and_what_cannot_fit_is_refused(grid):
     _, (a, b) = operands(grid, 64, 64, 64)
-    least = min(option.cost.workspace for option in options("mk,kn->mn", a, b))
-    assert all(option.cost.workspace <= least for option in options("mk,kn->mn", a, b, memory=least))
+    least = min(option.price.workspace for option in options("mk,kn->mn", a, b))
+    assert all(option.price.workspace <= least for option in options("mk,kn->mn", a, b, memory=least))
     with pytest.raises(
         ShapeError, match=f"needs {least:,} elements of workspace on a rank, and memory is {least - 1:,}"
     ):
@@ -67,7 +68,7 @@ def test_memory_decides_and_what_cannot_fit_is_refused(grid):
 @pytest.mark.grids({"row": 2, "col": 2})
 def test_explain_shows_the_measured_words_beside_the_predicted(grid):
     _, (a, b) = operands(grid, 60, 40, 80)
-    text = linalg.explain("mk,kn->mn", a, b, Layout("row", "col"), machine=linalg.calibrate(grid, 1000, 32), most=3)
+    text = linalg.explain("mk,kn->mn", a, b, Layout("row", "col"), machine=measure(grid), most=3)
     head, columns, *lines = text.splitlines()
     assert "m=60 n=40 k=80 on Grid(row=2, col=2); lower bound" in head
     assert len(lines) == 3

@@ -1,11 +1,13 @@
 """Predicted words are the ledger's; the bounds are attained where theory says so."""
 
 import itertools
+import math
+from dataclasses import replace
 
 import pytest
 
-from colossal_mpi import ShapeError, comm, ledger, linalg, random
-from colossal_mpi.linalg.model import price
+from colossal_mpi import Layout, ShapeError, comm, ledger, linalg, random
+from colossal_mpi.machine import TYPICAL, Link
 from tests.cases import layouts, some
 
 GRIDS = pytest.mark.grids({"row": 2, "col": 2}, {"row": 2, "col": 3}, {"row": 1, "col": 3}, {"x": 2, "y": 2, "z": 2})
@@ -27,7 +29,7 @@ def test_predicted_words_are_those_of_the_ledger(grid):
         a, b = a.redistribute(lay_a), b.redistribute(lay_b)
         with ledger.record() as moved:
             linalg.contract("mk,kn->mn", a, b, axes, out)
-        predicted = price.price("mk,kn->mn", EXTENTS, grid.axes, axes, lay_a, lay_b, out)
+        predicted = linalg.price("mk,kn->mn", EXTENTS, grid.axes, axes, lay_a, lay_b, out)
         assert list(predicted.words) == comm.collect(moved.words, grid), (axes, lay_a, lay_b, out)
 
 
@@ -55,8 +57,9 @@ def test_ties_go_against_cutting_k():
 
 
 def test_memory_is_kept_and_what_cannot_fit_is_refused():
-    free = linalg.best_grid(512, 512, 512, 64, balance=0)
-    tight = linalg.best_grid(512, 512, 512, 64, memory=free.memory - 1, balance=0)
+    machine = replace(TYPICAL, far=Link(0.0, math.inf))  # words cost nothing
+    free = linalg.best_grid(512, 512, 512, 64, machine=machine)
+    tight = linalg.best_grid(512, 512, 512, 64, memory=free.memory - 1, machine=machine)
     assert tight.memory < free.memory
     with pytest.raises(ShapeError, match=r"needs at least [\d,]+ elements on a rank .* and memory is 100"):
         linalg.best_grid(512, 512, 512, 64, memory=100)
@@ -71,3 +74,17 @@ def test_the_bound_is_continuous_between_its_regimes():
 
 def test_memory_bound_falls_with_memory():
     assert linalg.memory_bound(512, 512, 512, 8, 1000) > linalg.memory_bound(512, 512, 512, 8, 4000) > 0
+
+
+def test_words_between_nodes_take_longer_than_words_within_one():
+    """Two nodes of four ranks: A moves over col, within a node, and B over row, between the nodes."""
+    layout, sizes = Layout("row", "col"), {"row": 2, "col": 4}
+    priced = linalg.price("mk,kn->mn", EXTENTS, sizes, {"row": "m", "col": "n"}, layout, layout, layout)
+    of_a, of_b, _ = priced.traffic
+    assert (of_a.axes, of_b.axes) == (("col",), ("row",))
+    machine = replace(TYPICAL, near=Link(1.0, 8.0), far=Link(10.0, 2.0), ranks_per_node=4, flops=math.inf)
+    near, far = max(of_a.words) * 8 / 8 + of_a.messages * 1, max(of_b.words) * 8 / 2 + of_b.messages * 10
+    assert priced.seconds(machine, 8) == pytest.approx(near + far)
+    one_node = replace(machine, ranks_per_node=8)
+    busiest = max(priced.words)
+    assert priced.seconds(one_node, 8) == pytest.approx(busiest * 8 / 8 + priced.messages * 1)

@@ -103,10 +103,10 @@ def _whole(extents, grid, choice):
 def test_a_tight_memory_makes_auto_stream(grid):
     _, A, B = operands(grid, "summa", 320, 320, 320)
     whole = options("mk,kn->mn", A, B, Layout("row", "col"))[0]
-    tight = options("mk,kn->mn", A, B, Layout("row", "col"), memory=whole.cost.workspace // 3)[0]
+    tight = options("mk,kn->mn", A, B, Layout("row", "col"), memory=whole.price.workspace // 3)[0]
     assert whole.stream is None
     assert tight.stream is not None
-    assert tight.cost.workspace <= whole.cost.workspace // 3
+    assert tight.price.workspace <= whole.price.workspace // 3
     C = tight.do("mk,kn->mn", A, B)
     assert (C - A @ B).norm() <= 1e-13 * C.norm() * 320
 
