@@ -1,4 +1,9 @@
-"""Distributed dense linear algebra and parallel deep learning on MPI: everything is a layout."""
+"""Distributed dense linear algebra and parallel deep learning on MPI: everything is a layout.
+
+Users import grids, layouts and distributed arrays from here, linear algebra from ``linalg`` and layers from ``layers``.
+The import installs the guards that end all ranks of a job when one fails; arrays call `colossal_mpi.redistribution` to
+move and `colossal_mpi.comm` to communicate.
+"""
 
 from colossal_mpi.runtime import guards as _guards
 

@@ -639,7 +639,7 @@ def from_global(
     block = source(index_of(box)) if callable(source) else source[index_of(box)] if shape else source
     if isinstance(block, np.ndarray) and not block.dtype.isnative:
         block = block.astype(block.dtype.newbyteorder("="))
-    block = grid.own(block, dtype)
+    block = grid.to_block(block, dtype)
     if any(grid.coords[axis] for axis in layout.partial):
         block = backend.zeros_like(block, block.shape)
     return DistArray(block, shape, layout, grid)

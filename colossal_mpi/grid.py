@@ -241,7 +241,7 @@ class Grid:
             self._subs[key] = self._cart.Sub([axis in key for axis in self.axes])
         return self._subs[key]
 
-    def number(self, axes: Sequence[str]) -> int:
+    def next_number(self, axes: Sequence[str]) -> int:
         """Return the next number of a group: 0, 1, 2, ...
 
         Ranks that take their numbers in the same order get the same number for the same operation, without
@@ -310,7 +310,7 @@ class Grid:
             return shared_memory.empty(shape, backend.numpy_dtype(dtype))
         return self.xp.empty(tuple(shape), dtype=backend.dtype_of(self.xp, dtype))
 
-    def own(self, block: Any, dtype: Any = None) -> Block:
+    def to_block(self, block: Any, dtype: Any = None) -> Block:
         """Return a copy of an array as a block on this grid's device.
 
         Parameters
@@ -374,7 +374,7 @@ class Grid:
             self._slices[key] = sub
         return self._slices[key]
 
-    def has(self, other: Grid) -> bool:
+    def has_subgrid(self, other: Grid) -> bool:
         """Say whether `at` has made another grid of this one.
 
         Parameters

@@ -207,7 +207,7 @@ def _distributed(
         return DistArray(grid.empty(box_shape(box), "float64"), shape, layout, grid)
     box = layout.box(shape, grid.axes, grid.coords) if shape else ((0, 1),)
     block = maker(box, shape or (1,), seed, stream)
-    return DistArray(grid.own(block if shape else block[0]), shape, layout, grid)
+    return DistArray(grid.to_block(block if shape else block[0]), shape, layout, grid)
 
 
 def uniform(shape: Sequence[int], grid: Grid, layout: Layout, seed: int = 0, stream: str = "") -> DistArray:

@@ -67,7 +67,7 @@ class Distributed(Product):
 
     def _operand(self, grid: Grid, layout: Layout, shape: tuple[int, int], name: str) -> DistArray:
         block = fill(layout.box(shape, grid.axes, grid.coords), shape, self.problem.dtype, name)
-        return DistArray(grid.own(block), shape, layout, grid)
+        return DistArray(grid.to_block(block), shape, layout, grid)
 
     def work(self) -> None:
         a, b = self._arrays[:2]

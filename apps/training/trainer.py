@@ -87,7 +87,7 @@ class Trainer:
         each = [(name.rpartition(".")[2], value) for one in reported for name, value in one.items()]
         sums = [sum(x for found, x in each if found == kind) for kind in OWN_LOSSES]
         stages = (PIPE,) if PIPE in self.grid.axes else ()
-        own = self.grid.own(np.array(sums, np.float64))  # without experts on a stage the sums are integers
+        own = self.grid.to_block(np.array(sums, np.float64))  # without experts on a stage the sums are integers
         totals = backend.to_host(comm.allreduce(own, self.grid, stages))
         return {f"expert_{kind}": float(total) for kind, total in zip(OWN_LOSSES, totals, strict=True)}
 

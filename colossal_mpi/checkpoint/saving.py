@@ -190,7 +190,7 @@ def _require_savable(name: str, array: DistArray, grid: Grid) -> None:
     require_name(name)
     if array.layout.partial:
         raise CheckpointError(f"{name} is {array.layout}: partial sums cannot be saved; redistribute it first")
-    if array.grid is not grid and not grid.has(array.grid):
+    if array.grid is not grid and not grid.has_subgrid(array.grid):
         raise CheckpointError(f"{name} lies on another grid, {array.grid}: save the arrays of one grid at a time")
     dtype = backend.numpy_dtype(array.dtype)
     if not is_stored_as_bits(dtype.name) and dtype.kind not in NUMBERS:

@@ -24,7 +24,7 @@ from mpi4py import MPI
 from numpy.typing import DTypeLike
 
 from colossal_mpi import ledger
-from colossal_mpi.comm.staging import arrived, landing, outgoing
+from colossal_mpi.comm.staging import from_buffer, recv_buffer, send_buffer
 from colossal_mpi.errors import ColossalError, DTypeError, ShapeError
 from colossal_mpi.grid import Grid
 from colossal_mpi.platform import backend
@@ -204,7 +204,7 @@ def allgather(
     """
     comm, begun = grid.comm(axes), ledger.clock.now()
     _require(counts[comm.rank], block, "allgather")
-    send, recv = outgoing(block, grid), landing(block, sum(counts), grid)
+    send, recv = send_buffer(block, grid), recv_buffer(block, sum(counts), grid)
     kind = mpi_type(send.dtype)
     starts = starts or _starts(counts)
     if _pairwise(counts, send):
@@ -213,7 +213,7 @@ def allgather(
         comm.Allgatherv([send, kind], [recv, (counts, starts), kind])
     words = sum(counts) - counts[comm.rank]
     ledger.post("allgather", grid.ordered(axes), words, send.dtype.itemsize, begun)
-    return arrived(recv, block)
+    return from_buffer(recv, block)
 
 
 def reduce_scatter(block: Block, grid: Grid, axes: Sequence[str], counts: Sequence[int], op: str = SUM) -> Block:
@@ -253,19 +253,19 @@ def reduce_scatter(block: Block, grid: Grid, axes: Sequence[str], counts: Sequen
     _require(sum(counts), block, "reduce_scatter")
     require_reducible(op, block)
     wide = widened(block)
-    send, own = outgoing(wide, grid), counts[comm.rank]
+    send, own = send_buffer(wide, grid), counts[comm.rank]
     kind = mpi_type(send.dtype)
-    total = landing(wide, own, grid)
+    total = recv_buffer(wide, own, grid)
     if _pairwise(counts, send):
-        _reduce_pairwise(comm, send, counts, op, total, landing(wide, comm.size * min(own, _chunk(send)), grid))
+        _reduce_pairwise(comm, send, counts, op, total, recv_buffer(wide, comm.size * min(own, _chunk(send)), grid))
     else:
-        terms, recv_counts = landing(wide, comm.size * own, grid), [own] * comm.size
+        terms, recv_counts = recv_buffer(wide, comm.size * own, grid), [own] * comm.size
         places = _starts(recv_counts)
         # X[N] {U_axes} -> X[U_axes, N_axes]: all_to_all; then the sum over U in the order of the ranks
         comm.Alltoallv([send, (list(counts), _starts(counts)), kind], [terms, (recv_counts, places), kind])
         add_in_rank_order([terms[at : at + own] for at in places], total, op)
     ledger.post("reduce_scatter", grid.ordered(axes), (comm.size - 1) * own, send.dtype.itemsize, begun)
-    result = arrived(total, wide)
+    result = from_buffer(total, wide)
     return result if wide is block else cast(result, block.dtype)
 
 
@@ -326,7 +326,7 @@ def all_to_all(
     """
     comm, begun = grid.comm(axes), ledger.clock.now()
     _require(sum(counts), block, "all_to_all")
-    send, recv = outgoing(block, grid), landing(block, sum(recv_counts), grid)
+    send, recv = send_buffer(block, grid), recv_buffer(block, sum(recv_counts), grid)
     kind, starts, places = mpi_type(send.dtype), _starts(counts), _starts(recv_counts)
     if most is None or most > _LIMIT:
         _exchange_pairwise(comm, _pieces(send, starts, counts), _pieces(recv, places, recv_counts))
@@ -334,7 +334,7 @@ def all_to_all(
         comm.Alltoallv([send, (counts, starts), kind], [recv, (recv_counts, places), kind])
     words = sum(recv_counts) - recv_counts[comm.rank]
     ledger.post("all_to_all", grid.ordered(axes), words, send.dtype.itemsize, begun)
-    return arrived(recv, block)
+    return from_buffer(recv, block)
 
 
 def bcast(block: Block, grid: Grid, axes: Sequence[str], root: int = 0) -> Block:
@@ -367,13 +367,13 @@ def bcast(block: Block, grid: Grid, axes: Sequence[str], root: int = 0) -> Block
     root.
     """
     comm, begun = grid.comm(axes), ledger.clock.now()
-    buffer = outgoing(block, grid) if comm.rank == root else landing(block, block.size, grid)
+    buffer = send_buffer(block, grid) if comm.rank == root else recv_buffer(block, block.size, grid)
     kind = mpi_type(buffer.dtype)
     for piece in split_messages(buffer):
         comm.Bcast([piece, kind], root)
     words = 0 if comm.rank == root else buffer.size
     ledger.post("bcast", grid.ordered(axes), words, buffer.dtype.itemsize, begun)
-    return block if comm.rank == root else backend.namespace(block).reshape(arrived(buffer, block), block.shape)
+    return block if comm.rank == root else backend.namespace(block).reshape(from_buffer(buffer, block), block.shape)
 
 
 def share(value: Any, grid: Grid, root: int = 0) -> Any:

@@ -15,7 +15,7 @@ from mpi4py import MPI
 
 from colossal_mpi import ledger
 from colossal_mpi.comm.collectives import mpi_type, split_messages
-from colossal_mpi.comm.staging import arrived, landing, outgoing
+from colossal_mpi.comm.staging import from_buffer, recv_buffer, send_buffer
 from colossal_mpi.grid import Grid
 from colossal_mpi.platform import backend, shared_memory
 from colossal_mpi.platform.backend import Block
@@ -47,16 +47,16 @@ class Pending:
         The messages.
     sent : list of array
         The buffers that MPI reads, which must live until the end.
-    landings : list of (array, array)
+    received : list of (array, array)
         Each buffer that MPI writes, and the block that gets what came.
     entry : object
         The ledger's entry.
     """
 
     def __init__(
-        self, requests: list[MPI.Request], sent: list[Block], landings: list[tuple[Block, Block]], entry: _Entry
+        self, requests: list[MPI.Request], sent: list[Block], received: list[tuple[Block, Block]], entry: _Entry
     ) -> None:
-        self._requests, self._sent, self._landings, self._entry = requests, sent, landings, entry
+        self._requests, self._sent, self._received, self._entry = requests, sent, received, entry
         self._ended = False
 
     def done(self) -> bool:
@@ -82,10 +82,10 @@ class Pending:
 
     def _end(self, waited: float) -> None:
         """Bring what was received to its blocks, and enter it into the ledger."""
-        for buffer, block in self._landings:
+        for buffer, block in self._received:
             if buffer is not block:
-                block[...] = backend.namespace(block).reshape(arrived(buffer, block), block.shape)
-        self._ended, self._requests, self._sent, self._landings = True, [], [], []
+                block[...] = backend.namespace(block).reshape(from_buffer(buffer, block), block.shape)
+        self._ended, self._requests, self._sent, self._received = True, [], [], []
         e = self._entry
         ledger.post(e.op, e.axes, e.words, e.itemsize, e.begun, e.posted, waited, e.due, e.site)
 
@@ -133,20 +133,20 @@ def start_exchange(
     with `send` and `recv` swapped.
     """
     comm, begun = grid.comm(axes), ledger.clock.now()
-    landings = [(_into(block, grid), block) for _, block in recv]
+    received = [(_into(block, grid), block) for _, block in recv]
     requests = []
-    for (source, _), (buffer, _) in zip(recv, landings, strict=True):
+    for (source, _), (buffer, _) in zip(recv, received, strict=True):
         requests += [
             comm.Irecv([m, mpi_type(m.dtype)], source, _TAG + stream) for m in split_messages(buffer.reshape(-1))
         ]
-    sent = [outgoing(block, grid) for _, block in send]
+    sent = [send_buffer(block, grid) for _, block in send]
     for (to, _), buffer in zip(send, sent, strict=True):
         requests += [comm.Isend([m, mpi_type(m.dtype)], to, _TAG + stream) for m in split_messages(buffer)]
     words = sum(block.size for _, block in recv)
     itemsize = backend.numpy_dtype(recv[0][1].dtype).itemsize if recv else 0
     due = ledger.clock.arrival(op, axes, words * itemsize)
     entry = _Entry(op, grid.ordered(axes), words, itemsize, begun, ledger.clock.now(), due, ledger.site())
-    return Pending(requests, sent, landings, entry)
+    return Pending(requests, sent, received, entry)
 
 
 def progress(grid: Grid) -> None:
@@ -165,7 +165,7 @@ def _into(block: Block, grid: Grid) -> Block:
     device = backend.device_of(block)
     own = type(block) is np.ndarray if device is None else grid.awareness.aware
     if not own or backend.is_half(block.dtype):
-        return landing(block, block.size, grid)
+        return recv_buffer(block, block.size, grid)
     if device is not None:
         device.synchronize()  # a kernel may still read what lay there before
     return block

@@ -82,7 +82,7 @@ def _carried(buffer: Block) -> Block:
     return buffer.view(np.uint16) if backend.is_half(buffer.dtype) else buffer
 
 
-def outgoing(block: Block, grid: Grid) -> Block:
+def send_buffer(block: Block, grid: Grid) -> Block:
     """Return the flat buffer that MPI reads for a block: its own memory, or a copy in host memory."""
     device = backend.device_of(block)
     if device is None:
@@ -96,8 +96,8 @@ def outgoing(block: Block, grid: Grid) -> Block:
     return _carried(buffer)
 
 
-def landing(block: Block, count: int, grid: Grid) -> Block:
-    """Return a flat buffer that MPI can write, of `count` elements of the block's dtype, for `arrived`."""
+def recv_buffer(block: Block, count: int, grid: Grid) -> Block:
+    """Return a flat buffer that MPI can write, of `count` elements of the block's dtype, for `from_buffer`."""
     dtype = backend.numpy_dtype(block.dtype)
     dtype = np.dtype(np.uint16) if backend.is_half(dtype) else dtype
     device = backend.device_of(block)
@@ -110,8 +110,8 @@ def landing(block: Block, count: int, grid: Grid) -> Block:
     return buffer
 
 
-def arrived(buffer: Block, beside: Block) -> Block:
-    """Return what MPI wrote into a buffer of `landing` as a flat block on the device of `beside`."""
+def from_buffer(buffer: Block, beside: Block) -> Block:
+    """Return what MPI wrote into a buffer of `recv_buffer` as a flat block on the device of `beside`."""
     if backend.is_half(beside.dtype) and buffer.dtype == np.uint16:
         buffer = buffer.view(backend.numpy_dtype(beside.dtype))
     return buffer if backend.device_of(buffer) else backend.to_block(buffer, beside)

@@ -272,7 +272,7 @@ class MessageTransport(Transport):
 
     def __init__(self, grid: Grid, axes: Sequence[str]) -> None:
         super().__init__(grid, axes)
-        self._stream = _FIRST + 2 * grid.number(axes) % _STREAMS
+        self._stream = _FIRST + 2 * grid.next_number(axes) % _STREAMS
 
     def _start(self, op: str, send: Sequence[Block], recv: Sequence[Block]) -> Pending:
         others = [r for r in range(self.size) if r != self.rank]

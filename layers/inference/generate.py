@@ -219,7 +219,7 @@ class _Decoder:
     def _on_all_stages(self, tokens: np.ndarray | None, count: int) -> np.ndarray:
         """Return the tokens that the last stage has drawn on all stages."""
         if self.pipeline is not None and self.pipeline.stages > 1:
-            own = self.parallelism.grid.own(np.zeros(count, np.int64) if tokens is None else tokens)
+            own = self.parallelism.grid.to_block(np.zeros(count, np.int64) if tokens is None else tokens)
             # tokens[B] on the last stage -> tokens[B] on all stages: bcast over pipe
             tokens = backend.to_host(comm.bcast(own, self.pipeline.grid, (PIPE,), self.pipeline.stages - 1))
         assert tokens is not None

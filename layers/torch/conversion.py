@@ -141,7 +141,7 @@ def _fill(layer: Layer, name: str, weights: Weights) -> None:
     assert parameters.keys() == weights.keys(), (parameters.keys(), weights.keys())
     for key, parameter in parameters.items():
         block = weights[key].detach()[index_of(parameter.value.box)].cpu()
-        parameter.value = parameter.value.like(parameter.value.grid.own(dlpack.from_torch(block)))
+        parameter.value = parameter.value.like(parameter.value.grid.to_block(dlpack.from_torch(block)))
 
 
 Converted = tuple[Layer, Weights]

@@ -110,6 +110,6 @@ def test_spans_nest_and_cost_nothing_without_a_record():
 @pytest.mark.grids({"row": 2, "col": 2})
 def test_groups_of_a_sub_grid_count_on_from_their_parents(grid):
     place = grid.at(row=grid.coords["row"])
-    numbers = grid.number(("col",)), place.number(("col",)), grid.number(("col",))
+    numbers = grid.next_number(("col",)), place.next_number(("col",)), grid.next_number(("col",))
     assert numbers == tuple(range(numbers[0], numbers[0] + 3))
     assert len(set(comm.collect(numbers, grid))) == 1

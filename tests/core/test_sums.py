@@ -35,7 +35,7 @@ def in_rank_order(size, dtype, seed=0):
 
 
 def partial(grid, dtype, seed=0):
-    block = grid.own(term(grid.rank, dtype, seed))
+    block = grid.to_block(term(grid.rank, dtype, seed))
     return DistArray(block, SHAPE, PARTIAL, grid)
 
 
