@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from colossal_mpi.apps.command import Command
-from colossal_mpi.apps.doctor import examine
+from colossal_mpi.apps.doctor import diagnose
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,4 +27,4 @@ class Doctor(Command):
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False
 
     def run(self) -> int:
-        return examine.main(self.directory, self.seconds, self.json)
+        return diagnose(self.directory, self.seconds, self.json)

@@ -1,1 +1,9 @@
-"""``colossal-mpi doctor``: what may be wrong with this machine, environment and job, and what to do about it."""
+"""``colossal-mpi doctor``: what may be wrong with the machine, the environment and the job, and what to do about it.
+
+The command calls `diagnose` on every rank. Each rank states plain facts (`facts`), the checks (`program`, `mpi`,
+`gpus`, `cores`, `disk`, `network`) turn them into findings (`finding`), and rank 0 prints these (`show`).
+"""
+
+from colossal_mpi.apps.doctor.examine import diagnose
+
+__all__ = ["diagnose"]

@@ -1,4 +1,4 @@
-"""Ranks and BLAS threads against the cores of each node."""
+"""Check of ranks and BLAS threads against the cores of each node."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from colossal_mpi.apps.doctor.facts import Facts, nodes
 from colossal_mpi.apps.doctor.finding import BAD, GOOD, WARNING, Finding, named
 
-# 4 ranks on 2 cores were 6.5 times slower with BLAS's own number of threads than with one each.
+# 4 ranks on 2 cores were 6.5 times slower with the number of threads that BLAS chooses than with one thread each.
 _SLOW = "several times slower than one thread for each rank"
 
 
 def check(facts: Sequence[Facts]) -> list[Finding]:
-    """Return what there is to say about ranks and about threads, node by node where something is wrong."""
+    """Return findings about ranks, BLAS threads and other programs: one for each node where something is wrong."""
     groups = nodes(facts)
     ranks = [found for node in groups if (found := _ranks(node, len(facts)))]
     threads = [found for node in groups if (found := _threads(node, len(facts)))]
@@ -28,14 +28,14 @@ def check(facts: Sequence[Facts]) -> list[Finding]:
 
 
 def cores(node: Sequence[Facts]) -> int:
-    """Return how many CPUs the ranks of a node may use together."""
+    """Return the number of CPUs that the ranks of a node may use together."""
     allowed = len({cpu for one in node for cpu in one["cpus"]})
-    quotas = [one["quota"] for one in node if one["quota"]]
-    return max(1, min([allowed, *(math.ceil(quota) for quota in quotas)]))
+    quotas = [math.ceil(one["quota"]) for one in node if one["quota"]]
+    return max(1, min([allowed, *quotas]))
 
 
-def quieter(facts: Sequence[Facts]) -> str:
-    """Return what to do where messages within a node are late because a rank waits for a core."""
+def remedy_for_late_messages(facts: Sequence[Facts]) -> str:
+    """Return what to do where messages within a node are late: a rank may wait for a core."""
     crowded = any(len(node) > cores(node) for node in nodes(facts))
     remedy = "start fewer ranks than cores" if crowded else "see that nothing else runs on the node's cores"
     if facts[0]["library"].startswith("Open MPI"):
@@ -60,7 +60,7 @@ def _ranks(node: Sequence[Facts], size: int) -> Finding | None:
 
 def _busy(node: Sequence[Facts]) -> Finding | None:
     load, have = max(one["load"] for one in node), cores(node)
-    if load <= have + len(node):  # the ranks themselves have begun to count
+    if load <= have + len(node):  # the ranks themselves begin to count
         return None
     text = f"{load:.0f} processes want the {_many(have, 'core')} of {node[0]['host']}: other programs run there"
     return Finding("cores", WARNING, text, "ask the scheduler for whole nodes (--exclusive), or wait")
@@ -76,8 +76,8 @@ def _threads(node: Sequence[Facts], size: int) -> Finding | None:
     if _count(busy) == 1:
         return None
     share = max(1, have // len(node))
-    told = ", ".join(f"{name}={value}" for name, value in busy["settings"].items())
-    remedy = f"export OMP_NUM_THREADS={share}" + (f" in place of {told}" if told else "")
+    settings = ", ".join(f"{name}={value}" for name, value in busy["settings"].items())
+    remedy = f"export OMP_NUM_THREADS={share}" + (f" instead of {settings}" if settings else "")
     if total > have:
         text = f"{_many(total, 'BLAS thread')} of {named((one['rank'] for one in node), size)} on {_many(have, 'core')}"
         return Finding("BLAS", BAD, f"{text} of {node[0]['host']}: {_SLOW}", remedy)
@@ -89,7 +89,7 @@ def _threads(node: Sequence[Facts], size: int) -> Finding | None:
 
 
 def _good(facts: Sequence[Facts]) -> Finding:
-    names = " and ".join(dict.fromkeys(name for name, _ in facts[0]["blas"])) or "a BLAS without a name"
+    names = " and ".join(dict.fromkeys(name for name, _ in facts[0]["blas"])) or "an unnamed BLAS"
     counts = sorted({_count(one) for one in facts})
     threads = f"{counts[0]} to {counts[-1]} threads" if len(counts) > 1 else _many(counts[0], "thread")
     return Finding("BLAS", GOOD, f"{names}, {threads} for each rank")

@@ -1,4 +1,4 @@
-"""Whether the run directory can be written by all ranks, how fast it is, and what else is written to."""
+"""Check of the run directory: whether all ranks can write to it and how fast; of HDF5, and of room for small files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias, TypeVar
 
 from mpi4py import MPI
 
@@ -17,24 +17,24 @@ from colossal_mpi.apps.doctor.facts import Facts
 from colossal_mpi.apps.doctor.finding import BAD, GOOD, WARNING, Finding, named
 
 _MIB, _GB = 1 << 20, 1e9
-_EACH, _ALL = 32 * _MIB, 256 * _MIB  # bytes that a rank and all ranks write at most
-_PIECE, _PATIENCE = 8 * _MIB, 3.0  # bytes between two flushes, and seconds after which no more is written
-_SLOW = 50e6  # bytes/s: a laptop's disk writes ten times that
+_EACH, _ALL = 32 * _MIB, 256 * _MIB  # bytes that one rank and all ranks write at most
+_CHUNK, _PATIENCE = 8 * _MIB, 3.0  # bytes between two flushes, and seconds after which writing stops
+_SLOW = 50e6  # bytes/s: the disk of a laptop is ten times as fast
 _VOLATILE = ("tmpfs", "ramfs")
+_T = TypeVar("_T")
+_Outcome: TypeAlias = tuple[str, int, float, float, str]
+"""The failure of a rank, the bytes it wrote, seconds of writing and reading, and its host."""
 
 
 def files(facts: Sequence[Facts]) -> Finding:
-    """Return what is known of HDF5."""
+    """Return the finding about HDF5."""
     h5py, hdf5, mpi = facts[0]["hdf5"]
     how = "with MPI" if mpi else "without MPI, which is not needed: each rank writes a file of its own"
     return Finding("HDF5", GOOD, f"h5py {h5py}, HDF5 {hdf5}, {how}")
 
 
 def check(directory: Path, world: MPI.Comm) -> list[Finding]:
-    """Write, flush and read a file of every rank below the run directory, and remove them again; rank 0 returns.
-
-    **Communication:** small objects; barriers between the parts.
-    """
+    """Write, flush, read and remove a file of each rank in the run directory. Collective; rank 0 has the findings."""
     made: list[Path] = []
     folder, problem = _attempt(lambda: _make(directory, made)) if world.rank == 0 else (None, "")
     folder, problem = world.bcast((folder, problem))
@@ -42,17 +42,17 @@ def check(directory: Path, world: MPI.Comm) -> list[Finding]:
         _remove(made)
         return [_refused(directory, problem)]
     size = min(_EACH, max(_MIB, _ALL // world.size))
-    told = world.gather((*_speeds(Path(folder) / f"rank{world.rank}", size, world), MPI.Get_processor_name()))
-    if told is None:
+    outcomes = world.gather((*_speeds(Path(folder) / f"rank{world.rank}", size, world), MPI.Get_processor_name()))
+    if outcomes is None:
         return []
     free, kind = shutil.disk_usage(folder).free, _file_system(folder)
     shutil.rmtree(folder, ignore_errors=True)
     _remove(made)
-    return [_judged(directory, told, free, kind), *_scratch()]
+    return [_judge(directory, outcomes, free, kind), *_scratch()]
 
 
 def _make(directory: Path, made: list[Path]) -> str:
-    """Make the directory, if it is not there, and a folder of ours in it; `made` gets what was not there."""
+    """Make a folder in the directory, and the directory if it is missing; add what was missing to `made`."""
     missing = [path for path in [directory, *directory.parents] if not path.exists()]
     for path in reversed(missing):
         path.mkdir()
@@ -66,7 +66,8 @@ def _remove(made: Sequence[Path]) -> None:
             path.rmdir()
 
 
-def _attempt(action: Callable[[], Any]) -> tuple[Any, str]:
+def _attempt(action: Callable[[], _T]) -> tuple[_T | None, str]:
+    """Return the result of an action and its failure."""
     try:
         return action(), ""
     except OSError as problem:
@@ -79,7 +80,7 @@ def _refused(directory: Path, problem: str) -> Finding:
 
 
 def _speeds(path: Path, size: int, world: MPI.Comm) -> tuple[str, int, float, float]:
-    """Return this rank's failure, the bytes that it has written, and the seconds of all for writing and reading."""
+    """Return the failure of this rank, the bytes it wrote, and the seconds that all ranks took to write and to read."""
     data = os.urandom(size)
     written, failed, writing = _timed(lambda: _write(path, data), world)
     _, broken, reading = _timed(lambda: 0 if failed else _read(path, data[:written]), world)
@@ -87,7 +88,7 @@ def _speeds(path: Path, size: int, world: MPI.Comm) -> tuple[str, int, float, fl
 
 
 def _timed(action: Callable[[], int], world: MPI.Comm) -> tuple[int | None, str, float]:
-    """Return what an action returns, its failure, and the seconds that it takes on the slowest rank."""
+    """Return the result of an action, its failure, and its seconds on the slowest rank."""
     world.Barrier()
     begun = time.perf_counter()
     done, failed = _attempt(action)
@@ -96,13 +97,13 @@ def _timed(action: Callable[[], int], world: MPI.Comm) -> tuple[int | None, str,
 
 
 def _write(path: Path, data: bytes) -> int:
-    """Write and flush as much as there is time for; return how much."""
+    """Write and flush as many bytes as there is time for, and return their number."""
     begun, written = time.perf_counter(), 0
     with path.open("wb", buffering=0) as file:
         while written < len(data) and time.perf_counter() - begun < _PATIENCE:
-            written += file.write(data[written : written + _PIECE]) or 0
+            written += file.write(data[written : written + _CHUNK]) or 0
             os.fsync(file.fileno())
-        if hasattr(os, "posix_fadvise"):  # so that reading asks the disk, where the system agrees
+        if hasattr(os, "posix_fadvise"):  # so that reading asks the disk, if the system agrees
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return written
 
@@ -113,14 +114,14 @@ def _read(path: Path, data: bytes) -> int:
     return len(data)
 
 
-def _judged(directory: Path, told: Sequence[Any], free: int, kind: str) -> Finding:
-    failed = [rank for rank, (problem, *_) in enumerate(told) if problem]
+def _judge(directory: Path, outcomes: Sequence[_Outcome], free: int, kind: str) -> Finding:
+    failed = [rank for rank, (problem, *_) in enumerate(outcomes) if problem]
     if failed:
-        problem, *_, host = told[failed[0]]
-        text = f"{named(failed, len(told))} ({host}) cannot use the run directory {directory}: {problem}"
+        problem, *_, host = outcomes[failed[0]]
+        text = f"{named(failed, len(outcomes))} ({host}) cannot use the run directory {directory}: {problem}"
         return Finding("disk", BAD, text, "choose a directory that all hosts share, and that has room")
-    total = sum(written for _, written, *_ in told)
-    write, read = (total / max(one[i] for one in told) for i in (2, 3))
+    total = sum(written for _, written, *_ in outcomes)
+    write, read = (total / max(seconds) for seconds in zip(*(one[2:4] for one in outcomes), strict=True))
     text = (
         f"{directory} ({kind}): written and flushed at {write / 1e6:,.0f} MB/s, read at {read / 1e6:,.0f} MB/s, "
         f"{free / _GB:,.1f} GB free"
@@ -135,7 +136,7 @@ def _judged(directory: Path, told: Sequence[Any], free: int, kind: str) -> Findi
 
 
 def _file_system(folder: str) -> str:
-    """Return the kind of file system that a folder is on."""
+    """Return the kind of the file system of a folder."""
     try:
         mounts = [line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines()]
     except OSError:
@@ -146,7 +147,7 @@ def _file_system(folder: str) -> str:
 
 
 def _scratch() -> Iterator[Finding]:
-    """Yield what is wrong with the places that MPI and Python put small files."""
+    """Yield what is wrong with the folders for small files of MPI and Python."""
     shared = Path("/dev/shm")
     if shared.is_dir() and (total := shutil.disk_usage(shared).total) <= 64 * _MIB:
         text = f"/dev/shm has {total / _MIB:.0f} MiB in all: MPI's messages between ranks of a node go through it"

@@ -1,4 +1,4 @@
-"""Run all checks: every rank takes part, rank 0 judges and prints."""
+"""The course of an examination: every rank takes part, rank 0 judges and prints."""
 
 from __future__ import annotations
 
@@ -6,30 +6,42 @@ from pathlib import Path
 
 from mpi4py import MPI
 
-from colossal_mpi.apps.doctor import cores, disk, facts, gpus, mpi, network, packages, same, show
+from colossal_mpi.apps.doctor import cores, disk, facts, gpus, mpi, network, program, show
 from colossal_mpi.apps.doctor.finding import BAD, Finding, worst
 from colossal_mpi.apps.doctor.network import NamedLink
 from colossal_mpi.platform import backend
 from colossal_mpi.runtime import guards
 
 
-def main(directory: Path, seconds: float, json: bool) -> int:
-    """Examine this job and print the diagnosis; return 1 if something is bad, else 0, on all ranks.
+def diagnose(directory: Path, seconds: float, json: bool) -> int:
+    """Examine this job and print the diagnosis on rank 0. Collective over all ranks.
 
     Parameters
     ----------
     directory : Path
-        Of the runs.
+        The directory for runs. It may be missing; the examination leaves nothing in it.
     seconds : float
-        For all measurements between ranks.
+        Time for all measurements between ranks, in seconds.
     json : bool
-        Print JSON.
+        Whether to print JSON instead of a table.
 
-    **Communication:** small objects, files on the disk, and the messages that are measured.
+    Returns
+    -------
+    int
+        1 if a finding is bad, else 0; the same on all ranks.
+
+    Notes
+    -----
+    **Communication:** an allgather of small objects, barriers while files are written, and the messages that are
+    measured: pings between rank 0 and some ranks, and allreduces over all ranks.
+
+    Examples
+    --------
+    >>> code = diagnose(Path("runs"), seconds=4.0, json=False)
     """
     world = MPI.COMM_WORLD
     if guards.mismatch() and guards.launched()[1] != 0:
-        return 0  # each is a job of its own: the one that the launcher calls rank 0 speaks, and fails
+        return 0  # each process is a job of its own: the one that the launcher calls rank 0 speaks, and fails
     findings, links = examine(world, directory, seconds)
     if world.rank == 0:
         if json:
@@ -40,14 +52,14 @@ def main(directory: Path, seconds: float, json: bool) -> int:
 
 
 def examine(world: MPI.Intracomm, directory: Path, seconds: float) -> tuple[list[Finding], list[NamedLink]]:
-    """Return what was found, on rank 0; other ranks return what is of no use."""
-    known = world.allgather(facts.mine(world))
-    program = same.check(known)
-    if worst(program) == BAD:  # programs that differ may not even send the same messages
-        return [*program, *mpi.check(known)], []
+    """Return the findings and the measured links on rank 0; the other ranks return nothing of use."""
+    known = world.allgather(facts.gather(world))
+    programs = program.check(known)
+    if worst(programs) == BAD:  # programs that differ may not even send the same messages
+        return [*programs, *mpi.check(known)], []
     device = backend.resolve_device("auto", known[world.rank]["number"])
-    found = [*program, *mpi.check(known), mpi.aware(device, world), *gpus.check(known), *cores.check(known)]
+    found = [*programs, *mpi.check(known), mpi.aware(device, world), *gpus.check(known), *cores.check(known)]
     found += [disk.files(known), *disk.check(directory, world)]
     links = network.measure(known, world, seconds)
-    found += network.check(links, cores.quieter(known))
-    return [*found, packages.check(known)], links
+    found += network.check(links, cores.remedy_for_late_messages(known))
+    return [*found, program.optional_packages(known)], links

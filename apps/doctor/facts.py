@@ -1,4 +1,8 @@
-"""What one rank knows about itself, as plain values: ranks of different versions can still tell them to one another."""
+"""The facts that a rank states about itself.
+
+They are plain values, so that ranks with different versions of the library can still exchange them. `examine` gathers
+them; every check reads them.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypedDict
 
 from mpi4py import MPI
 
@@ -19,16 +23,57 @@ from colossal_mpi.checkpoint import hdf5
 from colossal_mpi.platform import backend, cuda_aware
 from colossal_mpi.runtime import guards, launcher
 
-Facts: TypeAlias = dict[str, Any]
-"""Of one rank, by name: see `mine`."""
 _SETTINGS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS")
 
 
-def mine(world: MPI.Comm) -> Facts:
-    """Return what this rank knows about itself.
+class GPUFacts(TypedDict):
+    """The GPUs of a rank."""
 
-    **Communication:** the communicator of its node is made, over which the least rank is told.
-    """
+    installed: list[str]
+    """PCI addresses of the GPUs of the machine."""
+    seen: list[tuple[str, str]]
+    """PCI address and name of each GPU that the process sees."""
+    taken: int | None
+    """Index of the GPU in `seen` that the rank uses."""
+    visible: str | None
+    """The value of ``CUDA_VISIBLE_DEVICES``."""
+
+
+class Facts(TypedDict):
+    """The facts about one rank."""
+
+    rank: int
+    node: int
+    """The lowest rank of the node."""
+    number: int
+    """The number of the rank on its node."""
+    host: str
+    python: str
+    executable: str
+    source: str
+    """A hash of the modules of colossal_mpi."""
+    versions: dict[str, str]
+    library: str
+    libraries: list[str]
+    """Files of the MPI libraries that are loaded."""
+    threads: int
+    """Thread level of MPI."""
+    cpus: list[int]
+    quota: float | None
+    """CPUs' worth of time that the control groups grant."""
+    load: float
+    """Processes that want a core, as a mean over a minute."""
+    blas: list[tuple[str, int]]
+    """Name and number of threads of each BLAS."""
+    settings: dict[str, str]
+    """Environment variables that set numbers of threads."""
+    hdf5: tuple[str, str, bool]
+    """Versions of h5py and HDF5, and whether HDF5 has MPI."""
+    gpus: GPUFacts
+
+
+def gather(world: MPI.Comm) -> Facts:
+    """Return the facts about this rank. Collective: it makes the communicator of the node."""
     node = world.Split_type(MPI.COMM_TYPE_SHARED)
     first, number = node.bcast(world.rank), node.rank
     node.Free()
@@ -55,9 +100,9 @@ def mine(world: MPI.Comm) -> Facts:
 
 
 def nodes(facts: Sequence[Facts]) -> list[list[Facts]]:
-    """Return the ranks node by node."""
+    """Return the facts of the ranks, node by node."""
 
-    def node(of: Facts) -> Any:
+    def node(of: Facts) -> int:
         return of["node"]
 
     return [list(group) for _, group in groupby(sorted(facts, key=node), node)]
@@ -76,7 +121,7 @@ def source(package: Path) -> str:
 
 
 def quota(root: Path, own: Path) -> float | None:
-    """Return the CPUs' worth of time that the control groups of this process grant it, None if they set no limit."""
+    """Return how many CPUs' worth of time the control groups grant this process, None without a limit."""
     try:
         group = own.read_text().strip().rpartition("\n")[2].partition("::")[2].strip("/")
     except OSError:
@@ -101,8 +146,8 @@ def blas() -> list[tuple[str, int]]:
     return [(f"{pool['internal_api']} {pool['version'] or ''}".strip(), pool["num_threads"]) for pool in pools]
 
 
-def gpus(number: int) -> Facts:
-    """Return the GPUs of the machine, those that this process sees, and which it takes as the `number`-th of a node."""
+def gpus(number: int) -> GPUFacts:
+    """Return the GPUs of a rank that has this number on its node."""
     driver = Path("/proc/driver/nvidia/gpus")
     seen = backend.visible_gpus()
     return {

@@ -1,7 +1,7 @@
-"""Run the tests of core, linalg and layers on GPU blocks and print a table: ``make gpu-check``.
+"""The tests of core, linalg and layers on GPU blocks, with a table of the results: ``make gpu-check``.
 
-Ranks share one GPU. Each group of tests runs on 1, 2 and 4 ranks, once with blocks staged through host memory and once
-with MPI reading them, where it does. Nothing is installed; without CuPy or a GPU it says so and exits with 0.
+Ranks share one GPU. Each group of tests runs on 1, 2 and 4 ranks, once with blocks staged through host memory and, if
+MPI reads GPU memory, once without staging. Nothing is installed; without CuPy or a GPU it says so and exits with 0.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _DEADLINE = 300
 
 @dataclass(frozen=True)
 class Row:
-    """How one group of tests went on some ranks."""
+    """The results of one group of tests on a number of ranks."""
 
     group: str
     ranks: int
@@ -52,7 +52,7 @@ HEAD = f"{'tests':<8}{'ranks':>6}  {'blocks':<11}{'passed':>7}{'failed':>7}{'ski
 
 
 def run(group: str, tests: Sequence[str | Path], ranks: int, aware: bool, device: str = "cuda") -> Row:
-    """Run some tests in a pytest of their own and return how they went; a failed run's output is printed."""
+    """Run tests in a pytest of their own, and return the results; print the output if a test failed."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         command = [sys.executable, "-m", "pytest", f"--device={device}", f"--ranks={ranks}", "-p", "no:warnings"]
@@ -60,7 +60,7 @@ def run(group: str, tests: Sequence[str | Path], ranks: int, aware: bool, device
         env = os.environ | {cuda_aware.WORD: str(int(aware))}
         done = subprocess.run(command, cwd=TESTS.parent, env=env, capture_output=True, text=True, check=False)
         row = _row(report, group, ranks, "CUDA-aware" if aware else "staged")
-    # 5: no test is for so many ranks
+    # 5: no test asks for this number of ranks
     if row.failed or done.returncode not in (0, 5):
         print(done.stdout[-4000:], done.stderr[-2000:], sep="\n")
         row = Row(group, ranks, row.path, row.passed, max(1, row.failed), row.skipped, row.seconds)
@@ -79,7 +79,7 @@ def _row(report: Path, group: str, ranks: int, path: str) -> Row:
 
 
 def missing() -> str | None:
-    """Return why nothing can be checked here, None if something can."""
+    """Return why nothing can be checked here; None if something can."""
     if importlib.util.find_spec("cupy") is None:
         return "no CuPy in this Python: nothing to check (extras cuda12, cuda13)"
     try:
@@ -90,7 +90,7 @@ def missing() -> str | None:
 
 
 def rows(aware: bool) -> Iterator[Row]:
-    """Run every group on all numbers of ranks, staged and, with `aware`, through MPI as well."""
+    """Run every group on all numbers of ranks, staged and, with `aware`, without staging as well."""
     for group in GROUPS:
         for ranks in RANKS:
             for path in (False, True) if aware else (False,):

@@ -1,4 +1,4 @@
-"""The GPUs of each node, and which rank takes which."""
+"""Check of the GPUs of each node, and of which rank takes which."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SHOWN = 8
 
 
 def check(facts: Sequence[Facts]) -> list[Finding]:
-    """Return what there is to say about GPUs: who takes which, and what is wrong on which node."""
+    """Return findings about GPUs: which rank takes which, and what is wrong on which node."""
     if not any(one["gpus"]["installed"] or one["gpus"]["seen"] for one in facts):
         return [Finding(_TOPIC, GOOD, "none in these machines: blocks lie in host memory")]
     wrong = [found for node in nodes(facts) for found in (_unseen(node), _hidden(node), _shared(node)) if found]
@@ -21,12 +21,14 @@ def check(facts: Sequence[Facts]) -> list[Finding]:
 
 
 def _address(one: Facts) -> str:
-    return str(one["gpus"]["seen"][one["gpus"]["taken"]][0])
+    """Return the PCI address of the GPU that a rank uses."""
+    assert one["gpus"]["taken"] is not None
+    return one["gpus"]["seen"][one["gpus"]["taken"]][0]
 
 
 def _map(taken: Sequence[Facts]) -> str:
     words = [f"rank {one['rank']}: {_address(one)} ({one['gpus']['seen'][0][1]})" for one in taken[:_SHOWN]]
-    return "; ".join(words) + (f"; and {len(taken) - _SHOWN} ranks more" if len(taken) > _SHOWN else "")
+    return "; ".join(words) + (f"; and {len(taken) - _SHOWN} more ranks" if len(taken) > _SHOWN else "")
 
 
 def _unseen(node: Sequence[Facts]) -> Finding | None:
@@ -56,9 +58,7 @@ def _hidden(node: Sequence[Facts]) -> Finding | None:
         f"rank {narrow[0]['rank']} sees {len(narrow[0]['gpus']['seen'])} of the {len(union)} GPUs of the job on "
         f"{narrow[0]['host']}: MPI cannot copy from one GPU to another there"
     )
-    remedy = (
-        "--gpus-per-node with --gpu-bind=none in place of --gpus-per-task: ranks choose by their number on the node"
-    )
+    remedy = "--gpus-per-node with --gpu-bind=none instead of --gpus-per-task: ranks choose by their number on the node"
     if narrow[0]["gpus"]["visible"] is not None:
         remedy += f"; CUDA_VISIBLE_DEVICES is {narrow[0]['gpus']['visible']!r}"
     return Finding(_TOPIC, WARNING, text, remedy)

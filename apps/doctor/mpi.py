@@ -1,4 +1,4 @@
-"""The MPI library, its launcher, its threads, and whether it reads GPU memory."""
+"""Check of the MPI library, its launcher, its thread level, and whether it reads GPU memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LEVELS = {
 
 
 def check(facts: Sequence[Facts]) -> list[Finding]:
-    """Return what there is to say about the library, the launcher and the thread level."""
+    """Return findings about the library, the launcher and the thread level."""
     return [_library(facts[0]), _launcher(facts), _threads(facts)]
 
 
@@ -52,7 +52,7 @@ def _launcher(facts: Sequence[Facts]) -> Finding:
 
 
 def alone(env: Mapping[str, str]) -> Finding:
-    """Return what a process that is alone can say about starting several."""
+    """Return the finding of a process that runs alone: how to start several."""
     tasks = env.get("SLURM_NTASKS", "1")
     if "SLURM_JOB_ID" in env and tasks not in ("", "1"):
         return Finding(
@@ -64,9 +64,8 @@ def alone(env: Mapping[str, str]) -> Finding:
         return Finding("launcher", WARNING, *str(problem).rsplit(": ", 1))
     first = shutil.which("mpiexec", path=env.get("PATH", os.defpath))
     if first and not launcher.belongs(first, MPI.get_vendor()[0]):
-        text = (
-            f"alone; {first}, first on PATH, is of another MPI than {guards.library()}: its ranks would each be alone"
-        )
+        text = f"alone; {first}, first on PATH, belongs to another MPI library than {guards.library()}"
+        text += ": each of its ranks would be alone"
         return Finding("launcher", WARNING, text, f"start with {right}, or `colossal-mpi run -n 4 ...`")
     return Finding("launcher", GOOD, f"one process alone; {right} starts more")
 
@@ -80,14 +79,11 @@ def _threads(facts: Sequence[Facts]) -> Finding:
 
 
 def aware(device: str, world: MPI.Comm) -> Finding:
-    """Return whether MPI is given GPU memory, and how that was found out.
-
-    **Communication:** that of `awareness.agreed`.
-    """
+    """Return whether MPI reads GPU memory, and how that is known. Collective: see `cuda_aware.agreed`."""
     node = world.Split_type(MPI.COMM_TYPE_SHARED)
     try:
         found = cuda_aware.agreed(device, world, node)
-    except ColossalError as problem:  # of a variable, which all ranks have
+    except ColossalError as problem:  # a variable is wrong, which all ranks have
         return Finding("CUDA", BAD, *str(problem).split(": ", 1))
     finally:
         node.Free()

@@ -1,4 +1,4 @@
-"""The diagnosis as a table at a terminal, as lines elsewhere, as JSON for programs."""
+"""Printing of a diagnosis: a table at a terminal, lines elsewhere, JSON for programs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def as_json(ranks: int, findings: Sequence[Finding], links: Sequence[NamedLink])
 
 
 def show(findings: Sequence[Finding], links: Sequence[NamedLink]) -> None:
-    """Print the diagnosis."""
+    """Print the diagnosis, as a table at a terminal and as lines elsewhere."""
     console = Console(soft_wrap=True, highlight=False)
     if console.is_terminal:
         console.print(table(findings))
@@ -51,7 +51,7 @@ def table(findings: Sequence[Finding]) -> Table:
 
 
 def measured(links: Sequence[NamedLink]) -> Table:
-    """Return what was measured between ranks as a table."""
+    """Return the measured links as a table."""
     made = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("ranks", "within", "latency", "bandwidth"):
         made.add_column(name, justify="right" if name in ("latency", "bandwidth") else "left")
@@ -67,15 +67,15 @@ def _figures(link: NamedLink) -> tuple[str, str, str, str]:
 
 def lines(findings: Sequence[Finding], links: Sequence[NamedLink]) -> list[str]:
     """Return the diagnosis as plain lines, one for each finding, each remedy and each link."""
-    told = []
+    found = []
     for one in findings:
-        told.append(f"{one.level:<8} {one.topic:<9} {one.text}")
-        told += [f"{'':<18} -> {one.remedy}"] if one.remedy else []
-    return told + ["measured " + "  ".join(_figures(link)) for link in links]
+        found.append(f"{one.level:<8} {one.topic:<9} {one.text}")
+        found += [f"{'':<18} -> {one.remedy}"] if one.remedy else []
+    return found + ["measured " + "  ".join(_figures(link)) for link in links]
 
 
 def summary(findings: Sequence[Finding]) -> Text:
-    """Return how many findings are of which level."""
+    """Return the number of findings of each level."""
     counts = Counter(one.level for one in findings)
     words = [f"{counts[level]} {level}" for level in (BAD, WARNING, GOOD) if counts[level]]
     return Text(", ".join(words), _STYLES[worst(findings)])

@@ -14,7 +14,7 @@ from mpi4py import MPI
 from rich.console import Console
 
 import colossal_mpi
-from colossal_mpi.apps.doctor import cores, disk, facts, gpus, mpi, network, packages, same, show
+from colossal_mpi.apps.doctor import cores, disk, facts, gpus, mpi, network, program, show
 from colossal_mpi.apps.doctor.finding import BAD, GOOD, WARNING, Finding, named, worst
 from colossal_mpi.runtime.launcher import cpus, mpiexec_command
 
@@ -58,7 +58,7 @@ def test_under_mpiexec_it_finds_too_many_blas_threads(tmp_path):
     told, bad = diagnosis(call(command, **env, OPENBLAS_NUM_THREADS=str(many)))
     assert set(bad) == {"BLAS"}
     assert f"{2 * many} BLAS threads of all 2 ranks on " in bad["BLAS"]
-    assert f"in place of OPENBLAS_NUM_THREADS={many}" in bad["BLAS"]
+    assert f"instead of OPENBLAS_NUM_THREADS={many}" in bad["BLAS"]
     assert [link["name"] for link in told["network"]] == ["ranks 0, 1", "allreduce of 2"]
     assert all(0 < link["latency"] < 1 < link["bandwidth"] for link in told["network"])
     assert not (tmp_path / "new").exists()
@@ -150,11 +150,11 @@ def test_gpus(known, level, words):
 
 
 def test_programs_that_differ_are_told_by_value_and_host():
-    assert worst(same.check([rank(0), rank(1)])) == GOOD
+    assert worst(program.check([rank(0), rank(1)])) == GOOD
     known = [rank(i, host="b" if i == 2 else "a", python="3.13.0" if i == 2 else "3.12.1") for i in range(4)]
-    (found,) = same.check(known)
+    (found,) = program.check(known)
     assert (found.level, found.text) == (BAD, "Python differs: 3.12.1 on ranks 0-1, 3 (a); 3.13.0 on rank 2 (b)")
-    (found,) = same.check([rank(0), rank(1, versions={})])
+    (found,) = program.check([rank(0), rank(1, versions={})])
     assert found.text == "numpy differs: 2.0 on rank 0 (a); none on rank 1 (a)"
 
 
@@ -172,7 +172,7 @@ def test_alone_it_looks_at_the_mpiexec_on_the_path(tmp_path):
     foreign.write_text("#!/bin/sh\necho 'MPI of nobody'\n")
     foreign.chmod(0o755)
     found = mpi.alone({"PATH": f"{tmp_path}:/usr/bin:/bin"})
-    assert (found.level, f"{foreign}, first on PATH, is of another MPI" in found.text) == (WARNING, True)
+    assert (found.level, f"{foreign}, first on PATH, belongs to another MPI library" in found.text) == (WARNING, True)
     assert "one process alone in an allocation of 8 tasks" in mpi.alone({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"}).text
 
 
@@ -191,9 +191,9 @@ def test_disk_leaves_nothing_behind(tmp_path):
     assert "written and flushed at " in found[0].text
     assert list(tmp_path.iterdir()) == []
     failed = [("", 1, 1.0, 1.0, "a"), ("No such file or directory", 0, 1.0, 1.0, "b")]
-    judged = disk._judged(Path("runs"), failed, 10**12, "nfs")
+    judged = disk._judge(Path("runs"), failed, 10**12, "nfs")
     assert (judged.level, judged.text.startswith("rank 1 (b) cannot use the run directory")) == (BAD, True)
-    slow = disk._judged(Path("runs"), [("", 10**6, 2.0, 1.0, "a")], 10**12, "nfs")
+    slow = disk._judge(Path("runs"), [("", 10**6, 2.0, 1.0, "a")], 10**12, "nfs")
     assert slow.level == WARNING
 
 
@@ -205,15 +205,15 @@ def test_links_are_judged_by_where_they_are():
     late, narrow = replace(fast, latency=1e-3), replace(fast, near=False, bandwidth=1e8)
     assert network.check([late], "rest")[0].remedy == "rest"
     assert "TCP" in network.check([narrow], "")[0].remedy
-    assert cores.quieter([rank(i) for i in range(5)]) == "start fewer ranks than cores"
-    assert "yield_when_idle" in cores.quieter([rank(0, library="Open MPI 5.0.11")])
+    assert cores.remedy_for_late_messages([rank(i) for i in range(5)]) == "start fewer ranks than cores"
+    assert "yield_when_idle" in cores.remedy_for_late_messages([rank(0, library="Open MPI 5.0.11")])
 
 
 def test_the_table_fits_and_the_lines_tell_all():
     findings = [
         Finding("MPI", GOOD, "fine"),
         Finding("disk", BAD, "full " * 30, "make room"),
-        packages.check([rank(0)]),
+        program.optional_packages([rank(0)]),
     ]
     links = [network.NamedLink(1.5e-6, 5.25e9, "ranks 0, 1", near=True)]
     console = Console(width=80, record=True, file=io.StringIO())
@@ -224,7 +224,7 @@ def test_the_table_fits_and_the_lines_tell_all():
     plain = show.lines(findings, links)
     assert plain[0].split() == ["good", "MPI", "fine"]
     assert plain[2].strip() == "-> make room"
-    assert "not there (extra): torch [torch]" in plain[3]
+    assert "not installed (extra): torch [torch]" in plain[3]
 
 
 def test_ranks_are_named_in_spans():

@@ -1,9 +1,11 @@
-"""Whether all ranks are the same program: another Python or another file on one of many hosts is found here."""
+"""Whether all ranks run the same program, and which optional packages it has.
+
+Another Python or another version of a file on one of many hosts is found here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from colossal_mpi.apps.doctor.facts import Facts
 from colossal_mpi.apps.doctor.finding import BAD, GOOD, Finding, named
@@ -11,17 +13,26 @@ from colossal_mpi.apps.environment import PACKAGES
 
 _TOPIC = "program"
 _REMEDY = "start every rank with the same interpreter, by its full path, in a folder that all hosts share"
+_OPTIONAL = {
+    "torch": "torch",
+    "cupy": "cuda12 or cuda13",
+    "safetensors": "hf",
+    "scikit-learn": "digits",
+    "tokenizers": "tokens",
+    "tensorboardX": "tensorboard",
+}
+"""The extra of colossal-mpi that brings each optional package."""
 
 
 def check(facts: Sequence[Facts]) -> list[Finding]:
-    """Return one finding for each difference between the ranks, or that there is none."""
-    values: dict[str, list[Any]] = {
+    """Return one finding for each difference between the ranks, or one that says that there is none."""
+    values = {
         "Python": [one["python"] for one in facts],
         "the MPI library": [one["library"] for one in facts],
         **{name: [one["versions"].get(name, "none") for one in facts] for name in PACKAGES},
         "the source of colossal_mpi": [one["source"] for one in facts],
     }
-    different = [_told(name, told, facts) for name, told in values.items() if len(set(told)) > 1]
+    different = [_difference(name, found, facts) for name, found in values.items() if len(set(found)) > 1]
     if different:
         return different
     first = facts[0]
@@ -30,9 +41,10 @@ def check(facts: Sequence[Facts]) -> list[Finding]:
     return [Finding(_TOPIC, GOOD, f"Python {first['python']}, {versions}; {where}")]
 
 
-def _told(name: str, told: Sequence[Any], facts: Sequence[Facts]) -> Finding:
-    groups: dict[Any, list[int]] = {}
-    for rank, value in enumerate(told):
+def _difference(name: str, values: Sequence[str], facts: Sequence[Facts]) -> Finding:
+    """Return the finding that the ranks differ: which values there are, on which ranks and hosts."""
+    groups: dict[str, list[int]] = {}
+    for rank, value in enumerate(values):
         groups.setdefault(value, []).append(rank)
     words = []
     for value, ranks in groups.items():
@@ -40,3 +52,12 @@ def _told(name: str, told: Sequence[Any], facts: Sequence[Facts]) -> Finding:
         more = f" and {len(hosts) - 3} more" if len(hosts) > 3 else ""
         words.append(f"{value} on {named(ranks, len(facts))} ({', '.join(hosts[:3])}{more})")
     return Finding(_TOPIC, BAD, f"{name} differs: {'; '.join(words)}", _REMEDY)
+
+
+def optional_packages(facts: Sequence[Facts]) -> Finding:
+    """Return which optional packages rank 0 has, and which extras bring the others."""
+    versions = facts[0]["versions"]
+    present = [f"{name} {version}" for name, version in versions.items() if name.startswith(tuple(_OPTIONAL))]
+    absent = [f"{name} [{extra}]" for name, extra in _OPTIONAL.items() if not any(v.startswith(name) for v in versions)]
+    text = ", ".join(present) or "none"
+    return Finding("options", GOOD, text + (f"; not installed (extra): {', '.join(absent)}" if absent else ""))
