@@ -10,11 +10,10 @@ import pytest
 from mpi4py import MPI
 
 from colossal_mpi import Grid, Layout, OptionError, ShapeError, comm, from_global, ledger, random
-from colossal_mpi.layers import Context, Parallelism
+from colossal_mpi.layers import Context, Parallelism, kernels
 from colossal_mpi.layers.attention import ring
 from colossal_mpi.layers.attention.self_attention import Attention, GroupedAttention, SelfAttention
 from colossal_mpi.layers.context import zigzag
-from colossal_mpi.layers.kernels import reference
 from colossal_mpi.layers.kernels.reference import tiles
 from colossal_mpi.layout import part
 from colossal_mpi.testing import fake
@@ -141,7 +140,7 @@ def test_each_message_but_the_last_home_is_under_way_while_some_keys_are_attende
         return call
 
     for name in ("attention", "attention_backward"):
-        monkeypatch.setattr(reference, name, timed(getattr(reference, name)))
+        monkeypatch.setattr(kernels.of(grid), name, timed(getattr(kernels.of(grid), name)))
     p, c = case.parallelism(grid), grid.axes["seq"]
     x = random.normal((1, 64, 3, 1, 8), grid, p.attention("bstad", "a", "a"), 0, "x")
     with ledger.record() as moved:
