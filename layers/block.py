@@ -53,13 +53,16 @@ class TransformerBlock(Sequential):
         Rate at which elements of the output of attention and MLP are dropped.
     drop_path : float
         Rate at which the whole output of attention or MLP is dropped for a sample.
+    bias : bool, optional
+        Whether the products have biases; by default they do, but for those of experts.
+    std : float
+        Standard deviation of the initial weights of the products from the stream.
+    out_std : float
+        Standard deviation of the initial weights of the products back to the stream.
     seed : int
         Seed of the initial weights and of the dropout masks.
     dtype : dtype
         Dtype of the parameters.
-    **common
-        Options ``bias`` (whether the products have biases), ``std`` and ``out_std`` (standard deviations of the initial
-        weights of the products from the stream and of the products back to it).
 
     Raises
     ------
@@ -97,13 +100,16 @@ class TransformerBlock(Sequential):
         experts: Mapping[str, Any] | None = None,
         dropout: float = 0.0,
         drop_path: float = 0.0,
+        bias: bool | None = None,
+        std: float = 0.02,
+        out_std: float = 0.02,
         seed: int = 0,
         dtype: DTypeLike = "float32",
-        **common: Any,
     ) -> None:
         if order not in ("pre", "post"):
             raise OptionError(f"{name}: order={order!r}: use 'pre' or 'post'")
-        common |= {"seed": seed, "dtype": dtype}
+        common: dict[str, Any] = {"std": std, "out_std": out_std, "seed": seed, "dtype": dtype}
+        common |= {} if bias is None else {"bias": bias}
 
         def branch(number: int, which: str, layer: Layer) -> list[Layer]:
             normal = normalisation(norm, hidden, parallelism, f"{name}.norm{number}", eps=eps, dtype=dtype)

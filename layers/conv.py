@@ -163,9 +163,18 @@ class Conv2d(Convolution):
         Prefix of the names of the parameters ``weight`` ``[inputs, i, j, outputs]`` and ``bias`` ``[outputs]``.
     into : {"inside", "stream"}
         Whether the channels go, as the h of the stream, to a letter of the inside of a block, or come back.
-    **options
-        Options ``stride`` and ``padding``, int or pair of int along y and x, in pixels (padding is zeros on both
-        sides), and ``bias``, ``std``, ``seed`` and ``dtype``, as `Linear` takes them.
+    stride : int or pair of int
+        Distance of two windows along y and x, in pixels.
+    padding : int or pair of int
+        Rows and columns of zeros on both sides, in pixels.
+    bias : bool
+        Whether there is a bias.
+    std : float
+        Standard deviation of the initial weight.
+    seed : int, optional
+        Seed of the initial weight; None leaves it zero, for a weight that is to be loaded.
+    dtype : dtype
+        Dtype of the parameters.
 
     Raises
     ------
@@ -195,7 +204,12 @@ class Conv2d(Convolution):
         name: str,
         *,
         into: str = "inside",
-        **options: Any,
+        stride: int | Pair = 1,
+        padding: int | Pair = 0,
+        bias: bool = True,
+        std: float = 0.02,
+        seed: int | None = 0,
+        dtype: DTypeLike = "float32",
     ) -> None:
         if into not in ("inside", "stream"):
             raise OptionError(f"{name}: into={into!r}: use 'inside' or 'stream'")
@@ -203,7 +217,20 @@ class Conv2d(Convolution):
             "inside": ("bhijs,hijo->bos", "o"),
             "stream": ("bcijs,cijh->bhs", "c"),
         }[into]
-        super().__init__(subscripts, inner, (inputs, outputs), kernel, parallelism, name, **options)
+        super().__init__(
+            subscripts,
+            inner,
+            (inputs, outputs),
+            kernel,
+            parallelism,
+            name,
+            stride=stride,
+            padding=padding,
+            bias=bias,
+            std=std,
+            seed=seed,
+            dtype=dtype,
+        )
         self.y = parallelism.inside("bos", "o") if into == "inside" else parallelism.stream("bhyx")
         self.y = Layout(*self.y.dims[:2], None, None)
 
@@ -249,8 +276,14 @@ class PatchEmbedding(Convolution):
         ``token`` ``[hidden]``.
     class_token : bool
         Whether a learned vector stands before the patches, at position 0.
-    **options
-        Options ``bias``, ``std``, ``seed`` and ``dtype``, as `Linear` takes them.
+    bias : bool
+        Whether there is a bias.
+    std : float
+        Standard deviation of the initial weight.
+    seed : int, optional
+        Seed of the initial weight; None leaves it zero, for a weight that is to be loaded.
+    dtype : dtype
+        Dtype of the parameters.
 
     Raises
     ------
@@ -281,13 +314,16 @@ class PatchEmbedding(Convolution):
         name: str,
         *,
         class_token: bool = False,
-        **options: Any,
+        bias: bool = True,
+        std: float = 0.02,
+        seed: int | None = 0,
+        dtype: DTypeLike = "float32",
     ) -> None:
-        sizes = (channels, hidden)
-        super().__init__("bcijs,cijh->bsh", "c", sizes, patch, parallelism, name, stride=patch, **options)
+        initial: dict[str, Any] = {"std": std, "seed": seed, "dtype": dtype}
+        subscripts, sizes = "bcijs,cijh->bsh", (channels, hidden)
+        super().__init__(subscripts, "c", sizes, patch, parallelism, name, stride=patch, bias=bias, **initial)
         self.y, self.token, self.lead = parallelism.stream(), None, int(class_token)
         if class_token:
-            initial = {"std": 0.02} | {key: options[key] for key in ("std", "seed", "dtype") if key in options}
             self.token = Parameter(f"{name}.token", [hidden], self.bias_layout, parallelism, **initial)
 
     def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Cache]:

@@ -5,7 +5,7 @@ Transformer blocks and `MoE` build it from `Linear` and an activation.
 
 from __future__ import annotations
 
-from typing import Any
+from numpy.typing import DTypeLike
 
 from colossal_mpi.errors import OptionError
 from colossal_mpi.layers.activation import ACTIVATIONS, GATED, Gated
@@ -38,8 +38,12 @@ class MLP(Sequential):
         Standard deviation of the initial weight up.
     out_std : float
         Standard deviation of the initial weight down.
-    **common
-        Options ``bias``, ``seed`` and ``dtype``, as `Linear` takes them.
+    bias : bool
+        Whether the products have biases.
+    seed : int, optional
+        Seed of the initial weights; None leaves them zero, for weights that are to be loaded.
+    dtype : dtype
+        Dtype of the parameters.
 
     Raises
     ------
@@ -66,7 +70,9 @@ class MLP(Sequential):
         experts: int | None = None,
         std: float = 0.02,
         out_std: float = 0.02,
-        **common: Any,
+        bias: bool = True,
+        seed: int | None = 0,
+        dtype: DTypeLike = "float32",
     ) -> None:
         if activation not in (*ACTIVATIONS, *GATED):
             fitting = ", ".join(map(repr, (*ACTIVATIONS, *GATED)))
@@ -77,7 +83,7 @@ class MLP(Sequential):
         sizes = {"e": experts or 1, "h": hidden, "f": inner, "t": 2}
         up, down = f"{tokens}h,{each}h{pair}f->{tokens}{pair}f", f"{tokens}f,{each}fh->{tokens}h"
         super().__init__(
-            Linear(up, sizes, "f", parallelism, f"{name}.up", std=std, **common),
+            Linear(up, sizes, "f", parallelism, f"{name}.up", bias=bias, std=std, seed=seed, dtype=dtype),
             Gated(function) if gated else function,
-            Linear(down, sizes, "f", parallelism, f"{name}.down", std=out_std, **common),
+            Linear(down, sizes, "f", parallelism, f"{name}.down", bias=bias, std=out_std, seed=seed, dtype=dtype),
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import OptionError, ShapeError
@@ -114,8 +115,14 @@ class ClassifierHead(Sequential):
         Prefix of the names of the parameters ``weight`` ``[h, v]`` and ``bias`` ``[v]``.
     pool : {"first", "mean"}
         Whether the first position is taken, or the mean of all.
-    **common
-        Options ``bias``, ``std``, ``seed`` and ``dtype``, as `Linear` takes them.
+    bias : bool
+        Whether the product has a bias.
+    std : float
+        Standard deviation of the initial weight.
+    seed : int, optional
+        Seed of the initial weight; None leaves it zero, for a weight that is to be loaded.
+    dtype : dtype
+        Dtype of the parameters.
 
     Raises
     ------
@@ -128,14 +135,26 @@ class ClassifierHead(Sequential):
     """
 
     def __init__(
-        self, hidden: int, classes: int, parallelism: Parallelism, name: str, *, pool: str = "first", **common: Any
+        self,
+        hidden: int,
+        classes: int,
+        parallelism: Parallelism,
+        name: str,
+        *,
+        pool: str = "first",
+        bias: bool = True,
+        std: float = 0.02,
+        seed: int | None = 0,
+        dtype: DTypeLike = "float32",
     ) -> None:
         pooling = {"first": FirstPool, "mean": MeanPool}
         if pool not in pooling:
             raise OptionError(f"{name}: pool={pool!r}: use 'first' or 'mean'")
+        sizes = {"h": hidden, "v": classes}
+        initial: dict[str, Any] = {"bias": bias, "std": std, "seed": seed, "dtype": dtype}
         super().__init__(
             pooling[pool](parallelism),
-            Linear("bh,hv->bv", {"h": hidden, "v": classes}, "v", parallelism, name, replicate="s", **common),
+            Linear("bh,hv->bv", sizes, "v", parallelism, name, replicate="s", **initial),
         )
 
 
