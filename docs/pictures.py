@@ -1,6 +1,11 @@
-"""Draw how each mode cuts a layer's arrays, from the layouts that the layers themselves ask for."""
+"""Draw the pictures of the documentation: how each mode cuts the arrays of a layer, and the packages by floors.
+
+The modes are drawn from the layouts that the layers themselves ask for, and the floors from the contract of imports in
+``pyproject.toml``. ``conf.py`` calls `draw_all`.
+"""
 
 import math
+import tomllib
 from pathlib import Path
 
 import matplotlib
@@ -12,6 +17,7 @@ from matplotlib.patches import Rectangle
 from colossal_mpi.layers import Parallelism
 from colossal_mpi.layout import coords_of
 
+ROOT = Path(__file__).parents[1]
 SIZES = {"b": 8, "s": 8, "h": 8, "f": 16}
 MODES = {
     "data": ("none", {"data": 4}),
@@ -94,8 +100,39 @@ def picture(mode, path):
     plt.close(figure)
 
 
+def floors():
+    """Return the packages of each part from the top down, as the contract of imports in pyproject.toml lists them."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    order = [[name.strip() for name in floor.replace(":", "|").split("|")] for floor in contracts[0]["layers"]]
+    parts = {
+        part: sorted(path.parent.name for path in (ROOT / part).glob("*/__init__.py"))
+        for part in ("apps", "layers", "linalg")
+    }
+    return [(names[0], parts[names[0]]) if names[0] in parts else ("colossal_mpi", names) for names in order]
+
+
+def packages(path):
+    """Draw the packages as boxes on floors; a package imports only from the floors below it."""
+    rows = floors()
+    figure, ax = plt.subplots(figsize=(8.4, 0.4 * len(rows) + 0.3))
+    colours = {"apps": COLOURS[3], "layers": COLOURS[1], "linalg": COLOURS[2], "colossal_mpi": COLOURS[0]}
+    for y, (part, names) in enumerate(rows):
+        width = 1 / len(names)
+        for x, package in enumerate(names):
+            ax.add_patch(Rectangle((x * width, y), width, 1, fc=colours[part], ec="white", lw=2))
+            ax.text((x + 0.5) * width, y + 0.5, package, **TEXT | {"fontsize": 8})
+        label = part if part != "colossal_mpi" or rows[y - 1][0] != part else ""
+        ax.text(-0.01, y + 0.5, label, ha="right", va="center", fontsize=9, family="monospace")
+    ax.set(xlim=(-0.14, 1), ylim=(len(rows), 0))
+    ax.axis("off")
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
 def draw_all(directory):
-    """Draw every mode into a directory."""
+    """Draw every picture into a directory."""
     Path(directory).mkdir(exist_ok=True)
+    packages(Path(directory) / "architecture.svg")
     for mode in MODES:
         picture(mode, Path(directory) / f"mode-{mode.replace('.', '')}.svg")
