@@ -1,4 +1,7 @@
-"""Moving averages of weights."""
+"""Exponential moving averages of weights, with which the trainer validates.
+
+The trainer updates a `MovingAverage` after each step of the optimizer. Each rank averages the blocks that it stores.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,20 @@ from colossal_mpi.layers.precision import rounded, widened
 
 
 class MovingAverage:
-    """Exponential moving averages of parameters, each rank of the blocks that it stores; of 16-bit floats in 32.
+    """Exponential moving averages of parameters, in which each rank averages the blocks that it stores.
+
+    Averages of 16-bit floats are float32.
 
     Parameters
     ----------
     parameters : iterable of Parameter
+        Parameters to average.
     decay : float
-        Share of the old average that an update keeps. With t updates done, ``(1 + t) / (10 + t)`` if that is less, so
+        Share of the old average that an update keeps. After t updates it is ``(1 + t) / (10 + t)`` if that is less, so
         that the first weights are soon forgotten.
 
+    Notes
+    -----
     **Communication:** none.
 
     References
@@ -32,7 +40,7 @@ class MovingAverage:
         self.averages = {p.name: widened(p.value).copy() for p in self.parameters}
 
     def update(self) -> None:
-        """Take in the weights as they are now."""
+        """Move the averages towards the current weights."""
         keep = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         for parameter in self.parameters:
@@ -42,7 +50,13 @@ class MovingAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Put the averages in the place of the weights, for an evaluation, until the context ends."""
+        """Use the averages as weights until the context ends.
+
+        Yields
+        ------
+        None
+            The weights are the averages inside the context and are restored, to the bit, at its end.
+        """
         kept = [parameter.value.copy() for parameter in self.parameters]
         for parameter in self.parameters:
             parameter.value.local[...] = rounded(self.averages[parameter.name], parameter.value.dtype).local
@@ -53,5 +67,11 @@ class MovingAverage:
                 parameter.value.local[...] = value.local
 
     def state(self) -> Mapping[str, DistArray]:
-        """Return the averages by ``average/<parameter>``; `updates` is the rest of the state."""
+        """Return the averages for a checkpoint. The number `updates` is the rest of the state.
+
+        Returns
+        -------
+        mapping of str to DistArray
+            Averages by ``average/<name of the parameter>``, in the layouts of the weights.
+        """
         return {f"average/{name}": array for name, array in self.averages.items()}

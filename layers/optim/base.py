@@ -1,4 +1,8 @@
-"""What all optimizers share: groups of parameters, the norm and clipping of the gradients, the state."""
+"""The base of all optimizers: groups of parameters, the norm and the clipping of gradients, the state.
+
+The trainer calls `Optimizer.step` after the backward passes and stores `Optimizer.state` in checkpoints. A step reduces
+the gradients with `Parameter.reduce` and calls the subclass's `update` for each parameter.
+"""
 
 from __future__ import annotations
 
@@ -18,18 +22,26 @@ from colossal_mpi.platform import backend
 
 
 def gradient_norm(gradients: Sequence[DistArray], grid: Grid | None = None) -> float:
-    """Return the norm of reduced gradients together, each global element counted once, in float64.
+    """Return the Euclidean norm of all gradients together, with each global element counted once.
 
     Parameters
     ----------
     gradients : sequence of DistArray
-        On this rank's stage, where the model is cut into stages.
+        Reduced gradients of this rank's stage.
     grid : Grid, optional
-        All ranks of the model; by default those of the gradients.
+        Grid of the whole model, if it is cut into stages. By default it is the grid of the gradients.
 
+    Returns
+    -------
+    float
+        Norm, summed in float64, the same on all ranks.
+
+    Notes
+    -----
     **Communication:** one allreduce of a single word over the whole grid.
     """
     grid = gradients[0].grid if grid is None else grid
+    # sum of dW[...]^2 of this rank's elements {U_all} -> sum on all ranks: allreduce of a word over the whole grid
     owned = [g for g in gradients if g.layout.owner(g.grid.axes, g.grid.coords)]
     local = sum((squares(g) for g in owned), start=grid.xp.zeros((), dtype=grid.xp.float64))
     return math.sqrt(float(backend.to_host(comm.allreduce(grid.xp.asarray(local), grid, tuple(grid.axes)))))
@@ -41,10 +53,15 @@ class Group:
     Parameters
     ----------
     parameters : iterable of Parameter
+        Parameters of the group.
     rate : float
-        Times the learning rate of the step.
-    **options
-        In place of the optimizer's: ``weight_decay``, ``betas`` and whatever else it has.
+        Factor of the step's learning rate.
+    **options : dict
+        Options that replace the optimizer's, such as ``weight_decay`` or ``betas``.
+
+    Examples
+    --------
+    >>> AdamW([*body, Group(head, rate=0.1, weight_decay=0.0)])
     """
 
     def __init__(self, parameters: Iterable[Parameter], rate: float = 1.0, **options: Any) -> None:
@@ -52,42 +69,50 @@ class Group:
 
 
 def is_weight(parameter: Parameter) -> bool:
-    """Say whether a parameter is a weight or a table, no vector and no bias of heads, ``[3, a, d]``."""
+    """Say whether a parameter is a weight or a table, neither a vector nor a bias of heads ``[3, a, d]``."""
     return parameter.value.ndim > 1 and not parameter.name.endswith("bias")
 
 
 class Optimizer:
-    """Base of all optimizers: each rank updates the blocks that it stores.
+    """Base of all optimizers, in which each rank updates the blocks that it stores.
 
-    A subclass names its `slots` and implements `update`; its options are keyword arguments of the base.
+    A subclass names its `slots`, or implements `begin`, and implements `update`. It gives its own options to the
+    constructor of the base as keyword arguments, which a `Group` may replace.
 
     Parameters
     ----------
-    parameters : iterable of Parameter or of Group
+    parameters : iterable of Parameter or Group
+        Parameters to update. A `Group` gives its parameters options of their own.
     lr : float
-        Used when `step` is given none.
+        Learning rate of a step for which `step` is given none.
     clip : float, optional
-        Greatest norm of the gradient; a longer one is scaled to it.
+        Greatest norm of the gradient. A longer gradient is scaled to this norm.
     weight_decay : float
-        Of the parameters that decay.
+        Decay of the parameters that decay.
     decays : callable
-        Says which do; by default weights and tables, not biases and gains.
+        ``decays(parameter)`` says whether a parameter decays. By default weights and tables do, biases and gains do
+        not.
     scaling : LossScale, optional
-        Of the losses whose gradients come; by default what the weights' dtypes need.
+        Scale of the losses that the gradients come from. By default it is the scale that the weights' dtypes need.
     offload : bool
-        Keep the state, masters included, in host memory, and bring it to the device for each parameter's step: the
-        same bits for less memory. Without a device it changes nothing.
-    **options
-        Of the subclass.
+        Keep the state, master weights included, in host memory, and copy it to the device for each parameter's update.
+        The bits are the same. Without a device it changes nothing.
+    **options : dict
+        Options of the subclass.
 
     Raises
     ------
     OptionError
-        If a group has an option that the optimizer has not, or a parameter comes twice.
+        If a group has an option that the optimizer does not have, or a parameter comes twice.
+
+    References
+    ----------
+    Rajbhandari et al.: ZeRO: memory optimizations toward training trillion parameter models, 2020 (each rank's share of
+    the state). Ren et al.: ZeRO-Offload, 2021.
     """
 
     slots: tuple[str, ...] = ()
-    """Arrays of the state for each parameter."""
+    """Names of the arrays of a parameter's state, which start as zeros."""
 
     def __init__(
         self,
@@ -106,33 +131,37 @@ class Optimizer:
         self.parameters = [parameter for group in self.groups for parameter in group.parameters]
         self.lr, self.clip, self.decays, self.steps = lr, clip, decays, 0
         self.options = {"weight_decay": weight_decay, **options}
-        self._check()
+        self._require_options()
         self.scaling = scaling or LossScale.of({p.dtype for p in self.parameters})
         self.offload = offload
         self.moments = {p.name: self._begin(p) for p in self.parameters}
-        """The state of each parameter by slots: those of `begin`, and the master of a 16-bit weight."""
+        """The state of each parameter: the arrays of `begin`, and the master weight of a 16-bit weight, by slot."""
 
     @property
     def loss_scale(self) -> float:
-        """What the loss of the next step is to be multiplied by before its backward pass (`Context.scale`)."""
+        """The factor of the next step's loss before its backward pass (`Context.scale`)."""
         return 1.0 if self.scaling is None else self.scaling.value
 
-    def _check(self) -> None:
+    def _require_options(self) -> None:
+        """Require that no parameter comes twice and that groups have the optimizer's options alone."""
         names = [parameter.name for parameter in self.parameters]
         if len(set(names)) < len(names):
             twice = sorted({name for name in names if names.count(name) > 1})
-            raise OptionError(f"{type(self).__name__}: {', '.join(twice)} given twice: a parameter is of one group")
+            raise OptionError(
+                f"{type(self).__name__}: {', '.join(twice)} given twice: a parameter belongs to one group"
+            )
         for group in self.groups:
             if alien := sorted(set(group.options) - set(self.options)):
                 raise OptionError(f"{type(self).__name__}: no option {', '.join(alien)}; use {', '.join(self.options)}")
 
     def _begin(self, parameter: Parameter) -> dict[str, DistArray]:
+        """Return the state of a parameter before the first step, where it is kept."""
         slots = self.begin(parameter) | ({MASTER: parameter.master()} if parameter.half else {})
         return {slot: to_host(array) for slot, array in slots.items()} if self.offload else slots
 
     @contextmanager
     def _slots(self, parameter: Parameter) -> Iterator[dict[str, DistArray]]:
-        """Give the state of a parameter where its weight is, and take it back as it then is."""
+        """Give the state of a parameter on the device of its weight, and write its new values back."""
         kept = self.moments[parameter.name]
         if not self.offload:
             yield kept
@@ -143,17 +172,43 @@ class Optimizer:
             write_back(array, kept[slot])
 
     def begin(self, parameter: Parameter) -> dict[str, DistArray]:
-        """Return a parameter's slots before the first step."""
+        """Return the state of a parameter before the first step.
+
+        Parameters
+        ----------
+        parameter : Parameter
+            A parameter of this optimizer.
+
+        Returns
+        -------
+        dict of str to DistArray
+            Arrays by slot, in any layout. By default zeros for each of `slots`, in the layout of the reduced gradient.
+        """
         return {slot: parameter.zeros() for slot in self.slots}
 
     def step(self, lr: float | None = None) -> float:
-        """Update all weights, forget the gradients, and return the norm that they had.
+        """Update all weights and clear the gradients.
 
-        Where weights are of 16 bits and the norm is not finite, on all ranks alike, nothing but the loss scale changes.
+        If weights are of 16 bits and the norm is not finite, which all ranks see alike, the loss scale changes and
+        nothing else does.
 
-        **Communication:** the deferred reductions of the gradients and one allreduce of a single word; what `update`
-        needs besides.
+        Parameters
+        ----------
+        lr : float, optional
+            Learning rate of this step. By default it is the optimizer's.
+
+        Returns
+        -------
+        float
+            Norm of the gradient before it was clipped.
+
+        Notes
+        -----
+        **Communication:** the deferred reductions of the gradients (`Parameter.reduce`), one allreduce of a single word
+        over the whole grid, what `update` needs, and with ZeRO an allgather of the weights over the axes that cut the
+        state (`Parameter.refresh`).
         """
+        # dW {U_data} -> dW in the layout of the state: allreduce, with ZeRO reduce_scatter, over the deferred axes
         reduced = [parameter.reduce() for parameter in self.parameters]
         counted = [g for g, parameter in zip(reduced, self.parameters, strict=True) if parameter.counted]
         norm = gradient_norm(counted, self.parameters[0].world) / (given := self.loss_scale)
@@ -170,52 +225,83 @@ class Optimizer:
         return norm
 
     def _apply(self, parameter: Parameter, lr: float, scale: float, options: dict[str, Any]) -> None:
+        """Update one parameter by its reduced gradient, times the scale."""
         assert parameter.grad is not None
         own = options if self.decays(parameter) else options | {"weight_decay": 0.0}
         gradient = parameter.grad if scale == 1.0 else parameter.grad * scale
         with self._slots(parameter) as slots:
             w = slots[MASTER] if parameter.half else parameter.share()
             self.update(parameter, w, gradient, slots, lr, **own)
+            # W in the layout of the state -> W as it is stored: with ZeRO an allgather over data
             parameter.refresh(w)
         parameter.grad = None
 
     def update(
         self, parameter: Parameter, w: DistArray, g: DistArray, slots: dict[str, DistArray], lr: float, **options: Any
     ) -> None:
-        """Step this rank's part of a weight in place.
+        """Update this rank's blocks of a weight in place.
 
         Parameters
         ----------
         parameter : Parameter
-        w, g : DistArray
-            The part of its value and its reduced and clipped gradient, in one layout.
-        slots : dict of DistArray
-            This parameter's; updated in place.
+            The parameter.
+        w : DistArray
+            Its weight, or the master weight, in the layout of the state. It is updated in place.
+        g : DistArray
+            Its reduced and clipped gradient, in the same layout. It stays as it is.
+        slots : dict of str to DistArray
+            Its state, updated in place.
         lr : float
-        **options
-            Of the parameter's group.
+            Learning rate.
+        **options : dict
+            Options of the parameter's group. ``weight_decay`` is 0 if the parameter does not decay.
         """
         raise NotImplementedError
 
     def weights(self, parameters: Iterable[Parameter] | None = None) -> Mapping[str, DistArray]:
-        """Return the weights of some parameters or all by name, those of 16 bits as their masters.
+        """Return the weights for a checkpoint, 16-bit weights as their master weights.
 
-        What is read into masters counts after `refresh`.
+        Values that are read into master weights count after `refresh`.
+
+        Parameters
+        ----------
+        parameters : iterable of Parameter, optional
+            Some of the parameters. By default all.
+
+        Returns
+        -------
+        mapping of str to DistArray
+            Weights by the names of the parameters.
         """
         chosen = self.parameters if parameters is None else parameters
         return {p.name: self.moments[p.name][MASTER] if p.half else p.value for p in chosen}
 
     def refresh(self) -> None:
-        """Let 16-bit weights be their masters, rounded. **Communication:** that of `Parameter.refresh`."""
+        """Set 16-bit weights to their master weights, rounded, after a checkpoint was read.
+
+        Notes
+        -----
+        **Communication:** with ZeRO an allgather over the axes that cut the state (`Parameter.refresh`).
+        """
         for parameter in self.parameters:
             if parameter.half:
                 with self._slots(parameter) as slots:
                     parameter.refresh(slots[MASTER])
 
     def state(self, parameters: Iterable[Parameter] | None = None) -> Mapping[str, DistArray]:
-        """Return the slots but masters, of some parameters or all, by ``<slot>/<parameter>``.
+        """Return the state for a checkpoint, without master weights.
 
         `weights`, `steps` and `scaling` are the rest of the state.
+
+        Parameters
+        ----------
+        parameters : iterable of Parameter, optional
+            Some of the parameters. By default all.
+
+        Returns
+        -------
+        mapping of str to DistArray
+            Arrays by ``<slot>/<name of the parameter>``.
         """
         names = [p.name for p in (self.parameters if parameters is None else parameters)]
         slots = ((slot, name, array) for name in names for slot, array in self.moments[name].items())

@@ -1,4 +1,7 @@
-"""Weights as matrices: of W[h, 3, a, d] the rows h and the columns (3, a, d), of experts W[e, h, f] e matrices."""
+"""Weights as matrices: W[H, 3, A, D] as H rows and (3, A, D) columns, the experts' W[E, H, F] as E matrices.
+
+Adafactor and Muon call these functions, which redistribute a weight only if its blocks are not blocks of the matrix.
+"""
 
 from __future__ import annotations
 
@@ -11,41 +14,42 @@ from colossal_mpi.layout import Layout
 from colossal_mpi.platform import backend
 
 
-def each(array: DistArray, batch: int) -> Iterator[DistArray]:
-    """Yield, as views, the arrays that the first `batch` dims number and of which this rank has a block.
+def unstacked(array: DistArray, batch: int) -> Iterator[DistArray]:
+    """Yield views of the arrays that the first `batch` dims count, as far as this rank has a block of them.
 
-    They lie on the grid of the ranks that have a block of the same ones. **Communication:** none.
+    Each lies on the grid of the ranks that have a block of it. **Communication:** none.
     """
     if not batch:
         yield array
         return
     dims, coords = array.layout.dims, array.grid.coords
-    place = array.grid.at(**{axis: coords[axis] for axes in dims[:batch] for axis in axes})
+    grid = array.grid.at(**{axis: coords[axis] for axes in dims[:batch] for axis in axes})
     for index in itertools.product(*map(range, array.local.shape[:batch])):
-        yield DistArray(array.local[(*index, ...)], array.shape[batch:], Layout(*dims[batch:]), place)
+        yield DistArray(array.local[(*index, ...)], array.shape[batch:], Layout(*dims[batch:]), grid)
 
 
-def as_matrix(w: DistArray, at: int) -> DistArray:
-    """Return a weight of two dims or more as a matrix, whose rows are the first `at` dims.
+def as_matrix(w: DistArray, rows: int) -> DistArray:
+    """Return a weight of two dims or more as a matrix. Its first `rows` dims become the rows.
 
-    **Communication:** none if rows and columns are each cut by their first dim alone and evenly; else the weight moves
-    to a layout in which its longest dim that is rows or columns by itself is cut by all axes, or to the whole.
+    **Communication:** none if rows and columns are each cut evenly and over their first dim alone. Otherwise the
+    weight is redistributed: all axes then cut the longest dim that makes rows or columns by itself, or no dim is cut.
     """
     if w.ndim == 2:
         return w
-    if not all(_mergeable(w, dims) for dims in (range(at), range(at, w.ndim))):
-        w = w.redistribute(_mergeable_layout(w, at))
+    if not all(_mergeable(w, dims) for dims in (range(rows), range(rows, w.ndim))):
+        # W[H_row, 3, A_col, D] -> W[H_(row,col), 3, A, D] or the like: redistribution
+        w = w.redistribute(_mergeable_layout(w, rows))
     xp = backend.namespace(w.local)
-    shape, block = ((math.prod(s[:at]), math.prod(s[at:])) for s in (w.shape, w.local.shape))
-    return DistArray(xp.reshape(w.local, block), shape, Layout(w.layout.dims[0], w.layout.dims[at]), w.grid)
+    shape, block = ((math.prod(s[:rows]), math.prod(s[rows:])) for s in (w.shape, w.local.shape))
+    return DistArray(xp.reshape(w.local, block), shape, Layout(w.layout.dims[0], w.layout.dims[rows]), w.grid)
 
 
-def from_matrix(x: DistArray, like: DistArray, at: int) -> DistArray:
-    """Return a matrix that `as_matrix` has made as an array of the shape and in the layout of `like`."""
+def from_matrix(x: DistArray, like: DistArray, rows: int) -> DistArray:
+    """Return a matrix of `as_matrix` as an array in the shape and the layout of `like`. **Communication:** as there."""
     if like.ndim == 2:
         return x.redistribute(like.layout)
     xp = backend.namespace(x.local)
-    dims = [x.layout.dims[0], *[()] * (at - 1), x.layout.dims[1], *[()] * (like.ndim - at - 1)]
+    dims = [x.layout.dims[0], *[()] * (rows - 1), x.layout.dims[1], *[()] * (like.ndim - rows - 1)]
     layout = Layout(*dims).on(x.grid.axes, like.ndim)
     box = layout.box(like.shape, x.grid.axes, x.grid.coords)
     block = xp.reshape(x.local, tuple(stop - start for start, stop in box))
@@ -61,8 +65,9 @@ def _mergeable(w: DistArray, dims: range) -> bool:
     return even and not any(w.layout.dims[d] for d in rest)
 
 
-def _mergeable_layout(w: DistArray, at: int) -> Layout:
-    single = [d for d, dims in ((0, at), (w.ndim - 1, w.ndim - at)) if dims == 1]
+def _mergeable_layout(w: DistArray, rows: int) -> Layout:
+    """Return a layout in which the blocks of a weight are blocks of its matrix."""
+    single = [d for d, dims in ((0, rows), (w.ndim - 1, w.ndim - rows)) if dims == 1]
     cut: list[tuple[str, ...]] = [()] * w.ndim
     if single:
         cut[max(single, key=lambda d: w.shape[d])] = w.layout.cut

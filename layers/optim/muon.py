@@ -1,4 +1,8 @@
-"""Muon: momentum, orthogonalised."""
+"""Muon: steps that are orthogonal matrices.
+
+The trainer makes it by name from the registry. It views weights as matrices with ``matrices`` and orthogonalises their
+momentum with ``linalg.factor``.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import OptionError
 from colossal_mpi.layers.optim.adam import AdamW
 from colossal_mpi.layers.optim.base import Group, is_weight
-from colossal_mpi.layers.optim.matrices import as_matrix, each, from_matrix
+from colossal_mpi.layers.optim.matrices import as_matrix, from_matrix, unstacked
 from colossal_mpi.layers.optim.registry import register_optimizer
 from colossal_mpi.layers.parameter import Parameter
 from colossal_mpi.linalg import newton_schulz
@@ -22,7 +26,7 @@ _SCALES: dict[str, Callable[[int, int], float]] = {
 
 
 def is_hidden(parameter: Parameter) -> bool:
-    """Say whether a parameter is a weight of one of the repeated blocks of a model, ``blocks.3.mlp.up.weight``."""
+    """Say whether a parameter is a weight in a repeated block of a model, such as ``blocks.3.mlp.up.weight``."""
     return is_weight(parameter) and any(word.isdigit() for word in parameter.name.split("."))
 
 
@@ -30,26 +34,26 @@ def is_hidden(parameter: Parameter) -> bool:
 class Muon(AdamW):
     """Steps that are orthogonal matrices: the momentum of each hidden weight, orthogonalised where it lies.
 
-    Weights are matrices of inputs by outputs: W[h, 3, a, d] has h rows; those of experts, W[e, h, f], are e matrices,
-    done one after the other where they lie. The others (tables, heads, gains, biases) go
-    by AdamW, with the same learning rate if the scale is ``rms``.
-
     Parameters
     ----------
-    parameters : iterable of Parameter or of Group
+    parameters : iterable of Parameter or Group
+        Parameters to update. A `Group` gives its parameters options of their own.
     lr : float
-        Used when `step` is given none.
+        Learning rate of a step for which `step` is given none.
     momentum : float
+        Share of the old velocity that a step keeps, from 0 to 1.
     nesterov : bool
+        Step along the gradient and the velocity after it.
     scale : {"rms", "spectral"}
-        Times the learning rate: ``0.2 sqrt(max(rows, columns))``, with which a step is as long as one of AdamW (Liu et
-        al. 2025), or ``sqrt(max(1, columns / rows))`` (Jordan et al. 2024).
+        Factor of the learning rate. ``"rms"`` is ``0.2 sqrt(max(rows, columns))``, with which a step is as long as one
+        of AdamW (Liu et al. 2025). ``"spectral"`` is ``sqrt(max(1, columns / rows))`` (Jordan et al. 2024).
     iterations : int
-        Steps of `newton_schulz`.
+        Number of iterations of `newton_schulz`.
     hidden : callable
-        Says which parameters are orthogonalised.
-    **options
-        As `AdamW` takes them.
+        ``hidden(parameter)`` says whether a parameter is orthogonalised. By default the weights of the repeated blocks
+        are.
+    **options : dict
+        ``betas``, ``eps``, ``weight_decay``, ``clip`` and what else `AdamW` takes.
 
     Raises
     ------
@@ -58,8 +62,12 @@ class Muon(AdamW):
 
     Notes
     -----
-    **Communication:** besides that of `AdamW`, that of `newton_schulz` for each hidden weight; no rank holds a whole
-    weight that is cut.
+    Weights are matrices of inputs by outputs: W[H, 3, A, D] has H rows, and the experts' W[E, H, F] is E matrices,
+    which are done one after the other where they lie. All other parameters (tables, heads, gains, biases) are stepped
+    by AdamW, with the same learning rate if the scale is ``"rms"``.
+
+    **Communication:** that of `Optimizer.step`, and that of `newton_schulz` for each hidden weight. No rank holds a
+    whole weight that is cut.
 
     References
     ----------
@@ -85,25 +93,25 @@ class Muon(AdamW):
         super().__init__(parameters, lr, **options)
 
     def begin(self, parameter: Parameter) -> dict[str, DistArray]:
-        """Return the velocity of a hidden weight, Adam's moments of another."""
         return {"velocity": parameter.zeros()} if self.hidden(parameter) else super().begin(parameter)
 
     def update(
         self, parameter: Parameter, w: DistArray, g: DistArray, slots: dict[str, DistArray], lr: float, **options: Any
     ) -> None:
-        """Step by the orthogonalised velocity."""
         if "velocity" not in slots:
             super().update(parameter, w, g, slots, lr, **options)
             return
-        arrays = (each(array, parameter.batch) for array in (w, g, slots["velocity"]))
+        arrays = (unstacked(array, parameter.batch) for array in (w, g, slots["velocity"]))
         for weight, gradient, velocity in zip(*arrays, strict=True):
             self._step(weight, gradient, velocity, parameter.inputs, lr, options["weight_decay"])
 
-    def _step(self, w: DistArray, g: DistArray, velocity: DistArray, at: int, lr: float, decay: float) -> None:
+    def _step(self, w: DistArray, g: DistArray, velocity: DistArray, inputs: int, lr: float, decay: float) -> None:
+        """Update one matrix. Its first `inputs` dims are its rows."""
         velocity.local[...] *= self.momentum
         velocity.local[...] += (1 - self.momentum) * g.local
         ahead = g * (1 - self.momentum) + velocity * self.momentum if self.nesterov else velocity
-        matrix = as_matrix(ahead, at)
-        direction = from_matrix(newton_schulz(matrix, self.iterations), w, at)
+        # M[H_row, (3, A_col, D)] -> O[H_row, (3, A_col, D)] with O O^T = 1: Newton-Schulz, SUMMA products on the grid
+        matrix = as_matrix(ahead, inputs)
+        direction = from_matrix(newton_schulz(matrix, self.iterations), w, inputs)
         w.local[...] *= 1 - lr * decay
         w.local[...] -= lr * self.scale(*matrix.shape) * direction.local

@@ -1,4 +1,7 @@
-"""Stochastic gradient descent with momentum, and LARS."""
+"""SGD and LARS: steps along a running sum of the gradients.
+
+The trainer makes them by name from the registry. They work on local blocks alone.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +16,39 @@ from colossal_mpi.layers.parameter import Parameter
 
 @register_optimizer("sgd")
 class SGD(Optimizer):
-    """Gradient descent with momentum; the decay is part of the gradient, as in PyTorch.
+    """Stochastic gradient descent with momentum; the weight decay is part of the gradient, as in PyTorch.
 
     Parameters
     ----------
-    parameters : iterable of Parameter or of Group
+    parameters : iterable of Parameter or Group
+        Parameters to update. A `Group` gives its parameters options of their own.
     lr : float
-        Used when `step` is given none.
+        Learning rate of a step for which `step` is given none.
     momentum : float
+        Share of the old velocity that a step keeps, from 0 to 1.
     nesterov : bool
-        Step by the gradient and the momentum after it (Sutskever et al. 2013).
+        Step along the gradient and the velocity after it (Sutskever et al. 2013).
     weight_decay : float
+        Decay of weights and tables. Gains and biases do not decay.
     clip : float, optional
-    **rest
-        ``decays``, as `Optimizer` takes it.
+        Greatest norm of the gradient. A longer gradient is scaled to this norm.
+    **rest : dict
+        ``decays``, ``scaling`` and ``offload``, as `Optimizer` takes them.
+
+    Notes
+    -----
+    With ``g = g + weight_decay w`` and the velocity ``v = momentum v + g``, a step is ``w = w - lr v``, or with
+    Nesterov momentum ``w = w - lr (g + momentum v)``.
+
+    **Communication:** that of `Optimizer.step`.
+
+    References
+    ----------
+    Sutskever et al.: On the importance of initialization and momentum in deep learning, 2013.
+
+    Examples
+    --------
+    >>> optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True)
     """
 
     slots = ("velocity",)
@@ -46,7 +68,6 @@ class SGD(Optimizer):
     def update(
         self, parameter: Parameter, w: DistArray, g: DistArray, slots: dict[str, DistArray], lr: float, **options: Any
     ) -> None:
-        """Step by the velocity."""
         gradient = g.local
         velocity, momentum = slots["velocity"].local, options["momentum"]
         if options["weight_decay"]:
@@ -59,19 +80,26 @@ class SGD(Optimizer):
 
 @register_optimizer("lars")
 class LARS(SGD):
-    """SGD whose rate for each parameter is a share of the parameter's norm over its gradient's.
+    """SGD with a learning rate for each parameter in proportion to its norm over its gradient's norm.
 
     Parameters
     ----------
-    parameters, lr, momentum, nesterov, weight_decay, clip
-        As `SGD` takes them.
+    parameters : iterable of Parameter or Group
+        Parameters to update. A `Group` gives its parameters options of their own.
+    lr : float
+        Learning rate of a step for which `step` is given none.
     trust : float
-        That share.
+        Ratio of a step to the norm of the parameter, before the learning rate.
+    **options : dict
+        ``momentum``, ``nesterov``, ``weight_decay`` (by default 1e-4), ``clip`` and what else `SGD` takes.
 
     Notes
     -----
-    A parameter that does not decay (a gain or a bias) has no rate of its own, as usual. **Communication:** besides that
-    of `Optimizer.step`, two allreduces of a word for each parameter that decays.
+    A gradient counts times ``trust |w| / (|g| + weight_decay |w|)``. A parameter that does not decay (a gain or a bias)
+    has the learning rate of the step, as usual.
+
+    **Communication:** that of `Optimizer.step`, and for each parameter that decays two allreduces of one word over the
+    axes that cut it.
 
     References
     ----------
@@ -87,9 +115,9 @@ class LARS(SGD):
     def update(
         self, parameter: Parameter, w: DistArray, g: DistArray, slots: dict[str, DistArray], lr: float, **options: Any
     ) -> None:
-        """Step by the velocity of scaled gradients."""
         trust, decay = options.pop("trust"), options["weight_decay"]
         if decay:
+            # |w|, |g| of arrays in the layout of the state: sums of squares, allreduce over the axes that cut them
             weight, gradient = w.norm(), g.norm()
             share = trust * weight / (gradient + decay * weight) if weight > 0 and gradient > 0 else 1.0
             g = (g + w * decay) * share
