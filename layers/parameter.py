@@ -38,7 +38,7 @@ class Buckets(Protocol):
         """Take a contribution that is to be reduced at once."""
 
 
-class Ahead(Protocol):
+class Prefetcher(Protocol):
     """The prefetch that gathers weights before they are used, as `layers.overlap` has it."""
 
     def take(self, parameter: Parameter, layout: Layout) -> DistArray:
@@ -111,7 +111,7 @@ class Parameter:
         self.buckets: Buckets | None = None
         self.coming: list[Reduction] = []
         """Reductions that have contributions to the gradient under way; `reduce` waits for them."""
-        self.prefetch: Ahead | None = None
+        self.prefetch: Prefetcher | None = None
 
         def make(layout: Layout, dtype: str) -> DistArray:
             if std is None or seed is None:

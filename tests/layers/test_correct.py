@@ -1,4 +1,4 @@
-"""The greatest logit is found wherever classes and labels are cut; of equal ones it is the first."""
+"""Correct predictions are counted wherever classes and labels are cut; of equal logits the first counts."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Masks are the same on every grid, for any microbatches and when made again, and drop as often as they say."""
+"""Dropout masks do not depend on grid, microbatches or repetition, and drop at their rate."""
 
 import array_api_strict as strict
 import numpy as np
@@ -16,7 +16,7 @@ KINDS = pytest.mark.parametrize("kind", [Dropout, DropPath])
 
 
 def expected(kind, shape=SHAPE, rate=0.3, step=4, sample=0, seed=2):
-    """Return the whole array of ones under its mask."""
+    """Return the global array of ones after dropout."""
     masked = shape if kind is Dropout else shape[:1]
     box = [(sample, sample + shape[0]), *[(0, n) for n in masked[1:]]]
     kept = random.kept_block(box, masked, seed, f"drop/{step}", rate)

@@ -1,4 +1,4 @@
-"""Every layer of the table equals PyTorch's in every mode: output, cotangent of the input and each gradient."""
+"""Each layer of the table gives PyTorch's output, cotangent of the input and gradients, in every mode."""
 
 import numpy as np
 import pytest

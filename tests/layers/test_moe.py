@@ -66,7 +66,7 @@ def test_losses_have_their_gradients(grid):
 
 
 def slots_of(grid, layer, whole, router):
-    """Return the slots of an expert in a block: the most assignments of any, rounded up by an eighth at most."""
+    """Return the slots of each expert in a block: the most assignments, rounded up by an eighth at most."""
     chosen = np.argsort(-(whole @ router), axis=-1, kind="stable")[..., : layer.top_k]
     most = 0
     for rank in range(grid.size):
@@ -94,7 +94,7 @@ def test_words_equal_their_closed_form(grid):
     {"data": 2, "col": 2}, {"row": 2, "col": 2}, {"depth": 2, "row": 2}, {"row": 2, "depth": 2}, {"data": 2, "depth": 2}
 )
 def test_each_reduction_is_missed(grid, monkeypatch):
-    """All experts take all tokens: what is left out changes no shape."""
+    """All experts take all tokens, so that a missing reduction changes no shape."""
     saboteur = Saboteur(monkeypatch)
 
     def results(grid, p, victim=None):

@@ -1,4 +1,4 @@
-"""With any one reduction removed, of a model's backward pass or in a layer, the comparison with one rank fails."""
+"""If any one reduction of a model or a layer is left out, the comparison with one rank fails."""
 
 import numpy as np
 import pytest
@@ -43,7 +43,7 @@ def difference(mine, exact):
 
 
 def attention_gradients(grid, tensor, saboteur=None, victim=None):
-    """Return the same of attention whose keys and values all ranks have."""
+    """Return the gradients of attention whose keys and values are on all ranks."""
     p = Parallelism(grid, tensor)
     options = {"groups": 1, "width": 2, "rotary": Rotary(), "std": 0.5, "out_std": 0.5, "dtype": "float64"}
     layer = SelfAttention(10, 6, p, "attention", **options)

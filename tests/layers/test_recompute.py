@@ -1,4 +1,4 @@
-"""Layers whose parts are made again have the bits of those that keep them, for the words and bytes that they say."""
+"""Recomputation gives the bits of kept arrays, for the words and bytes of its closed forms."""
 
 from dataclasses import replace
 
@@ -89,7 +89,7 @@ def same(mine, exact):
 
 
 def decoder(make, p, kinds):
-    """Return loss and gradients of a step of two microbatches."""
+    """Return the loss and the gradients of a step of two microbatches."""
     model, loss, total = recompute(make(p), kinds), CrossEntropy(p), 0.0
     for first, rows in ((0, slice(0, 4)), (4, slice(4, 7))):
         ids, targets = (from_global(a[rows], p.grid, p.tokens()) for a in (TOKENS, LABELS))
@@ -118,7 +118,7 @@ def test_zero_has_the_same_bits(grid):
 
 
 def mixture(p, kinds):
-    """Return loss, losses of the experts and gradients of a block with experts, and what it hands back."""
+    """Return the loss, the experts' losses and the gradients of a block with experts."""
     experts = {"experts": 3, "top_k": 2, "balance": 0.5, "z_loss": 0.1, "activation": "swiglu"}
     block = TransformerBlock(10, 5, 7, p, "block", experts=experts, dropout=0.1, std=0.5, dtype="float64")
     model, own = recompute(Sequential(block), kinds), {}
@@ -173,7 +173,7 @@ def test_words_equal_their_closed_form(grid, keep):
 
 @pytest.mark.grids({}, {"row": 2, "col": 2})
 def test_memory_between_the_passes_falls(grid):
-    """Of a block's 16 h for each token full leaves one, and selective 10; some vectors and statistics remain."""
+    """A block keeps 16 h for each token, with "selective" 10 h and with "full" h, besides vectors and statistics."""
     b, s, h = 4, 8, 64
     held = {}
     for kinds in ("none", "selective", "full"):

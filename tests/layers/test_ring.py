@@ -1,4 +1,4 @@
-"""What attention moves, keeps and computes where the sequence is cut: each equals its closed form."""
+"""Attention on a cut sequence moves the words, keeps the bytes and does the work that its closed forms say."""
 
 import time
 import tracemalloc
@@ -26,7 +26,7 @@ B, A, D = 2, 4, 3
 
 
 def words(layer, x, ctx=None):
-    """Return what this rank receives in a pass there and back, and in the pass there alone."""
+    """Return the words that this rank receives in both passes, and in the forward pass alone."""
     with ledger.record() as moved:
         y, cache = layer.forward(x, ctx or Context())
         there = moved.words
@@ -37,7 +37,7 @@ def words(layer, x, ctx=None):
 @pytest.mark.parametrize("s", [12, 11])
 @pytest.mark.grids({"seq": 2}, {"seq": 3}, {"seq": 4}, {"seq": 2, "col": 2})
 def test_words_of_a_ring(grid, s):
-    """Both ways (6 c - 4) b (s/c) h_kv words on each rank, h_kv the keys, or the values, of its own groups."""
+    """Each rank receives (6 c - 4) b (s/c) h_kv words in both passes, with keys of width h_kv in its groups."""
     p, c, col = case.parallelism(grid), grid.axes["seq"], grid.axes.get("col", 1)
     start, stop = part(s, c, grid.coords["seq"])
     own, others = (n * B * D * 2 // col for n in (stop - start, s - stop + start))
@@ -53,7 +53,7 @@ def test_words_of_a_ring(grid, s):
 
 @pytest.mark.grids({"ulysses": 2}, {"ulysses": 4}, {"seq": 2, "ulysses": 2}, {"seq": 4})
 def test_words_of_a_layer_whose_heads_are_cut(grid):
-    """8 (c - 1) / c^2 of b s h words on each of c ranks, and those of a ring of what is left of both."""
+    """Each of c ranks receives 8 (c - 1) / c^2 of b s h words, and the words of a ring of its heads and tokens."""
     sequence = "ulysses" if list(grid.axes) == ["seq"] else "ring"
     p, s, h = case.parallelism(grid, sequence=sequence), 8, 2 * A
     layer = SelfAttention(h, A, p, "attention", dtype="float64")
@@ -76,7 +76,7 @@ def test_a_mask_is_gathered_once(grid):
 
 @pytest.mark.grids({"data": 2, "seq": 2}, {"seq": 4})
 def test_memory_falls_with_the_ring(grid, monkeypatch):
-    """What is kept, and the most that is in use, on each of c ranks: a c-th of what one rank of a ring would need."""
+    """Each of c ranks keeps and uses at most a c-th of the memory that a ring of one rank would need."""
     for name, value in {"LENGTH": 32, "LEAST": 32, "SCORES": 1 << 10}.items():
         monkeypatch.setattr(tiles, name, value)
     data, c, s, width = grid.axes.get("data", 1), grid.axes["seq"], 2048, 64
@@ -93,8 +93,10 @@ def test_memory_falls_with_the_ring(grid, monkeypatch):
     tracemalloc.stop()
     arrays = [kept / array, there / array, back / array]
     assert arrays[0] == pytest.approx(4, rel=0.05)  # q, k, v and the output
-    assert arrays[1] <= 12  # and keys and values of this step and the next, and parts of the output that are merged
-    assert arrays[2] <= 21  # and dq, and the cotangents of k and v: this step's, those that come and those that go
+    assert (
+        arrays[1] <= 12
+    )  # also the keys and values of this step and the next, and the parts of the output that are merged
+    assert arrays[2] <= 21  # also dq, and the cotangents of k and v of this step, on arrival and on departure
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8, 16])
@@ -111,7 +113,7 @@ def test_zigzag_balances_what_contiguous_blocks_do_not(ranks):
 @pytest.mark.parametrize("zigzag", [True, False], ids=["zigzag", "contiguous"])
 @pytest.mark.grids({"seq": 3}, {"seq": 4})
 def test_work_is_balanced(grid, monkeypatch, zigzag):
-    """Scores that are computed, forward and backward, counted where the kernel computes them."""
+    """The scores that the kernel computes, forward and backward, are as many on every rank."""
     for name, value in {"LENGTH": 8, "LEAST": 8}.items():
         monkeypatch.setattr(tiles, name, value)
     done, scores = [], formulas._scores
@@ -151,7 +153,7 @@ def test_each_message_but_the_last_home_is_under_way_while_some_keys_are_attende
 
 
 class Vandal:
-    """Lose what arrives with one of the messages round a ring while armed; the messages themselves go through."""
+    """While armed, it zeroes what one message of a ring brings; the message itself goes through."""
 
     def __init__(self, monkeypatch):
         self.armed, self.victim, self.seen = False, None, 0
@@ -180,7 +182,7 @@ class Lost:
 
 @pytest.mark.grids({"seq": 2}, {"seq": 3}, {"seq": 2, "ulysses": 2})
 def test_any_message_of_the_backward_pass_that_is_lost_is_missed(grid, monkeypatch):
-    """The last of them takes the cotangents of keys and values home."""
+    """The last message brings the cotangents of keys and values back to the rank that holds the keys."""
     _, exact = case.run("bert", Parallelism(Grid(MPI.COMM_SELF)))
     exact, p, vandal = {name: host(g) for name, g in exact.items()}, case.parallelism(grid), Vandal(monkeypatch)
 
@@ -223,7 +225,7 @@ def pass_of(p, ctx, dtype="float64"):
 @pytest.mark.parametrize("dtype", ["float16", ml_dtypes.bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.grids({"seq": 4})
 def test_16_bit_floats_are_summed_in_32_all_the_way_round(grid, dtype):
-    """As on one rank, results are rounded once, whatever the number of parts."""
+    """Results are rounded once, as on one rank, however many parts are merged."""
     alone = Parallelism(Grid(MPI.COMM_SELF))
     mine, exact = (pass_of(p, Context(), dtype) for p in (case.parallelism(grid), alone))
     eps = float(ml_dtypes.finfo(dtype).eps)

@@ -1,4 +1,4 @@
-"""Rotary frequencies are those of transformers; what is not known is refused."""
+"""Rotary frequencies equal those of the package transformers; unknown scalings are refused."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def test_frequencies_equal_those_of_transformers(name):
     theirs = LlamaRotaryEmbedding(config).inv_freq.numpy()
     mine = Rotary(scaling=scaling).frequencies(48)
     assert mine.dtype == np.float64
-    # Theirs are computed in float32, in a few steps.
+    # transformers computes them in float32, in a few steps.
     assert abs(mine / theirs - 1).max() <= 16 * np.finfo("float32").eps
     assert np.array_equal(Rotary(500.0, SCALINGS[name]).frequencies(48), mine)
 

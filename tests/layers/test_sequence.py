@@ -1,4 +1,4 @@
-"""Models cut along the sequence, as a ring, by heads or both, in every mode and order, equal one rank's."""
+"""Models whose sequence is cut, by a ring, by heads or by both, have the loss and the gradients of one rank."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ RNG = np.random.default_rng(5)
 
 
 def off(prepared, name, p, **options):
-    """Return by how much loss and gradients differ from one rank's, of their tolerances."""
+    """Return the difference of loss and gradients from one rank's, divided by the tolerance."""
     exact = dict(np.load(prepared / f"{name}.npz"))
     loss, gradients = case.run(name, p, **options)
     reference = float(exact.pop("loss"))
@@ -49,7 +49,7 @@ def test_every_model_equals_one_rank(grid, prepared):
 @prepared_by
 @pytest.mark.grids({}, {"seq": 2}, {"seq": 4}, {"seq": 2, "ulysses": 2, "col": 2}, {"seq": 8})
 def test_order_changes_nothing(grid, prepared):
-    """That of a ring, which balances it, and any other; 8 ranks have blocks of one token and of two."""
+    """The order may be the one that balances a ring or any other; on 8 ranks blocks have one or two tokens."""
     p = case.parallelism(grid)
     for order in (p.order(case.S), np.random.default_rng(6).permutation(case.S)):
         assert not {name: x for name in case.ORDERED if not (x := off(prepared, name, p, order=order)) <= 1}
