@@ -361,8 +361,8 @@ class Parallelism:
 
     Examples
     --------
-    >>> Parallelism(Grid(row=2, col=2), "2d").stream()  # on four ranks  # doctest: +SKIP
-    Layout(None, None, 'col')
+    >>> Parallelism(Grid.meta(row=2, col=2), "2d").stream()
+    Layout('row', None, 'col')
     """
 
     def __init__(

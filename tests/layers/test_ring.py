@@ -93,9 +93,7 @@ def test_memory_falls_with_the_ring(grid, monkeypatch):
     tracemalloc.stop()
     arrays = [kept / array, there / array, back / array]
     assert arrays[0] == pytest.approx(4, rel=0.05)  # q, k, v and the output
-    assert (
-        arrays[1] <= 12
-    )  # also the keys and values of this step and the next, and the parts of the output that are merged
+    assert arrays[1] <= 12  # also keys and values of this step and the next, and parts of the output
     assert arrays[2] <= 21  # also dq, and the cotangents of k and v of this step, on arrival and on departure
 
 
