@@ -10,9 +10,10 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from colossal_mpi import comm
 from colossal_mpi.errors import GridError, LayoutError, ShapeError
@@ -22,6 +23,8 @@ from colossal_mpi.platform import backend
 from colossal_mpi.platform.backend import Block
 from colossal_mpi.redistribution import Plan, gather_to_root, plan_of, redistribute, select, start
 
+Number: TypeAlias = complex | np.generic
+"""A number of Python or NumPy."""
 _matmul: Callable[[DistArray, DistArray], DistArray] | None = None
 
 
@@ -289,7 +292,7 @@ class DistArray:
             return self
         return self.like(backend.namespace(self.local).conj(self.local))
 
-    def __getitem__(self, index: Any) -> DistArray:
+    def __getitem__(self, index: object) -> DistArray:
         """Return a part of the array by integers, slices of any step, ``...`` and None, as NumPy does.
 
         Parameters
@@ -321,7 +324,7 @@ class DistArray:
         block, shape, layout = select(self.local, self.shape, self.layout, index, self.grid)
         return DistArray(block, shape, layout, self.grid)
 
-    def astype(self, dtype: Any) -> DistArray:
+    def astype(self, dtype: DTypeLike) -> DistArray:
         """Return the array in another dtype.
 
         Parameters
@@ -417,16 +420,16 @@ class DistArray:
     def __neg__(self) -> DistArray:
         return self.like(-self.local)
 
-    def __add__(self, other: Any) -> DistArray:
+    def __add__(self, other: DistArray | Number) -> DistArray:
         return _linear(operator.add, self, other)
 
-    def __sub__(self, other: Any) -> DistArray:
+    def __sub__(self, other: DistArray | Number) -> DistArray:
         return _linear(operator.sub, self, other)
 
-    def __mul__(self, other: Any) -> DistArray:
+    def __mul__(self, other: DistArray | Number) -> DistArray:
         return _scaled(operator.mul, self, other)
 
-    def __truediv__(self, other: Any) -> DistArray:
+    def __truediv__(self, other: DistArray | Number) -> DistArray:
         return _scaled(operator.truediv, self, other)
 
     def __pow__(self, exponent: float) -> DistArray:
@@ -434,21 +437,21 @@ class DistArray:
             raise LayoutError(f"power of {self}: not linear in partial sums; redistribute it first")
         return self.like(self.local ** _scalar(operator.pow, self, exponent))
 
-    def __radd__(self, other: Any) -> DistArray:
+    def __radd__(self, other: DistArray | Number) -> DistArray:
         return _linear(operator.add, self, other)
 
-    def __rsub__(self, other: Any) -> DistArray:
+    def __rsub__(self, other: DistArray | Number) -> DistArray:
         return _linear(operator.add, -self, other)
 
-    def __rmul__(self, other: Any) -> DistArray:
+    def __rmul__(self, other: DistArray | Number) -> DistArray:
         return _scaled(operator.mul, self, other)
 
-    def __rtruediv__(self, other: Any) -> DistArray:
+    def __rtruediv__(self, other: Number) -> DistArray:
         if self.layout.partial:
             raise LayoutError(f"division by {self}: not linear in partial sums; redistribute it first")
         return self.like(_scalar(operator.truediv, self, other) / self.local)
 
-    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+    def __array__(self, *_: object, **__: object) -> np.ndarray:
         raise TypeError(f"{self} is no NumPy array: use .local, this rank's block, or .gather(), the whole array")
 
 
@@ -560,7 +563,7 @@ def _match(a: DistArray, b: DistArray) -> DistArray:
     return b.redistribute(a.layout)
 
 
-def _linear(op: Callable[[Any, Any], Any], a: DistArray, b: Any) -> DistArray:
+def _linear(op: Callable[[Any, Any], Any], a: DistArray, b: DistArray | Number) -> DistArray:
     """Add or subtract. Partial sums stay partial; a scalar is refused there, as each rank would add it."""
     if isinstance(b, DistArray):
         return a.like(op(a.local, _match(a, b).local))
@@ -569,7 +572,7 @@ def _linear(op: Callable[[Any, Any], Any], a: DistArray, b: Any) -> DistArray:
     return a.like(op(a.local, _scalar(op, a, b)))
 
 
-def _scaled(op: Callable[[Any, Any], Any], a: DistArray, b: Any) -> DistArray:
+def _scaled(op: Callable[[Any, Any], Any], a: DistArray, b: DistArray | Number) -> DistArray:
     """Multiply or divide. Partial sums may be scaled by a number, not by an array."""
     if not isinstance(b, DistArray):
         return a.like(op(a.local, _scalar(op, a, b)))
@@ -578,7 +581,7 @@ def _scaled(op: Callable[[Any, Any], Any], a: DistArray, b: Any) -> DistArray:
     return a.like(op(a.local, _match(a, b).local))
 
 
-def _scalar(op: Callable[[Any, Any], Any], a: DistArray, b: Any) -> Any:
+def _scalar(op: Callable[[Any, Any], Any], a: DistArray, b: Number) -> complex:
     """Return the number `b` as a Python number, which takes the dtype of the array: other libraries refuse or widen.
 
     An array is refused: it would be broadcast against the block, not against the global array.
@@ -589,7 +592,11 @@ def _scalar(op: Callable[[Any, Any], Any], a: DistArray, b: Any) -> Any:
 
 
 def from_global(
-    source: Any, grid: Grid, layout: Layout, shape: Sequence[int] | None = None, dtype: Any = None
+    source: Block | Callable[[tuple[slice, ...]], Block],
+    grid: Grid,
+    layout: Layout,
+    shape: Sequence[int] | None = None,
+    dtype: DTypeLike | None = None,
 ) -> DistArray:
     """Return a distributed array with the values of a global array.
 
@@ -627,16 +634,18 @@ def from_global(
     --------
     >>> A = from_global(np.eye(1024), grid, Layout("row", "col"))
     """
-    if callable(source) and shape is None:
-        raise ShapeError("from_global: a callable needs shape=, the global shape")
-    if not callable(source) and not hasattr(source, "shape"):
-        source = np.asarray(source)
-    if not callable(source) and shape is not None and tuple(shape) != tuple(source.shape):
-        raise ShapeError(f"from_global: shape={tuple(shape)} for a source of {tuple(source.shape)}: leave shape out")
-    shape = tuple(source.shape if shape is None else shape)
+    if callable(source):
+        if shape is None:
+            raise ShapeError("from_global: a callable needs shape=, the global shape")
+        shape, block_at = tuple(shape), source
+    else:
+        whole = source if hasattr(source, "shape") else np.asarray(source)
+        if shape is not None and tuple(shape) != tuple(whole.shape):
+            raise ShapeError(f"from_global: shape={tuple(shape)} for a source of {tuple(whole.shape)}: leave shape out")
+        shape = tuple(whole.shape)
+        block_at = whole.__getitem__ if shape else lambda _: whole
     layout = layout.on(grid.axes, len(shape))
-    box = layout.box(shape, grid.axes, grid.coords)
-    block = source(index_of(box)) if callable(source) else source[index_of(box)] if shape else source
+    block = block_at(index_of(layout.box(shape, grid.axes, grid.coords)))
     if isinstance(block, np.ndarray) and not block.dtype.isnative:
         block = block.astype(block.dtype.newbyteorder("="))
     block = grid.to_block(block, dtype)
@@ -645,7 +654,7 @@ def from_global(
     return DistArray(block, shape, layout, grid)
 
 
-def full(shape: Sequence[int], value: float, grid: Grid, layout: Layout, dtype: Any = "float64") -> DistArray:
+def full(shape: Sequence[int], value: float, grid: Grid, layout: Layout, dtype: DTypeLike = "float64") -> DistArray:
     """Return an array filled with one value.
 
     Parameters
@@ -683,7 +692,7 @@ def full(shape: Sequence[int], value: float, grid: Grid, layout: Layout, dtype: 
     return DistArray(block, shape, layout, grid)
 
 
-def zeros(shape: Sequence[int], grid: Grid, layout: Layout, dtype: Any = "float64") -> DistArray:
+def zeros(shape: Sequence[int], grid: Grid, layout: Layout, dtype: DTypeLike = "float64") -> DistArray:
     """Return an array of zeros.
 
     Parameters

@@ -9,7 +9,7 @@ From then on both sides must work in one stream, as they do by default, in the l
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from array_api_compat import is_cupy_array
@@ -19,6 +19,9 @@ from colossal_mpi.errors import DTypeError, SharingError
 from colossal_mpi.platform import backend
 from colossal_mpi.platform.backend import Block
 
+if TYPE_CHECKING:
+    import torch
+
 # Only the package ml_dtypes gives NumPy a bfloat16, which NumPy does not export by DLPack: its bits are exported.
 _BITS = {"bfloat16": "int16"}
 _SHARED = {
@@ -27,7 +30,7 @@ _SHARED = {
 }
 
 
-def to_torch(array: Block | DistArray, writable: bool = True) -> Any:
+def to_torch(array: Block | DistArray, writable: bool = True) -> torch.Tensor:
     """Return a block, or this rank's block of a distributed array, as a tensor that shares its memory.
 
     Parameters
@@ -81,7 +84,7 @@ def to_torch(array: Block | DistArray, writable: bool = True) -> Any:
     return tensor if bits is None else tensor.view(dtype)
 
 
-def from_torch(tensor: Any) -> Block:
+def from_torch(tensor: torch.Tensor) -> Block:
     """Return a tensor as a block, a NumPy or CuPy array that shares its memory.
 
     Parameters
@@ -149,7 +152,7 @@ def _check_memory(block: Block, writable: bool) -> None:
 
 
 @cache
-def _torch_dtype(dtype: np.dtype) -> tuple[Any, str | None]:
+def _torch_dtype(dtype: np.dtype) -> tuple[torch.dtype, str | None]:
     """Return the dtype of torch, and the dtype as whose bits it is shared, if that is another."""
     import torch
 
@@ -162,7 +165,7 @@ def _torch_dtype(dtype: np.dtype) -> tuple[Any, str | None]:
 
 
 @cache
-def _numpy_dtype(dtype: Any) -> tuple[np.dtype, str | None]:
+def _numpy_dtype(dtype: torch.dtype) -> tuple[np.dtype, str | None]:
     """Return the dtype of NumPy, and the dtype as whose bits it is shared, if that is another."""
     name = str(dtype).removeprefix("torch.")
     if name not in _SHARED:
@@ -176,7 +179,7 @@ def _numpy_dtype(dtype: Any) -> tuple[np.dtype, str | None]:
     return np.dtype(getattr(ml_dtypes, name)), _BITS[name]
 
 
-def _exported(tensor: Any) -> Block:
+def _exported(tensor: torch.Tensor) -> Block:
     """Return a tensor of a dtype that both libraries know as an array."""
     # Not numpy.from_dlpack, whose arrays are read-only before NumPy 2.1.
     return backend.from_dlpack(tensor) if tensor.is_cuda else tensor.numpy()

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 from mpi4py import MPI
+from numpy.typing import ArrayLike, DTypeLike
 
 from colossal_mpi import layout
 from colossal_mpi.errors import GridError
@@ -291,7 +292,7 @@ class Grid:
             self._peers[key] = memories if all(group.allgather(len(memories) == len(addresses))) else None
         return self._peers[key]
 
-    def empty(self, shape: Sequence[int], dtype: Any) -> Block:
+    def empty(self, shape: Sequence[int], dtype: DTypeLike) -> Block:
         """Return an uninitialised block on this grid's device.
 
         Parameters
@@ -310,7 +311,7 @@ class Grid:
             return shared_memory.empty(shape, backend.numpy_dtype(dtype))
         return self.xp.empty(tuple(shape), dtype=backend.dtype_of(self.xp, dtype))
 
-    def to_block(self, block: Any, dtype: Any = None) -> Block:
+    def to_block(self, block: ArrayLike | Block, dtype: DTypeLike | None = None) -> Block:
         """Return a copy of an array as a block on this grid's device.
 
         Parameters
@@ -416,10 +417,10 @@ class Grid:
     def __enter__(self) -> Grid:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self.free()
 
-    def __deepcopy__(self, memo: Any) -> Grid:
+    def __deepcopy__(self, memo: object) -> Grid:
         return self  # one rank alone cannot copy communicators: copied arrays stay on their grid
 
     def __repr__(self) -> str:

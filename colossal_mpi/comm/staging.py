@@ -13,15 +13,18 @@ from __future__ import annotations
 import functools
 import weakref
 from collections import OrderedDict
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from colossal_mpi.grid import Grid
 from colossal_mpi.platform import backend
 from colossal_mpi.platform.backend import Block, Device
 
 _SMALLEST = 1 << 12
+Buffer: TypeAlias = Any
+"""Page-locked memory of a device, an object with Python's buffer protocol."""
 
 
 class Pool:
@@ -40,12 +43,12 @@ class Pool:
 
     def __init__(self, device: Device, limit: int = 1 << 30) -> None:
         self._device, self._limit = device, limit
-        self._idle: OrderedDict[int, tuple[int, Any]] = OrderedDict()
+        self._idle: OrderedDict[int, tuple[int, Buffer]] = OrderedDict()
         self._handed_out = 0
         self.held = 0
         """The bytes that are kept idle."""
 
-    def array(self, count: int, dtype: Any) -> np.ndarray:
+    def array(self, count: int, dtype: DTypeLike) -> np.ndarray:
         """Return an uninitialised flat array of `count` elements in pinned memory."""
         nbytes = count * np.dtype(dtype).itemsize
         size = max(_SMALLEST, 1 << (nbytes - 1).bit_length() if nbytes else 0)
@@ -55,14 +58,14 @@ class Pool:
         weakref.finalize(whole, self._put, size, memory).atexit = False
         return whole[:nbytes].view(dtype)
 
-    def _take(self, size: int) -> Any:
+    def _take(self, size: int) -> Buffer:
         for key in reversed(list(self._idle)):  # a copy: a buffer may come back during the loop
             if self._idle[key][0] == size:
                 self.held -= size
                 return self._idle.pop(key)[1]
         return self._device.pinned(size)
 
-    def _put(self, size: int, memory: Any) -> None:
+    def _put(self, size: int, memory: Buffer) -> None:
         self._handed_out += 1
         self._idle[self._handed_out] = size, memory
         self.held += size

@@ -55,7 +55,7 @@ _NEW = Pick(0, 1, 1, True)
 """A new dim of size 1, for None."""
 
 
-def parse(index: Any, shape: Shape) -> list[Pick | None]:
+def parse(index: object, shape: Shape) -> list[Pick | None]:
     """Return which elements an index picks along each dim; None stands for a new dim.
 
     Raises
@@ -75,7 +75,7 @@ def parse(index: Any, shape: Shape) -> list[Pick | None]:
     return [None if entry is None else _pick(entry, *next(sizes), index, shape) for entry in entries]
 
 
-def _pick(entry: Any, dim: int, n: int, index: Any, shape: Shape) -> Pick:
+def _pick(entry: object, dim: int, n: int, index: object, shape: Shape) -> Pick:
     if isinstance(entry, slice):
         try:
             start, stop, step = entry.indices(n)
@@ -100,8 +100,8 @@ def _integer(entry: Any) -> int:
     return operator.index(entry)
 
 
-def _text(index: Any) -> str:
-    def one(entry: Any) -> str:
+def _text(index: object) -> str:
+    def one(entry: object) -> str:
         if isinstance(entry, slice):
             bounds = f"{'' if entry.start is None else entry.start}:{'' if entry.stop is None else entry.stop}"
             return bounds if entry.step is None else f"{bounds}:{entry.step}"
@@ -110,7 +110,7 @@ def _text(index: Any) -> str:
     return ", ".join(map(one, index if isinstance(index, tuple) else (index,)))
 
 
-def select(block: Block, shape: Shape, layout: Layout, index: Any, grid: Grid) -> tuple[Block, Shape, Layout]:
+def select(block: Block, shape: Shape, layout: Layout, index: object, grid: Grid) -> tuple[Block, Shape, Layout]:
     """Return this rank's block of a part of a global array, the global shape of the part and its layout.
 
     A dim keeps the axes that cut it. An integer drops its dim, and the part is replicated over the axes that cut it.
