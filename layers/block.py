@@ -81,7 +81,7 @@ class TransformerBlock(Sequential):
 
     Examples
     --------
-    >>> TransformerBlock(768, 12, 3072, Parallelism(Grid(row=2, col=2), "2d"), "block")  # doctest: +SKIP
+    >>> TransformerBlock(768, 12, 3072, Parallelism(Grid(row=2, col=2), "2d"), "block")
     """
 
     def __init__(

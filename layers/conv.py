@@ -63,7 +63,11 @@ class Convolution(Layer):
                 f"{name}: kernel {self.kernel}, stride {self.stride}, padding {self.padding}: kernel and stride must "
                 "be 1 or more and padding 0 or more"
             )
-        self.name, self.product, self.keep = name, parallelism.product(subscripts, inner), parallelism.keep_gathered
+        self.name, self.product, self.keep_gathered = (
+            name,
+            parallelism.product(subscripts, inner),
+            parallelism.keep_gathered,
+        )
         self.keep_weight = parallelism.keep_weights
         self.images = Layout(*self.product.x.dims[:2], None, None)
         """The layout of an image whose windows are multiplied: y and x are whole."""
@@ -109,7 +113,7 @@ class Convolution(Layer):
         w = self.weight.use(p.w)
         # 1d inside: windows[B, C, I, J, S] . W[C, I, J, O_col] -> Y[B, O_col, S]
         y = contract(p.subscripts, self._windows(image), w, p.axes)
-        saved = self.save(x, image if self.keep else x)
+        saved = self.save(x, image if self.keep_gathered else x)
         return y, (saved, x.shape, w if self.keep_weight else None, x.layout.with_partial())
 
     def _adjoint(self, dy: DistArray, cache: Cache, later: Later) -> DistArray:

@@ -70,7 +70,7 @@ class Linear(Layer):
 
     Examples
     --------
-    >>> up = Linear("bsh,hf->bsf", {"h": 256, "f": 1024}, "f", Parallelism(Grid(col=2), "1d"), "up")  # doctest: +SKIP
+    >>> up = Linear("bsh,hf->bsf", {"h": 256, "f": 1024}, "f", Parallelism(Grid(col=2), "1d"), "up")
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Linear(Layer):
     ) -> None:
         self.name = name
         self.product: Product = parallelism.product(subscripts, inner, replicate=replicate)
-        self.keep, self.keep_weight = parallelism.keep_gathered, parallelism.keep_weights
+        self.keep_gathered, self.keep_weight = parallelism.keep_gathered, parallelism.keep_weights
         x, w, y = parse(subscripts).a, parse(subscripts).b, parse(subscripts).c
         batch = len(list(takewhile(lambda letter: letter in x and letter in y, w)))
         self.weight = weight or Parameter(
@@ -116,11 +116,11 @@ class Linear(Layer):
         # 1d: X[B, S_col, H] -> X[B, S, H]; 2d: X[B_row, S, H_col] -> X[B_row, S, H]
         gathered = x.redistribute(self.product.x)
         y, w = self._apply(gathered)
-        return y, (self.save(x, gathered if self.keep else x), w, x.layout.with_partial())
+        return y, (self.save(x, gathered if self.keep_gathered else x), w, x.layout.with_partial())
 
     def replay(self, x: DistArray, ctx: Context) -> Cache:
         # The product itself is left out: the backward pass needs its operands alone, gathered if they are kept so.
-        gathered = x.redistribute(self.product.x) if self.keep else x
+        gathered = x.redistribute(self.product.x) if self.keep_gathered else x
         w = self.weight.use(self.product.w) if self.keep_weight else None
         return self.save(x, gathered), w, x.layout.with_partial()
 
@@ -191,7 +191,7 @@ class Linears(Layer):
         # X[B_row, S, H_col] -> X[B_row, S, H], once for all products
         gathered = x.redistribute(first.product.x)
         ys, ws = zip(*[linear._apply(gathered) for linear in self.linears], strict=True)
-        return ys, (self.save(x, gathered if first.keep else x), ws, x.layout.with_partial())
+        return ys, (self.save(x, gathered if first.keep_gathered else x), ws, x.layout.with_partial())
 
     def backward(self, dy: Sequence[DistArray], cache: Cache, later: Later = None) -> DistArray:
         x, ws, layout = cache

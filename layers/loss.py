@@ -70,7 +70,7 @@ def backpropagate(
 
     Examples
     --------
-    >>> backpropagate(model, CrossEntropy(parallelism), ids, labels, Context(step=0))  # doctest: +SKIP
+    >>> backpropagate(model, CrossEntropy(parallelism), ids, labels, Context(step=0))
     10.82
     """
     ctx, own = ctx or Context(), dict[str, float]()
@@ -118,7 +118,7 @@ class CrossEntropy:
 
     Examples
     --------
-    >>> value, cache = CrossEntropy(parallelism).forward(logits, labels)  # doctest: +SKIP
+    >>> value, cache = CrossEntropy(parallelism).forward(logits, labels)
     """
 
     def __init__(

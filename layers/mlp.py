@@ -56,7 +56,7 @@ class MLP(Sequential):
 
     Examples
     --------
-    >>> MLP(768, 3072, Parallelism(Grid(col=4), "1d"), "mlp", activation="swiglu", bias=False)  # doctest: +SKIP
+    >>> MLP(768, 3072, Parallelism(Grid(col=4), "1d"), "mlp", activation="swiglu", bias=False)
     """
 
     def __init__(

@@ -12,9 +12,9 @@ Template A runs both products of a block on one map of the axes row x col x dept
 axes; ``1d`` is its case row = depth = 1, which is Megatron's tensor parallelism with sequence regions. Template B has
 the classic modes: ``2d`` (SUMMA, as in Optimus) and ``2.5d`` (Tesseract).
 
-The mode ``2.5d`` is Tesseract's: ``depth`` cuts the batch, and each of its layers multiplies other tokens with the same
-weights. The algorithm ``2.5d`` of `colossal_mpi.linalg.matmul` is Solomonik's and Demmel's: there ``depth`` cuts the
-summed dim k of one product, and the layers' partial sums are added. They share a name and a shape of the grid only.
+The mode ``2.5d`` is Tesseract's: there are ``depth`` copies of the weights of ``2d``, and each copy multiplies its part
+of the batch. The algorithm ``2.5d`` of `colossal_mpi.linalg.matmul` is Solomonik's and Demmel's: there ``depth`` cuts the
+summed dim k of one product, and the partial sums are added. They share a name and a shape of the grid only.
 
 In every mode ``data`` cuts b, and ``seq`` and ``ulysses`` cut s. In attention the axes of a ring still cut s, and the
 other axes that cut s outside attention cut the heads instead.
@@ -201,7 +201,7 @@ def register_mode(mode: Mode) -> Mode:
 
     Examples
     --------
-    >>> register_mode(Mode("columns", template, ("col",), "Cut weights by columns."))  # doctest: +SKIP
+    >>> register_mode(Mode("columns", template, ("col",), "Cut weights by columns."))
     """
     _require_new(mode, MODES, "tensor mode")
     reserved = [axis for axis in mode.axes if axis in (*_COPIES, "pipe")]
@@ -266,7 +266,7 @@ for _mode in (
         "2.5d",
         TEMPLATE_B,
         ("depth", "row", "col"),
-        "Do 2d in each of several layers, between which depth cuts the batch (Tesseract; not Solomonik & Demmel's).",
+        "Keep depth copies of the 2d mode, each with its part of the batch (Tesseract, not Solomonik & Demmel).",
         "Wang et al.: Tesseract: parallelize the tensor parallelism efficiently, 2021",
     ),
     Mode(

@@ -78,7 +78,7 @@ class Parameter:
 
     Examples
     --------
-    >>> Parameter("scale", [768], parallelism.stream("h"), parallelism, fill=1.0)  # doctest: +SKIP
+    >>> Parameter("scale", [768], parallelism.stream("h"), parallelism, fill=1.0)
     """
 
     def __init__(

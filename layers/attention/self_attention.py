@@ -243,7 +243,7 @@ class SelfAttention(Sequential):
 
     Examples
     --------
-    >>> SelfAttention(768, 12, Parallelism(Grid(col=4), "1d"), "attention", groups=4)  # doctest: +SKIP
+    >>> SelfAttention(768, 12, Parallelism(Grid(col=4), "1d"), "attention", groups=4)
     """
 
     def __init__(
