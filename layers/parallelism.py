@@ -13,8 +13,8 @@ axes; ``1d`` is its case row = depth = 1, which is Megatron's tensor parallelism
 the classic modes: ``2d`` (SUMMA, as in Optimus) and ``2.5d`` (Tesseract).
 
 The mode ``2.5d`` is Tesseract's: there are ``depth`` copies of the weights of ``2d``, and each copy multiplies its part
-of the batch. The algorithm ``2.5d`` of `colossal_mpi.linalg.matmul` is Solomonik's and Demmel's: there ``depth`` cuts the
-summed dim k of one product, and the partial sums are added. They share a name and a shape of the grid only.
+of the batch. The algorithm ``2.5d`` of `colossal_mpi.linalg.matmul` is Solomonik's and Demmel's: there ``depth`` cuts
+the summed dim k of one product, and the partial sums are added. They share a name and a shape of the grid only.
 
 In every mode ``data`` cuts b, and ``seq`` and ``ulysses`` cut s. In attention the axes of a ring still cut s, and the
 other axes that cut s outside attention cut the heads instead.
