@@ -17,7 +17,7 @@ from colossal_mpi.apps.config import Config
 from colossal_mpi.apps.training.tasks import StepFeed
 from colossal_mpi.apps.training.trainer import Trainer
 from colossal_mpi.grid import Grid
-from colossal_mpi.layers.analysis.predict import Prediction, dry_run, predicted, stages
+from colossal_mpi.layers.analysis import StepCost, cost_of_step, dry_run, stage_grids
 from colossal_mpi.layers.pipeline import (
     PIPE,
     BackwardInput,
@@ -48,7 +48,7 @@ class StageCost:
 
     Parameters
     ----------
-    run : Prediction
+    run : StepCost
         A dry run of the step with a clock, or of a step with fewer microbatches.
     others : int
         Microbatches that the dry run left out. Each of them costs as much as the first one.
@@ -56,7 +56,7 @@ class StageCost:
         The most microbatches that the whole step keeps at once; by default those of the dry run.
     """
 
-    def __init__(self, run: Prediction, others: int = 0, live: float | None = None) -> None:
+    def __init__(self, run: StepCost, others: int = 0, live: float | None = None) -> None:
         self.run, self.others = run, others
         self.live = run.live if live is None else live
         self.coords: Mapping[str, int] = run.coords
@@ -245,9 +245,9 @@ def sampled_forecast(config: Config, machine: Machine) -> Forecast:
     return Forecast(config, machine, [StageCost(run, others, live / chunks) for run, live in runs])
 
 
-def dry_runs(config: Config, machine: Machine) -> Iterator[Prediction]:
+def dry_runs(config: Config, machine: Machine) -> Iterator[StepCost]:
     """Yield the dry run of a step on the first rank of each stage."""
-    for grid in stages(axes_of(config)):
+    for grid in stage_grids(axes_of(config)):
         with dry_run(Clock(machine, grid.axes, grid.coords)) as tally:
             yield _dry_run(config, grid, tally)
 
@@ -255,12 +255,12 @@ def dry_runs(config: Config, machine: Machine) -> Iterator[Prediction]:
 def checkpoint_copies(config: Config) -> list[int]:
     """Return the bytes of host memory that background checkpoints take on the first rank of each stage."""
     with dry_run():
-        return [Trainer(config, grid).copies for grid in stages(axes_of(config))]
+        return [Trainer(config, grid).copies for grid in stage_grids(axes_of(config))]
 
 
-def _dry_run(config: Config, grid: Grid, tally: meta.Tally) -> Prediction:
+def _dry_run(config: Config, grid: Grid, tally: meta.Tally) -> StepCost:
     trainer = Trainer(config, grid)
     if config.parallel.zero == _PREFETCHES:
         trainer.step(0)
     feed = StepFeed(trainer.task, 0, trainer.optimizer.loss_scale)
-    return predicted(trainer.pipeline, trainer.optimizer, feed, tally, partial(trainer.step, 0))
+    return cost_of_step(trainer.pipeline, trainer.optimizer, feed, tally, partial(trainer.step, 0))

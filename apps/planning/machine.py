@@ -21,7 +21,7 @@ from colossal_mpi.apps.text import si, significant
 from colossal_mpi.errors import ConfigError
 from colossal_mpi.grid import Grid, world_size
 from colossal_mpi.layers import GELU, AdamW, Context, Layer, LayerNorm, Parallelism, Sequential, kernels
-from colossal_mpi.layers.analysis.predict import dry_run
+from colossal_mpi.layers.analysis import dry_run
 from colossal_mpi.layers.models import GPT, GPTConfig
 from colossal_mpi.layout import Layout
 from colossal_mpi.machine import FREE_LINK, Clock, Link, Machine, measure, median_difference, median_seconds

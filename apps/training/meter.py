@@ -13,7 +13,7 @@ from colossal_mpi.apps.training.run_directory import RunDirectory
 from colossal_mpi.apps.training.trace import Trace
 from colossal_mpi.apps.training.trainer import Trainer
 from colossal_mpi.errors import OptionError
-from colossal_mpi.layers.analysis.flops import hardware_flop, model_flop
+from colossal_mpi.layers.analysis import hardware_flop, model_flop
 from colossal_mpi.machine import measure_flops
 from colossal_mpi.platform import backend
 

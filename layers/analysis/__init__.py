@@ -1,5 +1,22 @@
-"""What a training step costs: flop, saved memory, and a prediction of both with words from a dry run.
+"""The cost of a training step before it runs: flop by the rules of layers; memory, words and time by dry runs.
 
-The planner, the meter of a run and the doctor call it. It runs the real layers on meta arrays and never repeats their
-formulas, except for the flop of a product.
+``apps.planning`` and the meter of ``apps.training`` call it, and users who plan a model. It runs the real layers,
+optimizer and schedule on meta arrays and repeats none of their formulas, except for the flop of a product.
 """
+
+from colossal_mpi.layers.analysis.cost import StepCost, TokenData, cost_of_step, dry_run, stage_grids, step_costs
+from colossal_mpi.layers.analysis.flops import Flop, StreamShape, flop_of, hardware_flop, model_flop
+
+__all__ = [
+    "Flop",
+    "StepCost",
+    "StreamShape",
+    "TokenData",
+    "cost_of_step",
+    "dry_run",
+    "flop_of",
+    "hardware_flop",
+    "model_flop",
+    "stage_grids",
+    "step_costs",
+]

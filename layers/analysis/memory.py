@@ -1,4 +1,7 @@
-"""The memory that is behind arrays, caches and gradients, of live and of meta grids."""
+"""The memory behind arrays, caches and gradients, of real and of meta grids.
+
+``layers.analysis.cost`` asks it what a dry run keeps, and the tests compare with what a real step keeps.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,10 @@ from colossal_mpi.layers.pipeline import Pipeline, StepData
 
 
 def buffers(item: Any) -> Iterator[Any]:
-    """Yield the memory behind all arrays of a cache or another nest of tuples, lists and arrays, each once.
+    """Yield the memory behind all arrays of a cache or of nested tuples and lists, each once.
 
-    Of a NumPy array it is the array that owns it, of one without memory its `meta.Memory`; both have `nbytes`.
+    For a NumPy array this is the array that owns the memory, for a meta array it is its `meta.Memory`. Both have
+    `nbytes`.
     """
     found: dict[int, Any] = {}
     _visit(item, found)
@@ -37,30 +41,30 @@ def _visit(item: Any, found: dict[int, Any]) -> None:
         found[id(item)] = item
 
 
-def saved_bytes(cache: Any, besides: Sequence[Any] = ()) -> int:
-    """Return the bytes that a cache keeps alive, but for memory that is behind other arrays, such as weights."""
-    others = {id(memory) for memory in buffers(list(besides))}
+def saved_bytes(cache: Any, without: Sequence[Any] = ()) -> int:
+    """Return the bytes that a cache keeps alive, without the memory behind other arrays, such as weights."""
+    others = {id(memory) for memory in buffers(list(without))}
     return sum(memory.nbytes for memory in buffers(cache) if id(memory) not in others)
 
 
-def one_microbatch(pipeline: Pipeline, feed: StepData) -> tuple[int, int]:
-    """Return the bytes that the first microbatch keeps between its passes, and those of the gradients after them.
+def microbatch_bytes(pipeline: Pipeline, data: StepData) -> tuple[int, int]:
+    """Return the bytes that the first microbatch keeps between its passes, and the bytes of the gradients after them.
 
-    All chunks of this stage go forward and back together, on zeros in the place of what other stages would send. On a
-    live grid all ranks must do so.
+    All chunks of this stage do their forward passes and then their backward passes, on zeros in place of what other
+    stages would send. On a real grid all ranks must call.
     """
-    shape, layout, dtype = feed.activation_spec(0)
+    shape, layout, dtype = data.activation_spec(0)
     parameters, caches = pipeline.parameters(), []
     last = pipeline.stage == pipeline.stages - 1
     for c, chunk in enumerate(pipeline.chunks):
-        x = feed.inputs(0) if c == pipeline.stage == 0 else distarray.zeros(shape, pipeline.stage_grid, layout, dtype)
-        y, cache = chunk.forward(x, feed.context(0))
+        x = data.inputs(0) if c == pipeline.stage == 0 else distarray.zeros(shape, pipeline.stage_grid, layout, dtype)
+        y, cache = chunk.forward(x, data.context(0))
         ends = last and c == len(pipeline.chunks) - 1
-        caches.append((cache, feed.loss(y, 0)[1] if ends else None))
+        caches.append((cache, data.loss(y, 0)[1] if ends else None))
     saved = saved_bytes(caches, [q.value for q in parameters])
     while caches:
         cache, loss = caches.pop()
-        dy = distarray.zeros(shape, pipeline.stage_grid, layout, dtype) if loss is None else feed.loss_backward(loss)
+        dy = distarray.zeros(shape, pipeline.stage_grid, layout, dtype) if loss is None else data.loss_backward(loss)
         pipeline.chunks[len(caches)].backward(dy, cache)
     gradients = saved_bytes([q.grad for q in parameters if q.grad is not None])
     for q in parameters:

@@ -8,7 +8,7 @@ from mpi4py import MPI
 
 from colossal_mpi import DistArray, Grid, from_global
 from colossal_mpi.layers import Parallelism, Parameter
-from colossal_mpi.layers.analysis.predict import TokenFeed, predict_memory
+from colossal_mpi.layers.analysis import TokenData, step_costs
 from colossal_mpi.layers.models import GPT, GPTConfig
 from colossal_mpi.layers.optim import OPTIMIZERS, AdamW
 from colossal_mpi.layout import Layout
@@ -78,10 +78,10 @@ def test_prediction_leaves_it_out():
     config = GPTConfig(vocabulary=61, layers=2, hidden=40, heads=10, positions=19, dtype="bfloat16")
 
     def feed(p):
-        return TokenFeed(p, 40, 4, 19, 1, "bfloat16")
+        return TokenData(p, 40, 4, 19, 1, "bfloat16")
 
     sizes = [
-        predict_memory(lambda p: GPT(config, p), feed, {}, optimizer=partial(AdamW, offload=flag))[0]
+        step_costs(lambda p: GPT(config, p), feed, {}, optimizer=partial(AdamW, offload=flag))[0]
         for flag in (False, True)
     ]
     assert sizes[0].state == 6 * sizes[0].weights

@@ -7,9 +7,9 @@ from mpi4py import MPI
 
 from colossal_mpi import Grid, GridError, comm, ledger, meta
 from colossal_mpi.layers import Parallelism, recompute
+from colossal_mpi.layers.analysis import TokenData, step_costs
 from colossal_mpi.layers.analysis.flops import hardware_flop
-from colossal_mpi.layers.analysis.memory import one_microbatch, saved_bytes
-from colossal_mpi.layers.analysis.predict import TokenFeed, predict_memory
+from colossal_mpi.layers.analysis.memory import microbatch_bytes, saved_bytes
 from colossal_mpi.layers.models import GPT, GPTConfig, Llama, LlamaConfig
 from colossal_mpi.layers.optim import SGD, AdamW, Muon
 from colossal_mpi.layers.pipeline import PIPE, Pipeline, partition, stage_grid
@@ -32,7 +32,7 @@ CASES = [
 
 
 def feed_of(dtype):
-    return lambda p: TokenFeed(p, SIZES["hidden"], BATCH, LENGTH, MICROBATCHES, dtype)
+    return lambda p: TokenData(p, SIZES["hidden"], BATCH, LENGTH, MICROBATCHES, dtype)
 
 
 def measured(grid, tensor, model, dtype, kinds="none", schedule="1f1b", chunks=1, optimizer=AdamW, **modes):
@@ -44,7 +44,7 @@ def measured(grid, tensor, model, dtype, kinds="none", schedule="1f1b", chunks=1
     optimizer, feed = optimizer(pipeline.parameters()), feed_of(dtype)(p)
     weights = [q.value for q in optimizer.parameters]
     state = [*optimizer.state().values(), *(w for w in optimizer.weights().values() if w.dtype != dtype)]
-    saved, gradients = one_microbatch(pipeline, feed)
+    saved, gradients = microbatch_bytes(pipeline, feed)
     with ledger.record() as moved:
         pipeline.step(feed)
         optimizer.step()
@@ -55,7 +55,7 @@ def measured(grid, tensor, model, dtype, kinds="none", schedule="1f1b", chunks=1
 def check(grid, model, dtype="float32", **options):
     mine = measured(grid, mode_of(stage_grid(grid)), model, dtype, **options)
     everyone = comm.collect((grid.coords.get(PIPE, 0), grid.rank, mine), grid)
-    predicted = predict_memory(MODELS[model](dtype), feed_of(dtype), grid.axes, mode_of(stage_grid(grid)), **options)
+    predicted = step_costs(MODELS[model](dtype), feed_of(dtype), grid.axes, mode_of(stage_grid(grid)), **options)
     for stage, prediction in enumerate(predicted):
         _, _, first = next(told for told in everyone if told[0] == stage)
         for name, value in first.items():
@@ -102,9 +102,9 @@ def test_the_peak_of_a_step_is_that_of_numpy(kinds, dtype):
     config = GPTConfig(vocabulary=256, layers=4, hidden=192, heads=4, positions=192, dtype=dtype)
 
     def feed(p):
-        return TokenFeed(p, 192, 8, 192, 1, dtype)
+        return TokenData(p, 192, 8, 192, 1, dtype)
 
-    (predicted,) = predict_memory(lambda p: GPT(config, p), feed, {}, kinds=kinds)
+    (predicted,) = step_costs(lambda p: GPT(config, p), feed, {}, kinds=kinds)
     actual = traced_peak(lambda p: GPT(config, p), feed, {"kinds": kinds})
     assert abs(predicted.peak - actual) <= 0.02 * actual
 
@@ -114,9 +114,9 @@ def test_a_model_far_larger_than_this_machine():
     config, axes = LlamaConfig(layers=8, dtype="bfloat16"), {"pipe": 4, "data": 8, "col": 8}
 
     def feed(p):
-        return TokenFeed(p, 4096, 64, 8192, 4, "bfloat16")
+        return TokenData(p, 4096, 64, 8192, 4, "bfloat16")
 
-    predicted = predict_memory(lambda p: Llama(config, p), feed, axes, "1d", zero=1, kinds="full")
+    predicted = step_costs(lambda p: Llama(config, p), feed, axes, "1d", zero=1, kinds="full")
     block = 2 * 4096 + 4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 14336
     assert [p.coords["pipe"] for p in predicted] == [0, 1, 2, 3]
     total = 8 * block + 2 * 128256 * 4096 + 4096
@@ -141,7 +141,7 @@ def test_memory_and_words_of_a_cut_sequence(grid):
 def test_recomputed_blocks_keep_nothing_for_later_unless_asked_to():
     make, axes = MODELS["gpt"]("float32"), {"pipe": 2}
     at_once, deferred = (
-        predict_memory(make, feed_of("float32"), axes, kinds="full", schedule=schedule)[1].peak
+        step_costs(make, feed_of("float32"), axes, kinds="full", schedule=schedule)[1].peak
         for schedule in ("1f1b", "zero-bubble")
     )
     assert at_once < 0.9 * deferred
@@ -150,7 +150,7 @@ def test_recomputed_blocks_keep_nothing_for_later_unless_asked_to():
 def test_an_optimizer_of_less_state():
     config = GPTConfig(**SIZES)
     one, two = (
-        predict_memory(lambda p: GPT(config, p), feed_of("float32"), {"data": 4}, zero=1, optimizer=make)[0]
+        step_costs(lambda p: GPT(config, p), feed_of("float32"), {"data": 4}, zero=1, optimizer=make)[0]
         for make in (SGD, AdamW)
     )
     assert two.state == 2 * one.state
