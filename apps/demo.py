@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from colossal_mpi.apps import launch
+from colossal_mpi.apps.run_directory import RunDirectory
 from colossal_mpi.apps.training import compare
-from colossal_mpi.apps.training.run_directory import RunDirectory
 
 CONFIG, RANKS = "demo", 4
 TARGET = 2.3

@@ -23,8 +23,7 @@ from colossal_mpi.apps import config as configs
 from colossal_mpi.apps.bench import harness
 from colossal_mpi.apps.bench.harness import Row
 from colossal_mpi.apps.command import Command, Settings
-from colossal_mpi.apps.training.train import make_grid
-from colossal_mpi.apps.training.trainer import Trainer
+from colossal_mpi.apps.training import Trainer, make_grid
 from colossal_mpi.errors import ConfigError
 from colossal_mpi.grid import world_size
 from colossal_mpi.layers.optim import OPTIMIZERS

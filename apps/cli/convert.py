@@ -14,8 +14,8 @@ from typing import Annotated
 import typer
 
 from colossal_mpi import checkpoint
+from colossal_mpi.apps import training
 from colossal_mpi.apps.command import Command
-from colossal_mpi.apps.training import saved
 from colossal_mpi.errors import OptionError
 from colossal_mpi.grid import Grid, world_size
 from colossal_mpi.layers import Parallelism, models
@@ -74,12 +74,12 @@ def _to_checkpoint(source: Path, target: Path, parallelism: Parallelism) -> None
     model = models.from_pretrained(source, parallelism)
     table = json.loads((source / "config.json").read_text(encoding="utf-8"))
     metadata = {"model": models.describe(model), "huggingface": table}
-    checkpoint.save(target, saved.weights_by_name(model.parameters()), metadata, parallelism.grid)
+    checkpoint.save(target, training.weights_by_name(model.parameters()), metadata, parallelism.grid)
 
 
 def _to_hugging_face(source: Path, target: Path, parallelism: Parallelism, most: int) -> None:
-    source = saved.checkpoint_of(source)
-    metadata = saved.metadata_of(source)
+    source = training.checkpoint_of(source)
+    metadata = training.metadata_of(source)
     model = models.from_description(metadata["model"], parallelism)
-    saved.load_weights(source, model.parameters(), parallelism.grid)
+    training.load_weights(source, model.parameters(), parallelism.grid)
     models.save_pretrained(model, target, most=most, extra=metadata.get("huggingface"))

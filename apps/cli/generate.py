@@ -12,7 +12,7 @@ import typer
 from colossal_mpi.apps import config as configs
 from colossal_mpi.apps.command import Command, GridAxes, Plugins
 from colossal_mpi.apps.data import Bytes, Tokenizer, load_tokenizer
-from colossal_mpi.apps.training.saved import load_model
+from colossal_mpi.apps.training import load_model
 from colossal_mpi.apps.training.tasks import TASKS, CausalLanguage
 from colossal_mpi.errors import ConfigError
 from colossal_mpi.grid import Grid, world_size

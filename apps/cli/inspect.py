@@ -23,7 +23,7 @@ from rich.tree import Tree
 from colossal_mpi import checkpoint, comm
 from colossal_mpi.apps import text
 from colossal_mpi.apps.command import Command
-from colossal_mpi.apps.training.run_directory import RunDirectory
+from colossal_mpi.apps.run_directory import RunDirectory
 from colossal_mpi.checkpoint import Manifest
 from colossal_mpi.errors import CheckpointError
 from colossal_mpi.grid import Grid, world_size

@@ -11,7 +11,7 @@ import typer
 from colossal_mpi.apps import config as configs
 from colossal_mpi.apps import planning
 from colossal_mpi.apps.command import Command, GridAxes, Plugins, Settings
-from colossal_mpi.apps.training import tasks, train
+from colossal_mpi.apps.training import resume, start, tasks
 from colossal_mpi.errors import ConfigError
 from colossal_mpi.grid import world_rank
 
@@ -53,10 +53,8 @@ class Train(Command):
         if self.show_config or self.dry_run:
             return self._show()
         if self.config is not None:
-            return train.start(
-                configs.load(self.config, self.settings), self.overwrite, self.trace, planning.forecast_of_run
-            )
-        return train.resume(str(self.resume), self.settings, self.trace, planning.forecast_of_run)
+            return start(configs.load(self.config, self.settings), self.overwrite, self.trace, planning.forecast_of_run)
+        return resume(str(self.resume), self.settings, self.trace, planning.forecast_of_run)
 
     @property
     def settings(self) -> list[str]:

@@ -26,8 +26,7 @@ from colossal_mpi.apps.planning.candidates import with_settings
 from colossal_mpi.apps.planning.forecast import Forecast, forecast
 from colossal_mpi.apps.planning.machine import GivenRates, about, bytes_of, calibrate, machine_of
 from colossal_mpi.apps.planning.search import Plan, search
-from colossal_mpi.apps.training import tasks
-from colossal_mpi.apps.training.trainer import Trainer
+from colossal_mpi.apps.training import Trainer, tasks
 from colossal_mpi.errors import ConfigError
 from colossal_mpi.grid import Grid, world_rank, world_size
 from colossal_mpi.machine import Machine, measure

@@ -14,8 +14,8 @@ from functools import cached_property, partial
 
 from colossal_mpi import ledger, meta
 from colossal_mpi.apps.config import Config
+from colossal_mpi.apps.training import Trainer
 from colossal_mpi.apps.training.tasks import StepFeed
-from colossal_mpi.apps.training.trainer import Trainer
 from colossal_mpi.grid import Grid
 from colossal_mpi.layers.analysis import StepCost, cost_of_step, dry_run, stage_grids
 from colossal_mpi.layers.pipeline import (

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from colossal_mpi.apps.training.run_directory import RunDirectory
+from colossal_mpi.apps.run_directory import RunDirectory
 from colossal_mpi.errors import ConfigError
 
 Row = dict[str, Any]

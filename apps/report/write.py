@@ -9,7 +9,7 @@ from colossal_mpi.apps.report import bars, curves, style, timeline
 from colossal_mpi.apps.report.curves import Lacking, Picture
 from colossal_mpi.apps.report.page import page
 from colossal_mpi.apps.report.runs import Run, read
-from colossal_mpi.apps.training.run_directory import PLOTS, RunDirectory
+from colossal_mpi.apps.run_directory import PLOTS, RunDirectory
 from colossal_mpi.errors import ConfigError
 
 PICTURES: dict[str, tuple[str, Callable[[Sequence[Run]], Picture]]] = {

@@ -1,7 +1,7 @@
-"""The first training steps of one configuration in float64 on one rank and in every mode, side by side.
+"""The first training steps of one configuration in float64, on one rank and in every mode.
 
-Run as a program on the ranks of one mode, it does the steps and writes a JSON row; without a reference it writes the
-gradients of its last step, with one it compares to them. `modes` starts all of these and returns the rows.
+The demo calls `modes`, which starts this module as a program on the ranks of each mode. The program does the steps and
+writes a row as JSON: the first one writes the gradients of its last step, and the others compare theirs to them.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def cases() -> list[Case]:
 
 
 def first_steps(config: configs.Config, steps: int, reference: Path) -> dict[str, Any]:
-    """Do the first steps; return losses, words and the greatest gradient difference to the reference.
+    """Do the first steps; return losses, words, and the greatest difference of a gradient to the reference.
 
     The difference of a parameter's gradient is relative to its greatest element, or to 1e-3 of the model's if that is
     larger: some exact gradients are zero. Each rank compares the blocks that it stores.
@@ -71,8 +71,8 @@ def first_steps(config: configs.Config, steps: int, reference: Path) -> dict[str
 
 
 def _difference(gradient: DistArray, exact: np.ndarray, floor: float) -> float:
-    mine = backend.to_host(gradient.local) - exact[index_of(gradient.box)]
-    return float(np.max(abs(mine), initial=0) / max(abs(exact).max(), floor))
+    difference = backend.to_host(gradient.local) - exact[index_of(gradient.box)]
+    return float(np.max(abs(difference), initial=0) / max(abs(exact).max(), floor))
 
 
 def modes(config: str, directory: Path, steps: int = 3) -> dict[str, dict[str, Any]]:
@@ -109,7 +109,7 @@ def modes(config: str, directory: Path, steps: int = 3) -> dict[str, dict[str, A
 
 
 def main(config: str, axes: str, tensor: str, sequence: str, steps: str, reference: str, out: str) -> None:
-    """Do the part of one mode."""
+    """Do the steps of one mode on its ranks, and write the row."""
     modes_of = [f'parallel.tensor="{tensor}"', f'parallel.sequence="{sequence}"']
     settings = [configs.grid_setting(json.loads(axes)), *modes_of, 'parallel.dtype="float64"']
     row = first_steps(configs.load(config, settings), int(steps), Path(reference))

@@ -1,4 +1,8 @@
-"""What a run records of its steps besides losses: speed, utilisation, communication by axis, memory of each rank."""
+"""The meter of a run: speed, utilisation, communication by axis, and memory of each rank.
+
+The training loop measures each step with it. It writes ``run.json`` through the run directory, and ``trace.json`` with
+`Trace`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from typing import Any
 
 from colossal_mpi import comm, ledger
 from colossal_mpi.apps import environment
-from colossal_mpi.apps.training.run_directory import RunDirectory
+from colossal_mpi.apps.run_directory import RunDirectory
 from colossal_mpi.apps.training.trace import Trace
 from colossal_mpi.apps.training.trainer import Trainer
 from colossal_mpi.errors import OptionError
@@ -19,17 +23,31 @@ from colossal_mpi.platform import backend
 
 
 class Meter:
-    """Measures the steps of a run, and writes down where they are done.
+    """Measures the steps of a run, and writes the facts about machine and model to the run directory.
 
     Parameters
     ----------
     trainer : Trainer
+        The trainer of the run.
     directory : RunDirectory
-        Of rank 0, which writes ``run.json``, and ``trace.json`` if steps are traced.
+        The run directory, in which rank 0 writes ``run.json``, and ``trace.json`` if steps are traced.
     steps : collection of int
-        Numbers of the steps that are traced, from 1.
+        Numbers of the steps to trace, from 1.
 
-    **Communication:** gathers of small objects, and products on all ranks for a quarter of a second, unless the
+    Attributes
+    ----------
+    work : int
+        Number of the task's units (tokens or images) in a step.
+    flop : dict of str to int
+        ``model_flop`` and ``hardware_flop`` of a step; empty for a model that cannot be counted.
+    peak : float
+        flop/s of all ranks together that utilisation is relative to.
+    moved : Record
+        The communication of the last step.
+
+    Notes
+    -----
+    **Communication:** gathers of small objects; and for a quarter of a second matrix products on all ranks, unless the
     configuration or the run directory knows the peak.
     """
 
@@ -39,7 +57,7 @@ class Meter:
         self.work = training.batch * task.per_sample
         try:
             self.flop = {f.__name__: f(trainer.model, training.batch, task.length) for f in (model_flop, hardware_flop)}
-        except OptionError:  # a model of one's own
+        except OptionError:  # a layer without a rule for its flop
             self.flop = {}
         facts = self._facts(directory)
         self.peak = float(facts["peak_flops"])
@@ -47,7 +65,6 @@ class Meter:
             if self.grid.rank == 0:
                 directory.write_facts(facts)
         self.moved = ledger.Record()
-        """Of the last step."""
         self.trace = Trace(self.grid, directory.trace, steps)
 
     def _facts(self, directory: RunDirectory) -> dict[str, Any]:
@@ -77,13 +94,25 @@ class Meter:
 
     @contextmanager
     def measure(self, step: int) -> Iterator[dict[str, Any]]:
-        """Measure the step inside the context; what is recorded of it is in the dict when it ends.
+        """Measure the step inside the context; when it ends, the yielded dict holds the measurements of this rank.
 
-        That is, as this rank sees it, ``seconds``, ``tokens_per_second`` (or another of the task's units),
-        ``words_received`` and ``words_by_axis`` in array elements, ``seconds_by_axis`` spent on communication, and
-        ``mfu`` and ``hfu``, model and hardware flop over those that the peak allows.
+        They are ``seconds``, ``tokens_per_second`` (or another unit of the task), ``words_received`` and
+        ``words_by_axis`` in array elements, ``seconds_by_axis`` of communication, and the utilisations ``mfu`` and
+        ``hfu``: model flop and hardware flop over the flop that the peak allows.
 
-        **Communication:** none, but for steps that are traced.
+        Parameters
+        ----------
+        step : int
+            Number of the step, from 1.
+
+        Yields
+        ------
+        dict of str to object
+            Empty until the context ends.
+
+        Notes
+        -----
+        **Communication:** none, except for steps that are traced: a gather on rank 0.
         """
         row: dict[str, Any] = {}
         begun = time.perf_counter()
@@ -105,30 +134,32 @@ class Meter:
         }
 
     def ranks(self) -> dict[str, Any]:
-        """Return, on rank 0, what is recorded of all ranks now and then, in their order.
+        """Return, on rank 0, memory and communication of all ranks, in the order of the ranks.
 
         Returns
         -------
         dict
-            ``ranks``: ``memory`` in bytes, the greatest resident so far, and of the last step ``words`` and ``seconds``
-            by axis. Empty on the other ranks.
+            ``ranks``: ``memory`` in bytes, the greatest of the process so far, and ``words`` and ``seconds`` of the
+            last step by axis. Empty on the other ranks.
 
+        Notes
+        -----
         **Communication:** one gather of small objects on rank 0.
         """
         moved = self.moved
-        mine: dict[str, Any] = {
+        here: dict[str, Any] = {
             "memory": environment.peak_memory(),
             "words": moved.by_axis(),
             "seconds": seconds_by_axis(moved),
         }
         held = backend.device_memory(self.grid.device)
-        mine |= {} if held is None else {"device_memory": held}
-        told = self.grid.comm(tuple(self.grid.axes)).gather(mine)
-        return {} if told is None else {"ranks": {key: [one[key] for one in told] for key in told[0]}}
+        here |= {} if held is None else {"device_memory": held}
+        rows = self.grid.comm(tuple(self.grid.axes)).gather(here)
+        return {} if rows is None else {"ranks": {key: [row[key] for row in rows] for key in rows[0]}}
 
 
 def seconds_by_axis(moved: ledger.Record) -> dict[str, float]:
-    """Return the seconds that this rank itself spent on communication over each group of axes."""
+    """Return the seconds of communication of this rank, by group of axes."""
     sums: dict[str, float] = {}
     for event in moved.events:
         sums[event.axis] = sums.get(event.axis, 0.0) + event.seconds

@@ -1,4 +1,7 @@
-"""What a run shows and writes, from rank 0 alone: a bar or lines, rows of metrics, a plot, event files."""
+"""What rank 0 shows and writes during a run: a progress bar or lines, metrics, the report, event files.
+
+The training loop makes a `Report` on rank 0. It appends metrics to the run directory and draws with ``apps.report``.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,8 @@ from colossal_mpi.apps import report as reports
 from colossal_mpi.apps.config import Config
 from colossal_mpi.apps.environment import peak_memory
 from colossal_mpi.apps.report.runs import shares
+from colossal_mpi.apps.run_directory import RunDirectory
 from colossal_mpi.apps.text import binary, duration
-from colossal_mpi.apps.training.run_directory import RunDirectory
 from colossal_mpi.apps.training.trainer import Trainer
 from colossal_mpi.errors import ConfigError
 
@@ -29,7 +32,7 @@ def check(config: Config) -> None:
     Raises
     ------
     ConfigError
-        If it wants them and the package is missing.
+        If the configuration asks for them and the package is missing.
     """
     if config.run.tensorboard and importlib.util.find_spec("tensorboardX") is None:
         raise ConfigError(
@@ -38,7 +41,17 @@ def check(config: Config) -> None:
 
 
 class Report:
-    """What rank 0 shows and writes: a bar at a terminal, a line every few steps otherwise."""
+    """Shows the progress of a run, as a bar at a terminal and else as a line every few steps, and writes its metrics.
+
+    Parameters
+    ----------
+    trainer : Trainer
+        The trainer of the run.
+    directory : RunDirectory
+        Where metrics, sample and report go.
+    done : int
+        Number of steps that are done already.
+    """
 
     def __init__(self, trainer: Trainer, directory: RunDirectory, done: int) -> None:
         if hasattr(sys.stdout, "reconfigure"):
@@ -61,18 +74,18 @@ class Report:
         self.console.print(text, highlight=False, markup=False)
 
     def step(self, row: dict[str, Any]) -> None:
-        """Write a step's metrics and show them."""
+        """Write the metrics of a step and show them."""
         self.directory.append(row)
         if self.events:
             self.events.write(row)
-        made = row["step"] - self.done
-        left = (time.perf_counter() - self.begun) / made * (self.training.steps - row["step"])
+        new = row["step"] - self.done
+        left = (time.perf_counter() - self.begun) / new * (self.training.steps - row["step"])
         text = f"loss {row['loss']:.3f}  {row[f'{self.unit}_per_second']:,.0f} {self.unit}/s"
         if self.bar:
             self.bar.update(self.task, completed=row["step"], text=text)
         if "val_loss" in row:
             self._say(f"step {row['step']:5d}/{self.training.steps}  {text}  {_validation(row)}")
-        elif not self.bar and (row["step"] % self.training.log_every == 0 or made == 1):
+        elif not self.bar and (row["step"] % self.training.log_every == 0 or new == 1):
             self._say(f"step {row['step']:5d}/{self.training.steps}  {text}  {_clock(left)} left")
 
     def finish(self, text: bytes, forecast: Mapping[str, Any] | None) -> None:
@@ -91,13 +104,13 @@ class Report:
         self._say(f"report {self.directory.page}, metrics {self.directory.metrics}, checkpoint {checkpoint}")
 
     def stop(self, number: int) -> None:
-        """Say that a signal has stopped the run, and how it goes on."""
+        """Say that a signal has stopped the run, and how to resume it."""
         self.close()
         name = signal.Signals(number).name
         self._say(f"stopped by {name} after {self.directory.latest().name}: go on with --resume {self.directory.path}")
 
     def close(self) -> None:
-        """Give the terminal back: while the bar is live, what goes to stderr is written to stdout."""
+        """End the bar: while it is live, what goes to stderr is written to stdout."""
         if self.bar:
             self.bar.stop()
         if self.events:
@@ -105,7 +118,7 @@ class Report:
 
 
 class _Events:
-    """The rows of the metrics as event files for TensorBoard; those after `done` steps, done again, are hidden."""
+    """Writes metrics as event files for TensorBoard, which hides earlier events of steps that are done again."""
 
     def __init__(self, directory: RunDirectory, done: int) -> None:
         from tensorboardX import SummaryWriter
@@ -113,7 +126,7 @@ class _Events:
         self.writer = SummaryWriter(str(directory.events), purge_step=done + 1 if done else None)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Write every number of a row."""
+        """Write each number of a row of metrics."""
         for name, value in row.items():
             if name != "step" and isinstance(value, int | float):
                 self.writer.add_scalar(name, value, row["step"])

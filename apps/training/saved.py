@@ -13,7 +13,7 @@ from typing import Any
 
 from colossal_mpi import checkpoint
 from colossal_mpi.apps.config import load_plugins
-from colossal_mpi.apps.training.run_directory import RunDirectory
+from colossal_mpi.apps.run_directory import RunDirectory
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import CheckpointError, GridError
 from colossal_mpi.grid import Grid

@@ -1,8 +1,9 @@
-"""Stop a run in good order: a signal to any rank, one decision of all ranks, a checkpoint, an exit code of its own.
+"""Stop a run after a signal: all ranks decide together, save a checkpoint, and end with an exit code of its own.
 
-Slurm sends SIGTERM when it takes a job's nodes for another, and before the time is up if asked
-(``--signal=TERM@120``); MPICH's and Intel's mpiexec hand it on. Open MPI's kills its ranks half a second after SIGTERM,
-and hands on SIGUSR1: ``COLOSSAL_MPI_STOP_SIGNAL=USR1`` makes that one stop a run, in place of telling what it is doing.
+The training loop asks `Stop` in each step. Slurm sends SIGTERM when it needs the nodes of a job for another one, and,
+with ``--signal=TERM@120``, before the time is up; the mpiexec of MPICH and of Intel MPI pass it on. Open MPI's kills
+the ranks half a second after SIGTERM, but passes SIGUSR1 on: with ``COLOSSAL_MPI_STOP_SIGNAL=USR1`` that signal stops
+a run, in place of printing what the ranks are doing.
 """
 
 from __future__ import annotations
@@ -20,17 +21,22 @@ from colossal_mpi.grid import Grid
 
 WORD = "COLOSSAL_MPI_STOP_SIGNAL"
 CODE = 85
-"""The exit code of a run that was stopped and can go on: a job script starts it again."""
+"""The exit code of a run that was stopped and can be resumed: a job script starts it again."""
 _NAMES = ("TERM", "USR1", "USR2", "HUP")
 
 
 class Stop:
-    """Within the ``with`` block, SIGTERM (or what `WORD` names) no longer ends this rank, but asks all to stop.
+    """Within the ``with`` block, SIGTERM (or the signal that `WORD` names) asks all ranks to stop, and ends none.
 
     Parameters
     ----------
     grid : Grid
         All ranks of the run.
+
+    Attributes
+    ----------
+    asked : int
+        The signal that this rank has received, 0 if none.
 
     Raises
     ------
@@ -53,7 +59,6 @@ class Stop:
         self._numbers = _numbers(os.environ.get(WORD) or "TERM")
         self._before: dict[int, Any] = {}
         self.asked = 0
-        """The signal that this rank has received, 0 if none."""
         self._request: MPI.Request = MPI.REQUEST_NULL
         self._most = np.zeros(1, np.uint8)
 
@@ -61,7 +66,7 @@ class Stop:
         if threading.current_thread() is threading.main_thread():
             for number in self._numbers:
                 self._before[number] = signal.signal(number, self._ask)
-                signal.siginterrupt(number, False)  # the system calls of a library that writes go on
+                signal.siginterrupt(number, False)  # a library that writes does not see its system calls fail
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -74,13 +79,21 @@ class Stop:
     def vote(self) -> None:
         """Begin to ask all ranks.
 
+        Notes
+        -----
         **Communication:** a nonblocking allreduce of one byte over all ranks.
         """
-        mine, self._most = np.array([self.asked], np.uint8), np.zeros(1, np.uint8)
-        self._request = self._comm.Iallreduce([mine, MPI.UINT8_T], [self._most, MPI.UINT8_T], MPI.MAX)
+        own, self._most = np.array([self.asked], np.uint8), np.zeros(1, np.uint8)
+        self._request = self._comm.Iallreduce([own, MPI.UINT8_T], [self._most, MPI.UINT8_T], MPI.MAX)
 
     def decided(self) -> int:
-        """Wait for the answer to `vote`, the same on all ranks: the signal that one of them has received, or 0."""
+        """Wait for the answer to `vote`.
+
+        Returns
+        -------
+        int
+            The signal that some rank has received, 0 if none has; the same on all ranks.
+        """
         self._request.Wait()
         return int(self._most[0])
 

@@ -1,8 +1,9 @@
-"""A trace of some steps: what every rank computed, communicated and waited for, on one clock.
+"""Traces of steps: what every rank computed, communicated and waited for, on one clock.
 
 ``trace.json`` has the trace event format of Chrome and opens in Perfetto (https://ui.perfetto.dev). Each rank is a
-process. Its track "step" has what the rank itself did, one inside the other: steps, passes of microbatches, layers,
-communication, and waits. What was under way meanwhile is on tracks of its own.
+process. Its track "step" shows what the rank itself did, nested: steps, passes of microbatches, layers, communication
+and waits. Communication that went on meanwhile is on tracks of its own. The meter makes the traces, from the records of
+``ledger``.
 
 References
 ----------
@@ -22,13 +23,13 @@ from colossal_mpi import ledger
 from colossal_mpi.grid import Grid
 
 KINDS = ("forward", "backward", "weight", "update", "comm", "idle")
-"""Categories of the slices of a track; a step is of none."""
+"""Categories of the slices of a track; a step has none of them."""
 _STEP, _FLYING = 0, 1
 _GAP = 20e-6
-"""Seconds; what is left of a step that is shorter than this is no wait."""
+"""Seconds; a gap in a step that is shorter than this is no wait."""
 
 Slice = tuple[str, str, float, float, dict[str, Any]]
-"""Name, category, begin and end in seconds, and what else is told."""
+"""Name, category, begin and end in seconds, and details."""
 
 
 class Trace:
@@ -37,45 +38,56 @@ class Trace:
     Parameters
     ----------
     grid : Grid
+        All ranks of the run.
     path : Path
-        The file.
+        The file to write.
     steps : collection of int
-        Their numbers, from 1.
+        Numbers of the steps to trace, from 1.
     """
 
     def __init__(self, grid: Grid, path: Path, steps: Collection[int] = ()) -> None:
         self.grid, self.path, self.steps = grid, path, frozenset(steps)
         self._events: list[dict[str, Any]] = []
         self._begun: float | None = None
-        self._offsets: dict[str, float] = {}
-        """Of the nodes' clocks, by host."""
+        self._offsets: dict[str, float] = {}  # of the clock of each host
 
     def add(self, step: int, record: ledger.Record, begun: float, ended: float) -> None:
-        """Take a step into the trace, if it is one of those that are wanted; times are of ``time.perf_counter``.
+        """Add a step to the trace, if it is one of the steps to trace.
 
+        Parameters
+        ----------
+        step : int
+            Number of the step, from 1.
+        record : Record
+            The communication and the spans of the step on this rank.
+        begun, ended : float
+            When the step began and ended, in seconds of ``time.perf_counter``.
+
+        Notes
+        -----
         **Communication:** a gather of the ranks' events on rank 0.
         """
         if step not in self.steps:
             return
         moment = (platform.node(), clock(), step, begun, ended, slices(record, begun, ended), flying(record))
-        told = self.grid.comm(tuple(self.grid.axes)).gather(moment)
-        if told is not None:
-            self._take(told)
+        moments = self.grid.comm(tuple(self.grid.axes)).gather(moment)
+        if moments is not None:
+            self._add_all(moments)
             self._write()
 
-    def _take(self, told: Sequence[Any]) -> None:
-        """Put the ranks' slices on one clock: the counter of the first rank, which the ranks of a node share."""
-        for host, offset, *_ in told:
+    def _add_all(self, moments: Sequence[Any]) -> None:
+        """Add the slices of all ranks on one clock: the counter of the first rank, which the ranks of a node share."""
+        for host, offset, *_ in moments:
             self._offsets.setdefault(host, offset)
-        first = self._offsets[told[0][0]]
+        first = self._offsets[moments[0][0]]
         # Differences of offsets: the time of day itself, in seconds, has no digits for nanoseconds.
-        shifts = [self._offsets[host] - first for host, *_ in told]
+        shifts = [self._offsets[host] - first for host, *_ in moments]
         if self._begun is None:
-            self._begun = min(shift + begun for shift, (_, _, _, begun, *_) in zip(shifts, told, strict=True))
-        for rank, (_, _, step, begun, ended, made, under_way) in enumerate(told):
+            self._begun = min(shift + begun for shift, (_, _, _, begun, *_) in zip(shifts, moments, strict=True))
+        for rank, (_, _, step, begun, ended, own, under_way) in enumerate(moments):
             shift = shifts[rank] - self._begun
             self._events.append(_complete(rank, shift, (f"step {step}", "step", begun, ended, {"step": step})))
-            self._events += [_complete(rank, shift, one) for one in made]
+            self._events += [_complete(rank, shift, one) for one in own]
             for one in under_way:
                 self._events += _asynchronous(rank, shift, one, len(self._events))
 
@@ -87,7 +99,7 @@ class Trace:
 
 
 def clock() -> float:
-    """Return what to add to ``time.perf_counter`` for the time of day, the most precise of some tries."""
+    """Return the offset of the time of day to ``time.perf_counter`` in seconds, the most precise of some tries."""
     tries = []
     for _ in range(5):
         before, now, after = time.perf_counter(), time.time(), time.perf_counter()
@@ -98,7 +110,7 @@ def clock() -> float:
 def slices(record: ledger.Record, begun: float, ended: float) -> list[Slice]:
     """Return what a rank itself did in a step: computations, and communication while it did nothing else.
 
-    Waits for a message of another stage, and what is left of the step, are idle.
+    Waits for a message of another stage, and gaps, are idle.
     """
     made: list[Slice] = [(_title(span), span.kind, span.begun, span.ended, dict(span.what)) for span in record.spans]
     for event in record.events:
@@ -129,7 +141,7 @@ def _name(event: ledger.Event) -> str:
 
 
 def flying(record: ledger.Record) -> list[Slice]:
-    """Return the communication that went on while the rank was free to do other things."""
+    """Return the communication that went on while the rank could do other things."""
     return [
         (_name(event), "comm", event.posted, event.waited, {"words": event.words, "bytes": event.bytes})
         for event in record.events
@@ -138,7 +150,7 @@ def flying(record: ledger.Record) -> list[Slice]:
 
 
 def _micro(seconds: float) -> float:
-    """Return microseconds, the unit of the format, to the nanosecond."""
+    """Return microseconds, the unit of the format, rounded to nanoseconds."""
     return round(seconds * 1e6, 3)
 
 
@@ -158,7 +170,7 @@ def _complete(rank: int, shift: float, one: Slice) -> dict[str, Any]:
 
 
 def _asynchronous(rank: int, shift: float, one: Slice, number: int) -> Iterator[dict[str, Any]]:
-    """Yield the two ends of a slice that may overlap others."""
+    """Yield the two ends of a slice that may overlap other slices."""
     name, kind, begun, ended, what = one
     common = {"name": name, "cat": kind, "id": number, "pid": rank, "tid": _FLYING}
     yield {**common, "ph": "b", "ts": _micro(begun + shift), "args": what}

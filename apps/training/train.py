@@ -1,4 +1,7 @@
-"""``colossal-mpi train``: the loop."""
+"""The training loop: start or resume a run, and do its steps, validations and checkpoints.
+
+The command ``train`` calls `start` and `resume`. They construct a `Trainer`, a `Meter` and, on rank 0, a `Report`.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,10 @@ from typing import Any
 
 from colossal_mpi import comm
 from colossal_mpi.apps.config import Config, load
+from colossal_mpi.apps.run_directory import RunDirectory
 from colossal_mpi.apps.training import tasks
 from colossal_mpi.apps.training.meter import Meter
 from colossal_mpi.apps.training.progress import Report, check
-from colossal_mpi.apps.training.run_directory import RunDirectory
 from colossal_mpi.apps.training.stopping import CODE, Stop
 from colossal_mpi.apps.training.trainer import Trainer
 from colossal_mpi.errors import ColossalError, ConfigError
@@ -20,23 +23,62 @@ from colossal_mpi.grid import Grid, world_size
 from colossal_mpi.runtime import signals
 
 Forecaster = Callable[[Trainer, float], Mapping[str, Any] | None]
-"""Returns, on rank 0, the forecast of a step from a trainer and the flop/s of all ranks: ``words``, ``memory`` in
-bytes, ``seconds``. All ranks call it. The command that trains passes that of ``apps.planning``."""
+"""Called on all ranks with a trainer and the flop/s of all ranks together; returns, on rank 0, the forecast of a step:
+``words``, ``memory`` in bytes, ``seconds``. The command that trains passes a function of ``apps.planning``."""
 
 
 def make_grid(config: Config) -> Grid:
-    """Return the grid of a run; without axes in the configuration all ranks go to ``data``."""
+    """Return the grid of a run.
+
+    Parameters
+    ----------
+    config : Config
+        The configuration. Without axes in it, all ranks are on axis ``data``.
+
+    Returns
+    -------
+    Grid
+        All ranks of the job, on the device that the configuration names.
+
+    Raises
+    ------
+    GridError
+        If the sizes of the axes do not multiply to the number of ranks.
+
+    Notes
+    -----
+    **Communication:** one grid is made, on all ranks.
+    """
     parallel = config.parallel
     axes = parallel.grid or {"data": world_size()}
     return Grid(None, parallel.device, **axes)
 
 
 def start(config: Config, overwrite: bool = False, trace: int = 0, forecast: Forecaster | None = None) -> int:
-    """Train from the beginning, into a new run directory, and trace so many steps from the second on.
+    """Train from the beginning, into a new run directory.
 
-    With `forecast`, the run's last line compares it with what was measured.
+    Parameters
+    ----------
+    config : Config
+        The configuration of the run.
+    overwrite : bool
+        Whether to replace a run that the directory holds.
+    trace : int
+        Number of steps to trace, from the second on, besides those of ``run.trace_steps``.
+    forecast : callable, optional
+        Function that predicts a step; the run's last line compares the prediction with the measurement.
 
-    Returns the exit code, 0 or that of a run that was stopped.
+    Returns
+    -------
+    int
+        The exit code: 0, or `CODE` if a signal stopped the run.
+
+    Raises
+    ------
+    ConfigError
+        If the data or the run directory cannot be used.
+    ColossalError
+        If the loss or the norm of the gradients is not finite.
     """
     config = tasks.complete(config)
     grid = make_grid(config)
@@ -49,9 +91,30 @@ def start(config: Config, overwrite: bool = False, trace: int = 0, forecast: For
 
 
 def resume(path: str, settings: list[str], trace: int = 0, forecast: Forecaster | None = None) -> int:
-    """Go on with the run at `path` from its latest checkpoint, bitwise as if it had not stopped on the same grid.
+    """Continue a run from its latest checkpoint. On the same grid the result is bitwise that of a run without a stop.
 
-    Returns an exit code as `start` does.
+    Parameters
+    ----------
+    path : str
+        The run directory.
+    settings : list of str
+        Settings ``section.key=value`` over the configuration of the run.
+    trace : int
+        Number of steps to trace, from the second on, besides those of ``run.trace_steps``.
+    forecast : callable, optional
+        Function that predicts a step; the run's last line compares the prediction with the measurement.
+
+    Returns
+    -------
+    int
+        The exit code: 0, or `CODE` if a signal stopped the run.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no run or no checkpoint, or it is damaged.
+    ConfigError
+        If the run has done more steps already, or another job writes it.
     """
     directory = RunDirectory(path)
     directory.latest()
@@ -60,7 +123,7 @@ def resume(path: str, settings: list[str], trace: int = 0, forecast: Forecaster 
     with comm.agreed(grid):
         if grid.rank == 0:
             directory.hold()
-    latest = directory.latest()  # the one who held it before may have removed the earlier one
+    latest = directory.latest()  # the job that had the lock may have removed the earlier one
     trainer = Trainer(config, grid)
     done = trainer.restore(latest)
     if done > config.training.steps:
@@ -74,7 +137,7 @@ def resume(path: str, settings: list[str], trace: int = 0, forecast: Forecaster 
 
 
 def _released(directory: RunDirectory, code: int) -> int:
-    """Let other jobs write a run that has ended well; after an error, all ends with the process."""
+    """Release the lock of a run that has ended well; after an error, the end of the process releases it."""
     directory.release()
     return code
 
@@ -83,7 +146,7 @@ def _train(trainer: Trainer, directory: RunDirectory, done: int, trace: int, for
     training, first = trainer.config.training, trainer.grid.rank == 0
     meter = Meter(trainer, directory, {*trainer.config.run.trace_steps, *range(done + 2, done + 2 + trace)})
     report = Report(trainer, directory, done) if first else None
-    signals.listen(interrupt=False)  # the guards of a job have done so with it
+    signals.listen(interrupt=False)  # the guards of a job listen to the interrupt already
     with Stop(trainer.grid) as stop:
         try:
             stopped = _steps(trainer, directory, done, report, meter, stop)
@@ -105,12 +168,12 @@ def _train(trainer: Trainer, directory: RunDirectory, done: int, trace: int, for
 def _steps(
     trainer: Trainer, directory: RunDirectory, done: int, report: Report | None, meter: Meter, stop: Stop
 ) -> int:
-    """Do the steps; return the signal that stopped them before the last, 0 if none did."""
+    """Do the steps; return the signal that stopped the run before the last step, 0 if none did."""
     training = trainer.config.training
     if trainer.saves_meanwhile(done):
         trainer.reserve()
     for step in range(done, training.steps):
-        row, cut = _timed_step(trainer, step, meter, stop)
+        row, signal = _timed_step(trainer, step, meter, stop)
         if not math.isfinite(row["loss"] + (row["gradient_norm"] or 0.0)):  # None: an overflow of scaled gradients
             trainer.saving.finish()
             raise ColossalError(
@@ -118,28 +181,29 @@ def _steps(
                 f"on from the last checkpoint with --resume {directory.path}"
             )
         last = step + 1 == training.steps
-        if last or ((step + 1) % training.evaluate_every == 0 and not cut):  # there is no time for it in a stop
+        # A run that is being stopped has no time for a validation.
+        if last or ((step + 1) % training.evaluate_every == 0 and not signal):
             row |= trainer.validate() | meter.ranks()
         if report:
             report.step(row)
-        if last or cut or (step + 1) % training.checkpoint_every == 0:
-            _checkpoint(trainer, directory, step + 1, training.background_checkpoints and not (last or cut))
+        if last or signal or (step + 1) % training.checkpoint_every == 0:
+            _checkpoint(trainer, directory, step + 1, training.background_checkpoints and not (last or signal))
         else:
             trainer.saving.poll()
-        if cut and not last:
-            return cut
+        if signal and not last:
+            return signal
     return 0
 
 
 def _checkpoint(trainer: Trainer, directory: RunDirectory, step: int, background: bool) -> None:
     training = trainer.config.training
-    after = partial(directory.made, step, training.keep_last, training.keep_every)
+    after = partial(directory.keep, step, training.keep_last, training.keep_every)
     trainer.save(directory.checkpoint(step), step, after, background)
 
 
 def _timed_step(trainer: Trainer, step: int, meter: Meter, stop: Stop) -> tuple[dict[str, Any], int]:
-    """Do a step; return its row of the metrics and the signal that is to stop the run after it, 0 if none."""
+    """Do a step; return its row of the metrics, and the signal that stops the run after it, 0 if none does."""
     with meter.measure(step + 1) as measured:
         row: dict[str, Any] = {"step": step + 1, **trainer.step(step, stop.vote)}
-        cut = stop.decided()
-    return row | measured, cut
+        signal = stop.decided()
+    return row | measured, signal

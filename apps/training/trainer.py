@@ -1,4 +1,8 @@
-"""One training run: a task and its optimizer, stepped, validated, saved and resumed."""
+"""The trainer: a task, its pipeline and its optimizer, which it steps, validates, saves and restores.
+
+The training loop, the planner's trials, the demo and the benchmark of optimizers construct it. It builds the task from
+a configuration, runs steps through ``layers.pipeline`` and writes checkpoints with ``checkpoint``.
+"""
 
 from __future__ import annotations
 
@@ -24,16 +28,48 @@ from colossal_mpi.layers.pipeline import PIPE, SCHEDULES, Pipeline, parameter_na
 from colossal_mpi.platform import backend
 
 OWN_LOSSES = ("balance", "z_loss")
-"""What mixtures of experts add to the loss, by the ends of the names that they report."""
+"""The losses that mixtures of experts add, by the last parts of the names that they report."""
 
 
 class Trainer:
-    """A task and its optimizer on a grid; everything random is a function of the seed.
+    """A task and its optimizer on a grid. Everything random is a function of the seed.
 
     Parameters
     ----------
     config : Config
+        The configuration of the run.
     grid : Grid
+        All ranks of the run, on a device or a meta grid.
+
+    Attributes
+    ----------
+    kernels : str
+        Name of the provider of the kernels.
+    before : int
+        Greatest memory of the process in bytes before there was a model, with the library of its kernels loaded.
+    task : Task
+        The model, its data and its loss.
+    model : Sequential
+        The whole model, of which a stage of a pipeline stores a part.
+    pipeline : Pipeline
+        The stages of the model; one stage where the grid has no axis ``pipe``.
+    optimizer : Optimizer
+        The optimizer of the stored weights.
+    average : MovingAverage or None
+        The moving averages of the weights, if the run keeps them.
+    own : dict of str to float
+        Losses that experts have added in the last step.
+    learning_rate : LearningRateSchedule
+        The learning rate as a function of the step.
+    saving : AsyncCheckpointer
+        The writer of background checkpoints.
+
+    Raises
+    ------
+    ConfigError
+        If the data cannot be read or do not fit the model, on all ranks.
+    GridError
+        If the grid does not fit the tensor mode or the model.
     """
 
     def __init__(self, config: Config, grid: Grid) -> None:
@@ -41,11 +77,10 @@ class Trainer:
         self.config, self.grid = config, grid
         self.kernels = kernels.use(parallel.kernels, grid)
         self.before = peak_memory()
-        """Bytes that the process had at most before there was a model, the library of its kernels included."""
-        place = Parallelism(
+        parallelism = Parallelism(
             stage_grid(grid), parallel.tensor, parallel.keep_gathered, parallel.zero, sequence=parallel.sequence
         )
-        self.task = tasks.make(config, place)
+        self.task = tasks.make(config, parallelism)
         self.model, self.task.run = self.task.model, self.run
         whole = recompute(self.model, parallel.recompute, SCHEDULES[parallel.schedule].defers_weights)
         chunks = partition(whole, grid, parallel.virtual_stages)
@@ -60,20 +95,33 @@ class Trainer:
         )
         self.average = MovingAverage(self.optimizer.parameters, training.average) if training.average else None
         self.own: dict[str, float] = {}
-        """What experts have added to the loss of the last step."""
         self.learning_rate = LearningRateSchedule(
             training.rate, training.lr, training.steps, training.warmup, **training.rate_arguments()
         )
-        """Of a step."""
         self.saving = checkpoint.AsyncCheckpointer(grid)
 
     @property
     def parameters(self) -> int:
-        """The number of weights of the whole model."""
+        """Number of weights of the whole model."""
         return sum(math.prod(parameter.shape) for parameter in self.model.parameters())
 
     def gradients(self, step: int) -> float:
-        """Leave the gradients of a step in the parameters and return its loss, in nats, with what experts add."""
+        """Compute the gradients of a step and leave them in the parameters.
+
+        Parameters
+        ----------
+        step : int
+            Number of the step, from 0.
+
+        Returns
+        -------
+        float
+            The loss of the step in nats, with the losses that experts add; the same on all ranks.
+
+        Notes
+        -----
+        **Communication:** the messages of the pipeline's stages, and those of the layers.
+        """
         feed = StepFeed(self.task, step, self.optimizer.loss_scale)
         with precision.overflowing() if self.optimizer.scaling else nullcontext():
             loss = self.pipeline.step(feed)
@@ -81,31 +129,69 @@ class Trainer:
         return loss + sum(self.own.values())
 
     def _of_experts(self, reported: Sequence[Mapping[str, float]]) -> dict[str, float]:
-        """Return the sums of the losses of all stages' experts. **Communication:** two words along ``pipe``."""
+        """Return the losses that the experts of all stages add."""
         if not getattr(self.config.model, "experts", 0):
             return {}
-        each = [(name.rpartition(".")[2], value) for one in reported for name, value in one.items()]
-        sums = [sum(x for found, x in each if found == kind) for kind in OWN_LOSSES]
+        losses = [(name.rpartition(".")[2], value) for one in reported for name, value in one.items()]
+        sums = [sum(x for found, x in losses if found == kind) for kind in OWN_LOSSES]
         stages = (PIPE,) if PIPE in self.grid.axes else ()
+        # own[2] {U_pipe} -> totals[2]: allreduce over pipe
         own = self.grid.to_block(np.array(sums, np.float64))  # without experts on a stage the sums are integers
         totals = backend.to_host(comm.allreduce(own, self.grid, stages))
         return {f"expert_{kind}": float(total) for kind, total in zip(OWN_LOSSES, totals, strict=True)}
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Return a context in which the weights are their moving averages, if these are kept."""
+        """Return a context in which the weights have the values of their moving averages, if the run keeps them.
+
+        Returns
+        -------
+        context manager
+            Its end restores the weights.
+        """
         return nullcontext() if self.average is None else self.average.applied()
 
     def run(self, x: Any, ctx: Context) -> Any:
-        """Return the outputs of the model, on all stages."""
+        """Return the outputs of the model, on all stages.
+
+        Parameters
+        ----------
+        x : DistArray
+            Inputs of the model.
+        ctx : Context
+            Context of the layers.
+
+        Returns
+        -------
+        DistArray or tuple of DistArray
+            The outputs.
+
+        Notes
+        -----
+        **Communication:** the messages of the pipeline's stages, and those of the layers.
+        """
         length = x.shape[1] if x.ndim == 2 else None
         return self.pipeline.outputs(x, ctx, self.task.activation_spec(x.shape[0], length))
 
     def step(self, step: int, meanwhile: Callable[[], None] | None = None) -> dict[str, float | None]:
-        """Do a training step and return its loss, what experts have added to it, gradient norm and learning rate.
+        """Do a training step.
 
-        With 16-bit floats it returns the loss scale, too, and a norm of None is that of a step which was left out,
-        because scaled gradients were too large. `meanwhile` is called between gradients and update, whose reductions
-        hide a message that it begins.
+        Parameters
+        ----------
+        step : int
+            Number of the step, from 0.
+        meanwhile : callable, optional
+            Function that is called between gradients and update. The reductions of the update hide a message that it
+            begins.
+
+        Returns
+        -------
+        dict of str to float
+            ``loss``, the losses of experts, ``gradient_norm``, ``learning_rate``, and with 16-bit floats
+            ``loss_scale``. The norm is None where scaled gradients were too large and the update was left out.
+
+        Notes
+        -----
+        **Communication:** the messages of the pipeline, and the reductions of gradients and of their norm.
         """
         loss, lr, scale = self.gradients(step), self.learning_rate(step), self.optimizer.loss_scale
         if meanwhile:
@@ -120,9 +206,12 @@ class Trainer:
         return row if self.optimizer.scaling is None else row | {"loss_scale": scale}
 
     def validate(self) -> dict[str, float]:
-        """Return the loss over the held-out samples, and the share of them that meets each measure of the task.
+        """Return loss and measures over the held-out samples, with averaged weights if the run keeps averages.
 
-        Of the averages of the weights, where these are kept.
+        Returns
+        -------
+        dict of str to float
+            ``val_loss`` in nats, and ``val_<measure>`` for each measure of the task, a share from 0 to 1.
         """
         loss, shares, held = 0.0, Counter[str](), self.task.held
         with self.averaged():
@@ -135,17 +224,19 @@ class Trainer:
     def save(
         self, directory: Path, step: int, after: Callable[[], None] | None = None, background: bool = False
     ) -> None:
-        """Write a checkpoint of the state after `step` steps.
+        """Write a checkpoint of the state after some steps.
 
         Parameters
         ----------
-        directory : path
+        directory : Path
+            The checkpoint to write.
         step : int
+            Number of steps that are done.
         after : callable, optional
-            What rank 0 does when the checkpoint is whole; ``latest`` points to it by default.
+            Function that rank 0 calls when the checkpoint is whole; by default it points ``latest`` to the checkpoint.
         background : bool
-            Return at once, and write while the next steps are done: ``saving.poll()`` goes after each of them, and
-            ``saving.finish()`` after the last.
+            Whether to return at once and write during the next steps. The caller calls ``saving.poll()`` after each
+            step and ``saving.finish()`` after the last.
         """
         metadata, after = self._metadata(step), after or partial(checkpoint.point_latest, directory)
         state, values = self._state(counted=True), self._values(step)
@@ -160,22 +251,33 @@ class Trainer:
 
     @property
     def copies(self) -> int:
-        """Bytes of host memory that background checkpoints copy the state of this rank to, 0 if there are none."""
+        """Bytes of host memory that the copies of background checkpoints take on this rank, 0 if there are none."""
         return checkpoint.owned_bytes(self._state(counted=True)) if self.saves_meanwhile() else 0
 
     def saves_meanwhile(self, done: int = 0) -> bool:
-        """Say whether a run from `done` steps on writes a checkpoint in the background; never the last one."""
+        """Say whether a run writes some checkpoint in the background; it never writes the last one so.
+
+        Parameters
+        ----------
+        done : int
+            Number of steps that are done.
+
+        Returns
+        -------
+        bool
+            The same on all ranks.
+        """
         training = self.config.training
         return training.background_checkpoints and done + training.checkpoint_every < training.steps
 
     def reserve(self) -> None:
-        """Take the memory for the copies of background checkpoints, so that the first is as quick as the others."""
+        """Allocate the memory for copies of background checkpoints, so that the first is as quick as the others."""
         self.saving.reserve(self._state(counted=True))
 
     def _metadata(self, step: int) -> dict[str, Any]:
         model = models.describe(self.model)
         if self.optimizer.scaling is not None:
-            model["dtype"] = "float32"  # that of the masters, which are what is saved
+            model["dtype"] = "float32"  # of the master weights, which the checkpoint holds
         return {
             "step": step,
             "config": self.config.model_dump(),
@@ -187,7 +289,7 @@ class Trainer:
         }
 
     def _values(self, step: int) -> dict[str, tuple[Any, str]]:
-        """Return what besides the arrays the next steps depend on, and its units: all are functions of these."""
+        """Return the numbers besides the arrays that the next steps depend on, with their units."""
         training = self.config.training
         scaling = self.optimizer.scaling
         scale = {} if scaling is None else {"training/loss_scale": (self.optimizer.loss_scale, "1")}
@@ -200,7 +302,23 @@ class Trainer:
         }
 
     def restore(self, directory: Path) -> int:
-        """Take the state of a checkpoint, of any grid and mode, and return the number of steps behind it."""
+        """Load the state of a checkpoint that was saved on any grid and in any mode.
+
+        Parameters
+        ----------
+        directory : Path
+            The checkpoint.
+
+        Returns
+        -------
+        int
+            Number of steps that the checkpoint has done.
+
+        Raises
+        ------
+        CheckpointError
+            If the checkpoint lacks an array or is damaged, on all ranks.
+        """
         metadata = checkpoint.load(directory, self._state(), self.grid)
         optimizer = metadata.get("optimizer", {"steps": metadata["step"], "loss_scale": None})
         self.optimizer.steps = int(optimizer["steps"])
@@ -212,7 +330,7 @@ class Trainer:
         return int(metadata["step"])
 
     def _state(self, counted: bool = False) -> dict[str, Any]:
-        """Return this stage's arrays by name; without copies of weights that another stage has, if `counted`."""
+        """Return this stage's arrays by name. If `counted`, weights that another stage stores, too, are left out."""
         parameters = [p for p in self.optimizer.parameters if p.counted or not counted]
         weights = {f"weights/{name}": array for name, array in self.optimizer.weights(parameters).items()}
         if self.average is not None:

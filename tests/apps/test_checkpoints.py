@@ -8,7 +8,7 @@ from mpi4py import MPI
 
 from colossal_mpi import Grid, checkpoint, comm
 from colossal_mpi.apps.config import Config
-from colossal_mpi.apps.training.run_directory import RunDirectory
+from colossal_mpi.apps.run_directory import RunDirectory
 from colossal_mpi.apps.training.trainer import Trainer
 from colossal_mpi.checkpoint import checksums
 from colossal_mpi.errors import CheckpointError
@@ -133,7 +133,7 @@ def test_old_checkpoints_make_room(tmp_path, last, every, kept):
     for step in range(1, 8):
         directory.checkpoint(step).mkdir(parents=True)
         (directory.checkpoints / f".step-{step - 1:07d}.partial").mkdir()
-        directory.made(step, last, every)
+        directory.keep(step, last, every)
         assert (directory.checkpoints / "latest").resolve() == directory.checkpoint(step).resolve()
     assert [step for step, _ in directory._saved()] == kept
     assert not list(directory.checkpoints.glob(".step*"))
@@ -143,6 +143,6 @@ def test_the_checkpoint_that_latest_points_to_stays(tmp_path):
     directory = RunDirectory(tmp_path)
     for step in (1, 5, 9):
         directory.checkpoint(step).mkdir(parents=True)
-    directory.made(1, 1, 0)  # of a run that went back to its first step
+    directory.keep(1, 1, 0)  # of a run that went back to its first step
     assert [step for step, _ in directory._saved()] == [1, 9]
     assert (directory.checkpoints / "latest").resolve() == directory.checkpoint(1).resolve()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from colossal_mpi import ConfigError
-from colossal_mpi.apps.training.lock import Lock
+from colossal_mpi.apps.run_directory import Lock
 from colossal_mpi.runtime.launcher import mpiexec_command
 
 CLI = [sys.executable, "-m", "colossal_mpi.apps.cli"]

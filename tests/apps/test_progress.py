@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 
 from colossal_mpi.apps.config import load
+from colossal_mpi.apps.run_directory import RunDirectory
 from colossal_mpi.apps.training import progress, train
-from colossal_mpi.apps.training.run_directory import RunDirectory
 from colossal_mpi.errors import ConfigError
 
 EVENTS = importlib.util.find_spec("tensorboardX") is not None

@@ -14,9 +14,9 @@ from colossal_mpi.apps import config as configs
 from colossal_mpi.apps import report, text
 from colossal_mpi.apps.cli.report import Report
 from colossal_mpi.apps.report.curves import running_median
+from colossal_mpi.apps.run_directory import PLOTS, RunDirectory
 from colossal_mpi.apps.training import meter as meter_module
 from colossal_mpi.apps.training.meter import Meter
-from colossal_mpi.apps.training.run_directory import PLOTS, RunDirectory
 from colossal_mpi.apps.training.trace import KINDS, Trace
 from colossal_mpi.apps.training.trainer import Trainer
 from colossal_mpi.errors import ConfigError

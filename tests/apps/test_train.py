@@ -207,7 +207,7 @@ def test_a_config_that_is_no_runs_is_never_overwritten(folder):
     (folder / "run").mkdir()
     (folder / "run" / "config.toml").write_text("mine")
     refused = start(1, "small.toml", "--grid", "data=1", "--tensor", "none", "--overwrite")
-    assert "run/config.toml is not that of a run" in refused.stderr
+    assert "run/config.toml belongs to no run" in refused.stderr
     assert (folder / "run" / "config.toml").read_text() == "mine"
 
 

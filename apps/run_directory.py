@@ -1,0 +1,347 @@
+"""A run directory: its files, which checkpoints it keeps, and the lock that lets one job at a time write it.
+
+Training writes it, and the report, ``inspect`` and the demo read it. Its files are ``config.toml``, ``run.json``,
+``metrics.jsonl``, ``sample.txt``, ``trace.json``, ``tokenizer.json``, ``lock``, and the folders ``checkpoints``,
+``report`` and ``events``.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+from colossal_mpi.apps import config as configs
+from colossal_mpi.checkpoint import point_latest, remove
+from colossal_mpi.errors import CheckpointError, ColossalError, ConfigError
+from colossal_mpi.runtime.launcher import ALLOCATIONS
+
+_HELD = (errno.EACCES, errno.EAGAIN)
+
+PLOTS = ("loss", "measures", "speed", "utilisation", "rate", "gradient", "scale", "memory", "words", "timeline")
+"""The names of the pictures of a report."""
+
+
+class RunDirectory:
+    """The files of one run. Rank 0 alone writes them, and has the lock; all ranks write checkpoints.
+
+    Parameters
+    ----------
+    path : str or Path
+        The directory. It need not exist.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config, self.metrics = self.path / "config.toml", self.path / "metrics.jsonl"
+        self.checkpoints, self.page = self.path / "checkpoints", self.path / "report" / "index.html"
+        self.plot = self.page.with_name("loss.png")
+        self.sample, self.trace = self.path / "sample.txt", self.path / "trace.json"
+        self.about, self.tokenizer = self.path / "run.json", self.path / "tokenizer.json"
+        self.events = self.path / "events"
+        self._lock: Lock | None = None
+
+    def hold(self) -> None:
+        """Keep other jobs from writing this run until `release` is called or the process ends.
+
+        Raises
+        ------
+        ConfigError
+            If another job writes the run, or the directory cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = Lock(self.path)
+        except ColossalError:
+            raise
+        except (OSError, ValueError) as problem:  # a name may have a zero byte
+            raise self._unwritable(problem) from None
+
+    def release(self) -> None:
+        """Let other jobs write this run."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def _unwritable(self, problem: Exception) -> ConfigError:
+        reason = getattr(problem, "strerror", None) or problem
+        return ConfigError(f"run.directory={str(self.path)!r} cannot be written: {reason}")
+
+    def create(self, config: configs.Config, overwrite: bool, tokenizer: str = "") -> None:
+        """Make the directory of a new run and `hold` it.
+
+        Parameters
+        ----------
+        config : Config
+            The configuration of the run.
+        overwrite : bool
+            Whether to replace a run that the directory holds.
+        tokenizer : str
+            The JSON of the tokenizer; ``""`` where tokens are bytes.
+
+        Raises
+        ------
+        ConfigError
+            If the directory holds a run and `overwrite` is not set, if another job writes it, or if it cannot be
+            written.
+        """
+        if self.config.exists() and not self.checkpoints.is_dir():
+            raise ConfigError(f"{self.config} belongs to no run: choose another folder with --set run.directory=...")
+        self.hold()
+        if self.config.exists() and not overwrite:
+            self.release()
+            raise ConfigError(
+                f"{self.path} holds a run already: go on with --resume {self.path}, replace it with --overwrite, "
+                "or choose another with --set run.directory=..."
+            )
+        try:
+            if self.config.exists():
+                self._clear()
+            self.page.parent.mkdir(parents=True, exist_ok=True)
+            self.checkpoints.mkdir(exist_ok=True)
+            self.write_config(config)
+            if tokenizer:
+                self.tokenizer.write_text(tokenizer, encoding="utf-8")
+        except (OSError, ValueError) as problem:
+            raise self._unwritable(problem) from None
+
+    def write_config(self, config: configs.Config) -> None:
+        """Write the configuration of the run.
+
+        Parameters
+        ----------
+        config : Config
+            The configuration that the run has from now on.
+        """
+        self.config.write_text(configs.dump(config), encoding="utf-8")
+
+    def _clear(self) -> None:
+        """Remove the files of a former run, and nothing else."""
+        for _, folder in self._saved():
+            remove(folder)
+        self._sweep()
+        for file in self.events.glob("events.out.tfevents.*"):
+            file.unlink()
+        files = (
+            self.config,
+            self.about,
+            self.tokenizer,
+            self.metrics,
+            self.sample,
+            self.trace,
+            self.page,
+            self.checkpoints / "latest",
+        )
+        for file in (*files, self.checkpoints / "latest", *(self.page.parent / f"{name}.png" for name in PLOTS)):
+            file.unlink(missing_ok=True)
+
+    def _saved(self) -> list[tuple[int, Path]]:
+        """Return the checkpoints in order, each with the number of steps that it has done."""
+        names = ((re.fullmatch(r"step-(\d+)", path.name), path) for path in self.checkpoints.glob("step-*"))
+        return sorted((int(match[1]), path) for match, path in names if match)
+
+    def latest(self) -> Path:
+        """Return the newest checkpoint: the target of the link ``latest``, or the last one if the link is broken.
+
+        Returns
+        -------
+        Path
+            The directory of the checkpoint.
+
+        Raises
+        ------
+        CheckpointError
+            If there is no run or no checkpoint.
+        """
+        if not self.config.is_file():
+            raise CheckpointError(f"no run to resume at {self.path}: it has no {self.config.name}")
+        latest, saved = self.checkpoints / "latest", self._saved()
+        if latest.exists():
+            return latest.resolve()
+        if not saved:
+            raise CheckpointError(f"{self.path} has no checkpoint yet: start it anew with --overwrite")
+        return saved[-1][1]
+
+    def checkpoint(self, step: int) -> Path:
+        """Return the directory of a checkpoint.
+
+        Parameters
+        ----------
+        step : int
+            Number of steps that are done.
+
+        Returns
+        -------
+        Path
+            The directory, whether it exists or not.
+        """
+        return self.checkpoints / f"step-{step:07d}"
+
+    def write_facts(self, facts: dict[str, Any]) -> None:
+        """Write the facts that do not change while the run goes on, to ``run.json``.
+
+        Parameters
+        ----------
+        facts : dict
+            Machine, model, peak flop/s and others, as JSON has them.
+        """
+        self.about.write_text(json.dumps(facts, indent=1) + "\n")
+
+    def facts(self) -> dict[str, Any]:
+        """Return the facts of ``run.json``.
+
+        Returns
+        -------
+        dict
+            The facts; empty if the run has none.
+        """
+        try:
+            facts = json.loads(self.about.read_text())
+        except (OSError, ValueError):
+            return {}
+        return facts if isinstance(facts, dict) else {}
+
+    def keep(self, step: int, keep_last: int, keep_every: int) -> None:
+        """Point ``latest`` to the checkpoint after `step` steps and remove those that need not be kept.
+
+        Parameters
+        ----------
+        step : int
+            Number of steps that are done.
+        keep_last : int
+            Number of newest checkpoints to keep; 0 keeps all.
+        keep_every : int
+            Checkpoints at multiples of this many steps are kept, too; 0 for none.
+        """
+        point_latest(self.checkpoint(step))
+        self._sweep()
+        older = self._saved()[:-keep_last] if keep_last else []
+        for old, directory in older:
+            if old != step and not (keep_every and old % keep_every == 0):
+                remove(directory)
+
+    def _sweep(self) -> None:
+        """Remove the remains of checkpoints that were being written or removed when a job crashed."""
+        for left in (*self.checkpoints.glob(".step-*.partial"), *self.checkpoints.glob(".step-*.removed")):
+            shutil.rmtree(left, ignore_errors=True)
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Append a row to the metrics.
+
+        Parameters
+        ----------
+        row : dict
+            The metrics of a step, ``step`` among them.
+        """
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the metrics, without a last line that a crash has cut short.
+
+        Returns
+        -------
+        list of dict
+            A row for each step.
+        """
+        text = self.metrics.read_text() if self.metrics.exists() else ""
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+    def rewind(self, steps: int) -> None:
+        """Remove the metrics and checkpoints after a step: a resumed run does the steps after it again.
+
+        Parameters
+        ----------
+        steps : int
+            Number of steps that are done.
+        """
+        kept = [row for row in self.rows() if row["step"] <= steps]
+        whole = self.metrics.with_suffix(".partial")
+        whole.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        whole.replace(self.metrics)
+        for step, later in self._saved():
+            if step > steps:
+                remove(later)
+        self._sweep()
+
+
+class Lock:
+    """The lock of a run directory. A process has it until `release` is called or the process ends, however it ends.
+
+    Parameters
+    ----------
+    directory : Path
+        An existing directory. Its file ``lock`` names the process that has the lock.
+
+    Raises
+    ------
+    ConfigError
+        If another process has the lock.
+
+    Notes
+    -----
+    This is a record lock of POSIX. NFS, and Lustre if it is mounted with ``flock``, know it between hosts, which is not
+    true of ``flock`` everywhere. The system releases it when the process ends, and a file server when the client ends.
+    On a file system without locks, a warning is printed and nothing is locked. The file is never removed: a job could
+    lock the removed file while another one locks its successor. A process must not open the file a second time, since
+    closing it releases the lock.
+
+    References
+    ----------
+    POSIX.1-2017, ``fcntl``: "All locks associated with a file for a given process shall be removed when a file
+    descriptor for that file is closed by that process or the process holding that file descriptor terminates."
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._file: IO[str] | None = (directory / "lock").open("a+", encoding="utf-8")
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as problem:
+            if problem.errno in _HELD:
+                holder = _holder(self._file)
+                self._file.close()
+                raise ConfigError(
+                    f"{directory} is being written by {holder}: wait until it ends, or stop it; a new run can go "
+                    "elsewhere with --set run.directory=..."
+                ) from None
+            sys.stderr.write(
+                f"colossal_mpi: warning: {directory} is on a file system without locks ({problem.strerror}): see to it "
+                "that no other job writes this run\n"
+            )
+        self._write(_this_process())
+
+    def release(self) -> None:
+        """Release the lock."""
+        if self._file is not None:
+            with suppress(OSError):  # a full disk: without the lock the text has no use
+                self._write("")
+            self._file.close()
+            self._file = None
+
+    def _write(self, text: str) -> None:
+        assert self._file is not None
+        self._file.truncate(0)
+        self._file.write(text)
+        self._file.flush()
+        os.fsync(self._file.fileno())  # for readers on other hosts
+
+
+def _this_process() -> str:
+    jobs = [f"{name}={os.environ[name]}" for name in ALLOCATIONS if name in os.environ]
+    return json.dumps({"process": os.getpid(), "host": platform.node(), "job": jobs[:1]})
+
+
+def _holder(file: IO[str]) -> str:
+    file.seek(0)
+    try:
+        holder = json.load(file)
+        return ", ".join([f"process {holder['process']} on {holder['host']}", *holder["job"]])
+    except (ValueError, KeyError, TypeError):  # the holder is writing it right now
+        return "another job"
