@@ -14,19 +14,17 @@ matplotlib.use("svg")
 from matplotlib import pyplot as plt
 from matplotlib.patches import Rectangle
 
-from colossal_mpi.layers import Parallelism
+from colossal_mpi.layers import MODES, Parallelism
 from colossal_mpi.layout import coords_of
 
 ROOT = Path(__file__).parents[1]
 SIZES = {"b": 8, "s": 8, "h": 8, "f": 16}
-MODES = {
-    "data": ("none", {"data": 4}),
-    "seq": ("none", {"seq": 4}),
-    "1d": ("1d", {"col": 4}),
-    "2d": ("2d", {"row": 2, "col": 2}),
-    "2.5d": ("2.5d", {"depth": 2, "row": 2, "col": 2}),
-    "3d": ("3d", {"row": 2, "col": 2, "depth": 2}),
+PICTURES = {"data": ("none", {"data": 4}), "seq": ("none", {"seq": 4})} | {
+    mode.name: (mode.name, dict.fromkeys(mode.axes, 4 if len(mode.axes) == 1 else 2))
+    for mode in MODES.values()
+    if mode.axes
 }
+"""The name of each picture, its tensor mode and the axes of its grid."""
 COLOURS = ["#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#8c8c8c"]
 TEXT = {"ha": "center", "va": "center", "color": "white", "fontsize": 9, "fontweight": "bold"}
 
@@ -84,7 +82,7 @@ def name(array, letters, layout):
 
 def picture(mode, path):
     """Draw the stream, a weight as it is stored and the inside of a block."""
-    tensor, axes = MODES[mode]
+    tensor, axes = PICTURES[mode]
     p = Parallelism(Plan(axes), tensor)
     product = p.product("bsh,hf->bsf", "f")
     arrays = [
@@ -134,5 +132,5 @@ def draw_all(directory):
     """Draw every picture into a directory."""
     Path(directory).mkdir(exist_ok=True)
     packages(Path(directory) / "architecture.svg")
-    for mode in MODES:
+    for mode in PICTURES:
         picture(mode, Path(directory) / f"mode-{mode.replace('.', '')}.svg")

@@ -23,6 +23,7 @@ from colossal_mpi.layers.moe import MoE
 from colossal_mpi.layers.norm import LayerNorm, RMSNorm
 from colossal_mpi.layers.optim import LAMB, LARS, SGD, Adafactor, AdamW, Muon
 from colossal_mpi.layers.parallelism import (
+    INNER,
     MODES,
     SEQUENCE_MODES,
     Mode,
@@ -39,6 +40,7 @@ from colossal_mpi.layers.recompute import Recompute, recompute
 
 __all__ = [
     "GELU",
+    "INNER",
     "LAMB",
     "LARS",
     "MLP",

@@ -63,12 +63,8 @@ class Convolution(Layer):
                 f"{name}: kernel {self.kernel}, stride {self.stride}, padding {self.padding}: kernel and stride must "
                 "be 1 or more and padding 0 or more"
             )
-        self.name, self.product, self.keep_gathered = (
-            name,
-            parallelism.product(subscripts, inner),
-            parallelism.keep_gathered,
-        )
-        self.keep_weight = parallelism.keep_weights
+        self.name, self.product = name, parallelism.product(subscripts, inner)
+        self.keep_gathered, self.keep_weight = parallelism.keep_gathered, parallelism.keep_weights
         self.images = Layout(*self.product.x.dims[:2], None, None)
         """The layout of an image whose windows are multiplied: y and x are whole."""
         shape = (channels[0], *self.kernel, channels[1])
