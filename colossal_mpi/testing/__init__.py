@@ -1,20 +1,22 @@
-"""Run the multi-rank tests of a plain ``pytest``.
+"""Run the multi-rank tests of a plain ``pytest``, and a pretended device for tests of staging without a GPU.
 
-Loaded by ``pytest_plugins = ["colossal_mpi.testing.plugin"]`` in the top ``conftest.py``.  All tests of one
-directory on one number of ranks share one ``mpiexec``; the ranks' reports become one report per test.
+The top ``conftest.py`` of a project loads the plugin with ``pytest_plugins = ["colossal_mpi.testing.plugin"]``; nothing
+else of colossal_mpi imports this package. It calls ``runtime`` to start ``mpiexec`` and ``platform`` to register the
+pretended device. All tests of one directory on one number of ranks share one ``mpiexec``, and the ranks' reports become
+one report for each test.
 
-``--device=fake`` makes the grids of tests on a pretended device, ``--device=cuda`` on GPUs.
+``--device=fake`` makes the grids of tests on the pretended device, ``--device=cuda`` on GPUs.
 
 Markers
 -------
 ranks(n) or ranks([n, ...])
     Run the test on n ranks; a list parametrizes it (``test_x[4ranks]``).
 grids({"row": 2, "col": 2}, ...)
-    Parametrize the fixture ``grid`` (``test_x[row2-col2]``), one rank per cell.
+    Parametrize the fixture ``grid`` (``test_x[row2-col2]``), with one rank for each cell.
 deadline(seconds)
-    Limit of one multi-rank test; the ini option ``mpi_deadline`` holds the default.
+    The limit of one multi-rank test; the ini option ``mpi_deadline`` holds the default.
 prepare(func)
-    ``func(path)`` writes reference files in the parent, once per session; see the fixture ``prepared``.
+    ``func(path)`` writes reference files in the parent process, once per session; see the fixture ``prepared``.
 smoke
     The few tests that every MPI library has to pass.
 
@@ -31,13 +33,22 @@ shared_path : pathlib.Path
 
 Modules
 -------
-plugin : markers, parameters and fixtures, on both sides
-runner : parent; runs an item and reports it
-watch : parent; when to give up waiting
-merge : parent; one report of many
-job : parent; one ``mpiexec`` and its files
-ranklog : parent; what one rank has written
-worker : rank; runs pytest in process
-fake, fake_array : a device without a GPU, whose blocks refuse to reach MPI or NumPy raw
-store : the directories that both sides know
+plugin
+    Markers, parameters and fixtures, in the parent and in the ranks.
+runner
+    In the parent: runs a multi-rank item and reports it.
+watch
+    In the parent: decides when to stop waiting for a test.
+merge
+    In the parent: makes one report of the reports of many ranks.
+job
+    In the parent: one ``mpiexec`` and the files that its ranks write.
+worker
+    In a rank: runs pytest in process.
+store
+    The directories that the parent and its ranks share.
+fake
+    The pretended device, whose blocks never reach MPI or NumPy by mistake.
 """
+
+__all__: list[str] = []

@@ -1,32 +1,43 @@
-"""Make one report of the reports of many ranks."""
+"""Make one report of the reports of many ranks.
+
+`colossal_mpi.testing.runner` calls `merge` for each phase of a test. `colossal_mpi.testing.watch` makes the
+`Interruption` that explains why ranks are missing.
+"""
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
-if TYPE_CHECKING:
-    from .watch import Interruption
-
 Part = tuple[str, Any]
-# The first of these that a rank shows is the outcome of the test.
+"""A heading, and what stands below it: text, or what pytest calls a longrepr."""
+# The outcome of the test is the first of these outcomes that any rank has.
 ORDER = ("failed", "xfailed", "interrupted", "xpassed strictly", "skipped", "passed")
 
 
-def named(ranks: Iterable[int], size: int) -> str:
+@dataclass
+class Interruption:
+    """Why waiting for a test was ended: a headline, the parts below it, and whether a later test may be the cause."""
+
+    message: str
+    parts: list[Part] = field(default_factory=list)
+    doubtful: bool = False
+
+
+def rank_list(ranks: Iterable[int], size: int) -> str:
     """Return ``rank 2 of 4`` or ``ranks 0, 1 of 4``."""
     ranks = list(ranks)
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} of {size}"
 
 
-def grouped(bodies: Mapping[int, Any], size: int) -> list[Part]:
-    """Return each different body once, headed by the ranks that have it; addresses make no difference."""
+def group_equal(bodies: Mapping[int, Any], size: int) -> list[Part]:
+    """Return each different body once, headed by the ranks that have it; addresses in memory are ignored."""
     owners: dict[str, list[int]] = {}
     for rank, body in bodies.items():
         owners.setdefault(re.sub("0x[0-9a-f]+", "", str(body)), []).append(rank)
-    return [(named(ranks, size), bodies[ranks[0]]) for ranks in owners.values()]
+    return [(rank_list(ranks, size), bodies[ranks[0]]) for ranks in owners.values()]
 
 
 @dataclass
@@ -42,7 +53,7 @@ class Crash:
 
 
 class RanksRepr:
-    """Tracebacks and stacks, each under a heading; what pytest calls a longrepr."""
+    """Tracebacks and stacks, each under a heading, as a longrepr of pytest."""
 
     def __init__(self, parts: list[Part], crash: Crash):
         self.parts, self.reprcrash = parts, crash
@@ -65,7 +76,7 @@ def merge(
     when: str,
     reports: Mapping[int, pytest.TestReport],
     size: int,
-    interruption: "Interruption | None" = None,
+    interruption: Interruption | None = None,
 ) -> pytest.TestReport:
     """Return the report of one phase of a test.
 
@@ -74,13 +85,13 @@ def merge(
     item : pytest.Item
         The test, as the parent has collected it.
     when : str
-        ``setup``, ``call`` or ``teardown``.
-    reports : mapping of rank to TestReport
-        Of the ranks that have finished the phase.
+        The phase: ``setup``, ``call`` or ``teardown``.
+    reports : mapping of int to TestReport
+        The reports of the ranks that have finished the phase, by rank.
     size : int
-        Number of ranks.
+        The number of ranks.
     interruption : Interruption, optional
-        Why the ranks that are missing have not.
+        Why the missing ranks have not finished it.
     """
     kinds = {rank: _kind(report) for rank, report in reports.items()}
     shown = {*kinds.values(), *(["interrupted"] if interruption else [])}
@@ -99,7 +110,7 @@ def merge(
     )
     for report in chosen.values():
         if hasattr(report, "wasxfail"):
-            merged.wasxfail = report.wasxfail  # type: ignore[attr-defined]
+            merged.wasxfail = report.wasxfail
     return merged
 
 
@@ -114,13 +125,13 @@ def _longrepr(
     kind: str,
     chosen: Mapping[int, pytest.TestReport],
     size: int,
-    interruption: "Interruption | None",
+    interruption: Interruption | None,
 ) -> Any:
     if kind == "passed":
         return None
     if kind == "skipped":
         return tuple(next(iter(chosen.values())).longrepr)  # type: ignore[arg-type]
-    parts = grouped({rank: report.longrepr for rank, report in chosen.items()}, size)
+    parts = group_equal({rank: report.longrepr for rank, report in chosen.items()}, size)
     crash = Crash(str(item.path), (item.location[1] or 0) + 1, interruption.message if interruption else "")
     if parts:
         who, body = parts[0]
@@ -134,7 +145,7 @@ def _sections(reports: Mapping[int, pytest.TestReport], size: int) -> list[tuple
     return [
         (f"{name}, {who}", text)
         for name in names
-        for who, text in grouped(
+        for who, text in group_equal(
             {rank: dict(report.sections)[name] for rank, report in reports.items() if name in dict(report.sections)},
             size,
         )

@@ -1,4 +1,8 @@
-"""Markers, parameters and fixtures of multi-rank tests, for the parent and for its ranks."""
+"""The pytest plugin: markers, parameters and fixtures of multi-rank tests, in the parent and in its ranks.
+
+pytest loads it in the parent, where it registers `colossal_mpi.testing.runner.Runner`, and in each rank, which
+`colossal_mpi.testing.worker` has marked as such by a store.
+"""
 
 import math
 import tempfile
@@ -35,7 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Choose the device, register the markers and, in the parent, what runs multi-rank tests."""
+    """Choose the device, register the markers and, in the parent, the runner of multi-rank tests."""
     if config.option.device == "fake":
         from . import fake
 
@@ -43,10 +47,10 @@ def pytest_configure(config: pytest.Config) -> None:
     backend.prefer(config.option.device)
     for marker in MARKERS:
         config.addinivalue_line("markers", marker)
-    # mark.prepare(func) alone would mark func instead of making a decorator out of it
+    # mark.prepare(func) alone would mark func instead of returning a decorator
     pytest.mark.prepare = pytest.mark.__getattr__("prepare").with_args  # type: ignore[attr-defined]
     if STORE in config.stash:
-        return  # a rank: the worker has put its store there
+        return  # this is a rank: the worker has put its store there
     root = Path(tempfile.mkdtemp(prefix="colossal-mpi-"))
     config.stash[STORE] = Store(root / "prepared", root / "shared", writes=True)
     config.pluginmanager.register(Runner(config, root), "colossal-mpi-runner")
@@ -62,7 +66,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("grid", grids.args, indirect=True, ids=_grid_id)
     elif ranks and not isinstance(ranks.args[0], int):
         if "ranks" not in metafunc.fixturenames:
-            metafunc.fixturenames.append("ranks")  # parametrize refuses what the test does not ask for
+            metafunc.fixturenames.append("ranks")  # parametrize refuses a fixture that the test does not use
         metafunc.parametrize("ranks", ranks.args[0], indirect=True, ids=_ranks_id)
 
 
@@ -75,11 +79,11 @@ def _ranks_id(n: int) -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what no device changes; move the multi-rank tests of one directory and one number of ranks together."""
+    """Deselect tests that the options exclude; put multi-rank tests of one directory and number of ranks together."""
     wanted = [item for item in items if _is_wanted(config, item)]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(wanted)])
     items[:] = wanted
-    places: dict[tuple, int] = {}
+    places: dict[tuple[Path, int], int] = {}
     order = {
         item: places.setdefault(group(item), place) if rank_count(item) > 1 else place
         for place, item in enumerate(items)
@@ -100,7 +104,7 @@ def ranks(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture
 def grid(request: pytest.FixtureRequest) -> Any:
-    """Return the ``colossal_mpi.Grid`` of the test; communicators are finite, so each grid is made once."""
+    """Return the ``colossal_mpi.Grid`` of the test. Each grid is made once, because communicators are limited."""
     if not hasattr(request, "param"):
         raise pytest.UsageError("the fixture grid needs @pytest.mark.grids({axis: size, ...}, ...)")
     from colossal_mpi.grid import Grid

@@ -1,4 +1,8 @@
-"""Run multi-rank tests from the parent's ordinary run loop."""
+"""Run multi-rank tests from the parent's ordinary run loop.
+
+`colossal_mpi.testing.plugin` registers the `Runner`. For each multi-rank test it starts a job if none runs it, waits
+for the ranks, and reports what `colossal_mpi.testing.merge` makes of their reports.
+"""
 
 import math
 import shutil
@@ -8,16 +12,16 @@ from typing import Any
 import pytest
 
 from .job import Job
-from .merge import merge
+from .merge import Interruption, merge
 from .store import STORE
-from .watch import Interruption, follow
+from .watch import follow
 
 Reports = dict[int, dict[str, pytest.TestReport]]
 PHASES = ("setup", "call", "teardown")
 
 
 def rank_count(item: pytest.Item) -> int:
-    """Return the number of ranks that the item's markers ask for."""
+    """Return the number of ranks that the markers of an item ask for."""
     params = item.callspec.params if hasattr(item, "callspec") else {}
     if isinstance(params.get("grid"), dict):
         return math.prod(params["grid"].values())
@@ -26,19 +30,19 @@ def rank_count(item: pytest.Item) -> int:
 
 
 def group(item: pytest.Item) -> tuple[Path, int]:
-    """Return what the items of one job have in common: to start one takes a second or two."""
+    """Return the key of the items that share a job, because starting a job takes a second or two."""
     return item.path.parent, rank_count(item)
 
 
 class Runner:
-    """The plugin of the parent: an item's protocol is to wait for the ranks that run it.
+    """The plugin in the parent, which runs a multi-rank item by waiting for the ranks that run it.
 
     Parameters
     ----------
     config : pytest.Config
-        Of the parent.
+        The configuration of the parent.
     root : Path
-        Directory of the session; removed at its end.
+        The directory of the session; it is removed at the end of the session.
     """
 
     def __init__(self, config: pytest.Config, root: Path):
@@ -50,7 +54,7 @@ class Runner:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
-        """Report an item of several ranks; leave the others to pytest."""
+        """Run and report an item of several ranks; leave the others to pytest."""
         if rank_count(item) == 1:
             return None
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
@@ -76,7 +80,7 @@ class Runner:
             lambda: self._ready(item), "setup", reraise=(KeyboardInterrupt, pytest.exit.Exception)
         )
         if call.excinfo:
-            return [pytest.TestReport.from_item_and_call(item, call), merge(item, "teardown", {}, 0)]  # type: ignore[arg-type]
+            return [pytest.TestReport.from_item_and_call(item, call), merge(item, "teardown", {}, 0)]
         interruption, reports = self._follow(item)
         outcomes = {tuple(report.outcome for report in phases.values()) for phases in reports.values()}
         if interruption or len(outcomes) > 1:
@@ -158,7 +162,7 @@ class Runner:
             reraise=(KeyboardInterrupt,),
         )
         if call.excinfo:
-            item.ihook.pytest_runtest_logreport(report=pytest.TestReport.from_item_and_call(item, call))  # type: ignore[arg-type]
+            item.ihook.pytest_runtest_logreport(report=pytest.TestReport.from_item_and_call(item, call))
 
     def _close(self, patience: float = 5.0) -> None:
         if self.job:

@@ -1,11 +1,17 @@
-"""The directories that the parent and its ranks share."""
+"""The directories that the parent and its ranks share.
+
+The plugin's fixtures ``prepared`` and ``shared_path`` ask for them, on both sides.
+"""
 
 import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 import pytest
+
+Prepare: TypeAlias = Callable[[Path], object]
 
 
 class Store:
@@ -14,24 +20,24 @@ class Store:
     Parameters
     ----------
     prepared : Path
-        Where ``prepare`` functions write, one directory each.
+        The directory in which each ``prepare`` function has a directory of its own.
     shared : Path
-        Where tests write, one directory each.
+        The directory in which each test has a directory of its own.
     writes : bool
-        Whether this process runs the ``prepare`` functions; ranks only read.
+        Whether this process runs the ``prepare`` functions, as the parent does; ranks only read.
     """
 
     def __init__(self, prepared: Path, shared: Path, *, writes: bool):
         self.prepared, self._shared, self._writes = prepared, shared, writes
-        self._ran: dict[str, tuple[Callable, BaseException | None]] = {}
+        self._ran: dict[str, tuple[Prepare, BaseException | None]] = {}
 
     def prepare(self, item: pytest.Item) -> Path | None:
-        """Return the directory that the item's ``prepare`` function fills, filled.
+        """Run the item's ``prepare`` function if it has not run yet, and return its directory.
 
         Raises
         ------
         BaseException
-            Whatever the function raised, each time it is asked for again.
+            What the function raised, for every item that uses it.
         """
         marker = item.get_closest_marker("prepare")
         if marker is None:
@@ -42,7 +48,7 @@ class Store:
             self._run(func, name)
         return self.prepared / name
 
-    def _run(self, func: Callable, name: str) -> None:
+    def _run(self, func: Prepare, name: str) -> None:
         if name not in self._ran:
             (self.prepared / name).mkdir(parents=True)
             self._ran[name] = func, _error_of(func, self.prepared / name)
@@ -53,7 +59,7 @@ class Store:
             raise error
 
     def shared(self, item: pytest.Item) -> Path:
-        """Return the item's directory, under a name that every rank computes alike."""
+        """Return the directory of an item, under a name that every rank computes alike."""
         name = re.sub(r"\W+", "_", item.name)[:40]
         path = self._shared / f"{name}-{zlib.crc32(item.nodeid.encode()):08x}"
         path.mkdir(parents=True, exist_ok=True)
@@ -63,7 +69,7 @@ class Store:
 STORE = pytest.StashKey[Store]()
 
 
-def _error_of(func: Callable, path: Path) -> BaseException | None:
+def _error_of(func: Prepare, path: Path) -> BaseException | None:
     try:
         func(path)
     except (Exception, pytest.fail.Exception, pytest.skip.Exception) as error:

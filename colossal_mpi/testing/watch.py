@@ -1,23 +1,16 @@
-"""Wait until every rank has finished a test, or say why that will not happen."""
+"""Wait until every rank has finished a test, or return why that will not happen.
+
+`colossal_mpi.testing.runner` calls `follow`, which reads the files of a `colossal_mpi.testing.job.Job`.
+"""
 
 import time
-from dataclasses import dataclass, field
 
 from .job import Job
-from .merge import Part, grouped, named
+from .merge import Interruption, Part, group_equal, rank_list
 
-GRACE = 3.0
-STARTUP = 120.0
-POLL = 0.02
-
-
-@dataclass
-class Interruption:
-    """Why a test was given up: a headline, what to show below it, and whether a later test may be the cause."""
-
-    message: str
-    parts: list[Part] = field(default_factory=list)
-    doubtful: bool = False
+GRACE = 3.0  # seconds that the other ranks have after the first one failed
+STARTUP = 120.0  # seconds until all ranks have begun
+POLL = 0.02  # seconds
 
 
 def follow(job: Job, test: str, deadline: float) -> Interruption | None:
@@ -26,42 +19,43 @@ def follow(job: Job, test: str, deadline: float) -> Interruption | None:
     Parameters
     ----------
     job : Job
-        What runs it.
+        The job that runs the test.
     test : str
-        Its node id; every test before it has been followed.
+        The node id of the test; every test of the job before it has been followed.
     deadline : float
-        Seconds from the moment that the first rank started it and none was busy with an earlier one.
+        Seconds that the test may take. They count from the moment when the first rank has started it and no rank is
+        busy with an earlier test.
 
     Returns
     -------
     Interruption or None
-        None when all ranks have finished it.
+        None when all ranks have finished the test.
     """
     begun = time.monotonic()
     while True:
-        status = job.process.poll()  # before the files: what was written before the end is then read
+        status = job.process.poll()  # before the files are read, so that they are complete if the job has ended
         job.read()
         if not (inside := job.inside(test)):
             return None
-        if reason := _reason(job, test, inside, status) or _late(job, test, begun, deadline):
+        if reason := _failure(job, test, inside, status) or _lateness(job, test, begun, deadline):
             died_ahead = status is not None and any(log.last not in (None, test) for log in job.ranks.values())
-            return Interruption(*_account(job, test, inside, reason), doubtful=died_ahead)
+            return Interruption(*_describe(job, test, inside, reason), doubtful=died_ahead)
         time.sleep(POLL)
 
 
-def _reason(job: Job, test: str, inside: list[int], status: int | None) -> str | None:
+def _failure(job: Job, test: str, inside: list[int], status: int | None) -> str | None:
     if status is not None:
         return f"the MPI job died (mpiexec ended with status {status})"
     for rank in inside:
         if (ended := job.ranks[rank].ended) is not None:
-            return f"{named([rank], job.size)} left early ({ended})"
+            return f"{rank_list([rank], job.size)} left early ({ended})"
     failures = [log.failed[test] for log in job.ranks.values() if test in log.failed]
     if failures and time.monotonic() > min(failures) + GRACE:
         return f"{GRACE:g} s after the failure"
     return None
 
 
-def _late(job: Job, test: str, begun: float, deadline: float) -> str | None:
+def _lateness(job: Job, test: str, begun: float, deadline: float) -> str | None:
     firsts = [min(log.started.values()) for log in job.ranks.values() if log.started]
     starts = [log.started[test] for log in job.ranks.values() if test in log.started]
     if len(firsts) < job.size or not starts:
@@ -71,11 +65,11 @@ def _late(job: Job, test: str, begun: float, deadline: float) -> str | None:
     return None
 
 
-def _account(job: Job, test: str, inside: list[int], reason: str) -> tuple[str, list[Part]]:
-    message = f"{reason}: {named(inside, job.size)} had not finished the test"
+def _describe(job: Job, test: str, inside: list[int], reason: str) -> tuple[str, list[Part]]:
+    message = f"{reason}: {rank_list(inside, job.size)} had not finished the test"
     places = {rank: _place(job, rank, test) for rank in job.ranks}
-    parts = [(message, "\n".join(f"{who}: {place}" for who, place in grouped(places, job.size)))]
-    parts += [(f"{who} was at", stack) for who, stack in grouped(job.dump(inside), job.size)]
+    parts = [(message, "\n".join(f"{who}: {place}" for who, place in group_equal(places, job.size)))]
+    parts += [(f"{who} was at", stack) for who, stack in group_equal(job.dump(inside), job.size)]
     if (output := job.output()).strip():
         parts.append(("output of the job", output))
     return message, parts

@@ -1,4 +1,8 @@
-"""One rank of a test job: ``python -m colossal_mpi.testing.worker DIRECTORY``, started by mpiexec."""
+"""One rank of a test job: ``python -m colossal_mpi.testing.worker DIRECTORY``.
+
+`colossal_mpi.testing.job` starts it under mpiexec. It runs pytest in process and writes to a file what happens, which
+the parent reads.
+"""
 
 import faulthandler
 import json
@@ -17,7 +21,7 @@ from .store import STORE, Store
 
 
 class Recorder:
-    """Choose the tests of the job and write down what becomes of them, a JSON object a line."""
+    """A pytest plugin that selects the tests of the job and writes their reports to a file, a JSON object a line."""
 
     def __init__(self, directory: Path, rank: int, spec: dict[str, Any]):
         self._file = (directory / f"rank{rank}.jsonl").open("w", buffering=1)
@@ -26,13 +30,13 @@ class Recorder:
         self._config: pytest.Config
 
     def write(self, event: str, value: Any) -> None:
-        """Append a line; the clock is the same in all processes of a machine."""
+        """Append a line with the time, whose clock is the same in all processes of a machine."""
         record = {"event": event, "time": time.monotonic(), "value": value}
         self._file.write(json.dumps(record, default=str) + "\n")
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_configure(self, config: pytest.Config) -> None:
-        """Tell the plugin, which is configured next, that this is a rank."""
+        """Mark this process as a rank, for the plugin, which is configured next."""
         config.stash[STORE] = self._store
         self._config = config
 
@@ -46,22 +50,22 @@ class Recorder:
         items[:] = [collected[test] for test in self._tests]
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        """Let the parent show why the file cannot be collected here."""
+        """Print why a file cannot be collected, for the parent to show."""
         if report.failed:
             print(report.longreprtext, file=sys.__stderr__)
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        """Write down when a test starts."""
+        """Write that a test starts."""
         self.write("start", nodeid)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Write down how a phase went."""
+        """Write the report of a phase."""
         hook = self._config.hook
         self.write("report", hook.pytest_report_to_serializable(config=self._config, report=report))
 
 
 def main(directory: Path) -> None:
-    """Run the tests that ``spec.json`` lists."""
+    """Run the tests that ``spec.json`` in a directory lists."""
     die_with_parent()
     spec = json.loads((directory / "spec.json").read_text())
     rank, size = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size

@@ -385,7 +385,7 @@ def test_grid_has_all_ranks(grid, ranks, request):
 
 
 def test_reader_waits_for_whole_lines(tmp_path):
-    from colossal_mpi.testing.ranklog import RankLog
+    from colossal_mpi.testing.job import RankLog
 
     log = RankLog(tmp_path, 0)
     log.read()

@@ -11,7 +11,7 @@ from colossal_mpi.comm import collectives, staging
 from colossal_mpi.grid import Grid as _Grid
 from colossal_mpi.platform import backend
 from colossal_mpi.testing import fake
-from colossal_mpi.testing.fake_array import FakeStreamError, stream
+from colossal_mpi.testing.fake import FakeStreamError, stream
 from tests.cases import integers, represents
 
 TWO = {"row": 2, "col": 2}
