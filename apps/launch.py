@@ -1,4 +1,8 @@
-"""Start a program on N ranks with the mpiexec that belongs to the MPI library that mpi4py uses."""
+"""Start a program on N ranks with the mpiexec that belongs to the MPI library of mpi4py.
+
+``colossal-mpi run`` and the commands that start ranks themselves call `run`. It gets the command line from ``runtime``,
+starts mpiexec and forwards signals to it.
+"""
 
 import os
 import shlex
@@ -10,7 +14,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from colossal_mpi.runtime.launcher import inherited, mpiexec_command
+from colossal_mpi.runtime import child_environment, mpiexec_command
 
 _SECOND_INTERRUPT = 3.0  # seconds
 _FORWARDED = (
@@ -21,19 +25,19 @@ _FORWARDED = (
 
 
 def run(n: int, command: Sequence[str], dry_run: bool = False, settings: Mapping[str, str] | None = None) -> int:
-    """Run a command on n ranks, and print the line that does the same without this program.
+    """Run a command on n ranks, and print the shell line that does the same.
 
-    SIGINT, SIGTERM and SIGUSR1 are handed on to mpiexec.
+    SIGINT, SIGTERM and SIGUSR1 are forwarded to mpiexec.
 
     Parameters
     ----------
-    n
-        Number of ranks.
-    command
-        A program and its arguments. A file that ends in ``.py`` is run by this Python.
-    dry_run
-        Print the line only.
-    settings
+    n : int
+        The number of ranks.
+    command : sequence of str
+        A program and its arguments. This Python runs a file that ends in ``.py``.
+    dry_run : bool, default False
+        Whether to print the line and start nothing.
+    settings : mapping of str to str, optional
         Environment variables to add for the job.
 
     Returns
@@ -44,15 +48,15 @@ def run(n: int, command: Sequence[str], dry_run: bool = False, settings: Mapping
     Raises
     ------
     ConfigError
-        There is nothing to run, or n is below 1.
+        If there is nothing to run, or n is below 1.
     LaunchError
-        No mpiexec belongs to the MPI library, or this is itself a rank of a job.
+        If no mpiexec belongs to the MPI library, or this process is itself a rank of a job.
     """
     argv, extra = mpiexec_command(n, command)
     extra |= settings or {}
     words = [f"{name}={shlex.quote(value)}" for name, value in extra.items()]
     print("$", *words, shlex.join(map(_short, argv)), file=sys.stderr, flush=True)
-    return 0 if dry_run else _wait(argv, inherited(os.environ) | extra)
+    return 0 if dry_run else _wait(argv, child_environment(os.environ) | extra)
 
 
 def _short(word: str) -> str:
@@ -62,8 +66,8 @@ def _short(word: str) -> str:
 
 def _wait(argv: Sequence[str], env: Mapping[str, str]) -> int:
     received: list[int] = []
-    jobs: list[subprocess.Popen] = []
-    # Before the job starts: a signal that comes in between is handed on once there is one.
+    jobs: list[subprocess.Popen[bytes]] = []
+    # The handlers exist before the job starts; a signal that comes in between is forwarded once the job has started.
     before = {number: signal.signal(number, partial(_on_signal, jobs, received)) for number in _FORWARDED}
     try:
         with subprocess.Popen(argv, env=env) as job:
@@ -76,12 +80,12 @@ def _wait(argv: Sequence[str], env: Mapping[str, str]) -> int:
             signal.signal(number, action)
     ended = [number for number in received if number != signal.SIGUSR1]
     if code == 0 and ended:
-        return 128 + ended[0]  # MPICH's mpiexec says 0 now and then when it is interrupted
+        return 128 + ended[0]  # MPICH's mpiexec sometimes returns 0 when it is interrupted
     return code if code >= 0 else 128 - code
 
 
-def _patiently(job: subprocess.Popen) -> int:
-    """Wait for a job in short spans: a signal that comes just before a wait without end would be handled after it."""
+def _patiently(job: subprocess.Popen[bytes]) -> int:
+    """Wait for a job in short steps: Python would handle a signal that comes just before a long wait only after it."""
     while True:
         try:
             return job.wait(0.5)
@@ -89,19 +93,19 @@ def _patiently(job: subprocess.Popen) -> int:
             pass
 
 
-def _on_signal(jobs: list[subprocess.Popen], received: list[int], number: int, _frame: object) -> None:
+def _on_signal(jobs: list[subprocess.Popen[bytes]], received: list[int], number: int, _frame: object) -> None:
     received.append(number)
     if jobs:
         _forward(jobs[0], number)
 
 
-def _forward(job: subprocess.Popen, number: int) -> None:
+def _forward(job: subprocess.Popen[bytes], number: int) -> None:
     if number != signal.SIGINT:
         job.send_signal(number)
         return
-    if not _in_foreground():  # else the terminal has sent it to mpiexec too, and two mean "kill at once"
+    if not _in_foreground():  # else the terminal has sent it to mpiexec too, which kills at once on a second one
         job.send_signal(number)
-    # MPICH's mpiexec waits for ever for ranks that are inside an MPI call; the second one ends them.
+    # MPICH's mpiexec waits for ever for ranks that are inside an MPI call; a second signal ends them.
     second = threading.Timer(_SECOND_INTERRUPT, job.send_signal, [number])
     second.daemon = True
     second.start()

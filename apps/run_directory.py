@@ -22,7 +22,7 @@ from typing import IO, Any
 from colossal_mpi.apps import config as configs
 from colossal_mpi.checkpoint import point_latest, remove
 from colossal_mpi.errors import CheckpointError, ColossalError, ConfigError
-from colossal_mpi.runtime.launcher import ALLOCATIONS
+from colossal_mpi.runtime import JOB_ID_VARIABLES
 
 _HELD = (errno.EACCES, errno.EAGAIN)
 
@@ -334,7 +334,7 @@ class Lock:
 
 
 def _this_process() -> str:
-    jobs = [f"{name}={os.environ[name]}" for name in ALLOCATIONS if name in os.environ]
+    jobs = [f"{name}={os.environ[name]}" for name in JOB_ID_VARIABLES if name in os.environ]
     return json.dumps({"process": os.getpid(), "host": platform.node(), "job": jobs[:1]})
 
 

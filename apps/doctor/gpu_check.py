@@ -57,7 +57,7 @@ def run(group: str, tests: Sequence[str | Path], ranks: int, aware: bool, device
         report = Path(folder, "report.xml")
         command = [sys.executable, "-m", "pytest", f"--device={device}", f"--ranks={ranks}", "-p", "no:warnings"]
         command += [f"--junitxml={report}", "-o", f"mpi_deadline={_DEADLINE}", *map(str, tests)]
-        env = os.environ | {cuda_aware.WORD: str(int(aware))}
+        env = os.environ | {cuda_aware.VARIABLE: str(int(aware))}
         done = subprocess.run(command, cwd=TESTS.parent, env=env, capture_output=True, text=True, check=False)
         row = _row(report, group, ranks, "CUDA-aware" if aware else "staged")
     # 5: no test asks for this number of ranks

@@ -63,7 +63,7 @@ def alone(env: Mapping[str, str]) -> Finding:
     except ColossalError as problem:
         return Finding("launcher", WARNING, *str(problem).rsplit(": ", 1))
     first = shutil.which("mpiexec", path=env.get("PATH", os.defpath))
-    if first and not launcher.belongs(first, MPI.get_vendor()[0]):
+    if first and not launcher.can_start(first, MPI.get_vendor()[0]):
         text = f"alone; {first}, first on PATH, belongs to another MPI library than {guards.library()}"
         text += ": each of its ranks would be alone"
         return Finding("launcher", WARNING, text, f"start with {right}, or `colossal-mpi run -n 4 ...`")

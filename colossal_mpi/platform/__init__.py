@@ -1,5 +1,22 @@
-"""The machine under one process: array libraries, BLAS, memory shared by the ranks of a node, CUDA-aware MPI.
+"""The machine under one process: array libraries, BLAS, memory that the ranks of a node share, CUDA-aware MPI.
 
-Grids and arrays ask this package where blocks live and how two blocks are multiplied. It knows nothing of grids or of
-layouts, and calls only NumPy, CuPy, the BLAS libraries that are loaded, and MPI for the probe of CUDA-awareness.
+Grids and arrays ask this package where blocks live and how two blocks are multiplied; ``linalg`` and ``layers`` compute
+with its functions. It knows neither grids nor layouts. It calls NumPy, CuPy and the BLAS libraries that are loaded, and
+the probe of CUDA-awareness calls MPI.
+
+Modules
+-------
+backend
+    Blocks of all array libraries: namespaces, devices, copies between host and device.
+blas
+    The local matrix product ``c = alpha op(a) op(b) + beta c``.
+shared_memory
+    Memory of this process that the other ranks of its node can read.
+cuda_aware
+    Whether MPI may be given GPU memory.
 """
+
+from colossal_mpi.platform import backend, blas, cuda_aware, shared_memory
+from colossal_mpi.platform.backend import Block as Block
+
+__all__ = ["backend", "blas", "cuda_aware", "shared_memory"]

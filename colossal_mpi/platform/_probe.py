@@ -1,17 +1,17 @@
 """Give MPI device memory and see whether this process survives it: the child of `colossal_mpi.platform.cuda_aware`.
 
-Run as a program, on its own: nothing of the package, whose guards and settings are those of a job, is imported.
+It runs as a program and imports nothing of the package, whose guards and settings are made for a job.
 """
 
 import signal
 import sys
 
 _SIZES = (1, 1 << 18)  # elements: MPI copies small messages on another path than large ones
-_SECONDS = 120  # in case the process that started this one is gone
+_SECONDS = 120  # after which this process ends, even if its parent is gone
 
 
 def main(device: int) -> None:
-    """Send an array on the device to this very process."""
+    """Send arrays on a device to this same process and compare what arrives."""
     signal.alarm(_SECONDS)
     import cupy
     from mpi4py import MPI

@@ -1,60 +1,63 @@
-"""Where blocks live: NumPy arrays in host memory, CuPy arrays on a GPU, or arrays of another registered device.
+"""Blocks of all array libraries: NumPy arrays in host memory, CuPy arrays on a GPU, arrays of a registered device.
 
-The grid's device decides when a block is made; afterwards the block itself decides. CuPy is imported by the
-first grid that asks for a GPU and by nothing else.
+Every module that computes on blocks calls this one. A new block goes to the device of its grid; afterwards the type of
+the block decides. Only the first grid that asks for a GPU imports CuPy.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from array_api_compat import array_namespace, is_cupy_array, is_numpy_array
 
 from colossal_mpi.errors import GridError
 
-Block = Any
-"""One rank's part of a distributed array: ``numpy.ndarray``, ``cupy.ndarray`` or another array of the array API."""
+Block: TypeAlias = Any
+"""One rank's part of a distributed array: ``numpy.ndarray``, ``cupy.ndarray`` or another array of the array API.
+
+It is `Any` on purpose: no static type describes the arrays of all these libraries.
+"""
 
 _NUMPY = array_namespace(np.empty(0))
 
 
 class Device(Protocol):
-    """What must be known of an array library whose blocks are not in host memory.
+    """An array library whose blocks are not in host memory.
 
-    Work on blocks is put into a stream, in order; `read` and `write` are part of it, so that the host side of a copy
-    may be touched only after `synchronize`.
+    The library puts work on blocks into a stream, in order. `read` and `write` are part of the stream, so that the host
+    side of a copy may be touched only after `synchronize`.
     """
 
     def __hash__(self) -> int: ...
 
     def count(self) -> int:
-        """Return how many devices this node has."""
+        """Return the number of devices of this node, 0 if the library cannot be used."""
 
     def namespace(self, index: int) -> Any:
-        """Make a device the one that new blocks go to, and return the array namespace that makes them."""
+        """Make a device of this node the current one and return the array namespace that makes blocks on it."""
 
     def owns(self, block: Block) -> bool:
-        """Say whether `block` is an array of this library."""
+        """Return whether a block is an array of this library."""
 
     def read(self, block: Block, host: np.ndarray) -> None:
-        """Put a copy of `block` to a host array of its shape and dtype, in C order, into the stream."""
+        """Put a copy of a block to a host array of its shape and dtype, in C order, into the stream."""
 
     def write(self, block: Block, host: np.ndarray) -> None:
-        """Put a copy of a host array in C order to a `block` of its shape and dtype into the stream."""
+        """Put a copy of a host array in C order to a block of its shape and dtype into the stream."""
 
     def synchronize(self) -> None:
-        """Wait until all that is in the stream is done."""
+        """Wait until everything in the stream is done."""
 
     def pinned(self, nbytes: int) -> Any:
-        """Return page-locked host memory, from which copies need no staging of their own, as a writable buffer."""
+        """Return a writable buffer of page-locked host memory, from which copies need no further staging."""
 
     def gemm(self, a: Block, b: Block, c: Block, alpha: complex, beta: complex, conj: tuple[bool, bool]) -> bool:
-        """Do ``c = alpha op(a) op(b) + beta c`` in place and return True; False if the device has no such gemm.
+        """Compute ``c = alpha op(a) op(b) + beta c`` in place and return True; return False if there is no such gemm.
 
-        The matrices are of one dtype; op is the complex conjugate where `conj` says so.
+        The matrices have one dtype. op is the complex conjugate where `conj` says so, for a and for b.
         """
 
     def matmul(self, a: Block, b: Block) -> Block:
@@ -62,14 +65,14 @@ class Device(Protocol):
 
 
 class _CuPy:
-    """GPUs by CuPy, each rank on the current stream of its own."""
+    """GPUs through CuPy; each rank uses its current stream."""
 
     def count(self) -> int:
         if importlib.util.find_spec("cupy") is None:
             return 0
         try:
             import cupy
-        except ImportError:  # it is there, and the CUDA that it was built for is not
+        except ImportError:  # CuPy is installed, but not the CUDA for which it was built
             return 0
         try:
             return int(cupy.cuda.runtime.getDeviceCount())
@@ -101,7 +104,7 @@ class _CuPy:
     def pinned(self, nbytes: int) -> Any:
         import cupy
 
-        # Not alloc_pinned_memory: CuPy's own pool behind it keeps what it is given back without a bound.
+        # alloc_pinned_memory will not do: CuPy's pool behind it keeps all freed memory, without a bound.
         return cupy.cuda.PinnedMemoryPointer(cupy.cuda.PinnedMemory(nbytes), 0)
 
     def gemm(self, a: Block, b: Block, c: Block, alpha: complex, beta: complex, conj: tuple[bool, bool]) -> bool:
@@ -122,25 +125,25 @@ _preferred = "auto"
 
 
 def register(name: str, device: Device) -> None:
-    """Make `name` a device that a grid can be made on; for tests and for array libraries other than CuPy."""
+    """Register a device, so that ``Grid(device=name)`` uses it: for tests and array libraries other than CuPy."""
     _devices[name] = device
 
 
 def prefer(name: str) -> None:
-    """Make `name` what ``device="auto"`` means: ``"auto"``, a GPU if there is one, ``"cpu"`` or another device."""
+    """Choose what ``device="auto"`` means: ``"auto"`` (a GPU if there is one), ``"cpu"`` or another device."""
     global _preferred
     _preferred = name
 
 
 def device_of(block: Block) -> Device | None:
-    """Return the device library of a block, None for one in host memory."""
+    """Return the device library of a block, None if the block is in host memory."""
     if type(block) is np.ndarray:
         return None
     return next((device for device in _devices.values() if device.owns(block)), None)
 
 
 _namespaces: dict[frozenset[type], Any] = {}
-"""By the types of blocks: array_namespace takes 3 microseconds, several times per layer."""
+"""Namespaces by the types of blocks: array_namespace takes 3 microseconds, several times per layer."""
 
 
 def namespace(*blocks: Block) -> Any:
@@ -152,12 +155,24 @@ def namespace(*blocks: Block) -> Any:
 
 
 def resolve_device(device: str, node_rank: int) -> str:
-    """Return ``"cpu"`` or ``"cuda:<i>"`` for the rank that is number `node_rank` on its node.
+    """Return the device of a rank.
+
+    Parameters
+    ----------
+    device : str
+        The user's choice: ``"auto"``, ``"cpu"``, ``"cuda"`` or another registered device.
+    node_rank : int
+        The number of the rank on its node. Ranks take the devices of the node in turn.
+
+    Returns
+    -------
+    str
+        ``"cpu"`` or ``"<name>:<index>"``, for example ``"cuda:1"``.
 
     Raises
     ------
     GridError
-        If `device` is not one of ``auto``, ``cpu`` and ``cuda``, or ``cuda`` is asked for and there is none.
+        If there is no device of this name, or the node has none of them.
     """
     if device not in ("auto", "cpu", *_devices):
         raise GridError(f"device={device!r}: use 'auto', 'cpu' or 'cuda'")
@@ -172,7 +187,7 @@ def resolve_device(device: str, node_rank: int) -> str:
 
 
 def describe_gpu() -> str:
-    """Return the names of the first GPU, CuPy and the CUDA runtime in a line; there must be a GPU."""
+    """Return the name of the first GPU and the versions of CuPy and CUDA in a line; the node must have a GPU."""
     import cupy
 
     name = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
@@ -180,7 +195,7 @@ def describe_gpu() -> str:
 
 
 def device_memory(device: str) -> int | None:
-    """Return the bytes that CuPy's pool has taken from a GPU, of which it gives none back; None for another device."""
+    """Return the bytes that CuPy's pool holds of a GPU; None for another device."""
     if not device.startswith("cuda"):
         return None
     import cupy
@@ -189,7 +204,7 @@ def device_memory(device: str) -> int | None:
 
 
 def visible_gpus() -> list[tuple[str, str]]:
-    """Return the PCI address and the name of each GPU that this process sees, in order; none without CuPy."""
+    """Return PCI address and name of each GPU that this process sees, in order; none without CuPy."""
     count = _devices["cuda"].count()
     if not count:
         return []
@@ -206,28 +221,29 @@ def device_namespace(device: str) -> Any:
 
 
 def from_dlpack(exporter: Any) -> Block:
-    """Return device memory of another library, given by its ``__dlpack__``, as a CuPy array, after its stream."""
+    """Return device memory of another library as a CuPy array, ordered after the exporter's stream."""
     import cupy
 
     return cupy.from_dlpack(exporter)
 
 
 def empty_like(block: Block, shape: Sequence[int], dtype: Any = None) -> Block:
-    """Return an uninitialised block of `shape` beside `block`: same library, same device."""
+    """Return an uninitialised block of the library and on the device of `block`."""
     xp = namespace(block)
     return xp.empty(tuple(shape), dtype=block.dtype if dtype is None else dtype)
 
 
 def zeros_like(block: Block, shape: Sequence[int], dtype: Any = None) -> Block:
-    """Return a block of zeros of `shape` beside `block`."""
+    """Return a block of zeros of the library and on the device of `block`."""
     xp = namespace(block)
     return xp.zeros(tuple(shape), dtype=block.dtype if dtype is None else dtype)
 
 
 def sum_over(block: Block, dims: Sequence[int]) -> Block:
-    """Return the sum over some dims, not negative, in the dtype of the block; of 16-bit floats in float32.
+    """Return the sum over some dims, given as numbers that are not negative.
 
-    One dim after the other: NumPy adds the rows of a block one by one, and shorter sums lose fewer digits.
+    The sum has the dtype of the block, or float32 if the block has 16-bit floats. It is made one dim after the other:
+    NumPy adds the rows of a block one by one, and shorter sums lose fewer digits.
     """
     block = namespace(block).astype(block, wide_dtype(block)) if is_half(block.dtype) else block
     for d in sorted(dims, reverse=True):
@@ -236,12 +252,12 @@ def sum_over(block: Block, dims: Sequence[int]) -> Block:
 
 
 def contiguous(block: Block) -> Block:
-    """Return a NumPy or device block in C order, copied only where it is not."""
+    """Return a block in C order: itself if it is, else a copy."""
     return block if block.flags.c_contiguous else block.copy(order="C")
 
 
 def cholesky(block: Block) -> Block | None:
-    """Return the lower Cholesky factor of a Hermitian block, None where it is not numerically positive definite."""
+    """Return the lower Cholesky factor of a Hermitian block, None if it is not numerically positive definite."""
     xp = namespace(block)
     try:
         factor = xp.linalg.cholesky(block)
@@ -251,7 +267,7 @@ def cholesky(block: Block) -> Block | None:
 
 
 def to_host(block: Block) -> np.ndarray:
-    """Return the values of `block` as a NumPy array, without a copy where it is one."""
+    """Return the values of a block as a NumPy array; a NumPy block is not copied."""
     device = device_of(block)
     if device is None:
         return np.asarray(block)
@@ -262,7 +278,7 @@ def to_host(block: Block) -> np.ndarray:
 
 
 def to_block(host: np.ndarray, beside: Block) -> Block:
-    """Return `host` as a block of the library and on the device of `beside`; the host array may be reused at once."""
+    """Return a host array as a block of the library and on the device of `beside`; `host` may be changed at once."""
     device = device_of(beside)
     if device is None:
         return host if is_numpy_array(beside) else namespace(beside).asarray(host)
@@ -273,25 +289,26 @@ def to_block(host: np.ndarray, beside: Block) -> Block:
 
 
 def synchronize(block: Block) -> None:
-    """Wait until the kernels that write `block` are done."""
+    """Wait until the kernels that write a block are done."""
     device = device_of(block)
     if device is not None:
         device.synchronize()
 
 
 def numpy_dtype(dtype: Any) -> np.dtype:
-    """Return `dtype` as a NumPy dtype; blocks of all libraries compare by it."""
-    return np.dtype(getattr(dtype, "_np_dtype", dtype))  # array-api-strict has dtypes of its own
+    """Return a dtype of any library as a NumPy dtype, by which blocks of all libraries can be compared."""
+    known: np.dtype = np.dtype(getattr(dtype, "_np_dtype", dtype))  # array-api-strict has dtypes of its own
+    return known
 
 
 def is_half(dtype: Any) -> bool:
-    """Say whether `dtype` is float16 or bfloat16, which MPI cannot add and has no portable type for."""
+    """Return whether a dtype is float16 or bfloat16, which MPI cannot add and has no portable type for."""
     known = numpy_dtype(dtype)
     return known.itemsize == 2 and known.name in ("float16", "bfloat16") and known.isnative
 
 
 def wide_dtype(block: Block) -> Any:
-    """Return the 32-bit dtype in which 16-bit floats and 8- and 16-bit integers are summed, None for other dtypes."""
+    """Return the 32-bit dtype in which a block of 16-bit floats or of 8- or 16-bit integers is summed, else None."""
     xp, dtype = namespace(block), numpy_dtype(block.dtype)
     if is_half(dtype):
         return xp.float32
@@ -301,9 +318,10 @@ def wide_dtype(block: Block) -> Any:
 
 
 def dtype_of(xp: Any, dtype: Any) -> Any:
-    """Return the dtype of a name, or of NumPy, as the namespace `xp` has it; None stays None.
+    """Return the dtype of a namespace for a name or a NumPy dtype; None stays None.
 
-    A dtype that the namespace has no name for, as NumPy has none for bfloat16 (of the package ml_dtypes), is itself.
+    If the namespace has no dtype of the name, the NumPy dtype itself is returned: NumPy has no name for bfloat16, which
+    is a dtype of the package ml_dtypes.
     """
     if dtype is None or not isinstance(dtype, str | type | np.dtype):
         return dtype

@@ -1,8 +1,9 @@
-"""The local matrix product, added into an array that is there: ``c = alpha op(a) op(b) + beta c``.
+"""The local matrix product, added into an existing array: ``c = alpha op(a) op(b) + beta c``.
 
-NumPy's ``matmul`` cannot add, and an addition of its own costs a temporary and three passes through memory. So the
-``gemm`` of the very BLAS that NumPy has loaded is called, and the gemm of its device for any other block: cuBLAS's for
-CuPy. What a gemm does not take, by its strides or its dtype, goes through ``matmul`` of the array's own library.
+``linalg`` multiplies all blocks with `gemm` and `product`. NumPy's ``matmul`` cannot add to its result, and a separate
+addition costs a temporary and three passes through memory. `gemm` therefore calls the gemm of the BLAS library that
+NumPy has loaded. A block of another library goes to the gemm of its device, which is cuBLAS's for CuPy. If its strides
+or its dtype do not fit a gemm, a block goes through ``matmul`` of its own library.
 """
 
 from __future__ import annotations
@@ -25,17 +26,20 @@ _PLAIN, _TRANSPOSED, _ADJOINT, _CONJUGATE = 111, 112, 113, 114
 def gemm(
     a: Block, b: Block, c: Block, alpha: complex = 1, beta: complex = 0, conj: tuple[bool, bool] = (False, False)
 ) -> None:
-    """Do ``c = alpha op(a) op(b) + beta c`` in place; with beta 0 what c holds, NaN included, is not read.
+    """Compute ``c = alpha op(a) op(b) + beta c`` in place.
 
     Parameters
     ----------
-    a : array, ``[m, k]``
-    b : array, ``[k, n]``
-    c : array, ``[m, n]``
-        Of one library and one dtype; any strides.
-    alpha, beta : number
+    a : Block
+        A matrix ``[m, k]``.
+    b : Block
+        A matrix ``[k, n]`` of the same library.
+    c : Block
+        A matrix ``[m, n]`` of the same library, with any strides. If its dtype differs, the sum is made in it.
+    alpha, beta : complex
+        The factors. If beta is 0, the old values of c are not read, so that NaN among them does no harm.
     conj : (bool, bool)
-        Whether op is the complex conjugate, of a and of b.
+        Whether op is the complex conjugate, for a and for b.
     """
     if 0 in c.shape:
         return
@@ -50,10 +54,22 @@ def gemm(
 
 
 def product(a: Block, b: Block, dtype: Any, conj: tuple[bool, bool] = (False, False)) -> Block:
-    """Return ``op(a) op(b)`` of stacks of matrices in a new array.
+    """Return ``op(a) op(b)`` for stacks of matrices, in a new array.
 
-    float32 is the dtype in which products of 16-bit floats are summed; cuBLAS does so by itself, other libraries are
-    given float32.
+    Parameters
+    ----------
+    a, b : Block
+        Stacks of matrices ``[..., m, k]`` and ``[..., k, n]`` of one library and dtype.
+    dtype : dtype
+        The dtype of the result. Products of 16-bit floats are summed in float32: cuBLAS does so by itself, and operands
+        of other libraries are converted.
+    conj : (bool, bool)
+        Whether op is the complex conjugate, for a and for b.
+
+    Returns
+    -------
+    Block
+        The products, ``[..., m, n]``.
     """
     xp = backend.namespace(a, b)
     if backend.numpy_dtype(dtype) != backend.numpy_dtype(a.dtype) and not is_cupy_array(a):
@@ -65,12 +81,12 @@ def product(a: Block, b: Block, dtype: Any, conj: tuple[bool, bool] = (False, Fa
 
 
 def scale(c: Block, beta: complex) -> None:
-    """Do ``c = beta c`` in place; with beta 0 what c holds is not read."""
+    """Compute ``c = beta c`` in place; if beta is 0, the old values of c are not read."""
     c[...] = backend.zeros_like(c, c.shape) if beta == 0 else beta * c
 
 
 def blend(c: Block, product: Block, alpha: complex = 1, beta: complex = 0) -> None:
-    """Do ``c = alpha product + beta c`` in place; with beta 0 what c holds is not read."""
+    """Compute ``c = alpha product + beta c`` in place; if beta is 0, the old values of c are not read."""
     scaled = product if alpha == 1 else alpha * product
     if beta != 0:
         scaled = scaled + (c if beta == 1 else beta * c)
@@ -79,7 +95,7 @@ def blend(c: Block, product: Block, alpha: complex = 1, beta: complex = 0) -> No
 
 
 def _cblas(a: np.ndarray, b: np.ndarray, c: np.ndarray, alpha: complex, beta: complex, conj: tuple[bool, bool]) -> bool:
-    """Do the product by BLAS and say so; False where BLAS does not take it."""
+    """Compute the product with BLAS and return True; return False if BLAS does not take these arrays."""
     routine = _routine(c.dtype)
     order = _order(c)
     if order is None or not c.dtype.isnative or (routine is None and c.dtype.kind in "fc"):
@@ -119,25 +135,25 @@ def _other(order: int) -> int:
 
 
 def _order(x: np.ndarray) -> int | None:
-    """Return in which order BLAS can read a matrix, None if in neither."""
+    """Return the order in which BLAS can read a matrix, None if it can read it in neither."""
     if _lead(x, _ROW_MAJOR):
         return _ROW_MAJOR
     return _COLUMN_MAJOR if _lead(x, _COLUMN_MAJOR) else None
 
 
 def _lead(x: np.ndarray, order: int) -> int:
-    """Return the leading dim of a matrix in an order, 0 if BLAS cannot read it so."""
+    """Return the leading dim of a matrix in an order, 0 if BLAS cannot read it in that order."""
     (rows, columns), (down, right) = (x.shape, x.strides) if order == _ROW_MAJOR else (x.shape[::-1], x.strides[::-1])
     size = x.itemsize
     if columns > 1 and right != size:
         return 0
     if rows <= 1:
-        return max(1, columns)
-    return down // size if down % size == 0 and down >= max(1, columns) * size else 0
+        return int(max(1, columns))
+    return int(down // size) if down % size == 0 and down >= max(1, columns) * size else 0
 
 
 def _operand(x: np.ndarray, order: int, flip: bool, conjugates: bool) -> tuple[np.ndarray, int]:
-    """Return a matrix that BLAS can read, copied only if it must be, and what BLAS is to do with it."""
+    """Return a matrix that BLAS can read, copied only if necessary, and the operation that BLAS applies to it."""
     found = _order(x)
     if found is None or not x.flags.aligned:
         x, found = np.array(x, order="C"), _ROW_MAJOR
@@ -149,11 +165,11 @@ def _operand(x: np.ndarray, order: int, flip: bool, conjugates: bool) -> tuple[n
 
 
 class _Routine:
-    """A gemm of the BLAS that NumPy has loaded."""
+    """A gemm of the BLAS library that NumPy has loaded, for one dtype."""
 
     def __init__(self, function: Any, index: Any, dtype: np.dtype, conjugates: bool) -> None:
         self.conjugates = conjugates
-        """Whether it has the conjugate without transposition, an extension of OpenBLAS."""
+        """Whether the library can conjugate without transposing, which is an extension of OpenBLAS."""
         real = {4: ctypes.c_float, 8: ctypes.c_double}.get(dtype.itemsize if dtype.kind == "f" else 0)
         self._dtype, value = dtype, real or ctypes.c_void_p
         function.argtypes = [ctypes.c_int] * 3 + [index] * 3
@@ -162,7 +178,7 @@ class _Routine:
         self.call = function
 
     def scalar(self, x: complex) -> Any:
-        """Return alpha or beta as BLAS takes it: by value if real, by address if complex."""
+        """Return alpha or beta as BLAS takes it: a real number by value, a complex one by address."""
         if self._dtype.kind == "f":
             return float(np.real(x))
         number = np.array([x], self._dtype)
@@ -171,7 +187,7 @@ class _Routine:
 
 @functools.cache
 def _routine(dtype: np.dtype) -> _Routine | None:
-    """Return the gemm of a dtype, None if NumPy's BLAS is not to be found."""
+    """Return the gemm for a dtype, None if NumPy's BLAS library is not found."""
     letter = _LETTERS.get(dtype.name)
     for library, kind in _libraries() if letter else ():
         for pattern, index in (

@@ -1,13 +1,14 @@
-"""Whether MPI may be given GPU memory: found out, since a library that cannot read it dies of the pointer.
+"""Whether MPI may be given GPU memory. A library that cannot read it crashes, so that this must be known before.
 
-In this order, the first that knows decides:
+Grids call `agreed` when they are made, and the doctor calls `find`. The first of these sources that gives an answer
+decides:
 
-1. the user's word, ``COLOSSAL_MPI_CUDA_AWARE=0`` or ``1``;
-2. a tiny exchange of device memory in a child process, which may die of it (`colossal_mpi.platform._probe`);
+1. the user's setting, ``COLOSSAL_MPI_CUDA_AWARE=0`` or ``1``;
+2. a tiny exchange of device memory in a child process, which may crash (`colossal_mpi.platform._probe`);
 3. ``mpi_memory_alloc_kinds`` (MPI 4.1) in the info of ``COMM_WORLD``;
-4. ``MPIX_Query_cuda_support`` of the loaded library (Open MPI, MPICH and its kin).
+4. ``MPIX_Query_cuda_support`` of the loaded library (Open MPI, MPICH and its derivatives).
 
-Where none knows, blocks are staged through host memory, which always works.
+If none gives an answer, blocks are staged through host memory, which always works.
 """
 
 from __future__ import annotations
@@ -27,16 +28,17 @@ from mpi4py import MPI
 from colossal_mpi.errors import GridError
 from colossal_mpi.runtime import launcher
 
-WORD = "COLOSSAL_MPI_CUDA_AWARE"
+VARIABLE = "COLOSSAL_MPI_CUDA_AWARE"
+"""The environment variable by which the user decides."""
 DEADLINE = 60.0
-"""Seconds that the child may take; on a busy node, importing CuPy and starting a CUDA context are most of them."""
+"""Seconds that the child may take. On a busy node most of them pass while CuPy is imported and CUDA is started."""
 _PROGRAM = Path(__file__).with_name("_probe.py")
 _EXCHANGING, _DONE = "exchanging", "done"  # what the child prints
 
 
 @dataclass(frozen=True)
 class Awareness:
-    """Whether MPI may be given device memory, and how that is known."""
+    """Whether MPI may be given device memory, and how this is known."""
 
     aware: bool
     reason: str
@@ -49,24 +51,29 @@ _known: dict[str, Awareness] = {}
 
 
 def find(device: str) -> Awareness:
-    """Say whether the MPI of this process may be given memory of `device`; found out once per process.
+    """Return whether the MPI of this process may be given memory of a device; the answer is kept.
 
     Parameters
     ----------
     device : str
-        ``"cpu"``, ``"cuda:<i>"`` or another registered device.
+        The device: ``"cpu"``, ``"cuda:<i>"`` or another registered one.
+
+    Returns
+    -------
+    Awareness
+        The answer and its reason.
 
     Raises
     ------
     GridError
-        If the user's word is neither 0 nor 1.
+        If the user's setting is neither 0 nor 1.
     """
     kind = device.partition(":")[0]
-    word = _word()
+    setting = _user_setting()
     if kind == "cpu":
         return Awareness(False, "blocks lie in host memory")
-    if word is not None:
-        return word
+    if setting is not None:
+        return setting
     if kind != "cuda":
         return Awareness(False, f"{device} is no GPU")
     if kind not in _known:
@@ -75,60 +82,87 @@ def find(device: str) -> Awareness:
 
 
 def agreed(device: str, comm: MPI.Comm, node: MPI.Comm) -> Awareness:
-    """Return what the ranks of `comm` know together: MPI is given device memory where it reads that of all of them.
+    """Return the answer for all ranks of a communicator: MPI is given device memory only if it can read every rank's.
 
-    A message itself would not care if one side is staged. But a library may choose the algorithm of a collective by the
+    A message would work if only one side were staged. But a library may choose the algorithm of a collective by the
     kind of its buffers, and ranks that choose differently wait for one another for ever.
 
-    **Communication:** a bcast on the node, whose first rank alone starts a child, and an allgather, of small objects.
+    Parameters
+    ----------
+    device : str
+        The device of this rank.
+    comm : MPI.Comm
+        The ranks that need the same answer.
+    node : MPI.Comm
+        The ranks of `comm` on this node. The first of them starts the child process for all.
+
+    Returns
+    -------
+    Awareness
+        The answer and its reason.
+
+    Raises
+    ------
+    GridError
+        If the user's setting is neither 0 nor 1.
+
+    Notes
+    -----
+    **Communication:** a bcast of a small object over the node, and an allgather of small objects over `comm`.
     """
-    _word()  # an error of it before anything is sent
-    mine = node.bcast(find(device) if node.rank == 0 else None, 0)
+    _user_setting()  # raises its error before anything is sent
+    own: Awareness = node.bcast(find(device) if node.rank == 0 else None, 0)
     if device.partition(":")[0] == "cuda":
-        _known.setdefault("cuda", mine)
-    return next((found for found in comm.allgather(mine) if not found.aware), mine)
+        _known.setdefault("cuda", own)
+    return next((found for found in comm.allgather(own) if not found.aware), own)
 
 
-def _word() -> Awareness | None:
-    word = os.environ.get(WORD, "")
-    if word not in ("", "0", "1"):
-        raise GridError(f"{WORD}={word!r}: use 1 if MPI reads GPU memory, 0 if not, or leave it out to find out")
-    return Awareness(word == "1", f"by the user's word, {WORD}={word}") if word else None
+def _user_setting() -> Awareness | None:
+    value = os.environ.get(VARIABLE, "")
+    if value not in ("", "0", "1"):
+        raise GridError(f"{VARIABLE}={value!r}: use 1 if MPI reads GPU memory, 0 if not, or leave it out to find out")
+    return Awareness(value == "1", f"by the user's word, {VARIABLE}={value}") if value else None
 
 
 def _search(device: str) -> Awareness:
-    # -P: the folder of the program, where `random` is a module of ours, is not searched
+    # -P keeps the directory of the program off sys.path
     program = [sys.executable, "-P", str(_PROGRAM), device.partition(":")[2]]
     found = probe(program) or by_memory_kinds(MPI.COMM_WORLD) or by_query(loaded_libraries())
-    return found or Awareness(False, f"nothing tells whether this MPI reads GPU memory; {WORD}=1 says that it does")
+    return found or Awareness(False, f"nothing tells whether this MPI reads GPU memory; {VARIABLE}=1 says that it does")
 
 
 def probe(program: Sequence[str], deadline: float = DEADLINE) -> Awareness | None:
-    """Run a program that exchanges device memory; None if it ended before the exchange and so tells nothing.
+    """Run a program that exchanges device memory and return what its end says.
 
     Parameters
     ----------
     program : sequence of str
-        Prints ``exchanging`` before it gives MPI device memory and ``done`` after the right values have arrived.
+        A command that prints ``exchanging`` before it gives MPI device memory, and ``done`` after the right values have
+        arrived.
     deadline : float
         Seconds after which it is killed.
+
+    Returns
+    -------
+    Awareness or None
+        None if the program ended before the exchange, which gives no answer.
     """
     with subprocess.Popen(
         program,
-        env=launcher.inherited(os.environ),
+        env=launcher.child_environment(os.environ),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
     ) as child:
         try:
-            said, _ = child.communicate(timeout=deadline)
+            output, _ = child.communicate(timeout=deadline)
             how = _ending(child.returncode)
         except subprocess.TimeoutExpired:
             child.kill()
-            said, _ = child.communicate()
+            output, _ = child.communicate()
             how = f"did not end in {deadline:g} s"
-    words = said.split()
+    words = output.split()
     if _DONE in words and child.returncode == 0:
         return Awareness(True, "a child process exchanged device memory")
     if _EXCHANGING in words:
@@ -140,10 +174,10 @@ def _ending(status: int) -> str:
     return f"ended with status {status}" if status >= 0 else f"died of {signal.Signals(-status).name}"
 
 
-def by_memory_kinds(comm: Any) -> Awareness | None:
-    """Return what ``mpi_memory_alloc_kinds`` of a communicator says; None where it does not name CUDA memory.
+def by_memory_kinds(comm: MPI.Comm) -> Awareness | None:
+    """Return what ``mpi_memory_alloc_kinds`` of a communicator says; None if it does not name CUDA memory.
 
-    It lists what was asked for and is supported, so that a kind that is missing tells nothing.
+    The info lists kinds that were asked for and are supported, so that a missing kind gives no answer.
     """
     info = comm.Get_info()
     kinds = (info.Get("mpi_memory_alloc_kinds") or "").split(",")
@@ -154,7 +188,7 @@ def by_memory_kinds(comm: Any) -> Awareness | None:
 
 
 def by_query(libraries: Iterable[Any]) -> Awareness | None:
-    """Return the answer of the first of some libraries that has ``MPIX_Query_cuda_support``."""
+    """Return the answer of the first library that has ``MPIX_Query_cuda_support``; None if none has it."""
     for library in libraries:
         query = getattr(library, "MPIX_Query_cuda_support", None)
         if query is not None:
@@ -164,12 +198,12 @@ def by_query(libraries: Iterable[Any]) -> Awareness | None:
 
 
 def loaded_libraries() -> list[ctypes.CDLL]:
-    """Return the MPI libraries of this process: they may be loaded without their names being global."""
+    """Return the MPI libraries of this process, also those that were loaded without making their names global."""
     return [ctypes.CDLL(None), *map(ctypes.CDLL, library_files())]
 
 
 def library_files() -> list[str]:
-    """Return the files of the MPI libraries that this process has loaded; none where the system does not tell."""
+    """Return the paths of the MPI libraries that this process has loaded; none on systems other than Linux."""
     if sys.platform != "linux":
         return []
     mapped = (line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines())

@@ -1,9 +1,9 @@
-"""Memory that the other ranks of a node can read where it lies, so that a neighbour's block need not be copied.
+"""Memory that the other ranks of a node can read in place, so that a neighbour's block need not be copied.
 
-Each process has one arena: an anonymous file in memory (``memfd_create``) as large as the machine's memory, of which
-only the pages that are written exist. Large blocks are cut from it, and a neighbour maps it through ``/proc``. Who may
-read whose block, and when, is the business of `colossal_mpi.comm.messages`. Where the system has no such files, blocks
-lie in ordinary memory and nothing is shared.
+Grids allocate large blocks with `empty`. ``comm`` decides which rank reads whose block and when, and calls `lend`,
+`describe` and `view`. Each process has one arena: an anonymous file in memory (``memfd_create``) with the size of the
+machine's memory, of which only the written pages exist. Large blocks are allocated in it, and a neighbour maps it
+through ``/proc``. On a system without such files, blocks lie in ordinary memory and nothing is shared.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from typing import Any, TypeAlias
 import numpy as np
 
 Memory: TypeAlias = mmap.mmap
-"""The arena of another process, for reading."""
+"""The arena of another process, mapped for reading."""
 LEAST = 1 << 20
-"""Bytes from which on a block is made in the arena."""
+"""Least size of a block that is allocated in the arena, in bytes."""
 _PAGE = 1 << 16
-_LARGEST = 1 << 38  # of an arena: all of a node's are mapped by each of its ranks, into 47 bits of addresses
-_KEEP = 1 << 30  # bytes of free memory beyond which all of it is given back to the system
+_LARGEST = 1 << 38  # bytes of an arena: each rank of a node maps the arenas of all, into 47 bits of addresses
+_KEEP = 1 << 30  # bytes of free memory beyond which all of it is returned to the system
 
 
 class Arena:
-    """The shareable memory of this process: free spans by offset, neighbouring ones merged."""
+    """The memory of this process that others can read, with a list of free spans by offset; neighbours are merged."""
 
     def __init__(self) -> None:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -51,7 +51,7 @@ class Arena:
         self._process = os.getpid()
 
     def take(self, nbytes: int) -> Span | None:
-        """Return the first free span that is long enough, None if there is none."""
+        """Allocate the first free span that is long enough; return None if there is none."""
         need = -(-max(nbytes, 1) // _PAGE) * _PAGE
         with self._lock:
             self._settle()
@@ -63,7 +63,7 @@ class Arena:
         return None
 
     def give_back(self, offset: int, length: int) -> None:
-        """Make a span free again, now or, if the garbage collector calls in the middle of `take`, with the next one."""
+        """Free a span now or, if the garbage collector calls this during `take`, with the next call."""
         if os.getpid() != self._process:
             return  # a forked child shares the pages with its parent, which still uses them
         self._returned.append((offset, length))
@@ -87,8 +87,8 @@ class Arena:
             self._kept = 0
 
     def offset(self, block: np.ndarray) -> int | None:
-        """Return where `block` starts in the arena, None if it lies elsewhere."""
-        start = block.__array_interface__["data"][0] - self._address
+        """Return the offset of a block in the arena, None if it lies elsewhere."""
+        start: int = block.__array_interface__["data"][0] - self._address
         return start if 0 <= start < self.size else None
 
 
@@ -104,16 +104,17 @@ def _merge(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 class Span:
-    """Memory of an arena that one array and its views hold; it is free again when the last of them is gone."""
+    """Memory of an arena for one array and its views; it is freed when the last of them is deleted."""
 
     def __init__(self, arena: Arena, offset: int, length: int, address: int) -> None:
         self._arena, self._offset, self._length = arena, offset, length
         self.__array_interface__ = {"data": (address, False), "shape": (length,), "typestr": "|u1", "version": 3}
 
     def array(self, shape: Sequence[int], dtype: Any) -> np.ndarray:
-        """Return this memory as an array, which holds it."""
+        """Return this memory as an array, which keeps it allocated."""
         nbytes = math.prod(shape) * np.dtype(dtype).itemsize
-        return np.asarray(self)[:nbytes].view(dtype).reshape(tuple(shape))
+        array: np.ndarray = np.asarray(self)[:nbytes].view(dtype).reshape(tuple(shape))
+        return array
 
     def __del__(self) -> None:
         self._arena.give_back(self._offset, self._length)
@@ -121,7 +122,7 @@ class Span:
 
 @functools.cache
 def arena() -> Arena | None:
-    """Return the arena of this process, None where there cannot be one."""
+    """Return the arena of this process, None if the system does not allow one."""
     try:
         return Arena()
     except (AttributeError, OSError, ValueError):  # no memfd, a limit on address space
@@ -129,12 +130,12 @@ def arena() -> Arena | None:
 
 
 def wanted() -> bool:
-    """Say whether the user has not turned it off by ``COLOSSAL_MPI_SHARED=0``."""
+    """Return whether memory is shared, unless the user has turned it off by ``COLOSSAL_MPI_SHARED=0``."""
     return os.environ.get("COLOSSAL_MPI_SHARED") != "0"
 
 
 def empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
-    """Return an uninitialised array, in the arena if it has at least `LEAST` bytes."""
+    """Return an uninitialised array, which lies in the arena if it has at least `LEAST` bytes."""
     nbytes = math.prod(shape) * np.dtype(dtype).itemsize
     own = arena() if nbytes >= LEAST else None
     span = own.take(nbytes) if own else None
@@ -142,13 +143,13 @@ def empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
 
 
 if hasattr(os, "register_at_fork"):
-    # A child shares the pages of the arena: it must not give them out a second time.
+    # A child shares the pages of the arena and must not allocate them a second time.
     os.register_at_fork(after_in_child=arena.cache_clear)
 
 
 @dataclass(frozen=True)
 class Address:
-    """What another process of the node needs to map an arena."""
+    """What another process of the node needs to map the arena of this one."""
 
     process: int
     file: int
@@ -164,7 +165,7 @@ def address() -> Address | None:
 
 @functools.cache
 def mapped(where: Address) -> Memory | None:
-    """Return the arena of another process, for reading; None if it cannot be mapped from here."""
+    """Return the arena of another process, mapped for reading; None if this process cannot map it."""
     try:
         file = os.open(f"/proc/{where.process}/fd/{where.file}", os.O_RDONLY)
     except OSError:  # another container, no /proc
@@ -179,7 +180,7 @@ def mapped(where: Address) -> Memory | None:
 
 
 def lend(block: np.ndarray) -> np.ndarray:
-    """Return `block`, or a copy of it in the arena if it lies elsewhere and there is room."""
+    """Return a block that others can read: the block itself, or a copy in the arena if there is room."""
     if describe(block)[0] >= 0:
         return block
     own = arena()
@@ -192,13 +193,13 @@ def lend(block: np.ndarray) -> np.ndarray:
 
 
 def describe(block: np.ndarray) -> list[int]:
-    """Return offset in the arena, -1 if it lies elsewhere, and strides of a block, in bytes, for `view`."""
+    """Return a block's offset in the arena (-1 if it lies elsewhere) and its strides, in bytes, for `view`."""
     own = arena()
     start = own.offset(block) if own and min(block.strides, default=0) >= 0 else None
     return [-1 if start is None else start, *block.strides]
 
 
 def view(memory: Memory, shape: Sequence[int], dtype: Any, described: Sequence[int]) -> np.ndarray:
-    """Return another process's block as an array that cannot be written."""
+    """Return a block of another process, as `describe` describes it there, as a read-only array."""
     offset, *strides = described
     return np.ndarray(tuple(shape), dtype, buffer=memory, offset=offset, strides=tuple(strides))

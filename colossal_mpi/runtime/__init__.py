@@ -1,5 +1,37 @@
 """The life of a rank as a process: start-up checks, the launcher, signals, and the end of a job.
 
-Importing ``colossal_mpi`` installs the guards of this package before anything else. The commands of ``apps`` use the
-launcher. The package imports nothing of ``colossal_mpi`` but the errors.
+``import colossal_mpi`` calls `install` before anything else; the commands of ``apps``, the test runner and the probe of
+CUDA-awareness start processes with `mpiexec_command` and `child_environment`. The package calls mpi4py and the
+operating system, and imports nothing of ``colossal_mpi`` but the errors. Importing it does not import MPI.
+
+Modules
+-------
+guards
+    Checks when a rank starts: MPI, the launcher, the number of BLAS threads.
+launcher
+    The mpiexec that belongs to the MPI library, and the environment of child processes.
+signals
+    What a rank does on SIGINT and SIGUSR1, even inside an MPI call.
+exits
+    How a rank leaves a job, so that no other rank waits for it for ever.
 """
+
+from colossal_mpi.runtime import exits, guards, launcher, signals
+from colossal_mpi.runtime.guards import install, launched, library, mismatch
+from colossal_mpi.runtime.launcher import JOB_ID_VARIABLES, can_start, child_environment, cpus, mpiexec_command
+
+__all__ = [
+    "JOB_ID_VARIABLES",
+    "can_start",
+    "child_environment",
+    "cpus",
+    "exits",
+    "guards",
+    "install",
+    "launched",
+    "launcher",
+    "library",
+    "mismatch",
+    "mpiexec_command",
+    "signals",
+]

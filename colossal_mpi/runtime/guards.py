@@ -1,7 +1,7 @@
-"""What importing the package does for a rank: find MPI, check the launch, limit BLAS, leave no orphans, keep memory.
+"""What importing the package does for a rank: find MPI, check the launcher, limit BLAS threads, leave no orphans.
 
-How a rank leaves is the business of `colossal_mpi.runtime.exits`, what it does on a signal that of
-`colossal_mpi.runtime.signals`.
+``colossal_mpi/__init__.py`` calls `install` first. It imports MPI and calls `colossal_mpi.runtime.exits.watch` and
+`colossal_mpi.runtime.signals.listen` in a job of several ranks. ``colossal-mpi doctor`` shows `mismatch` and `library`.
 """
 
 import ctypes
@@ -17,29 +17,35 @@ from typing import Any, NoReturn
 from colossal_mpi.errors import LaunchError
 from colossal_mpi.runtime import exits, signals
 
-# Hydra (MPICH, Intel MPI), Open MPI, srun. Neither SLURM_NTASKS, which is also set in a batch script that
-# runs python alone, nor MPI_LOCALNRANKS proves that this process is one of several.
+# Size and rank by Hydra (MPICH, Intel MPI), Open MPI and srun. SLURM_NTASKS is also set in a batch script that runs
+# python alone, and MPI_LOCALNRANKS does not prove either that this process is one of several.
 _LAUNCHERS = (
     ("PMI_SIZE", "PMI_RANK"),
     ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
     ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
 )
 _DOCTOR = (("colossal-mpi", "doctor"), ("colossal_mpi.apps.cli", "doctor"))
-_PATIENCE = 1.0  # seconds: Open MPI's mpiexec ends the job, and so the rank that speaks, when another one leaves
+_PATIENCE = 1.0  # seconds for rank 0 to print: Open MPI's mpiexec ends all ranks as soon as one leaves
 _THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS")
 
 
 @functools.cache
 def install() -> None:
-    """Import MPI, check the launch and, in a job of several ranks, guard this rank.
+    """Import MPI, check the launcher and, in a job of several ranks, install the hooks of this rank.
 
-    **Communication:** none now; when a rank fails, one empty message for each doubling of the ranks.
+    In a job of several ranks it also limits BLAS to one thread for each rank, unless the environment says otherwise,
+    and asks Linux to kill this rank when its launcher ends. The first call counts.
 
     Raises
     ------
     LaunchError
-        MPI is missing, or the launcher does not belong to the MPI library. In a job of several processes
-        only rank 0 raises it; the others exit with code 1 and say nothing.
+        If MPI is missing, or the launcher does not belong to the MPI library. In a job of several processes only
+        rank 0 raises it; the others exit with code 1 and print nothing.
+
+    Notes
+    -----
+    **Communication:** none now. When a rank fails, the ranks exchange one empty message for each doubling of their
+    number.
     """
     mpi = _import_mpi()
     wrong = mismatch()
@@ -54,7 +60,15 @@ def install() -> None:
 
 
 def launched() -> tuple[int, int]:
-    """Return the size and rank that a launcher gave this process in its environment; (1, 0) if none did."""
+    """Return the number of ranks and the rank that a launcher has put into the environment.
+
+    Returns
+    -------
+    size : int
+        The number of ranks; 1 if no launcher started this process.
+    rank : int
+        The rank of this process; 0 if no launcher started it.
+    """
     for size, rank in _LAUNCHERS:
         if size in os.environ and rank in os.environ:
             return int(os.environ[size]), int(os.environ[rank])
@@ -63,13 +77,13 @@ def launched() -> tuple[int, int]:
 
 def _import_mpi() -> Any:
     alone = launched()[0] == 1 and "PMIX_RANK" not in os.environ
-    # Without these Open MPI looks for network providers for a second, even with nobody to talk to.
+    # Without these variables Open MPI looks for network providers for a second, even for a process alone.
     quick = {"OMPI_MCA_pml": "ob1", "OMPI_MCA_btl": "self,sm"} if alone else {}
     added = {name: value for name, value in quick.items() if name not in os.environ}
     os.environ.update(added)
     try:
         with warnings.catch_warnings():
-            # LaunchError says the same as this warning, once for the job and with the remedy
+            # LaunchError says the same as this warning, but once for the job and with the remedy.
             warnings.filterwarnings("ignore", "suspicious MPI execution environment", RuntimeWarning)
             MPI = _under_any_launcher()
     except (ImportError, RuntimeError) as problem:  # mpi4py raises RuntimeError when it finds no libmpi
@@ -85,10 +99,10 @@ def _import_mpi() -> Any:
 
 
 def _under_any_launcher() -> Any:
-    """Import MPI; under the mpiexec of Open MPI, in which MPICH and Intel MPI would abort, as a process alone."""
+    """Import MPI. Under the mpiexec of Open MPI, where MPICH and Intel MPI would abort, initialise them alone."""
     from mpi4py import rc
 
-    # An MPICH that was built to know PMIx is started so with MPIR_CVAR_PMI_VERSION=x.
+    # MPIR_CVAR_PMI_VERSION=x says that an MPICH built with PMIx is started so on purpose.
     ours = rc.initialize and "mpi4py.MPI" not in sys.modules and "MPIR_CVAR_PMI_VERSION" not in os.environ
     if not ours or "OMPI_COMM_WORLD_SIZE" not in os.environ:
         from mpi4py import MPI
@@ -105,18 +119,38 @@ def _under_any_launcher() -> Any:
 
 
 def mismatch() -> tuple[str, str] | None:
-    """Say that the launcher of this process is not of the MPI library, and what to do; None if all is well."""
+    """Return a message and a remedy if the launcher of this process does not belong to the MPI library.
+
+    Returns
+    -------
+    (str, str) or None
+        What is wrong and what to do; None if launcher and library fit.
+    """
     from mpi4py import MPI
 
     size = MPI.COMM_WORLD.size if MPI.Is_initialized() and not MPI.Is_finalized() else 1
-    told, _ = launched()
-    if not MPI.Is_initialized() or not size == 1 < told:
+    started, _ = launched()
+    if not MPI.Is_initialized() or not size == 1 < started:
         return None
-    return _mismatch(told, library())
+    beside = os.path.join(os.path.dirname(sys.executable), "mpiexec")
+    start = beside if os.path.exists(beside) else "the mpiexec of that library"
+    if "SLURM_JOB_ID" in os.environ:
+        start += " or srun --mpi=pmi2 (MPICH, Intel MPI) or --mpi=pmix (Open MPI)"
+    return (
+        f"the launcher started {started} processes, but each is alone in its MPI world: the launcher does not "
+        f"belong to {library()}, which mpi4py uses",
+        f"Start with {start}, or `colossal-mpi run -n {started} ...`",
+    )
 
 
 def library() -> str:
-    """Return the name and version of the MPI library."""
+    """Return the name and version of the MPI library.
+
+    Returns
+    -------
+    str
+        For example ``MPICH 4.3.0``.
+    """
     from mpi4py import MPI
 
     name, version = MPI.get_vendor()
@@ -124,7 +158,7 @@ def library() -> str:
 
 
 def _diagnosing() -> bool:
-    """Say whether this is ``colossal-mpi doctor``, which shows a mismatch among the rest."""
+    """Return whether this is ``colossal-mpi doctor``, which shows a mismatch together with other findings."""
     words = [os.path.basename(word) for word in sys.orig_argv]
     return any(pair in _DOCTOR for pair in itertools.pairwise(words[:4]))
 
@@ -137,20 +171,8 @@ def _refuse(message: str) -> NoReturn:
     raise LaunchError(message) from None
 
 
-def _mismatch(told: int, mpi: str) -> tuple[str, str]:
-    beside = os.path.join(os.path.dirname(sys.executable), "mpiexec")
-    start = beside if os.path.exists(beside) else "the mpiexec of that library"
-    if "SLURM_JOB_ID" in os.environ:
-        start += " or srun --mpi=pmi2 (MPICH, Intel MPI) or --mpi=pmix (Open MPI)"
-    return (
-        f"the launcher started {told} processes, but each is alone in its MPI world: the launcher does not "
-        f"belong to {mpi}, which mpi4py uses",
-        f"Start with {start}, or `colossal-mpi run -n {told} ...`",
-    )
-
-
 def _limit_blas() -> None:
-    # On 2 cores 4 ranks with the default number of threads each were 6.5 times slower than with one.
+    # On 2 cores, 4 ranks with the default number of threads each were 6.5 times slower than with one thread each.
     if any(name in os.environ for name in _THREADS):
         return
     os.environ.update(dict.fromkeys(_THREADS, "1"))  # for what is loaded from now on: scipy, torch
@@ -161,8 +183,9 @@ def _limit_blas() -> None:
 
 
 def _keep_freed_memory() -> None:
-    # glibc gives blocks above 128 KiB back to the system and takes them anew, zeroed page by page: a training step on
-    # one rank took 0.15 s so, and 0.12 s with this. Larger blocks still go back: kept, they would fragment the heap.
+    # By default glibc returns freed blocks above 128 KiB to the system, which zeroes their pages when they are
+    # allocated again: a training step on one rank took 0.15 s, and 0.12 s with these settings. Blocks above 256 MiB are
+    # still returned, because keeping them would fragment the heap.
     if sys.platform != "linux" or "GLIBC_TUNABLES" in os.environ or any(n.startswith("MALLOC_") for n in os.environ):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
@@ -173,11 +196,11 @@ def _keep_freed_memory() -> None:
 
 
 def _die_with_launcher() -> None:
-    # Open MPI leaves its ranks running when mpiexec is killed. Slurm cleans up by itself, and the signal
-    # comes when the parent *thread* ends, which is known to be harmless for hydra and prterun only.
+    # Open MPI leaves its ranks running when mpiexec is killed. Slurm cleans up by itself. The signal comes when the
+    # parent *thread* ends, which is known to be harmless for hydra and prterun only.
     parent = os.getppid()
     if sys.platform == "linux" and parent != 1 and "SLURM_STEP_NUM_TASKS" not in os.environ:
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-        if os.getppid() != parent:  # it ended in between, and no signal will come
+        if os.getppid() != parent:  # the parent ended in between, and no signal will come
             os.kill(os.getpid(), signal.SIGKILL)

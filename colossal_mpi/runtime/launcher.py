@@ -1,4 +1,8 @@
-"""Find the mpiexec that belongs to the MPI library that mpi4py uses, and what it needs to start a job."""
+"""The mpiexec that belongs to the MPI library of mpi4py: find it, and make the command and environment of a job.
+
+``colossal-mpi run``, the test runner, the benchmarks and the doctor call `mpiexec_command`. The module asks each
+mpiexec for its version, since one of another library would start ranks that do not find one another.
+"""
 
 import functools
 import os
@@ -8,37 +12,56 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mpi4py import MPI
-
 from colossal_mpi.errors import ConfigError, LaunchError
 from colossal_mpi.runtime.guards import launched
 
-# What `mpiexec --version` says, for every library that it can start. Intel MPI and MPICH share one ABI.
-_SAYS = {
+# Words in the output of `mpiexec --version`, for each library that it can start. Intel MPI and MPICH share one ABI.
+_VERSION_WORDS = {
     "MPICH": ("HYDRA", "Intel(R) MPI"),
     "Intel MPI": ("Intel(R) MPI", "HYDRA"),
     "Open MPI": ("Open MPI", "OpenRTE", "PRRTE"),
 }
-ALLOCATIONS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID", "FLUX_JOB_ID")
-"""Environment variables with the number of a job, of the schedulers."""
-_OF_A_RANK = ("PMI_", "PMIX_", "OMPI_COMM_WORLD_", "HYDI_", "MPI_LOCAL")
-_SETTINGS = ("PMIX_MCA_",)
+JOB_ID_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID", "FLUX_JOB_ID")
+"""Environment variables in which schedulers put the number of a job."""
+_RANK_PREFIXES = ("PMI_", "PMIX_", "OMPI_COMM_WORLD_", "HYDI_", "MPI_LOCAL")
+_SETTING_PREFIXES = ("PMIX_MCA_",)
 
 
 def mpiexec_command(
     n: int, command: Sequence[str], *, env: Mapping[str, str] | None = None
 ) -> tuple[list[str], dict[str, str]]:
-    """Return the arguments that start a command on n ranks, and the environment variables to add.
+    """Return the command line that starts a program on n ranks, and the environment variables to add.
 
     Parameters
     ----------
-    n
-        Number of ranks.
-    command
-        A program and its arguments. A file that ends in ``.py`` is run by this Python.
-    env
-        The environment of the job; that of this process if left out.
+    n : int
+        The number of ranks.
+    command : sequence of str
+        A program and its arguments. This Python runs a file that ends in ``.py``.
+    env : mapping of str to str, optional
+        The environment of the job; by default that of this process.
+
+    Returns
+    -------
+    argv : list of str
+        The command line, which begins with the mpiexec of the MPI library.
+    variables : dict of str to str
+        The environment variables to add.
+
+    Raises
+    ------
+    ConfigError
+        If there is nothing to run, the program does not exist, or n is below 1.
+    LaunchError
+        If this process is itself a rank of a job, or no mpiexec belongs to the MPI library.
+
+    Examples
+    --------
+    >>> argv, variables = mpiexec_command(4, ["train.py", "--steps", "10"])
+    >>> subprocess.run(argv, env=child_environment(os.environ) | variables)
     """
+    from mpi4py import MPI
+
     env = os.environ if env is None else env
     if n < 1:
         raise ConfigError(f"-n {n}: a job has at least one rank, for example -n 4")
@@ -55,19 +78,25 @@ def mpiexec_command(
 
 def _open_mpi(n: int, env: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
     options = ["--allow-run-as-root"] if os.geteuid() == 0 else []
-    if n <= _cores() or any(name in env for name in ALLOCATIONS):
+    if n <= _cores() or any(name in env for name in JOB_ID_VARIABLES):
         return options, {}
-    # A rank that does not yield took 31 s for 1000 small allreduces of 4 ranks on 2 cores, instead of 0.02 s.
+    # 1000 small allreduces of 4 ranks on 2 cores took 31 s with ranks that do not yield, and 0.02 s with ranks that do.
     return [*options, "--oversubscribe", "--bind-to", "none"], {"OMPI_MCA_mpi_yield_when_idle": "1"}
 
 
 def cpus() -> list[int]:
-    """Return the numbers of the CPUs (hardware threads) that this process may run on."""
+    """Return the numbers of the CPUs (hardware threads) on which this process may run.
+
+    Returns
+    -------
+    list of int
+        The numbers, sorted.
+    """
     return sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else list(range(os.cpu_count() or 1))
 
 
 def _cores() -> int:
-    # Open MPI counts cores, where os.cpu_count counts hardware threads.
+    # Open MPI counts cores, and os.cpu_count counts hardware threads.
     cores = set()
     for cpu in cpus():
         siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
@@ -81,7 +110,7 @@ def _mpiexec(vendor: str, env: Mapping[str, str]) -> str:
         for name in ("mpiexec", "mpiexec.hydra", "mpirun"):
             path = shutil.which(name, path=folder) if folder else None
             if path and path not in rejected:
-                if belongs(path, vendor):
+                if can_start(path, vendor):
                     return path
                 rejected.append(path)
     others = f" (not of it: {', '.join(rejected)})" if rejected else ""
@@ -91,9 +120,22 @@ def _mpiexec(vendor: str, env: Mapping[str, str]) -> str:
     )
 
 
-def belongs(mpiexec: str, vendor: str) -> bool:
-    """Say whether an mpiexec can start programs of an MPI library."""
-    return any(word in _version(mpiexec) for word in _SAYS.get(vendor, (vendor,)))
+def can_start(mpiexec: str, vendor: str) -> bool:
+    """Return whether an mpiexec can start programs of an MPI library.
+
+    Parameters
+    ----------
+    mpiexec : str
+        The path of the mpiexec.
+    vendor : str
+        The name of the library, as ``MPI.get_vendor()`` returns it.
+
+    Returns
+    -------
+    bool
+        Whether the version that it prints names the library.
+    """
+    return any(word in _version(mpiexec) for word in _VERSION_WORDS.get(vendor, (vendor,)))
 
 
 @functools.cache
@@ -113,7 +155,7 @@ def _version(path: str) -> str:
 
 
 def _here() -> str:
-    return os.path.dirname(sys.executable)  # not resolved: the python of a virtual environment is a link
+    return os.path.dirname(sys.executable)  # not resolved: the python of a virtual environment is a symlink
 
 
 def _program(command: Sequence[str], env: Mapping[str, str]) -> list[str]:
@@ -130,8 +172,22 @@ def _program(command: Sequence[str], env: Mapping[str, str]) -> list[str]:
     return [found, *rest]
 
 
-def inherited(env: Mapping[str, str]) -> dict[str, str]:
-    """Return an environment without what would make the children of this process ranks of its own job."""
-    # Started as the only rank of a job (srun -n 1), this process has variables that would make every child a
-    # rank of that job. The MPI_Init of `import colossal_mpi` itself leaves none: test_launch checks it.
-    return {name: env[name] for name in env if name.startswith(_SETTINGS) or not name.startswith(_OF_A_RANK)}
+def child_environment(env: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment without the variables that would make a child process a rank of this process's job.
+
+    If this process was started as the only rank of a job (``srun -n 1``), its variables would make every child a rank
+    of that job. The MPI_Init of ``import colossal_mpi`` leaves no such variables.
+
+    Parameters
+    ----------
+    env : mapping of str to str
+        The environment of this process.
+
+    Returns
+    -------
+    dict of str to str
+        The environment for a child process.
+    """
+    return {
+        name: env[name] for name in env if name.startswith(_SETTING_PREFIXES) or not name.startswith(_RANK_PREFIXES)
+    }

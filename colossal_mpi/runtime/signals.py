@@ -1,8 +1,11 @@
 """Signals to a rank that may be inside MPI: Ctrl-C ends the job, SIGUSR1 asks what every rank is doing.
 
-Python runs its handlers between byte codes, so that a rank that waits inside MPI would hear of neither. The C part of
-its handler writes the number of a signal to a file descriptor at once, though, and a thread reads it there: mpi4py
-gives the interpreter away for the time of a call.
+`colossal_mpi.runtime.guards` and the trainer call `listen`; ``ledger`` adds to `sources` what it is waiting for. The
+module calls `colossal_mpi.runtime.exits` to end a job.
+
+Python runs its signal handlers between byte codes, so that a rank that waits inside MPI would react to neither signal.
+The C part of Python's handler, however, writes the number of the signal to a file descriptor at once, where a thread
+reads it: mpi4py releases the interpreter lock during a call.
 """
 
 from __future__ import annotations
@@ -14,24 +17,29 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable
-from typing import Any
+from types import FrameType
 
 from colossal_mpi.runtime import exits
 
-_PATIENCE = 0.5  # seconds in which Python's own KeyboardInterrupt comes, unless the rank is inside a call
+_PATIENCE = 0.5  # seconds in which Python raises KeyboardInterrupt, unless the rank is inside a call
 _interrupted = threading.Event()
 _wakeup = -1
 _masks = threading.local()
 
 sources: list[Callable[[], Iterable[str]]] = []
-"""What else a rank tells when it is asked what it is doing: each returns lines."""
+"""Functions that return further lines of what a rank reports when it is asked what it is doing."""
 
 
 def listen(interrupt: bool = True) -> None:
-    """Have this process answer SIGUSR1 and, with `interrupt`, end its job on SIGINT, wherever it is.
+    """Make this process report on SIGUSR1 and, with `interrupt`, end its job on SIGINT, even inside an MPI call.
 
-    The first call counts, from the main thread. Handlers that are there already, and a wake-up descriptor of another
-    library (an event loop), stay as they are. A process alone needs no `interrupt`: it waits for nobody.
+    The first call from the main thread counts. Handlers that exist already, and a wake-up descriptor of another library
+    such as an event loop, stay as they are.
+
+    Parameters
+    ----------
+    interrupt : bool, default True
+        Whether to end the job on SIGINT. A process alone does not need it, because it waits for no other rank.
     """
     global _wakeup
     if _wakeup != -1 or threading.current_thread() is not threading.main_thread():
@@ -54,17 +62,17 @@ def listen(interrupt: bool = True) -> None:
     threading.Thread(target=_wait, args=(read,), daemon=True, name="colossal_mpi.runtime.signals").start()
 
 
-def _on_interrupt(number: int, frame: Any) -> None:
+def _on_interrupt(number: int, frame: FrameType | None) -> None:
     _interrupted.set()
     signal.default_int_handler(number, frame)
 
 
-def _on_question(_number: int, _frame: Any) -> None:
-    """Do nothing: there must be a handler for the thread to hear of the signal."""
+def _on_question(_number: int, _frame: FrameType | None) -> None:
+    """Do nothing. Python writes the signal's number to the descriptor only if there is a handler."""
 
 
-# The child of a fork has the handlers and the descriptor, but not the thread: what it writes there would be heard by
-# its parent. So it forgets them before any signal reaches it.
+# The child of a fork inherits the handlers and the descriptor, but not the thread: its parent would read what the child
+# writes. The child therefore removes them before any signal reaches it.
 def _hold() -> None:
     _masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGUSR1))
 
@@ -89,17 +97,17 @@ def _forget() -> None:
 
 def _wait(descriptor: int) -> None:
     while numbers := os.read(descriptor, 64):
-        # another handler may have been put in the place of ours
+        # Another library may have replaced our handlers.
         if signal.SIGINT in numbers and signal.getsignal(signal.SIGINT) is _on_interrupt:
             if not _interrupted.wait(_PATIENCE):
                 exits.abort(130)
             _interrupted.clear()
         if signal.SIGUSR1 in numbers and signal.getsignal(signal.SIGUSR1) is _on_question:
-            tell()
+            report()
 
 
-def tell() -> None:
-    """Write where every thread of this rank is, and what `sources` add, to stderr, each line with the rank."""
+def report() -> None:
+    """Write to stderr where every thread of this rank is, and the lines of `sources`, each with the rank."""
     who, names = exits.where(), {thread.ident: thread.name for thread in threading.enumerate()}
     lines = []
     for ident, frame in sys._current_frames().items():
@@ -109,5 +117,5 @@ def tell() -> None:
         lines += source()
     rest = memoryview("".join(f"{who}{line}\n" for line in lines).encode(errors="replace"))
     with contextlib.suppress(OSError):
-        while rest:  # past sys.stderr, whose lock the main thread may hold
+        while rest:  # not through sys.stderr, whose lock the main thread may hold
             rest = rest[os.write(2, rest) :]

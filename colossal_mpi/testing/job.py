@@ -103,7 +103,8 @@ class Job:
         self.ranks = {rank: RankLog(directory, rank) for rank in range(self.size)}
         worker = [sys.executable, "-m", f"{__package__}.worker", str(directory)]
         command, needed = launcher.mpiexec_command(self.size, worker)
-        kept = {name: value for name, value in launcher.inherited(os.environ).items() if name not in NOT_FOR_RANKS}
+        environment = launcher.child_environment(os.environ)
+        kept = {name: value for name, value in environment.items() if name not in NOT_FOR_RANKS}
         with (directory / "output.txt").open("wb") as output:
             self.process = subprocess.Popen(
                 command,

@@ -9,7 +9,7 @@ import pytest
 
 from colossal_mpi import ConfigError
 from colossal_mpi.apps.bench.checkpoint import Checkpoint
-from colossal_mpi.runtime.launcher import inherited
+from colossal_mpi.runtime.launcher import child_environment
 
 
 def test_it_times_saving_and_loading_beside_plain_files(tmp_path):
@@ -25,7 +25,7 @@ def test_it_times_saving_and_loading_beside_plain_files(tmp_path):
         "1",
     ]
     command += ["--size", "0.01", "--directory", str(tmp_path / "disk"), "--json", str(tmp_path / "rows.json")]
-    env = inherited(os.environ)
+    env = child_environment(os.environ)
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
     rows = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())}

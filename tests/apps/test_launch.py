@@ -163,7 +163,7 @@ def test_rank_of_a_job_is_refused(monkeypatch):
 def test_programs_of_this_environment_come_first():
     argv, _ = launch.mpiexec_command(2, ["python", "-V"], env={"PATH": "/usr/bin"})
     assert argv[-2:] == [os.path.join(os.path.dirname(sys.executable), "python"), "-V"]
-    assert MPI.get_vendor()[0] in launcher._SAYS
+    assert MPI.get_vendor()[0] in launcher._VERSION_WORDS
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

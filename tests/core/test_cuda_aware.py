@@ -108,7 +108,7 @@ ORDER = {
 @pytest.mark.parametrize(("answers", "questions"), ORDER.values(), ids=ORDER)
 def test_the_first_that_knows_decides(monkeypatch, answers, questions):
     monkeypatch.setattr(cuda_aware, "_known", {})
-    monkeypatch.delenv(cuda_aware.WORD, raising=False)
+    monkeypatch.delenv(cuda_aware.VARIABLE, raising=False)
     asked = []
     for name, answer in zip(("probe", "by_memory_kinds", "by_query"), answers, strict=True):
         monkeypatch.setattr(cuda_aware, name, lambda _, name=name, answer=answer: asked.append(name) or answer)
@@ -122,10 +122,10 @@ def test_the_first_that_knows_decides(monkeypatch, answers, questions):
 def test_the_users_word_wins_and_must_be_one(monkeypatch):
     monkeypatch.setattr(cuda_aware, "probe", lambda _: pytest.fail("no child is needed"))
     for word in "01":
-        monkeypatch.setenv(cuda_aware.WORD, word)
+        monkeypatch.setenv(cuda_aware.VARIABLE, word)
         assert find("cuda:0") == Awareness(word == "1", f"by the user's word, COLOSSAL_MPI_CUDA_AWARE={word}")
     assert not find("cpu").aware
-    monkeypatch.setenv(cuda_aware.WORD, "yes")
+    monkeypatch.setenv(cuda_aware.VARIABLE, "yes")
     with pytest.raises(GridError, match="COLOSSAL_MPI_CUDA_AWARE='yes': use 1 if MPI reads GPU memory"):
         find("cuda:0")
 
@@ -145,5 +145,5 @@ def test_ranks_agree_and_one_that_cannot_is_enough(grid, monkeypatch):
 @pytest.mark.grids({"row": 2})
 def test_a_word_that_is_none_is_the_same_error_on_all_ranks(grid, monkeypatch):
     fake.install()
-    monkeypatch.setenv(cuda_aware.WORD, "true")
+    monkeypatch.setenv(cuda_aware.VARIABLE, "true")
     assert refusal(lambda: Grid(device="fake", row=2), grid)[0] is GridError

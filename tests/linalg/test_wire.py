@@ -71,7 +71,7 @@ def count(folder, name, grid, products):
         "OMPI_MCA_pml_monitoring_enable_output": "3",
         "OMPI_MCA_pml_monitoring_filename": str(folder / "wire"),
     }
-    env = launcher.inherited(os.environ) | needed | watched
+    env = launcher.child_environment(os.environ) | needed | watched
     subprocess.run(command, env=env, timeout=100, check=True, stdin=subprocess.DEVNULL)
     return json.loads((folder / "ledger.json").read_text()), received(folder, ranks)
 
