@@ -31,7 +31,7 @@ class Reduction(Protocol):
 class Buckets(Protocol):
     """The buckets that take contributions to gradients during a step, as `layers.overlap` has them."""
 
-    def counted(self, parameter: Parameter) -> None:
+    def count(self, parameter: Parameter) -> None:
         """Count a contribution to a gradient that stays partial until the last contribution."""
 
     def contribute(self, parameter: Parameter, gradient: DistArray) -> None:
@@ -109,7 +109,7 @@ class Parameter:
         self._dtype = require_dtype(dtype)
         self._value: DistArray | None = None
         self.buckets: Buckets | None = None
-        self.coming: list[Reduction] = []
+        self.reductions: list[Reduction] = []
         """Reductions that have contributions to the gradient under way; `reduce` waits for them."""
         self.prefetch: Prefetcher | None = None
 
@@ -184,7 +184,7 @@ class Parameter:
             # dW[H, F_col] {U_row,U_data} -> dW[H_row, F_col] {U_data}: reduce_scatter over row
             self.add(grad.redistribute(self.value.layout.with_partial(*partial)))
             if self.buckets is not None:
-                self.buckets.counted(self)
+                self.buckets.count(self)
         elif self.buckets is not None:
             self.buckets.contribute(self, grad)
         else:
@@ -213,8 +213,8 @@ class Parameter:
         -----
         **Communication:** over the deferred axes an allreduce, with ZeRO a reduce_scatter, unless it is under way.
         """
-        while self.coming:
-            self.coming[0].finish()
+        while self.reductions:
+            self.reductions[0].finish()
         if self.grad is None:
             self.grad = self.zeros()
         # dW[H_row, F_col] {U_data} -> dW[H_row, F_col]: allreduce over data; with ZeRO -> dW[H_(row,data), F_col]

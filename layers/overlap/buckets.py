@@ -35,7 +35,7 @@ class Bucket:
         """Take a gradient, or a contribution to one."""
         self._parameters.append(parameter)
         self._gradients.append(gradient)
-        parameter.coming.append(self)
+        parameter.reductions.append(self)
         self.bytes += _bytes(gradient)
 
     def begin(self) -> None:
@@ -69,7 +69,7 @@ class Bucket:
             self.begin()
         assert self._moving is not None
         for parameter, gradient in zip(self._parameters, self._moving.wait(), strict=True):
-            parameter.coming.remove(self)
+            parameter.reductions.remove(self)
             parameter.add(gradient)
         self._parameters, self._moving = [], start_redistribution([], [])
 
@@ -148,7 +148,7 @@ class GradientBuckets:
         """Expect a contribution more, which is no layer's: the part of another stage."""
         self._lacking[id(parameter)] += 1
 
-    def counted(self, parameter: Parameter) -> None:
+    def count(self, parameter: Parameter) -> None:
         """Take note of a contribution to a gradient that stays partial until the last."""
         self._lacking[id(parameter)] -= 1
         if self._lacking[id(parameter)] == 0 and parameter.grad is not None and parameter.grad.layout.partial:

@@ -162,7 +162,7 @@ class Pipeline(Stage):
             loss = executor.finish()
             for parameter, other in self.tied:
                 self._sum_tied(parameter, other)
-                buckets.counted(parameter)
+                buckets.count(parameter)
         return loss
 
     def forward(self, x: Any, ctx: Context, spec: ArraySpec) -> Any:
