@@ -178,7 +178,7 @@ class DistArray:
 
         Notes
         -----
-        **Communication:** those of `redistribute`: an allreduce over the partial axes, an allgather over the axes that
+        **Communication:** as in `redistribute`: an allreduce over the partial axes, an allgather over the axes that
         cut the array. **Adjoint:** a redistribution of the cotangent to this array's layout.
         """
         return self.redistribute(Layout(*[None] * self.ndim))

@@ -83,7 +83,7 @@ class Grid:
     """
 
     parent: Grid | None = None
-    """The grid that `at` made this one of."""
+    """The grid of which `at` made this sub-grid; None for other grids."""
 
     def __init__(self, comm: MPI.Intracomm | None = None, device: str = "auto", **axes: int) -> None:
         comm = MPI.COMM_WORLD if comm is None else comm

@@ -139,7 +139,7 @@ def uniform_at(rows: np.ndarray, columns: np.ndarray, seed: int, stream: str) ->
     return np.where(places % np.uint64(_LANES) == 0, _unit((a << _SHIFT) | b), _unit((c << _SHIFT) | d))
 
 
-def kept_block(box: Box, shape: Sequence[int], seed: int, stream: str, rate: float, xp: Any = np) -> Block:
+def mask_block(box: Box, shape: Sequence[int], seed: int, stream: str, rate: float, xp: Any = np) -> Block:
     """Return the block at a box of a global bool array whose elements are False with probability `rate`.
 
     It is the mask of dropout. The rate is rounded to a multiple of 2**-32: each element compares a 32-bit word, of the

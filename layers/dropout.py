@@ -82,10 +82,10 @@ class Dropout(Layer):
         box, shape = ((start + sample, stop + sample), *rest)[self.masked], x.shape[self.masked]
         stream = f"{self.name}/{step}"
         if order is None or len(box) < 3 or shape[1] != len(order):
-            return random.kept_block(box, shape, self.seed, stream, self.rate, xp)
+            return random.mask_block(box, shape, self.seed, stream, self.rate, xp)
         # In another order of the sequence the block holds runs of it, one after the other.
         boxes = [(box[0], run, *box[2:]) for run in runs(order, *box[1])]
-        return xp.concat([random.kept_block(one, shape, self.seed, stream, self.rate, xp) for one in boxes], axis=1)
+        return xp.concat([random.mask_block(one, shape, self.seed, stream, self.rate, xp) for one in boxes], axis=1)
 
 
 class DropPath(Dropout):

@@ -19,7 +19,7 @@ def expected(kind, shape=SHAPE, rate=0.3, step=4, sample=0, seed=2):
     """Return the global array of ones after dropout."""
     masked = shape if kind is Dropout else shape[:1]
     box = [(sample, sample + shape[0]), *[(0, n) for n in masked[1:]]]
-    kept = random.kept_block(box, masked, seed, f"drop/{step}", rate)
+    kept = random.mask_block(box, masked, seed, f"drop/{step}", rate)
     return np.ones(shape) * kept.reshape(*masked, *[1] * (len(shape) - len(masked))) / (1 - rate)
 
 
@@ -95,8 +95,8 @@ def test_rates_out_of_range_are_refused(rate):
 
 @pytest.mark.parametrize("box", [((3, 5), (0, 5), (2, 9)), ((0, 0), (0, 5), (0, 9)), ((0, 2), (1, 4), (3, 3))])
 def test_blocks_of_masks_of_another_library_are_the_same(box):
-    whole = random.kept_block([(0, n) for n in SHAPE], SHAPE, 0, "x", 0.4)
-    block = random.kept_block(box, SHAPE, 0, "x", 0.4, strict)
+    whole = random.mask_block([(0, n) for n in SHAPE], SHAPE, 0, "x", 0.4)
+    block = random.mask_block(box, SHAPE, 0, "x", 0.4, strict)
     assert np.array_equal(np.asarray(block), whole[tuple(slice(*ends) for ends in box)])
 
 

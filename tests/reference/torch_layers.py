@@ -35,7 +35,7 @@ def gated(activation):
 def dropped(x, shape, name="m", seed=1):
     """Return x under the mask of a whole array of that shape."""
     box = [(SAMPLE, SAMPLE + shape[0]), *[(0, n) for n in shape[1:]]]
-    kept = random.kept_block(box, shape, seed, f"{name}/{STEP}", RATE)
+    kept = random.mask_block(box, shape, seed, f"{name}/{STEP}", RATE)
     return x * torch.tensor(kept).reshape(*shape, *[1] * (x.ndim - len(shape))) / (1 - RATE)
 
 

@@ -11,7 +11,7 @@ def logits(x, w, config, step):
     """Return the logits of images ``[b, c, y, x]``; masks are those of the whole batch of a step."""
 
     def drop(y, name, rate, shape):
-        kept = random.kept_block([(0, n) for n in shape], shape, config.seed, f"{name}/{step}", rate)
+        kept = random.mask_block([(0, n) for n in shape], shape, config.seed, f"{name}/{step}", rate)
         return y * torch.tensor(kept).reshape(*shape, *[1] * (y.ndim - len(shape))) / (1 - rate) if rate else y
 
     def both(y, name, rate):
