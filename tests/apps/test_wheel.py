@@ -21,14 +21,14 @@ CHECK = """
 import pathlib, colossal_mpi
 from colossal_mpi import linalg
 from colossal_mpi.apps import cli
+from colossal_mpi.apps import report
 from colossal_mpi.apps.config import load
-from colossal_mpi.apps.report import page
 from colossal_mpi.layers.models import GPT
 here = pathlib.Path(colossal_mpi.__file__).parent
 assert (here / "py.typed").exists()
 assert (here / "apps/report/page.html").exists()
 assert not (here / "linalg").is_symlink()
-print(here, load.load("demo").model.hidden)
+print(here, load("demo").model.hidden)
 """
 
 
@@ -96,7 +96,7 @@ def require_complete(site, tracked):
     parts = {name: name.partition("/")[0] for name in tracked}
     assert files == {prefixes[part] + name for name, part in parts.items() if part in prefixes}
     (entry_points,) = site.glob("*.dist-info/entry_points.txt")
-    assert "colossal-mpi = colossal_mpi.apps.cli.main:main" in entry_points.read_text()
+    assert "colossal-mpi = colossal_mpi.apps.cli:main" in entry_points.read_text()
     check = f"import sys; sys.path.insert(0, {str(site)!r}); sys.dont_write_bytecode = True\n{CHECK}"
     assert run(sys.executable, "-I", "-c", check, cwd=site.parent).split() == [str(site / "colossal_mpi"), "128"]
 
