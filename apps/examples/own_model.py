@@ -1,6 +1,8 @@
-"""A language model of one's own, trained on Python's documentation; no line of it says how it is parallel."""
+"""A small language model, trained on the documentation of Python; no line of it says how it is parallel."""
 
+from collections.abc import Iterator
 from pydoc_data.topics import topics
+from typing import Any
 
 import numpy as np
 
@@ -11,8 +13,8 @@ TEXT = np.frombuffer("".join(topics[name] for name in sorted(topics)).encode(), 
 BATCH, LENGTH, WIDTH = 9, 31, 40
 
 
-class Model(layers.Sequential):  # of bytes to logits of the next byte; a chain has its backward pass already
-    def __init__(self, p, **kw):
+class Model(layers.Sequential):  # from bytes to logits of the next byte; Sequential has the backward pass already
+    def __init__(self, p: layers.Parallelism, **kw: Any) -> None:
         experts = layers.MoE(WIDTH, 2 * WIDTH, 3, p, "experts", balance=0.01, **kw)
         super().__init__(
             layers.Embedding(256, WIDTH, p, "bytes", **kw),
@@ -23,7 +25,7 @@ class Model(layers.Sequential):  # of bytes to logits of the next byte; a chain 
         )
 
 
-def train(p, steps, dtype="float32"):
+def train(p: layers.Parallelism, steps: int, dtype: str = "float32") -> Iterator[float]:
     model, loss = Model(p, dtype=dtype), layers.CrossEntropy(p)
     optimizer = layers.AdamW(model.parameters(), lr=1e-2)
     for step in range(steps):

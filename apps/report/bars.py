@@ -1,4 +1,4 @@
-"""Pictures of what ranks have and move: memory, words and time of communication."""
+"""Pictures of the ranks: their memory, and the words and time of their communication."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 
 from colossal_mpi.apps import text
 from colossal_mpi.apps.report import style
-from colossal_mpi.apps.report.curves import Lacking, Picture
 from colossal_mpi.apps.report.runs import Run
+from colossal_mpi.apps.report.style import NothingRecordedError, Picture, note_of_absent
 
 _BARS = 24
-"""Bars of memory, from which on a line takes their place."""
+"""Number of bars from which on a line replaces the bars."""
 
 
 def memory(runs: Sequence[Run]) -> Picture:
-    """Draw the greatest memory of each rank."""
+    """Draw the peak memory of each rank."""
     found = [(i, run, run.gathered[-1]["memory"]) for i, run in enumerate(runs) if run.gathered]
     if not found:
-        raise Lacking("not recorded")
+        raise NothingRecordedError("not recorded")
     scale, unit = text.bytes_unit(max(max(sizes) for *_, sizes in found))
     figure, panels = style.canvas(style.NARROW)
     axes, ranks = panels[0][0], max(len(sizes) for *_, sizes in found)
@@ -40,17 +40,15 @@ def memory(runs: Sequence[Run]) -> Picture:
     style.thousands(axes.xaxis)
     if len(runs) > 1:
         style.legend(axes, axes.get_legend_handles_labels()[0])
-    lacking = [run for i, run in enumerate(runs) if i not in {i for i, *_ in found}]
-    return Picture(
-        "memory", "Memory of each rank", figure, f"Not recorded by {style.names(lacking)}." if lacking else ""
-    )
+    note = note_of_absent(runs, [(i, run) for i, run, _ in found])
+    return Picture("memory", "Memory of each rank", figure, note)
 
 
 def words(runs: Sequence[Run]) -> Picture:
-    """Draw the words of a step and the time of their communication, by the axes over which they went."""
+    """Draw the words of a step and the time of their communication, by the axes over which they moved."""
     found = [(i, run) for i, run in enumerate(runs) if run.words()]
     if not found:
-        raise Lacking("no words by axis were recorded, or none were moved")
+        raise NothingRecordedError("no words by axis were recorded, or none were moved")
     labels = list(dict.fromkeys(axis for _, run in found for axis in run.words()))
     rows = [(label, i, run) for label in labels for i, run in found if label in run.words()]
     figure, panels = style.canvas((style.WIDE[0], 1.2 + 0.3 * len(rows) + 0.1 * len(labels)), 1, 2, sharey=True)
@@ -69,15 +67,18 @@ def words(runs: Sequence[Run]) -> Picture:
         from matplotlib.patches import Patch
 
         style.legend(panels[0][0], [Patch(color=style.look(i)[0], label=run.name) for i, run in found])
-    lacking = [run for i, run in enumerate(runs) if i not in {i for i, _ in found}]
-    note = f"Not recorded by {style.names(lacking)}. " if lacking else ""
-    note += "A word is an array element. Time is a rank's own, waits for others included, not what goes on meanwhile."
+    note = note_of_absent(runs, found)
+    note += (
+        "A word is an array element. The time of a rank includes waits for other ranks, but not overlapped messages."
+    )
     return Picture("words", "Communication by axis", figure, note, True)
 
 
-def _bars(axes: Any, places: Sequence[float], lengths: Sequence[float], told: Sequence[str], colors: Any) -> None:
-    """Draw horizontal bars with their numbers."""
-    axes.bar_label(axes.barh(places, lengths, 0.85, color=colors), told, padding=3, fontsize=8)
+def _bars(
+    axes: Any, places: Sequence[float], lengths: Sequence[float], labels: Sequence[str], colors: Sequence[str]
+) -> None:
+    """Draw horizontal bars with a label each."""
+    axes.bar_label(axes.barh(places, lengths, 0.85, color=colors), labels, padding=3, fontsize=8)
     axes.margins(x=0.16)
     axes.grid(axis="x")
     axes.tick_params(axis="y", length=0)

@@ -1,55 +1,25 @@
-"""Pictures of what changes from step to step: one line for each run, all on the same axes."""
+"""Pictures of what changes from step to step, with one line for each run, all on the same axes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 from colossal_mpi.apps.report import style
 from colossal_mpi.apps.report.runs import Run, shares
+from colossal_mpi.apps.report.style import NothingRecordedError, Picture, note_of_absent, runs_with
 
 _SMOOTHED = 60
-"""Steps, from which on a line is drawn as its running median, over the faint values themselves."""
+"""Number of steps from which on a line is the running median, over the faint values themselves."""
 _DECADES = 30
-"""Ratio of greatest to least value from which on an axis is logarithmic."""
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure of a report, and what to read under it."""
-
-    name: str
-    title: str
-    figure: Any
-    note: str = ""
-    wide: bool = False
-
-
-class Lacking(Exception):  # noqa: N818  (no error: a report says what it does not show)
-    """Why a picture cannot be made of some runs."""
-
-
-def having(runs: Sequence[Run], key: str) -> list[tuple[int, Run]]:
-    """Return the runs that recorded something, with their numbers, which are those of their colours."""
-    found = [(i, run) for i, run in enumerate(runs) if run.series(key)[0]]
-    if not found:
-        raise Lacking("not recorded")
-    return found
-
-
-def without(runs: Sequence[Run], found: Sequence[tuple[int, Run]]) -> str:
-    """Return a sentence about the runs that are not in a picture."""
-    there = {i for i, _ in found}
-    lacking = [run for i, run in enumerate(runs) if i not in there]
-    return f"Not recorded by {style.names(lacking)}. " if lacking else ""
+"""Ratio of the greatest to the least value from which on an axis is logarithmic."""
 
 
 def loss(runs: Sequence[Run]) -> Picture:
-    """Draw the training losses, and those of validations as marks."""
-    figure, axes = _empty(runs, wide=True)
-    found = having(runs, "loss")
+    """Draw the training losses as lines, and the validation losses as marks."""
+    figure, axes = _axes(runs, wide=True)
+    found = runs_with(runs, "loss")
     for i, run in found:
         color, dashes = style.look(i)
         _line(axes, *run.series("loss"), color, dashes)
@@ -57,7 +27,7 @@ def loss(runs: Sequence[Run]) -> Picture:
         axes.plot(steps, values, style.MARKS[i % len(style.MARKS)], color=color, ms=5, zorder=4)
     if len(runs) == 1 and runs[0].last("val_loss") is not None:
         steps, values = runs[0].series("val_loss")
-        _say(axes, steps[-1], values[-1], f"{values[-1]:.3f}")
+        _annotate(axes, steps[-1], values[-1], f"{values[-1]:.3f}")
     units = {run.per for run in runs}
     axes.set(ylabel=f"loss (nats per {units.pop()})" if len(units) == 1 else "loss (nats)")
     _legend(axes, runs, [_mark("training", "-"), _mark("validation", "o")])
@@ -67,6 +37,7 @@ def loss(runs: Sequence[Run]) -> Picture:
 
 
 def _mark(label: str, form: str) -> Any:
+    """Return a line of a legend: dots if the form is ``o``, else a line with these dashes."""
     from matplotlib.lines import Line2D
 
     shape: dict[str, Any] = {"marker": "o", "ls": ""} if form == "o" else {"ls": form}
@@ -74,20 +45,20 @@ def _mark(label: str, form: str) -> Any:
 
 
 def measures(runs: Sequence[Run]) -> Picture:
-    """Draw the shares of the held-out samples that a validation counts."""
+    """Draw the measures of the validations that are shares of the held-out samples, such as the accuracy."""
     names = list(dict.fromkeys(name for run in runs for row in run.rows for name in shares(row)))
     if not names:
-        raise Lacking("no measure besides the loss was recorded")
+        raise NothingRecordedError("no measure besides the loss was recorded")
     figure, panels = style.canvas(style.NARROW, 1, len(names), sharey=True)
     for axes, name in zip(panels[0], names, strict=True):
         key = f"val_{name.replace(' ', '_')}"
-        for i, run in having(runs, key):
+        for i, run in runs_with(runs, key):
             steps, values = run.series(key)
             color, dashes = style.look(i)
             mark = style.MARKS[i % len(style.MARKS)]
             axes.plot(steps, [100 * value for value in values], marker=mark, ms=4, color=color, ls=dashes)
             if len(runs) == 1:
-                _say(axes, steps[-1], 100 * values[-1], f"{100 * values[-1]:.1f} %")
+                _annotate(axes, steps[-1], 100 * values[-1], f"{100 * values[-1]:.1f} %")
         _steps(axes)
         axes.set_title(name, loc="right")
     panels[0][0].set(ylabel="of the held-out (%)")
@@ -96,25 +67,25 @@ def measures(runs: Sequence[Run]) -> Picture:
 
 
 def speed(runs: Sequence[Run]) -> Picture:
-    """Draw how much is done in a second."""
+    """Draw the tokens or samples per second."""
     units = list(dict.fromkeys(run.unit for run in runs))
     if len(units) > 1:
-        raise Lacking(f"the runs count different things, {', '.join(units)}")
+        raise NothingRecordedError(f"the runs count different things, {', '.join(units)}")
     key = f"{units[0]}_per_second"
-    figure, axes = _empty(runs)
-    found = having(runs, key)
+    figure, axes = _axes(runs)
+    found = runs_with(runs, key)
     for i, run in found:
         _line(axes, *run.series(key), *style.look(i))
     axes.set(ylabel=f"{units[0]} / s")
     axes.set_ylim(bottom=0)
     style.thousands(axes.yaxis)
-    return Picture("speed", "Speed", figure, without(runs, found))
+    return Picture("speed", "Speed", figure, note_of_absent(runs, found))
 
 
 def utilisation(runs: Sequence[Run]) -> Picture:
-    """Draw both utilisations: those of model and hardware flop."""
-    figure, axes = _empty(runs)
-    found = having(runs, "mfu")
+    """Draw the utilisation of the peak by model flop (MFU) and by hardware flop (HFU)."""
+    figure, axes = _axes(runs)
+    found = runs_with(runs, "mfu")
     for i, run in found:
         color = style.look(i)[0]
         for key, dashes in (("mfu", "-"), ("hfu", (0, (2, 1.5)))):
@@ -125,29 +96,29 @@ def utilisation(runs: Sequence[Run]) -> Picture:
     marks = [_mark("MFU", "-"), _mark("HFU", ":")]
     _legend(axes, [run for _, run in found] if len(runs) > 1 else runs, marks)
     note = (
-        "MFU: the flop of the mathematics (PaLM's 6 N + 12 L s a d of a token). HFU, dotted: those that are done, "
-        "without tiles of scores that are masked, with what is done again in the backward pass. "
+        "MFU counts the flop of the model by its formula (PaLM: 6 N + 12 L s a d for a token). HFU, dotted, counts the "
+        "flop that are computed: without masked tiles of scores, with what the backward pass recomputes. "
     )
-    return Picture("utilisation", "Utilisation", figure, without(runs, found) + note)
+    return Picture("utilisation", "Utilisation", figure, note_of_absent(runs, found) + note)
 
 
 def rate(runs: Sequence[Run]) -> Picture:
     """Draw the learning rates."""
-    figure, axes = _empty(runs)
-    found = having(runs, "learning_rate")
+    figure, axes = _axes(runs)
+    found = runs_with(runs, "learning_rate")
     for i, run in found:
         color, dashes = style.look(i)
         axes.plot(*run.series("learning_rate"), color=color, ls=dashes, lw=1.6)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set(ylabel="learning rate")
     axes.set_ylim(bottom=0)
-    return Picture("rate", "Learning rate", figure, without(runs, found))
+    return Picture("rate", "Learning rate", figure, note_of_absent(runs, found))
 
 
 def gradient(runs: Sequence[Run]) -> Picture:
-    """Draw the norms of the gradients before they are clipped, and where they are."""
-    figure, axes = _empty(runs)
-    found = having(runs, "gradient_norm")
+    """Draw the norms of the gradients before clipping, and the norms from which on they are clipped."""
+    figure, axes = _axes(runs)
+    found = runs_with(runs, "gradient_norm")
     values = [value for _, run in found for value in run.series("gradient_norm")[1]]
     for i, run in found:
         _line(axes, *run.series("gradient_norm"), *style.look(i))
@@ -161,23 +132,23 @@ def gradient(runs: Sequence[Run]) -> Picture:
         axes.set_ylim(bottom=0)
     axes.set(ylabel="norm of the gradient")
     note = f"Dashed: clipped from {', '.join(f'{clip:g}' for clip in shown)} on. " if shown else ""
-    return Picture("gradient", "Gradient norm", figure, without(runs, found) + note)
+    return Picture("gradient", "Gradient norm", figure, note_of_absent(runs, found) + note)
 
 
 def scale(runs: Sequence[Run]) -> Picture:
-    """Draw the loss scales of 16-bit floats."""
-    figure, axes = _empty(runs)
-    found = having(runs, "loss_scale")
+    """Draw the loss scales of training in 16-bit floats."""
+    figure, axes = _axes(runs)
+    found = runs_with(runs, "loss_scale")
     for i, run in found:
         color, dashes = style.look(i)
         axes.plot(*run.series("loss_scale"), color=color, ls=dashes, lw=1.6, drawstyle="steps-post")
     axes.set_yscale("log", base=2)
     axes.set(ylabel="loss scale")
-    return Picture("scale", "Loss scale", figure, without(runs, found))
+    return Picture("scale", "Loss scale", figure, note_of_absent(runs, found))
 
 
-def _empty(runs: Sequence[Run], wide: bool = False) -> tuple[Any, Any]:
-    """Return a figure with axes over the steps, and the names of several runs above it."""
+def _axes(runs: Sequence[Run], wide: bool = False) -> tuple[Any, Any]:
+    """Return a figure and its axes over the steps, with the names of several runs above it."""
     figure, panels = style.canvas(style.WIDE if wide else style.NARROW)
     axes = panels[0][0]
     _steps(axes)
@@ -192,7 +163,7 @@ def _steps(axes: Any) -> None:
 
 
 def _legend(axes: Any, runs: Sequence[Run], others: Sequence[Any] = ()) -> None:
-    """Name the lines: the runs if there are several, what a run's lines are if there is one."""
+    """Name the lines: the runs if there are several, else the lines of the one run."""
     from matplotlib.lines import Line2D
 
     if len(runs) == 1:
@@ -214,10 +185,11 @@ def _line(axes: Any, steps: Sequence[int], values: Sequence[float], color: str, 
 
 
 def running_median(values: Sequence[float], width: int) -> list[float]:
-    """Return the medians of `width` values around each, of fewer at the ends."""
+    """Return the median of `width` values around each value, of fewer values at the ends."""
     half = width // 2
     return [median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
 
 
-def _say(axes: Any, x: float, y: float, text: str) -> None:
+def _annotate(axes: Any, x: float, y: float, text: str) -> None:
+    """Write a text above a point."""
     axes.annotate(text, (x, y), (0, 8), textcoords="offset points", ha="right", color=style.INK, weight="bold")

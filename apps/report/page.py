@@ -1,4 +1,4 @@
-"""The page of a report: one file, with pictures inside, without scripts and without a network."""
+"""The HTML page of a report: one file that contains its pictures and needs neither scripts nor a network."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from string import Template
 
 from colossal_mpi.apps.report import style, tables
-from colossal_mpi.apps.report.curves import Picture
 from colossal_mpi.apps.report.runs import Run
+from colossal_mpi.apps.report.style import Picture
 from colossal_mpi.apps.report.tables import Table
 
 _TEMPLATE = Path(__file__).with_name("page.html")
@@ -22,9 +22,11 @@ def page(runs: Sequence[Run], pictures: Sequence[Picture], lacking: Sequence[tup
     Parameters
     ----------
     runs : sequence of Run
+        The runs.
     pictures : sequence of Picture
+        The pictures, in order.
     lacking : sequence of (str, str)
-        Pictures that are not there, and why.
+        The titles of the pictures that could not be made, each with the reason.
     """
     config = tables.configuration(runs)
     differing = tables.differences(config) if len(runs) > 1 else []
@@ -44,8 +46,8 @@ def page(runs: Sequence[Run], pictures: Sequence[Picture], lacking: Sequence[tup
 
 
 def _about(runs: Sequence[Run]) -> str:
-    told = list(dict.fromkeys(str(run.facts["about"]) for run in runs if run.facts.get("about")))
-    return f"Data: {'; '.join(told)}. " if told else ""
+    about = list(dict.fromkeys(str(run.facts["about"]) for run in runs if run.facts.get("about")))
+    return f"Data: {'; '.join(about)}. " if about else ""
 
 
 def _section(title: str, inside: str) -> str:

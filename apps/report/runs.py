@@ -1,4 +1,4 @@
-"""What a report knows of a run: the files of its directory, whatever version wrote them."""
+"""The recorded runs that a report shows, read from their directories, whatever version wrote them."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ Row = dict[str, Any]
 
 
 def shares(row: Row) -> dict[str, float]:
-    """Return the measures of a validation that are shares of the samples, by name."""
+    """Return the measures of a validation that are shares of the samples, by name: ``accuracy`` of ``val_accuracy``."""
     names = [name for name in row if name.startswith("val_") and name != "val_loss"]
     return {name.removeprefix("val_").replace("_", " "): row[name] for name in names}
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run as it was recorded; what its version did not record is empty."""
+    """A recorded run; what its version did not record is empty."""
 
     name: str
     rows: list[Row]
     config: dict[str, Any]
-    """By ``section.key``."""
+    """The configuration, by ``section.key``."""
     facts: dict[str, Any]
-    """See `apps.meter.Meter`."""
+    """What `colossal_mpi.apps.training.meter.Meter` says about the run."""
     trace: list[dict[str, Any]]
-    """Events of ``trace.json``."""
+    """The events of ``trace.json``."""
 
     @cached_property
     def unit(self) -> str:
-        """What the speed counts, in the plural."""
+        """The unit of the speed, in the plural: ``tokens``."""
         names = [name for name in self.rows[-1] if name.endswith("_per_second")]
         return names[0].removesuffix("_per_second") if names else str(self.facts.get("unit", "samples"))
 
     @property
     def per(self) -> str:
-        """What the loss is a mean over."""
+        """The unit that the loss is a mean over: ``token``."""
         return str(self.facts.get("per") or self.unit.removesuffix("s"))
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
@@ -58,46 +58,46 @@ class Run:
         return next((row[key] for row in reversed(self.rows) if row.get(key) is not None), None)
 
     def median(self, key: str) -> float | None:
-        """Return the median over the steps; the first, in which plans are made, does not count among several."""
+        """Return the median over the steps, without the first of several steps, which is slow."""
         values = self.series(key)[1]
         return median(values[1:] or values) if values else None
 
     @cached_property
     def gathered(self) -> list[dict[str, list[Any]]]:
-        """What all ranks told, each time that they did."""
+        """The figures of all ranks, each time that they were gathered."""
         return [row["ranks"] for row in self.rows if "ranks" in row]
 
     def words(self) -> dict[str, int]:
-        """Return the array elements that all ranks received in the last step that they told of, by axes."""
+        """Return the array elements that all ranks received in the last gathered step, by axes."""
         return {} if not self.gathered else _sums(self.gathered[-1]["words"])
 
     def seconds(self) -> dict[str, float]:
-        """Return the seconds that a rank spent on communication in a step, by axes: a mean over ranks and steps."""
-        sums = [_sums(told["seconds"]) for told in self.gathered]
-        ranks = len(self.gathered[-1]["seconds"]) if sums else 1
-        return {axis: fmean(one.get(axis, 0.0) for one in sums) / ranks for axis in (sums[-1] if sums else {})}
+        """Return the seconds that a rank spent in communication in a step, by axes, as a mean over ranks and steps."""
+        sums = [_sums(ranks["seconds"]) for ranks in self.gathered]
+        size = len(self.gathered[-1]["seconds"]) if sums else 1
+        return {axis: fmean(one.get(axis, 0.0) for one in sums) / size for axis in (sums[-1] if sums else {})}
 
 
 def _sums(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the sums over ranks of numbers by axes; what was done over no axis moved nothing."""
+    """Return the sums over ranks of numbers by axes, without the empty name, over which nothing moves."""
     axes = dict.fromkeys(axis for one in ranks for axis in one if axis)
     return {axis: sum(one.get(axis, 0) for one in ranks) for axis in axes}
 
 
 def read(paths: Sequence[Path]) -> list[Run]:
-    """Return the runs in some directories.
+    """Return the runs in these directories.
 
     Raises
     ------
     ConfigError
-        If one is not the directory of a run, or its run has not done a step, or a file cannot be read.
+        If one is not the directory of a run, its run has not done a step, or a file cannot be read.
     """
     names = list(_names([Path(os.path.abspath(path)) for path in paths]))
     return [_read(path, name) for path, name in zip(paths, names, strict=True)]
 
 
 def _names(paths: Sequence[Path]) -> Iterator[str]:
-    """Yield what tells the runs apart: the ends of their paths, as short as they may be."""
+    """Yield a name for each run: the shortest end of its path that no other path has."""
     for path in paths:
         ends = (str(Path(*path.parts[-n:])) for n in range(1, len(path.parts) + 1))
         yield next((end for end in ends if sum(str(other).endswith(f"/{end}") for other in paths) == 1), str(path))

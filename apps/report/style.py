@@ -1,4 +1,8 @@
-"""How pictures look: colours that the colour-blind tell apart, lines that ink and paper of any page suit."""
+"""The look of all pictures, and what a picture is.
+
+Colour-blind readers can tell the colours apart, and text and lines take the colour of the page's text. `curves`, `bars`
+and `timeline` draw with these functions; matplotlib is loaded when the first picture is drawn.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,20 @@ import html
 import io
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
+from colossal_mpi.apps.report.runs import Run
+
 INK = "#1b1f24"
-"""Of text and axes; a page puts its own colour of text in its place."""
+"""Colour of text and axes; a page replaces it with its own colour of text."""
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#b5659a", "#4a90c8", "#a07700")
-"""Of runs. Okabe and Ito, Color universal design, 2008; the lighter ones darkened, to be seen on white and on black."""
+"""Colours of runs: Okabe and Ito, Color universal design, 2008, the lighter ones darkened for white and for black."""
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
+"""Dashes of runs."""
 MARKS = ("o", "s", "^", "D", "v", "P")
+"""Marks of runs."""
 KIND_COLORS = {
     "forward": "#0072b2",
     "backward": "#d55e00",
@@ -22,8 +32,9 @@ KIND_COLORS = {
     "comm": "#009e73",
     "idle": "#9aa3ad",
 }
+"""Colours of the kinds of events in a trace."""
 WIDE, NARROW = (11.2, 4.0), (5.4, 3.1)
-"""Inches: a picture across the page, and one of two side by side."""
+"""Width and height in inches: a picture across the page, and one of two side by side."""
 
 _SETTINGS: Any = {
     "font.size": 9,
@@ -48,20 +59,57 @@ _SETTINGS: Any = {
 }
 
 
+@dataclass(frozen=True)
+class Picture:
+    """A figure of a report, with what to read above and below it."""
+
+    name: str
+    title: str
+    figure: Any
+    note: str = ""
+    wide: bool = False
+
+
+class NothingRecordedError(Exception):
+    """Why a picture cannot be made of these runs; the report says so instead."""
+
+
+def runs_with(runs: Sequence[Run], key: str) -> list[tuple[int, Run]]:
+    """Return the runs that recorded a number, with their indices, which choose their colours.
+
+    Raises
+    ------
+    NothingRecordedError
+        If no run recorded it.
+    """
+    found = [(i, run) for i, run in enumerate(runs) if run.series(key)[0]]
+    if not found:
+        raise NothingRecordedError("not recorded")
+    return found
+
+
+def note_of_absent(runs: Sequence[Run], found: Sequence[tuple[int, Run]], what: str = "Not recorded by") -> str:
+    """Return a sentence about the runs that are not in a picture."""
+    indices = {i for i, _ in found}
+    absent = [run.name for i, run in enumerate(runs) if i not in indices]
+    return f"{what} {', '.join(absent)}. " if absent else ""
+
+
 def look(i: int) -> tuple[str, Any]:
-    """Return the colour and the dashes of the i-th run: no two of the first 24 have both in common."""
+    """Return the colour and the dashes of the i-th run: no two of the first 24 runs have both in common."""
     return COLORS[i % len(COLORS)], DASHES[(i // len(COLORS) + i) % len(DASHES)]
 
 
-def styled() -> Any:
-    """Return the context in which pictures are drawn and written."""
+def styled() -> AbstractContextManager[None]:
+    """Return the context in which to draw and write pictures."""
     import matplotlib
 
-    return matplotlib.rc_context(_SETTINGS)
+    context: AbstractContextManager[None] = matplotlib.rc_context(_SETTINGS)
+    return context
 
 
 def canvas(size: tuple[float, float], rows: int = 1, columns: int = 1, **options: Any) -> tuple[Any, Any]:
-    """Return a figure and its axes ``[rows, columns]``, without a window or a global state."""
+    """Return a figure and its axes ``[rows, columns]``, without a window and without global state."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
@@ -69,7 +117,7 @@ def canvas(size: tuple[float, float], rows: int = 1, columns: int = 1, **options
 
 
 def thousands(axis: Any, ticks: int = 6) -> None:
-    """Write the numbers of an axis in full, thousands separated; `ticks` of them at most."""
+    """Write the numbers of an axis in full, with thousands separated, at most `ticks` of them."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axis.set_major_locator(MaxNLocator(nbins=ticks, integer=True, steps=[1, 2, 2.5, 5, 10]))
@@ -77,30 +125,31 @@ def thousands(axis: Any, ticks: int = 6) -> None:
 
 
 def legend(axes: Any, handles: Sequence[Any]) -> None:
-    """Put a legend over the picture, where it hides nothing."""
+    """Put a legend above the picture, where it hides nothing."""
     if handles:
         place = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "borderaxespad": 0.2}
         axes.legend(handles=handles, ncols=min(len(handles), 4), **place)
 
 
 def png(figure: Any) -> bytes:
-    """Return a figure as a PNG, on white."""
+    """Return a figure as a PNG on white."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=130, facecolor="white")
-    figure.set_layout_engine("none")  # places stay as they were found, for the next time that it is drawn
+    figure.set_layout_engine("none")  # keep the layout for the next time that it is drawn
     return file.getvalue()
 
 
 def svg(figure: Any, name: str, about: str) -> str:
-    """Return a figure as an SVG element without a background, its text and axes in the colour of the page's text.
+    """Return a figure as an SVG element without a background, with text and axes in the colour of the page's text.
 
     Parameters
     ----------
     figure : Figure
+        The figure of matplotlib.
     name : str
-        Put before all its ids, which are those of one page.
+        Prefix of all its ids, so that they are unique on a page.
     about : str
-        What a reader who cannot see it is told.
+        The text for a reader who cannot see it.
     """
     import matplotlib
 
@@ -111,10 +160,5 @@ def svg(figure: Any, name: str, about: str) -> str:
     text = text[text.index("<svg ") :].replace(INK, "currentColor")
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
-    text = re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2)  # the page has it as wide as its column
+    text = re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2)  # on the page it is as wide as its column
     return text.replace("<svg ", f'<svg role="img" aria-label="{html.escape(about)}" ', 1)
-
-
-def names(runs: Sequence[Any]) -> str:
-    """Return the names of runs."""
-    return ", ".join(run.name for run in runs)

@@ -1,4 +1,4 @@
-"""Tables of a report: what came out, where it ran, how it was configured, and in what runs differ."""
+"""The tables of a report: results, configurations and their differences, machines and versions."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from colossal_mpi.apps import text
 from colossal_mpi.apps.report.runs import Run, shares
 
 Table = list[tuple[str, list[str]]]
-"""Rows: what it is, and its value in each run, empty where it was not recorded."""
+"""Rows with a name and the value of each run; the value is empty where it was not recorded."""
 
 
 def results(runs: Sequence[Run]) -> Table:
-    """Return what came out of each run."""
+    """Return the results of each run."""
     rows: dict[str, Callable[[Run], str]] = {
         "Model": _model,
         "Grid": lambda run: text.plain(run.facts.get("grid") or run.config.get("parallel.grid", {})),
@@ -82,18 +82,20 @@ def _most(run: Run, key: str) -> str:
 
 
 def _communication(run: Run) -> str:
-    """Return the time of a step that a rank spends on communication, and its share."""
+    """Return the time that a rank spends in communication, and the time of a step."""
     step = run.median("seconds")
     spent = sum(run.seconds().values())
     return f"{text.duration(spent)} of {text.duration(step)} a step" if run.gathered and step else ""
 
 
 def _predicted(run: Run) -> str:
-    """Return what a dry run said of a step."""
-    told = run.facts.get("predicted")
-    if not told:
+    """Return the cost of a step on rank 0 that a dry run predicted."""
+    found = run.facts.get("predicted")
+    if not found:
         return ""
-    return f"{told['words']:,} words, {text.binary(told['memory'])} of arrays, {text.duration(told['seconds'])} a step"
+    return (
+        f"{found['words']:,} words, {text.binary(found['memory'])} of arrays, {text.duration(found['seconds'])} a step"
+    )
 
 
 def configuration(runs: Sequence[Run]) -> Table:
@@ -109,12 +111,12 @@ def _written(config: dict[str, Any], key: str) -> str:
 
 
 def differences(table: Table) -> Table:
-    """Return the rows of a table of configurations in which runs differ, but for where they are."""
+    """Return the rows of the configurations in which runs differ, except for the run directory."""
     return [(key, values) for key, values in table if len(set(values)) > 1 and key != "run.directory"]
 
 
 def machines(runs: Sequence[Run]) -> Table:
-    """Return where each run ran, and the versions that it ran with."""
+    """Return the machine of each run, and the versions that it ran with."""
     facts = [run.facts.get("machine", {}) for run in runs]
     rows: dict[str, Callable[[dict[str, Any]], str]] = {
         "Ranks": lambda m: f"{m['ranks']:,}" if "ranks" in m else "",
@@ -134,10 +136,10 @@ def machines(runs: Sequence[Run]) -> Table:
 
 def _nodes(machine: dict[str, Any]) -> str:
     nodes, most = machine.get("nodes", []), 4
-    told = [f"{node['host']} ({node['ranks']} rank{'s' * (node['ranks'] > 1)})" for node in nodes[:most]]
-    return ", ".join([*told, *([f"{len(nodes) - most:,} more"] if len(nodes) > most else [])])
+    hosts = [f"{node['host']} ({node['ranks']} rank{'s' * (node['ranks'] > 1)})" for node in nodes[:most]]
+    return ", ".join([*hosts, *([f"{len(nodes) - most:,} more"] if len(nodes) > most else [])])
 
 
 def _filled(rows: dict[str, list[str]]) -> Table:
-    """Return the rows that some run has something in."""
+    """Return the rows in which at least one run has a value."""
     return [(name, values) for name, values in rows.items() if any(values)]

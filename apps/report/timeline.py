@@ -1,4 +1,4 @@
-"""The picture of a traced step: what each rank does when."""
+"""The picture of a traced step: when each rank computes, communicates and waits."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from colossal_mpi.apps.report import style
-from colossal_mpi.apps.report.curves import Lacking, Picture
 from colossal_mpi.apps.report.runs import Run
+from colossal_mpi.apps.report.style import NothingRecordedError, Picture, note_of_absent
 
 _RANKS = 32
-"""Most that are drawn."""
+"""Greatest number of ranks that are drawn."""
 _LABELLED = 0.02
-"""Share of the picture's width that a pass must have for the number of its microbatch to fit in."""
+"""Share of the width of the picture from which on the number of a microbatch fits into its bar."""
 _LOWER, _FAINT = ("comm", "idle"), {"idle": 0.45}
 _NUMBER: Any = {"ha": "center", "va": "center", "color": "white", "fontsize": 7.5, "zorder": 5}
 
@@ -23,7 +23,7 @@ def timeline(runs: Sequence[Run]) -> Picture:
     """Draw the last traced step of each run, on one scale of time."""
     found = [(run, step_of(run.trace)) for run in runs if any(event.get("cat") == "step" for event in run.trace)]
     if not found:
-        raise Lacking("no step was traced: run.trace_steps or --trace")
+        raise NothingRecordedError("no step was traced: run.trace_steps or --trace")
     lanes = [min(_RANKS, 1 + max(event["pid"] for event in events)) for _, (_, events) in found]
     height = sum(0.75 + 0.34 * count for count in lanes) + 0.5
     figure, panels = style.canvas(
@@ -40,8 +40,8 @@ def timeline(runs: Sequence[Run]) -> Picture:
     note = (
         "Upper half: what a rank computes, with the number of the microbatch. Lower half: communication it waits for. "
     )
-    lacking = [run for run in runs if run not in [one for one, _ in found]]
-    note += f"No step traced of {style.names(lacking)}. " if lacking else ""
+    traced = [run for run, _ in found]
+    note += note_of_absent(runs, [(i, run) for i, run in enumerate(runs) if run in traced], "No traced step of")
     return Picture("timeline", "Timeline", figure, note + "trace.json has all of it, for ui.perfetto.dev.", True)
 
 
@@ -66,7 +66,7 @@ def _within(event: dict[str, Any], span: dict[str, Any]) -> bool:
 
 
 def _span(events: Events) -> tuple[float, float]:
-    """Return begin and end of a step on all ranks, in microseconds."""
+    """Return the begin and the end of a step over all ranks, in microseconds."""
     steps = [event for event in events if event["cat"] == "step"]
     return min(event["ts"] for event in steps), max(event["ts"] + event["dur"] for event in steps)
 

@@ -1,4 +1,7 @@
-"""Write a report: every picture as a PNG, and the page."""
+"""Writing of a report: every picture as a PNG file, and the page.
+
+`write` is what the package exports; the pictures are those of `curves`, `bars` and `timeline`.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from colossal_mpi.apps.report import bars, curves, style, timeline
-from colossal_mpi.apps.report.curves import Lacking, Picture
 from colossal_mpi.apps.report.page import page
 from colossal_mpi.apps.report.runs import Run, read
+from colossal_mpi.apps.report.style import NothingRecordedError, Picture
 from colossal_mpi.apps.run_directory import PLOTS, RunDirectory
 from colossal_mpi.errors import ConfigError
 
@@ -28,27 +31,31 @@ assert tuple(PICTURES) == PLOTS
 
 
 def write(paths: Sequence[Path], output: Path | None = None) -> tuple[Path, list[tuple[str, str]]]:
-    """Write the report of a run, or of several on the same axes.
+    """Write the report of a run, or of several runs on the same axes.
 
     Parameters
     ----------
     paths : sequence of Path
-        Directories of runs.
+        The directories of the runs.
     output : Path, optional
-        The directory to write to; ``report`` in that of the run by default, ``report/comparison`` in that of the first
-        of several.
+        The directory to write to. By default ``report`` in the directory of the run; for several runs
+        ``report/comparison`` in the directory of the first one.
 
     Returns
     -------
-    Path
-        The page.
-    list of (str, str)
-        The pictures that could not be made, and why.
+    page : Path
+        The HTML page.
+    lacking : list of (str, str)
+        The titles of the pictures that could not be made, each with the reason.
 
     Raises
     ------
     ConfigError
-        If a run cannot be read or the report not be written.
+        If a run cannot be read or the report cannot be written.
+
+    Examples
+    --------
+    >>> page, lacking = write([Path("runs/demo"), Path("runs/other")], Path("comparison"))
     """
     runs = read(paths)
     with style.styled():
@@ -71,6 +78,6 @@ def _draw(runs: Sequence[Run]) -> tuple[list[Picture], list[tuple[str, str]]]:
     for title, draw in PICTURES.values():
         try:
             pictures.append(draw(runs))
-        except Lacking as problem:
+        except NothingRecordedError as problem:
             lacking.append((title, str(problem)))
     return pictures, lacking
