@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 
 from colossal_mpi import DistArray, Grid, Layout, LayoutError, ShapeError, comm, from_global, full, ledger, zeros
+from colossal_mpi.layout import index_of
+from colossal_mpi.redistribution import gather
 from tests.cases import block_of, host, integers, layouts, refusal, represents, some, spread
 
 SQUARE, LINE, SLIM = {"row": 2, "col": 2}, {"col": 3}, {"row": 1, "col": 3}
@@ -191,6 +193,40 @@ def test_gather_sends_words_to_the_root_alone(grid):
             array.gather(0)
         held = array.local.size if array.layout.owner(grid.axes, grid.coords) else 0
         assert moved.words == (35 - held if grid.rank == 0 else 0), layout
+
+
+@on_grids
+def test_pieces_of_bounded_size_tile_the_array_on_the_root(grid, monkeypatch):
+    monkeypatch.setattr(gather, "PIECE", 8)
+    whole, root = integers(SHAPE), grid.size - 1
+    for layout in cut(grid, partial=False):
+        array, pieces = from_global(whole, grid, layout), []
+        with ledger.record() as moved:
+            failure = array.gather_pieces(lambda box, values, put=pieces: put.append((box, values)), root)
+        assert failure is None
+        assert all(event.words <= 8 for event in moved.events), layout
+        assert all(np.array_equal(values, whole[index_of(box)]) for box, values in pieces), layout
+        assert sum(values.size for _, values in pieces) == whole.size * (grid.rank == root)
+
+
+@on_grids
+def test_a_root_that_fails_to_take_a_piece_goes_on_receiving(grid, monkeypatch):
+    monkeypatch.setattr(gather, "PIECE", 8)
+    array, calls = from_global(integers(SHAPE), grid, Layout("row", "col")), []
+
+    def put(box, values):
+        calls.append(box)
+        raise OSError("no space left")
+
+    failure = array.gather_pieces(put)
+    assert str(failure) == ("no space left" if grid.rank == 0 else "None")
+    assert len(calls) == (grid.rank == 0)
+
+
+@on_grids
+def test_pieces_of_partial_sums_are_refused(grid):
+    array = full(SHAPE, 1, grid, Layout(None, None, partial="col"))
+    assert refusal(lambda: array.gather_pieces(print), grid)[0] is LayoutError
 
 
 @on_grids
