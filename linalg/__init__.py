@@ -1,13 +1,13 @@
-"""Dense linear algebra on distributed arrays: numpy.linalg for arrays that live on many ranks."""
+"""Dense linear algebra on distributed arrays: what numpy.linalg is for one process, for arrays on many ranks.
+
+User programs call it, ``A @ B`` calls `matmul`, and the layers call `contract` and its subscripts. It calls
+`DistArray`, the collectives of ``comm`` and ``redistribution``, and nothing above itself.
+"""
 
 from colossal_mpi.checkpoint.hdf5 import load, save
 from colossal_mpi.distarray import register_matmul
-from colossal_mpi.linalg.contraction.contract import contract
-from colossal_mpi.linalg.contraction.subscripts import adjoints
-from colossal_mpi.linalg.factor.lstsq import lstsq
-from colossal_mpi.linalg.factor.polar import newton_schulz
-from colossal_mpi.linalg.factor.qr import QR, qr
-from colossal_mpi.linalg.factor.syrk import gram, herk, syrk
+from colossal_mpi.linalg.contraction import adjoints, contract
+from colossal_mpi.linalg.factor import QR, gram, herk, lstsq, newton_schulz, qr, syrk
 from colossal_mpi.linalg.matmul import ALGORITHMS, matmul, preset
 from colossal_mpi.linalg.model import best_grid, explain, lower_bound, memory_bound, options, price
 from colossal_mpi.linalg.norms import diagonal, dot, matvec, norm, trace, transpose, tril, triu

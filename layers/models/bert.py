@@ -186,15 +186,6 @@ class Bert(Sequential):
     def __init__(self, config: BertConfig, parallelism: Parallelism) -> None:
         self.config, c, hidden = config, config, config.hidden
         initial: dict[str, Any] = {"std": c.std, "seed": c.seed, "dtype": c.dtype}
-        options: dict[str, Any] = {
-            "order": "post",
-            "attention": {"causal": False},
-            "eps": c.eps,
-            "activation": c.activation,
-            "dropout": c.dropout,
-            "out_std": c.std,
-            **initial,
-        }
         inner = 4 * hidden if c.inner is None else c.inner
         tokens = Embedding(c.vocabulary, hidden, parallelism, "tokens", **initial)
         predictions = _prediction_head(c, parallelism, tokens, initial)
@@ -204,7 +195,23 @@ class Bert(Sequential):
             PositionEmbedding(c.positions, hidden, parallelism, "positions", **initial),
             LayerNorm(hidden, parallelism, "norm", eps=c.eps, dtype=c.dtype),
             Dropout(c.dropout, "dropout", c.seed or 0),
-            *[TransformerBlock(hidden, c.heads, inner, parallelism, f"blocks.{i}", **options) for i in range(c.layers)],
+            *[
+                TransformerBlock(
+                    hidden,
+                    c.heads,
+                    inner,
+                    parallelism,
+                    f"blocks.{i}",
+                    order="post",
+                    attention={"causal": False},
+                    eps=c.eps,
+                    activation=c.activation,
+                    dropout=c.dropout,
+                    out_std=c.std,
+                    **initial,
+                )
+                for i in range(c.layers)
+            ],
             FanOut(predictions, _next_sentence_head(c, parallelism, initial)) if c.next_sentence else predictions,
         )
 
@@ -212,12 +219,12 @@ class Bert(Sequential):
 def _prediction_head(c: BertConfig, p: Parallelism, tokens: Embedding, initial: dict[str, Any]) -> Layer:
     """Return the head for masked tokens: x[b, s, h] to logits[b, s, v]."""
     sizes = {"h": c.hidden, "f": c.hidden, "v": c.vocabulary}
-    words: dict[str, Any] = {"name": "predictions", "weight": tokens.table} if c.tied else {"name": "decoder"}
+    name, table = ("predictions", tokens.table) if c.tied else ("decoder", None)
     return Sequential(
         Linear("bsf,fh->bsh", sizes, "f", p, "predictions.dense", **initial),
         ACTIVATIONS[c.activation](),
         LayerNorm(c.hidden, p, "predictions.norm", eps=c.eps, dtype=c.dtype),
-        Linear("bsh,vh->bsv", sizes, "v", p, **words, **initial),
+        Linear("bsh,vh->bsv", sizes, "v", p, name, weight=table, **initial),
     )
 
 

@@ -161,21 +161,28 @@ class GPT(Sequential):
         self.config, c, hidden = config, config, config.hidden
         initial: dict[str, Any] = {"std": c.std, "seed": c.seed, "dtype": c.dtype}
         tokens = Embedding(c.vocabulary, hidden, parallelism, "tokens", **initial)
-        options: dict[str, Any] = {
-            "eps": c.eps,
-            "activation": c.activation,
-            "dropout": c.dropout,
-            "out_std": c.std / math.sqrt(2 * c.layers),
-            "experts": expert_options(c.experts, c.experts_per_token, c.expert_balance, c.expert_z_loss),
-            **initial,
-        }
         inner = 4 * hidden if c.inner is None else c.inner
         sizes, shared = {"v": c.vocabulary, "h": hidden}, tokens.table if c.tied else None
         super().__init__(
             tokens,
             PositionEmbedding(c.positions, hidden, parallelism, "positions", **initial),
             Dropout(c.dropout, "dropout", c.seed or 0),
-            *[TransformerBlock(hidden, c.heads, inner, parallelism, f"blocks.{i}", **options) for i in range(c.layers)],
+            *[
+                TransformerBlock(
+                    hidden,
+                    c.heads,
+                    inner,
+                    parallelism,
+                    f"blocks.{i}",
+                    eps=c.eps,
+                    activation=c.activation,
+                    dropout=c.dropout,
+                    out_std=c.std / math.sqrt(2 * c.layers),
+                    experts=expert_options(c.experts, c.experts_per_token, c.expert_balance, c.expert_z_loss),
+                    **initial,
+                )
+                for i in range(c.layers)
+            ],
             LayerNorm(hidden, parallelism, "norm", eps=c.eps, dtype=c.dtype),
             Head("bsh,vh->bsv", sizes, "v", parallelism, "head", bias=False, weight=shared, **initial),
         )

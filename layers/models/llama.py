@@ -229,21 +229,25 @@ class Llama(Sequential):
         initial: dict[str, Any] = {"std": c.std, "seed": c.seed, "dtype": c.dtype}
         tokens = Embedding(c.vocabulary, c.hidden, parallelism, "tokens", **initial)
         rotary = Rotary(c.theta, c.scaling)
-        options: dict[str, Any] = {
-            "norm": "rms",
-            "eps": c.eps,
-            "activation": c.activation,
-            "bias": c.mlp_bias,
-            "attention": {"groups": c.groups, "width": c.width, "rotary": rotary, "bias": c.bias},
-            "out_std": c.std,
-            "experts": expert_options(c.experts, c.experts_per_token, c.expert_balance, c.expert_z_loss),
-            **initial,
-        }
         sizes, shared = {"v": c.vocabulary, "h": c.hidden}, tokens.table if c.tied else None
         super().__init__(
             tokens,
             *[
-                TransformerBlock(c.hidden, c.heads, c.inner, parallelism, f"blocks.{i}", **options)
+                TransformerBlock(
+                    c.hidden,
+                    c.heads,
+                    c.inner,
+                    parallelism,
+                    f"blocks.{i}",
+                    norm="rms",
+                    eps=c.eps,
+                    activation=c.activation,
+                    bias=c.mlp_bias,
+                    attention={"groups": c.groups, "width": c.width, "rotary": rotary, "bias": c.bias},
+                    out_std=c.std,
+                    experts=expert_options(c.experts, c.experts_per_token, c.expert_balance, c.expert_z_loss),
+                    **initial,
+                )
                 for i in range(c.layers)
             ],
             RMSNorm(c.hidden, parallelism, "norm", eps=c.eps, dtype=c.dtype),

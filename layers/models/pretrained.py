@@ -14,6 +14,7 @@ import numpy as np
 
 from colossal_mpi import comm
 from colossal_mpi.errors import CheckpointError, ConfigError, OptionError
+from colossal_mpi.layers.containers import Sequential
 from colossal_mpi.layers.layer import Layer
 from colossal_mpi.layers.models.huggingface.architecture import Architecture, BoxPair, WeightMap
 from colossal_mpi.layers.models.huggingface.directory import DTYPES, Reader, Tensors, Writer
@@ -27,7 +28,7 @@ MOST = 5 * 10**9
 """Bytes of weights in one file: the limit that transformers had for years."""
 
 
-def from_pretrained(directory: str | Path, parallelism: Parallelism, dtype: str | None = None) -> Any:
+def from_pretrained(directory: str | Path, parallelism: Parallelism, dtype: str | None = None) -> Sequential:
     """Return the model that a Hugging Face directory holds: ``config.json`` and one or several safetensors files.
 
     Parameters
@@ -41,7 +42,7 @@ def from_pretrained(directory: str | Path, parallelism: Parallelism, dtype: str 
 
     Returns
     -------
-    Layer
+    Sequential
         The model that is registered for the ``model_type``: a `GPT`, `Llama`, `Bert` or `ViT`, whose attribute
         ``config`` is the configuration in the file. Its dropout rates are 0, because the directory does not store
         them.

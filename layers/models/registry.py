@@ -13,6 +13,7 @@ from dataclasses import Field, asdict, dataclass, fields, is_dataclass
 from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 from colossal_mpi.errors import OptionError
+from colossal_mpi.layers.containers import Sequential
 from colossal_mpi.layers.layer import Layer
 from colossal_mpi.layers.models.huggingface.architecture import Architecture
 from colossal_mpi.layers.parallelism import Parallelism
@@ -44,8 +45,9 @@ class ModelKind:
     ----------
     name : str
         The value of ``model.kind`` in configuration files and of ``kind`` in checkpoints.
-    model : type of Layer
-        The class of the model. It is constructed as ``model(config, parallelism)`` and keeps `config` as an attribute.
+    model : type of Sequential
+        The class of the model, a chain of layers, which a pipeline can cut into stages. It is constructed as
+        ``model(config, parallelism)`` and keeps `config` as an attribute.
     config : type of dataclass
         The frozen dataclass of its configuration, with fields ``layers``, ``seed`` and ``dtype`` among others.
     task : str
@@ -56,7 +58,7 @@ class ModelKind:
     """
 
     name: str
-    model: type[Layer]
+    model: type[Sequential]
     config: Callable[..., ModelConfig]
     task: str
     huggingface: tuple[Architecture, ...] = ()
@@ -65,11 +67,11 @@ class ModelKind:
 MODELS: dict[str, ModelKind] = {}
 """Every registered kind of model by its name."""
 
-Model = TypeVar("Model", bound=type[Layer])
+Model = TypeVar("Model", bound=type[Sequential])
 
 
 def register_model(
-    name: str, config: type[Any], *, task: str = "language", huggingface: Sequence[Architecture] = ()
+    name: str, config: type[ModelConfig], *, task: str = "language", huggingface: Sequence[Architecture] = ()
 ) -> Callable[[Model], Model]:
     """Return a class decorator that adds a model to the registry.
 
@@ -158,7 +160,7 @@ def describe(model: Layer) -> dict[str, Any]:
     return {"kind": kind.name, **asdict(config_of(model))}
 
 
-def from_description(description: Mapping[str, Any], parallelism: Parallelism) -> Any:
+def from_description(description: Mapping[str, Any], parallelism: Parallelism) -> Sequential:
     """Return the model that `describe` has described, with zeros for random weights: they are loaded afterwards.
 
     Parameters
@@ -170,7 +172,7 @@ def from_description(description: Mapping[str, Any], parallelism: Parallelism) -
 
     Returns
     -------
-    Layer
+    Sequential
         A model of the class that is registered for ``kind``.
 
     Raises
@@ -190,9 +192,9 @@ def from_description(description: Mapping[str, Any], parallelism: Parallelism) -
     return construct(kind, config, parallelism)
 
 
-def construct(kind: ModelKind, config: ModelConfig, parallelism: Parallelism) -> Layer:
+def construct(kind: ModelKind, config: ModelConfig, parallelism: Parallelism) -> Sequential:
     """Return a model of a kind: all classes of models have the same two arguments."""
-    return cast("Callable[[ModelConfig, Parallelism], Layer]", kind.model)(config, parallelism)
+    return cast("Callable[[ModelConfig, Parallelism], Sequential]", kind.model)(config, parallelism)
 
 
 def _known() -> str:

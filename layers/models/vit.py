@@ -177,21 +177,26 @@ class ViT(Sequential):
             raise OptionError(f"a ViT of images {c.image} and patches {c.patch}: at least one patch must fit in")
         self.config, inner = config, 4 * hidden if c.inner is None else c.inner
         initial: dict[str, Any] = {"std": c.std, "seed": c.seed, "dtype": c.dtype}
-        options: dict[str, Any] = {
-            "attention": {"causal": False},
-            "eps": c.eps,
-            "activation": c.activation,
-            "dropout": c.dropout,
-            "out_std": c.std,
-            **initial,
-        }
         rates = [c.drop_path * i / max(1, c.layers - 1) for i in range(c.layers)]
         super().__init__(
             PatchEmbedding(c.channels, c.patch, hidden, parallelism, "patches", class_token=token, **initial),
             PositionEmbedding(c.positions, hidden, parallelism, "positions", **initial),
             Dropout(c.dropout, "dropout", c.seed or 0),
             *[
-                TransformerBlock(hidden, c.heads, inner, parallelism, f"blocks.{i}", drop_path=rate, **options)
+                TransformerBlock(
+                    hidden,
+                    c.heads,
+                    inner,
+                    parallelism,
+                    f"blocks.{i}",
+                    drop_path=rate,
+                    attention={"causal": False},
+                    eps=c.eps,
+                    activation=c.activation,
+                    dropout=c.dropout,
+                    out_std=c.std,
+                    **initial,
+                )
                 for i, rate in enumerate(rates)
             ],
             LayerNorm(hidden, parallelism, "norm", eps=c.eps, dtype=c.dtype),

@@ -165,7 +165,7 @@ def _linear(source: _Source) -> Converted:
     return layer, _of_linear(linear)
 
 
-def _of_linear(linear: Any) -> Weights:
+def _of_linear(linear: nn.Linear) -> Weights:
     bias = {} if linear.bias is None else {"bias": linear.bias}
     return {"weight": linear.weight.T, **bias}
 
@@ -183,7 +183,7 @@ def _norm(source: _Source) -> Converted:
     return layer, _of_norm(norm)
 
 
-def _of_norm(norm: Any) -> Weights:
+def _of_norm(norm: nn.LayerNorm | nn.RMSNorm) -> Weights:
     return {"gain": norm.weight, **({"bias": norm.bias} if isinstance(norm, nn.LayerNorm) else {})}
 
 
@@ -215,7 +215,7 @@ def _multihead(source: _Source) -> Converted:
     return layer, _of_attention(attention)
 
 
-def _refused_of_attention(attention: Any) -> list[tuple[bool, str]]:
+def _refused_of_attention(attention: nn.MultiheadAttention) -> list[tuple[bool, str]]:
     h = attention.embed_dim
     return [
         ((attention.kdim, attention.vdim) != (h, h), f"kdim={attention.kdim} and vdim={attention.vdim} beside {h}"),
@@ -225,7 +225,7 @@ def _refused_of_attention(attention: Any) -> list[tuple[bool, str]]:
     ]
 
 
-def _of_attention(attention: Any) -> Weights:
+def _of_attention(attention: nn.MultiheadAttention) -> Weights:
     h, a = attention.embed_dim, attention.num_heads
     weights = {
         "qkv.weight": attention.in_proj_weight.view(3, a, h // a, h).permute(3, 0, 1, 2),
@@ -269,7 +269,7 @@ def _encoder(source: _Source) -> Converted:
     return layer, {f"{part}.{key}": w for part, weights in parts.items() for key, w in weights.items()}
 
 
-def _activation(function: Any) -> str | None:
+def _activation(function: object) -> str | None:
     """Return our name for an activation of torch, None if we lack it."""
     if isinstance(function, nn.GELU):
         return "gelu" if function.approximate == "none" else "gelu-tanh"
