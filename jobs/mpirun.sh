@@ -8,8 +8,8 @@ shift
 options=()
 if mpiexec --version 2>&1 | grep -q "Open MPI"; then
     hosts=--host
-    options+=(--bind-to none)                    # else each rank keeps to one core
-    export OMPI_MCA_mpi_yield_when_idle=1        # ranks that share a core let each other run
+    options+=(--bind-to none)                    # otherwise Open MPI binds each rank to one core
+    export OMPI_MCA_mpi_yield_when_idle=1        # ranks that share a core yield to one another
 else # MPICH, Intel MPI
     hosts=-hosts
 fi
