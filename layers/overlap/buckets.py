@@ -1,4 +1,8 @@
-"""Gradients reduced over ``data`` and ``seq`` in buckets, while the rest of the backward pass goes on."""
+"""Buckets of gradients, which are reduced over ``data`` and ``seq`` while the backward passes go on.
+
+`Pipeline.step` enters `GradientBuckets`, parameters hand their gradients to it, and `Sequential` tells it which layer
+computes. It starts nonblocking redistributions.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +20,14 @@ from colossal_mpi.layers.parameter import Parameter
 from colossal_mpi.platform import backend
 
 BUCKET_BYTES = 1 << 20
-"""Bytes of a bucket by default."""
-_FLYING = 4
-"""Most buckets under way at once. Many MPIs move large messages only while they are called, and what all buckets of a
-step hold while they are under way came to more than the gradients themselves."""
+"""Default size of a bucket in bytes."""
+_MOST_IN_FLIGHT = 4
+"""Greatest number of buckets under way at once. Many MPIs move large messages only while they are called; with all
+buckets of a step under way, their buffers took more memory than the gradients."""
 
 
 class Bucket:
-    """Gradients of some parameters, on their way together into the layouts of the optimizer's state."""
+    """Gradients of several parameters, which one redistribution reduces into the layouts of the optimizer's state."""
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -32,21 +36,22 @@ class Bucket:
         self._moving: PendingRedistribution | None = None
 
     def put(self, parameter: Parameter, gradient: DistArray) -> None:
-        """Take a gradient, or a contribution to one."""
+        """Add a gradient, or a contribution to one, to the bucket."""
         self._parameters.append(parameter)
         self._gradients.append(gradient)
         parameter.reductions.append(self)
         self.bytes += _bytes(gradient)
 
-    def begin(self) -> None:
-        """Begin the reduction."""
+    def start(self) -> None:
+        """Start the reduction."""
+        # dW {U_(data,seq)} of each parameter -> dW in the layout of the state: reduce_scatters over data and seq
         self._moving = start_redistribution(self._gradients, [q.owned for q in self._parameters])
         self._gradients = []
 
-    def get_on(self) -> None:
-        """Get on with the reduction; of gradients of which each microbatch's is reduced, wait for it.
+    def advance(self) -> None:
+        """Let the reduction progress. If the gradients of each microbatch are reduced, wait for it.
 
-        What a deferred gradient lacks is known to be all there only when it is asked for.
+        A deferred gradient may still get a contribution that nobody expected: `Parameter.reduce` finishes it.
         """
         if any(parameter.deferred for parameter in self._parameters):
             assert self._moving is not None
@@ -54,19 +59,19 @@ class Bucket:
         else:
             self.finish()
 
-    def land(self) -> None:
+    def wait(self) -> None:
         """Wait for the messages of the reduction."""
         assert self._moving is not None
         self._moving.wait()
 
-    def lasts(self) -> bool:
-        """Say whether `finish` is yet to come."""
+    def is_open(self) -> bool:
+        """Say whether `finish` was not called yet."""
         return bool(self._parameters)
 
     def finish(self) -> None:
-        """Wait for the reduction and add the results to the gradients of the parameters. A second time does nothing."""
+        """Wait for the reduction and add the results to the parameters' gradients. A second call does nothing."""
         if self._moving is None:
-            self.begin()
+            self.start()
         assert self._moving is not None
         for parameter, gradient in zip(self._parameters, self._moving.wait(), strict=True):
             parameter.reductions.remove(self)
@@ -75,31 +80,34 @@ class Bucket:
 
 
 def _bytes(gradient: DistArray) -> int:
-    """Return the bytes of a block, on average: all ranks of a group begin a bucket at the same contribution."""
+    """Return the mean bytes of a block, with which all ranks of a group start a bucket at the same contribution."""
     count = -(-math.prod(gradient.shape) // gradient.grid.extent(gradient.layout.cut))
     return count * backend.numpy_dtype(gradient.dtype).itemsize
 
 
 class GradientBuckets:
-    """Reduces the gradients of a step over ``data`` and ``seq`` while its backward passes go on.
+    """A context that reduces the gradients of a step over ``data`` and ``seq`` while its backward passes go on.
 
-    A context around all backward passes between two steps of an optimizer. A gradient joins a bucket when the last
-    contribution is in: each place at which the layers hold a parameter gives one for each microbatch. With ZeRO 2 and 3
-    each contribution joins one at once. A full bucket is begun, and `Parameter.reduce` waits for it. What comes
-    against expectation, a layer run twice say, is reduced there; so is everything without this context.
+    Enter it around all backward passes between two steps of an optimizer. A gradient joins a bucket with its last
+    contribution: every layer that holds the parameter contributes once for each microbatch. With ZeRO 2 and 3 each
+    contribution joins a bucket at once. The reduction of a full bucket starts, and `Parameter.reduce` waits for it.
+    `Parameter.reduce` also reduces a contribution that nobody expected, such as the one of a layer that ran twice, and
+    everything without this context.
 
     Parameters
     ----------
     layers : iterable of Layer
+        Layers whose gradients are reduced.
     microbatches : int
-        Backward passes through each of them.
+        Number of backward passes through each of them.
     size : int
-        Bytes of a block's gradients from which on a bucket is full. 0: every gradient has its own.
+        Bytes of a rank's gradients from which on a bucket is full. With 0 every gradient has a bucket of its own.
 
     Notes
     -----
-    **Communication:** the words of the reductions at once. Sums are added in the order of the ranks, so that their bits
-    depend neither on `size` nor on the order of the layers.
+    **Communication:** the reductions that `Parameter.reduce` would do later, over ``data`` and ``seq``, with as many
+    words in fewer messages. Terms are added in the order of the ranks, so that the bits of a sum depend neither on
+    `size` nor on the order of the layers.
 
     References
     ----------
@@ -115,20 +123,20 @@ class GradientBuckets:
 
     def __init__(self, layers: Iterable[Layer], microbatches: int = 1, size: int = BUCKET_BYTES) -> None:
         layers = list(layers)
-        places = [parameter for layer in layers for parameter in layer.parameter_uses()]
-        self._parameters = {id(parameter): parameter for parameter in places}
-        self._lacking = Counter({key: n * microbatches for key, n in Counter(map(id, places)).items()})
-        self._chains = [layer for layer in layers if isinstance(layer, Sequential)]
+        uses = [parameter for layer in layers for parameter in layer.parameter_uses()]
+        self._parameters = {id(parameter): parameter for parameter in uses}
+        self._expected = Counter({key: n * microbatches for key, n in Counter(map(id, uses)).items()})
+        self._sequentials = [layer for layer in layers if isinstance(layer, Sequential)]
         self._size, self._open = size, Bucket()
-        self._young, self._old = list[Bucket](), list[Bucket]()
-        self._flying = deque[Bucket]()
+        self._new, self._started = list[Bucket](), list[Bucket]()
+        self._in_flight = deque[Bucket]()
 
     def __enter__(self) -> GradientBuckets:
         for parameter in self._parameters.values():
             parameter.buckets = self
         self._watching = ExitStack()
-        for chain in self._chains:
-            self._watching.enter_context(chain.watched(self))
+        for sequential in self._sequentials:
+            self._watching.enter_context(sequential.watched(self))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
@@ -136,27 +144,62 @@ class GradientBuckets:
         for parameter in self._parameters.values():
             parameter.buckets = None
         if kind is None:
-            self._begin()
+            self._start()
 
     def visit(self, kind: str, chain: Sequential, i: int) -> None:
-        """Get on with what was begun before the layer that is through: one layer at least has computed meanwhile."""
-        for bucket in self._old:
-            bucket.get_on()
-        self._old, self._young = [*filter(Bucket.lasts, self._old), *self._young], []
+        """Advance the reductions that started before the previous layer, so that one layer computed meanwhile.
+
+        Parameters
+        ----------
+        kind : str
+            ``"forward"``, ``"backward"`` or ``"weight"``: what the layer computes now.
+        chain : Sequential
+            The layers around it.
+        i : int
+            Number of the layer in `chain`.
+        """
+        for bucket in self._started:
+            bucket.advance()
+        self._started, self._new = [*filter(Bucket.is_open, self._started), *self._new], []
 
     def expect(self, parameter: Parameter) -> None:
-        """Expect a contribution more, which is no layer's: the part of another stage."""
-        self._lacking[id(parameter)] += 1
+        """Expect one contribution more that comes from no layer: the gradient of another stage.
+
+        Parameters
+        ----------
+        parameter : Parameter
+            Parameter that two stages hold.
+        """
+        self._expected[id(parameter)] += 1
 
     def count(self, parameter: Parameter) -> None:
-        """Take note of a contribution to a gradient that stays partial until the last."""
-        self._lacking[id(parameter)] -= 1
-        if self._lacking[id(parameter)] == 0 and parameter.grad is not None and parameter.grad.layout.partial:
+        """Count a contribution to a deferred gradient, which joins a bucket with the last one.
+
+        Parameters
+        ----------
+        parameter : Parameter
+            Parameter whose gradient got a contribution.
+        """
+        self._expected[id(parameter)] -= 1
+        if self._expected[id(parameter)] == 0 and parameter.grad is not None and parameter.grad.layout.partial:
             gradient, parameter.grad = parameter.grad, None
             self._put(parameter, gradient)
 
     def contribute(self, parameter: Parameter, gradient: DistArray) -> None:
-        """Take a contribution, in any layout, to a gradient of which each is reduced."""
+        """Add a contribution to a gradient whose contributions are reduced one by one, as in ZeRO 2 and 3.
+
+        Parameters
+        ----------
+        parameter : Parameter
+            The parameter.
+        gradient : DistArray
+            Contribution in any layout.
+
+        Notes
+        -----
+        **Communication:** a redistribution to the layout of the optimizer's state, at once if the contribution has no
+        partial sums over ``data`` and ``seq``, else in a bucket.
+        """
         if set(gradient.layout.partial).isdisjoint(parameter.parallelism.copies):
             parameter.add(gradient.redistribute(parameter.owned))
         else:
@@ -166,12 +209,12 @@ class GradientBuckets:
         progress(gradient.grid)
         self._open.put(parameter, gradient)
         if self._open.bytes >= self._size:
-            self._begin()
+            self._start()
 
-    def _begin(self) -> None:
-        self._open.begin()
-        self._young.append(self._open)
-        self._flying.append(self._open)
-        if len(self._flying) > _FLYING:
-            self._flying.popleft().land()
+    def _start(self) -> None:
+        self._open.start()
+        self._new.append(self._open)
+        self._in_flight.append(self._open)
+        if len(self._in_flight) > _MOST_IN_FLIGHT:
+            self._in_flight.popleft().wait()
         self._open = Bucket()

@@ -1,4 +1,8 @@
-"""Weights gathered while the layer before computes."""
+"""Prefetch of weights: those of the next layer are gathered while a layer computes (ZeRO 3).
+
+`Pipeline` enters `Prefetch.over` around a step, `Sequential` tells it which layer computes, and `Parameter.use` takes
+gathered weights from it. It starts nonblocking redistributions.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +19,19 @@ from colossal_mpi.layers.parameter import Parameter
 from colossal_mpi.layout import Layout
 
 Visit: TypeAlias = tuple[str, int, int]
-"""``forward`` or ``backward``, the identity of a chain, the number of a layer in it."""
+"""A pass of a layer: ``forward`` or ``backward``, the id of a `Sequential`, and the number of the layer in it."""
 
 
 class _Gathered:
-    """The weights of a layer on their way."""
+    """The weights of a layer, whose gather is under way."""
 
     def __init__(self, uses: Sequence[tuple[Parameter, Layout]]) -> None:
+        # W[H_(row,data), F_col] -> W[H_row, F_col] of all weights of a layer: one allgather over data
         self._moving = start_redistribution([q.value for q, _ in uses], [layout for _, layout in uses])
         self._arrays: list[DistArray | None] | None = None
 
     def take(self, i: int) -> DistArray:
-        """Wait, and hand out array i, which is not kept here: it is free when the layer no longer uses it."""
+        """Wait, and hand out array i without keeping it, so that it is free when the layer no longer uses it."""
         if self._arrays is None:
             self._arrays = [*self._moving.wait()]
             self._moving = start_redistribution([], [])
@@ -36,17 +41,27 @@ class _Gathered:
 
 
 class Prefetch:
-    """Gathers the weights of the layer that comes next while one computes, where they are gathered for each use.
+    """The gather of the next layer's weights while a layer computes, where weights are gathered for each use.
 
-    Layers are those of chains, blocks of a model say. Which weights a layer takes, in which layout, is learnt when it
-    first goes forward and backward; what a layer takes against expectation, or a second time in a pass, is gathered
-    when it does. At most the weights of two layers are there: of the one that computes and of the next.
+    It works on the layers of a `Sequential`, such as the blocks of a model. The first pass of a layer, forward and
+    backward, shows which weights it uses in which layout. A weight that a layer uses unexpectedly, or a second time in
+    a pass, is gathered when it is used. The weights of two layers are gathered at most: of the one that computes and
+    of the next one.
 
-    **Communication:** that of the gathers at once, of a layer's weights in the same messages.
+    Notes
+    -----
+    **Communication:** the allgathers over ``data`` that the layers would do later, with as many words; all weights of
+    a layer share the messages.
 
     References
     ----------
     Rajbhandari et al.: ZeRO-Infinity: breaking the GPU memory wall for extreme scale deep learning, 2021.
+
+    Examples
+    --------
+    >>> prefetch = Prefetch()
+    >>> with prefetch.over([model], [("forward", model), ("backward", model)]):
+    ...     backpropagate(model, loss, x, labels)
     """
 
     def __init__(self) -> None:
@@ -58,14 +73,20 @@ class Prefetch:
 
     @contextmanager
     def over(self, layers: Iterable[Layer], order: Iterable[tuple[str, Layer]]) -> Iterator[None]:
-        """Watch chains while they compute.
+        """Prefetch the weights of some layers until the context ends.
 
         Parameters
         ----------
         layers : iterable of Layer
-            Those that are no chains gather their weights when they use them.
+            Layers that compute inside the context. Those that are no `Sequential` gather their weights when they use
+            them.
         order : iterable of (str, Layer)
-            The passes to come, ``forward`` or ``backward``, of these layers.
+            The passes to come, each ``"forward"`` or ``"backward"`` with one of these layers.
+
+        Yields
+        ------
+        None
+            Weights are prefetched inside the context.
         """
         chains = [layer for layer in layers if isinstance(layer, Sequential)]
         parameters = [q for chain in chains for q in chain.parameters()]
@@ -87,7 +108,21 @@ class Prefetch:
         self._end()
 
     def visit(self, kind: str, chain: Sequential, i: int) -> None:
-        """Begin to gather for the layer after layer i of a chain, which computes now."""
+        """Start to gather the weights of the layer after the one that computes now.
+
+        Parameters
+        ----------
+        kind : str
+            ``"forward"``, ``"backward"`` or ``"weight"``: what the layer computes now.
+        chain : Sequential
+            The layers around it.
+        i : int
+            Number of the layer in `chain`.
+
+        Notes
+        -----
+        **Communication:** one allgather over ``data``, started and not waited for.
+        """
         self._learn()
         if kind == "weight":
             return
@@ -101,15 +136,33 @@ class Prefetch:
                 self._coming[id(parameter), layout].append((gathered, place))
 
     def _learn(self) -> None:
+        """Remember which weights the last pass used."""
         if self._now is not None:
             self._uses.setdefault(self._now, self._seen)
         self._now, self._seen = None, []
 
     def take(self, parameter: Parameter, layout: Layout) -> DistArray:
-        """Return a weight in the layout of its use."""
+        """Return a weight in the layout in which a layer uses it.
+
+        Parameters
+        ----------
+        parameter : Parameter
+            The parameter.
+        layout : Layout
+            Layout that the layer uses.
+
+        Returns
+        -------
+        DistArray
+            The gathered weight.
+
+        Notes
+        -----
+        **Communication:** waits for the gather that `visit` started; without one, gathers the weight now.
+        """
         if parameter.value.layout == layout.on(parameter.value.grid.axes, parameter.value.ndim):
             return parameter.value
-        if (parameter, layout) not in self._seen:  # a weight that recompute takes twice would be there twice
+        if (parameter, layout) not in self._seen:  # recompute uses a weight twice: gather it once
             self._seen.append((parameter, layout))
         coming = self._coming[id(parameter), layout]
         progress(parameter.value.grid)
@@ -119,7 +172,7 @@ class Prefetch:
         return gathered.take(i)
 
     def _end(self) -> None:
-        """Wait for what no layer took."""
+        """Wait for gathers whose weights no layer took."""
         self._learn()
         for coming in self._coming.values():
             for gathered, i in coming:
@@ -129,6 +182,7 @@ class Prefetch:
 
 
 def _visits(kind: str, layer: Layer) -> list[Visit]:
+    """Return the passes of the layers of a `Sequential` in their order."""
     if not isinstance(layer, Sequential):
         return []
     numbers = range(len(layer.layers))
