@@ -18,7 +18,7 @@ from colossal_mpi.layers.kernels.provider import (
 )
 from colossal_mpi.layers.kernels.reference.image import windows
 from colossal_mpi.layers.kernels.reference.table import require_ids
-from colossal_mpi.layers.kernels.reference.tiles import scores as attention_scores
+from colossal_mpi.layers.kernels.reference.tiles import attention_scores
 from colossal_mpi.layers.kernels.reference.wide import like, wide
 
 __all__ = [

@@ -1,25 +1,28 @@
-"""Kernels of meta grids: shapes and flop of what the reference does tile by tile, and its own formulas."""
+"""Kernels of meta grids: the shapes, memory and flop of the reference's kernels, without arithmetic.
+
+`kernels.of` chooses them for meta grids. The reference's other formulas run on meta arrays as they are.
+"""
 
 from __future__ import annotations
 
 from functools import lru_cache
 from typing import Any
 
-from colossal_mpi.layers.kernels.reference.tiles import largest, scores
+from colossal_mpi.layers.kernels.reference.tiles import attention_scores, largest
 from colossal_mpi.meta.array import work
 from colossal_mpi.platform.backend import Block, is_half, namespace
 
-_scores = lru_cache(scores)
+_scores = lru_cache(attention_scores)
 
 
 def _products(q: Block, k: Block, causal: bool) -> int:
-    """Return the multiplications of one product of queries and keys, of the tiles of which a key is seen."""
+    """Return the multiplications of one product of queries and keys, over the tiles of which a key is seen."""
     (b, s, a, d), (_, t, g, _) = q.shape, k.shape
     return b * a * d * _scores(s, t, a // g, causal) if b * s * a * t * g else 0
 
 
 def _tile(q: Block, k: Block, causal: bool, arrays: int) -> None:
-    """Take the memory of so many arrays of a tile's scores, and give it back."""
+    """Allocate and free so many arrays of a tile's scores, which counts them in the peak of memory."""
     xp, (b, s, a, _), (_, t, g, _) = namespace(q), q.shape, k.shape
     if b * s * a * t * g:
         xp.empty((arrays, largest(b, s, g, a // g, t, causal)), dtype=xp.float32 if is_half(q.dtype) else q.dtype)

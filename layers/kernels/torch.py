@@ -1,7 +1,7 @@
-"""PyTorch's own kernels, forward and backward, on the memory of the blocks. There is no autograd.
+"""PyTorch's own kernels, forward and backward, on the memory of the blocks, without autograd.
 
-A block that torch cannot view (another library, a negative stride, a float that it lacks) and a case that it has no
-kernel for go to the formula of the reference; so does every kernel that is not here.
+`kernels.use` chooses them. The reference computes a block that torch cannot view (another library, a negative stride, a
+dtype that it lacks), a case that torch has no kernel for, and every kernel that is not here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _GPU = torch.cuda.is_available()
 
 
 def _kernel(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Make of a function of tensors one of blocks; where it returns NotImplemented the reference is called."""
+    """Return a kernel of blocks for one of tensors, which calls the reference if that returns NotImplemented."""
     formula = getattr(reference, function.__name__)
 
     @functools.wraps(formula)
@@ -42,7 +42,7 @@ def _kernel(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _view(value: Any) -> Any:
-    """Return an argument with tensors for its blocks, which are only read."""
+    """Return an argument with tensors in place of its blocks, which are only read."""
     if isinstance(value, tuple):
         return tuple(_view(item) for item in value)
     if not hasattr(value, "dtype"):
@@ -53,21 +53,21 @@ def _view(value: Any) -> Any:
 
 
 def _share(result: Any) -> Any:
-    """Return a result with blocks for its tensors."""
+    """Return a result with blocks in place of its tensors."""
     if isinstance(result, tuple):
         return tuple(_share(item) for item in result)
     return from_torch(result) if isinstance(result, torch.Tensor) else result
 
 
 def _is_half(x: Tensor) -> bool:
-    """Say whether sums over a block are those of 16-bit floats, which ATen returns in 16 bits."""
+    """Say whether a block is of 16-bit floats, of which ATen would return sums in 16 bits."""
     return bool(x.dtype.itemsize == 2)
 
 
 @_kernel
 def gelu(x: Tensor) -> Any:
     if x.device.type == "cpu" and torch.get_num_threads() == 1:
-        return NotImplemented  # NumPy's tanh takes half the time of ATen's, which is worth it where cores are many
+        return NotImplemented  # on one thread NumPy's tanh takes half the time of ATen's
     return _aten.gelu(x, approximate="tanh")
 
 
@@ -134,7 +134,7 @@ def norm_backward(dy: Tensor, x: Tensor, gain: Tensor, statistics: Any, size: in
 
 @_kernel
 def lookup_backward(dy: Tensor, ids: Tensor, start: int, count: int) -> Tensor:
-    """Ids of other pieces are padding, in a row more than there are."""
+    """Map ids of other parts to one row more than there are, which is padding."""
     if _is_half(dy):
         return NotImplemented
     local = ids - start
@@ -168,7 +168,7 @@ def attention_backward(
     if not _flash(q, k, causal, positions):
         return NotImplemented
     (peaks, sums), heads = statistics[..., 0], _heads(q, k, v)
-    lse = torch.where(sums > 0, peaks + sums.log(), torch.inf)  # with which all probabilities are 0
+    lse = torch.where(sums > 0, peaks + sums.log(), torch.inf)  # infinity makes all probabilities 0
     do, o = (_rows(x).transpose(1, 2) for x in (do, o))
     dq, *rest = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
         do, *heads, o, lse, 0.0, causal, attn_mask=_bias(mask, q.dtype)
@@ -177,31 +177,31 @@ def attention_backward(
 
 
 def _flash(q: Tensor, k: Tensor, causal: bool, positions: Any) -> bool:
-    """Say whether the kernel for CPUs does the case; an empty array would end its process."""
+    """Say whether the flash kernel for CPUs covers the case. An empty array would crash the process."""
     order = not causal or (positions is None and q.shape[1] == k.shape[1])
     return q.device.type == "cpu" and order and q.numel() > 0 and k.numel() > 0
 
 
 def _rows(x: Tensor) -> Tensor:
-    """Return the array with its last dim in one stretch, which the kernels for CPUs take for granted."""
+    """Return the array with a contiguous last dim, which the kernels for CPUs require."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _heads(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-    """Return ``[b, a, s, d]`` of ``[b, s, a, d]``, keys and values given to each query head of their group."""
+    """Return ``[b, a, s, d]`` of ``[b, s, a, d]``, with keys and values repeated for each query head of their group."""
     r = q.shape[2] // k.shape[2]
     spread = (x if r == 1 else x.repeat_interleave(r, 2) for x in (k, v))
     return [_rows(x).transpose(1, 2) for x in (q, *spread)]
 
 
 def _grouped(d: Tensor, k: Tensor) -> Tensor:
-    """Return the sum over the query heads of each group of ``[b, a, s, d]``."""
+    """Return ``[b, a, s, d]`` summed over the query heads of each group."""
     groups = k.shape[2]
     return d if d.shape[1] == groups else d.unflatten(1, (groups, -1)).sum(2)
 
 
 def _statistics(lse: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
-    """Return the reference's statistics of these logarithms of sums: as peaks, of sums 1, or 0 where no key is seen."""
+    """Return the reference's statistics: log-sum-exps as peaks, with sums 1, or 0 if no key is seen."""
     sums = torch.ones_like(lse)
     if mask is not None:
         seen = mask.cumsum(1) > 0 if causal else mask.any(1, keepdim=True)
@@ -211,7 +211,7 @@ def _statistics(lse: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
 
 
 def _bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Return what is added to scores: minus infinity where a key is hidden."""
+    """Return the term that is added to scores: minus infinity where a key is hidden."""
     if mask is None:
         return None
     return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, -torch.inf)[:, None, None, :]
@@ -229,7 +229,7 @@ def adamw(w: Block, g: Block, m: Block, v: Block, step: int, **options: Any) -> 
 
 
 def _dense(*blocks: Block) -> list[Tensor] | None:
-    """Return blocks as tensors to be written to, None unless all lie in C order, which the fused kernels need."""
+    """Return blocks as writable tensors, None unless all lie in C order, which the fused kernels need."""
     try:
         tensors = [to_torch(block) for block in blocks]
     except (SharingError, DTypeError):

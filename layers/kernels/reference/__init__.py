@@ -1,6 +1,7 @@
-"""Each formula once, in the array API: any library, any float dtype. Nothing here knows of ranks.
+"""The reference kernels: each formula once, in the array API, for any array library and float dtype.
 
-Sums over a dim that may be cut are left to the layer: a function that needs one takes it or returns its local part.
+``layers.kernels`` offers them to the layers and takes from here what another provider lacks; nothing else imports them.
+They know of no ranks: where a sum goes over a dim that may be cut, a function takes it or returns this rank's part.
 """
 
 from colossal_mpi.layers.kernels.reference.activation import (

@@ -1,4 +1,7 @@
-"""Elementwise formulas; those of 16-bit floats are computed in float32 and rounded once."""
+"""Elementwise functions and their derivatives, called by the activation layers.
+
+16-bit floats are computed in float32 and rounded once.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,22 @@ _CUBIC = 0.044715
 
 @in_wide
 def gelu(x: Block) -> Block:
-    """Return the tanh form of GELU (Hendrycks & Gimpel 2016)."""
+    """Return the tanh form of GELU, ``x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2``.
+
+    Parameters
+    ----------
+    x : array
+        Block of any shape and float dtype.
+
+    Returns
+    -------
+    array
+        Array of the shape and dtype of `x`.
+
+    References
+    ----------
+    Hendrycks, Gimpel: Gaussian error linear units, 2016.
+    """
     xp = namespace(x)
     t = x * x
     t *= _GELU * _CUBIC
@@ -29,7 +47,20 @@ def gelu(x: Block) -> Block:
 
 @in_wide
 def gelu_backward(dy: Block, x: Block) -> Block:
-    """Return the cotangent of the input of `gelu`."""
+    """Return the cotangent of the input of `gelu`.
+
+    Parameters
+    ----------
+    dy : array
+        Cotangent of the result of `gelu`.
+    x : array
+        Input of `gelu`.
+
+    Returns
+    -------
+    array
+        Cotangent of `x`, in its shape and dtype.
+    """
     xp = namespace(x)
     square = x * x
     t = (_GELU * _CUBIC) * square
@@ -51,7 +82,22 @@ def gelu_backward(dy: Block, x: Block) -> Block:
 
 @in_wide
 def gelu_erf(x: Block) -> Block:
-    """Return GELU as it is defined, ``x`` times the distribution function of the normal (Hendrycks & Gimpel 2016)."""
+    """Return GELU as it is defined: x times the distribution function of the standard normal.
+
+    Parameters
+    ----------
+    x : array
+        Block of any shape and float dtype.
+
+    Returns
+    -------
+    array
+        Array of the shape and dtype of `x`.
+
+    References
+    ----------
+    Hendrycks, Gimpel: Gaussian error linear units, 2016.
+    """
     y = normal_cdf(x)
     y *= x
     return y
@@ -59,7 +105,20 @@ def gelu_erf(x: Block) -> Block:
 
 @in_wide
 def gelu_erf_backward(dy: Block, x: Block) -> Block:
-    """Return the cotangent of the input of `gelu_erf`."""
+    """Return the cotangent of the input of `gelu_erf`.
+
+    Parameters
+    ----------
+    dy : array
+        Cotangent of the result of `gelu_erf`.
+    x : array
+        Input of `gelu_erf`.
+
+    Returns
+    -------
+    array
+        Cotangent of `x`, in its shape and dtype.
+    """
     slope = normal_pdf(x)
     slope *= x
     slope += normal_cdf(x)
@@ -68,7 +127,7 @@ def gelu_erf_backward(dy: Block, x: Block) -> Block:
 
 
 def sigmoid(x: Block) -> Block:
-    """Return ``1 / (1 + exp(-x))``; by tanh, which cannot overflow."""
+    """Return ``1 / (1 + exp(-x))``, computed by tanh, which cannot overflow."""
     s = namespace(x).tanh(0.5 * x)
     s += 1.0
     s *= 0.5
@@ -77,7 +136,22 @@ def sigmoid(x: Block) -> Block:
 
 @in_wide
 def silu(x: Block) -> Block:
-    """Return ``x sigmoid(x)``, also called swish."""
+    """Return ``x sigmoid(x)``, also called swish.
+
+    Parameters
+    ----------
+    x : array
+        Block of any shape and float dtype.
+
+    Returns
+    -------
+    array
+        Array of the shape and dtype of `x`.
+
+    References
+    ----------
+    Elfwing, Uchibe, Doya: Sigmoid-weighted linear units, 2017.
+    """
     y = sigmoid(x)
     y *= x
     return y
@@ -85,7 +159,20 @@ def silu(x: Block) -> Block:
 
 @in_wide
 def silu_backward(dy: Block, x: Block) -> Block:
-    """Return the cotangent of the input of `silu`: dy times ``s (1 + x (1 - s))``."""
+    """Return the cotangent of the input of `silu`: dy times ``s (1 + x (1 - s))`` with s the sigmoid of x.
+
+    Parameters
+    ----------
+    dy : array
+        Cotangent of the result of `silu`.
+    x : array
+        Input of `silu`.
+
+    Returns
+    -------
+    array
+        Cotangent of `x`, in its shape and dtype.
+    """
     s = sigmoid(x)
     slope = 1.0 - s
     slope *= x
@@ -96,24 +183,72 @@ def silu_backward(dy: Block, x: Block) -> Block:
 
 
 def relu(x: Block) -> Block:
-    """Return the positive part of `x`."""
+    """Return the positive part of each element.
+
+    Parameters
+    ----------
+    x : array
+        Block of any shape and float dtype.
+
+    Returns
+    -------
+    array
+        Array of the shape and dtype of `x`.
+    """
     return namespace(x).clip(x, min=0.0)
 
 
 def relu_backward(dy: Block, x: Block) -> Block:
-    """Return the cotangent of the input of `relu`, of slope 0 at 0."""
+    """Return the cotangent of the input of `relu`, whose slope at 0 is 0.
+
+    Parameters
+    ----------
+    dy : array
+        Cotangent of the result of `relu`.
+    x : array
+        Input of `relu`.
+
+    Returns
+    -------
+    array
+        Cotangent of `x`, in its shape and dtype.
+    """
     return dy * namespace(x).astype(x > 0, dy.dtype)
 
 
 @in_wide
 def tanh(x: Block) -> Block:
-    """Return the hyperbolic tangent."""
+    """Return the hyperbolic tangent of each element.
+
+    Parameters
+    ----------
+    x : array
+        Block of any shape and float dtype.
+
+    Returns
+    -------
+    array
+        Array of the shape and dtype of `x`.
+    """
     return namespace(x).tanh(x)
 
 
 @in_wide
 def tanh_backward(dy: Block, x: Block) -> Block:
-    """Return the cotangent of the input of `tanh`."""
+    """Return the cotangent of the input of `tanh`.
+
+    Parameters
+    ----------
+    dy : array
+        Cotangent of the result of `tanh`.
+    x : array
+        Input of `tanh`.
+
+    Returns
+    -------
+    array
+        Cotangent of `x`, in its shape and dtype.
+    """
     slope = tanh(x)
     slope *= -slope
     slope += 1.0

@@ -1,4 +1,6 @@
-"""Softmax attention in tiles of queries and keys: no s x s array is ever made.
+"""Softmax attention in tiles of queries and keys, so that no array of s x s scores is ever made.
+
+Attention layers, the ring and the KV cache call it. ``tiles`` says how queries and keys are cut.
 
 References
 ----------
@@ -11,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 
-from colossal_mpi.layers.kernels.reference.tiles import Order, Positions, Tile, tiles
+from colossal_mpi.layers.kernels.reference.tiles import AttentionMask, Positions, Tile, tiles
 from colossal_mpi.layers.kernels.reference.wide import wide
 from colossal_mpi.platform.backend import Block, namespace
 
@@ -22,43 +24,52 @@ State = tuple[Block, Block, Block]
 def attention(
     q: Block, k: Block, v: Block, causal: bool = True, mask: Block | None = None, positions: Positions = None
 ) -> tuple[Block, Block]:
-    """Return softmax attention, and the peaks and sums of its scores.
+    """Return softmax attention of queries to keys, and the peaks and sums of its scores.
 
-    The keys may be a part of all keys: `attention_merge` puts the results of several parts together, and
-    `attention_backward` takes one part after the other.
+    The keys may be a part of all keys: `attention_merge` merges the results of several parts, and `attention_backward`
+    takes one part after the other.
 
     Parameters
     ----------
-    q : array, ``[b, s, a, d]``
-    k, v : array, ``[b, t, g, d]``
-        g divides a: head i of q sees head ``i // (a / g)`` of k and v. With g = a it is multi-head attention.
+    q : array
+        Queries ``[b, s, a, d]``.
+    k : array
+        Keys ``[b, t, g, d]``, where g divides a: head i of q sees head ``i // (a / g)`` of k. With g = a it is
+        multi-head attention.
+    v : array
+        Values ``[b, t, g, d]``.
     causal : bool
-        Whether a query sees only the keys whose position is its own or lower.
-    mask : bool array, ``[b, t]``, optional
-        The keys that are seen.
-    positions : pair of integer arrays, optional
-        Of the queries, ``[s]`` or ``[b, s]``, and of the keys, ``[t]`` or ``[b, t]``; 0, 1, 2, ... of both by default.
-        They count only in a causal order.
+        Whether a query sees only keys at its own position and lower ones.
+    mask : array, optional
+        Bool ``[b, t]``, true for keys that may be seen.
+    positions : pair of array, optional
+        Integer positions of the queries, ``[s]`` or ``[b, s]``, and of the keys, ``[t]`` or ``[b, t]``. By default both
+        are 0, 1, 2, ... They count only if `causal` is true.
 
     Returns
     -------
-    out : array, ``[b, s, a, d]``
-        In the dtype of q; zeros for a query that sees no key.
-    statistics : array, ``[2, b, a, s, 1]``
-        The greatest score of each query, its peak, and the sum of ``exp(score - peak)``: minus infinity and 0 for a
-        query that sees no key. (The logarithm of the sum added to the peak would lose it where the peak is large.) In
-        float32 where q is of 16 bits. Another provider may return any peak and sum of the same ``peak + log(sum)``.
+    out : array
+        Attention ``[b, s, a, d]`` in the dtype of `q`, zeros for a query that sees no key.
+    statistics : array
+        Peaks and sums ``[2, b, a, s, 1]``: the greatest score of each query, and its sum of ``exp(score - peak)``;
+        minus infinity and 0 for a query that sees no key. Float32 if `q` is of 16 bits. Another provider may return any
+        peak and sum with the same ``peak + log(sum)``.
+
+    Notes
+    -----
+    Peaks and sums are kept apart because the sum of a large peak and the logarithm of a sum would lose digits.
     """
     xp, (b, s, a, d), g = namespace(q), q.shape, k.shape[2]
     if 0 in q.shape or 0 in k.shape:
         return xp.zeros_like(q), _nothing(q, (b, a, s, 1))
-    q, order = xp.reshape(q, (b, s, g, a // g, d)), Order(causal, mask, positions)
+    q, visible = xp.reshape(q, (b, s, g, a // g, d)), AttentionMask(causal, mask, positions)
     out, statistics = xp.zeros_like(q), _nothing(q, (b, g, a // g, s))
     rows, keys = tiles(q, k, causal)
     for tile in itertools.chain.from_iterable(rows):
         x, state = tile.of_queries(q) / math.sqrt(d), None
-        for which in order.seen(tile, keys):
-            scores = order.hide(_scores(x, tile.of_keys(k, which)), tile, which)
+        for which in visible.ranges(tile, keys):
+            # K[b, g, t, D] . Q[b, g, D, n] -> S[b, g, t, n], local; then P . V -> O[b, g, n, D]
+            scores = visible.hide(_scores(x, tile.of_keys(k, which)), tile, which)
             state = _merge(state, _sums(scores, tile.of_keys(v, which)))
         if state is not None:
             tile.put_queries(out, state[0] / xp.matrix_transpose(_divisor(state[2])))
@@ -79,19 +90,19 @@ def _scores(q: Block, k: Block) -> Block:
 
 
 def _finite(peaks: Block) -> Block:
-    """Return peaks, those of no score as 0, so that differences to them are numbers."""
+    """Return peaks with 0 in place of minus infinity, so that differences to them are numbers."""
     xp = namespace(peaks)
     return xp.where(peaks == -math.inf, xp.zeros_like(peaks), peaks)
 
 
 def _divisor(sums: Block) -> Block:
-    """Return sums, those of no score as 1."""
+    """Return sums with 1 in place of 0, to divide by."""
     xp = namespace(sums)
     return xp.where(sums == 0.0, xp.ones_like(sums), sums)
 
 
 def _sums(scores: Block, v: Block) -> State:
-    """Return the sums over the keys of scores ``[b, g, t, n]``, which are overwritten."""
+    """Return the state of a tile with scores ``[b, g, t, n]``. The scores are overwritten."""
     xp = namespace(scores)
     peaks = xp.max(scores, axis=-2, keepdims=True)
     scores -= _finite(peaks)
@@ -101,14 +112,14 @@ def _sums(scores: Block, v: Block) -> State:
 
 
 def _shrink(left: Block, right: Block) -> tuple[Block, Block, Block]:
-    """Return the greater of two peaks, and the factors of what was summed under each of them."""
+    """Return the greater of two peaks, and the factor of the sums under each of them."""
     xp = namespace(left)
     peaks = xp.maximum(left, right)
     return peaks, xp.exp(left - _finite(peaks)), xp.exp(right - _finite(peaks))
 
 
 def _merge(a: State | None, b: State) -> State:
-    """Return the sums over the keys of both, in their memory."""
+    """Return the state of the keys of both, in the memory of both."""
     if a is None:
         return b
     peaks, left, right = _shrink(a[1], b[1])
@@ -128,7 +139,22 @@ def _plus(total: Block | None, term: Block) -> Block:
 
 
 def attention_merge(left: tuple[Block, Block], right: tuple[Block, Block]) -> tuple[Block, Block]:
-    """Return attention to two parts of the keys together, from the pairs that `attention` returns for each."""
+    """Return attention to two parts of the keys together.
+
+    Parameters
+    ----------
+    left : pair of array
+        What `attention` returned for one part.
+    right : pair of array
+        What `attention` returned for the other part.
+
+    Returns
+    -------
+    out : array
+        Attention ``[b, s, a, d]`` to both parts, in the dtype of the left output.
+    statistics : array
+        Peaks and sums ``[2, b, a, s, 1]`` over both parts.
+    """
     xp, dtype = namespace(left[0]), left[0].dtype
     peaks, *factors = _shrink(left[1][0, ...], right[1][0, ...])
     terms = [factor * statistics[1, ...] for factor, (_, statistics) in zip(factors, (left, right), strict=True)]
@@ -149,17 +175,38 @@ def attention_backward(
     mask: Block | None = None,
     positions: Positions = None,
 ) -> tuple[Block, Block, Block]:
-    """Return the cotangents of q, k and v; the probabilities are made again from the statistics.
+    """Return the cotangents of queries, keys and values. The probabilities are recomputed from the statistics.
 
     Parameters
     ----------
-    do : array, ``[b, s, a, d]``
-        The cotangent of the output.
-    q, k, v, causal, mask, positions
-        As `attention` takes them. Where k and v are a part of all keys, so are their cotangents, and that of q is the
-        part's term of a sum.
-    o, statistics : array
-        What `attention` or `attention_merge` returned, for all keys.
+    do : array
+        Cotangent ``[b, s, a, d]`` of the output.
+    q : array
+        Queries ``[b, s, a, d]``.
+    k : array
+        Keys ``[b, t, g, d]``, all of them or a part.
+    v : array
+        Values ``[b, t, g, d]`` of the same keys.
+    o : array
+        Output of `attention` or `attention_merge` for all keys.
+    statistics : array
+        Statistics of `attention` or `attention_merge` for all keys.
+    causal : bool
+        Whether a query sees only keys at its own position and lower ones.
+    mask : array, optional
+        Bool ``[b, t]``, true for keys that may be seen.
+    positions : pair of array, optional
+        Integer positions of the queries, ``[s]`` or ``[b, s]``, and of the keys, ``[t]`` or ``[b, t]``. By default both
+        are 0, 1, 2, ... They count only if `causal` is true.
+
+    Returns
+    -------
+    dq : array
+        Cotangent of `q`. For a part of the keys it is the part's term of a sum.
+    dk : array
+        Cotangent of `k`.
+    dv : array
+        Cotangent of `v`.
     """
     xp, (b, s, a, d), g = namespace(q), q.shape, k.shape[2]
     dk, dv = (xp.zeros(x.shape, dtype=x.dtype) for x in (k, v))
@@ -167,14 +214,14 @@ def attention_backward(
         return xp.zeros_like(q), dk, dv
     do, q, o = (xp.reshape(x, (b, s, g, a // g, d)) for x in (do, q, o))
     statistics, dq = xp.reshape(statistics, (2, b, g, a // g, s)), xp.zeros_like(q)
-    order, (rows, keys) = Order(causal, mask, positions), tiles(q, k, causal)
+    visible, (rows, keys) = AttentionMask(causal, mask, positions), tiles(q, k, causal)
     for some in rows:
         sums: dict[int, list[Block]] = {}
         for tile in some:
             dx, columns = None, _columns(tile, do, q, o, statistics)
-            for which in order.seen(tile, keys):
+            for which in visible.ranges(tile, keys):
                 of_k, of_v = (tile.of_keys(x, which) for x in (k, v))
-                scores = order.hide(_scores(columns[0], of_k), tile, which)
+                scores = visible.hide(_scores(columns[0], of_k), tile, which)
                 term, *terms = _terms(scores, of_k, of_v, *columns)
                 dx = _plus(dx, term)
                 sums[which.start] = list(map(_plus, sums.get(which.start, (None, None)), terms))
@@ -188,9 +235,9 @@ def attention_backward(
 
 
 def _columns(tile: Tile, do: Block, q: Block, o: Block, statistics: Block) -> tuple[Block, ...]:
-    """Return a tile's queries, scaled, and cotangents ``[b, g, n, d]``; peaks and sums ``[b, g, 1, n]`` of ``do o``.
+    """Return a tile's scaled queries and cotangents ``[b, g, n, d]``, its peaks, and sums ``[b, g, 1, n]`` of ``do o``.
 
-    What the sums of the softmax divide is divided by them here, where it is smallest.
+    The cotangents are divided by the sums of the softmax here, where that costs least.
     """
     xp, statistics = namespace(q), tile.of_statistics(statistics)
     y = tile.of_queries(do) / xp.matrix_transpose(_divisor(statistics[1, ...]))
@@ -201,10 +248,11 @@ def _columns(tile: Tile, do: Block, q: Block, o: Block, statistics: Block) -> tu
 def _terms(
     scores: Block, k: Block, v: Block, q: Block, do: Block, peaks: Block, products: Block
 ) -> tuple[Block, Block, Block]:
-    """Return the terms of the cotangents of q (scaled), k and v from one tile; its scores are overwritten."""
+    """Return a tile's terms of the cotangents of q (before its scale), k and v. The scores are overwritten."""
     xp = namespace(scores)
     scores -= peaks
     p = xp.exp(scores)
+    # V[b, g, t, D] . dO[b, g, D, n] -> dP[b, g, t, n]; dP and P -> dQ, dK, dV, local
     ds = xp.matmul(v, xp.matrix_transpose(do))
     ds -= products
     ds *= p

@@ -1,4 +1,4 @@
-"""The windows of images, as a product takes them, and what pooling makes of each."""
+"""Windows of images, as a convolution's product takes them, and pooling of windows, called by those layers."""
 
 from __future__ import annotations
 
@@ -13,13 +13,47 @@ Pair = tuple[int, int]
 
 
 def windows(size: Pair, kernel: Pair, stride: Pair, padding: Pair) -> Pair:
-    """Return how many windows there are along y and x; none or fewer where the kernel is larger than the image."""
+    """Return the number of windows along y and x. It is below 1 if the kernel is larger than the padded image.
+
+    Parameters
+    ----------
+    size : pair of int
+        Height and width of the image.
+    kernel : pair of int
+        Height and width of a window.
+    stride : pair of int
+        Distance of windows along y and x.
+    padding : pair of int
+        Padding on both sides along y and x.
+
+    Returns
+    -------
+    pair of int
+        Numbers of windows along y and x.
+    """
     ny, nx = ((n + 2 * p - k) // t + 1 for n, k, t, p in zip(size, kernel, stride, padding, strict=True))
     return ny, nx
 
 
 def unfold(x: Block, kernel: Pair, stride: Pair, padding: Pair) -> Block:
-    """Return the windows ``[b, c, i, j, s]`` of images ``[b, c, y, x]`` between zeros, s counting them row by row."""
+    """Return the windows of images that are padded with zeros.
+
+    Parameters
+    ----------
+    x : array
+        Images ``[b, c, y, x]``.
+    kernel : pair of int
+        Height and width of a window.
+    stride : pair of int
+        Distance of windows along y and x.
+    padding : pair of int
+        Padding on both sides along y and x.
+
+    Returns
+    -------
+    array
+        Windows ``[b, c, i, j, s]``, where s counts them row by row. **Adjoint:** `fold`.
+    """
     xp, count = namespace(x), windows(x.shape[2:], kernel, stride, padding)
     padded = _padded(x, padding)
     inner = _inner(x, padding)
@@ -32,7 +66,24 @@ def unfold(x: Block, kernel: Pair, stride: Pair, padding: Pair) -> Block:
 
 @in_wide
 def fold(windows_of: Block, size: Pair, stride: Pair, padding: Pair) -> Block:
-    """Return the images of which each element is the sum of all that `unfold` made of it: its adjoint."""
+    """Return images whose elements are the sums of their copies in all windows.
+
+    Parameters
+    ----------
+    windows_of : array
+        Windows ``[b, c, i, j, s]`` as `unfold` returns them.
+    size : pair of int
+        Height and width of the images.
+    stride : pair of int
+        Distance of windows along y and x.
+    padding : pair of int
+        Padding on both sides along y and x.
+
+    Returns
+    -------
+    array
+        Images ``[b, c, y, x]``. **Adjoint:** `unfold`.
+    """
     b, c, ky, kx = windows_of.shape[:4]
     count = windows(size, (ky, kx), stride, padding)
     parts = namespace(windows_of).reshape(windows_of, (b, c, ky * kx, *count))
@@ -40,7 +91,7 @@ def fold(windows_of: Block, size: Pair, stride: Pair, padding: Pair) -> Block:
 
 
 def _added(parts: Iterable[Block], like: Block, size: Pair, kernel: Pair, stride: Pair, padding: Pair) -> Block:
-    """Return images to which each element of all windows, ``[b, c, i, j]`` of each, is added where it was."""
+    """Return images to which the elements ``[b, c, i, j]`` of all windows are added at their places."""
     xp = namespace(like)
     image = xp.zeros((*like.shape[:2], *size), dtype=like.dtype)
     padded, count = _padded(image, padding), windows(size, kernel, stride, padding)
@@ -51,9 +102,25 @@ def _added(parts: Iterable[Block], like: Block, size: Pair, kernel: Pair, stride
 
 
 def max_pool(x: Block, kernel: Pair, stride: Pair, padding: Pair) -> tuple[Block, Block]:
-    """Return the greatest element of each window ``[b, c, i, j]``, and its number in the window, counted row by row.
+    """Return the greatest element of each window, and its number in the window.
 
-    Of equal elements it is the first; a NaN is greater than any number, and padding smaller.
+    Parameters
+    ----------
+    x : array
+        Images ``[b, c, y, x]``.
+    kernel : pair of int
+        Height and width of a window.
+    stride : pair of int
+        Distance of windows along y and x.
+    padding : pair of int
+        Padding on both sides along y and x.
+
+    Returns
+    -------
+    best : array
+        Greatest elements ``[b, c, i, j]``. NaN is greater than any number, and padding is smaller.
+    which : array
+        Their numbers in the window in int32, row by row; of equal elements the first.
     """
     xp, count = namespace(x), windows(x.shape[2:], kernel, stride, padding)
     padded = _padded(x, padding, -math.inf)
@@ -70,7 +137,28 @@ def max_pool(x: Block, kernel: Pair, stride: Pair, padding: Pair) -> tuple[Block
 
 @in_wide
 def max_pool_backward(dy: Block, which: Block, size: Pair, kernel: Pair, stride: Pair, padding: Pair) -> Block:
-    """Return the cotangent of the images of `max_pool`: dy at the elements that were the greatest."""
+    """Return the cotangent of the images of `max_pool`.
+
+    Parameters
+    ----------
+    dy : array
+        Cotangent ``[b, c, i, j]`` of the greatest elements.
+    which : array
+        Numbers in the window, as `max_pool` returned them.
+    size : pair of int
+        Height and width of the images.
+    kernel : pair of int
+        Height and width of a window.
+    stride : pair of int
+        Distance of windows along y and x.
+    padding : pair of int
+        Padding on both sides along y and x.
+
+    Returns
+    -------
+    array
+        Cotangent ``[b, c, y, x]``: `dy` at the greatest elements, zeros elsewhere.
+    """
     xp, numbers = namespace(dy), range(kernel[0] * kernel[1])
     parts = (dy * xp.astype(which == number, dy.dtype) for number in numbers)
     return _added(parts, dy, size, kernel, stride, padding)
@@ -78,7 +166,24 @@ def max_pool_backward(dy: Block, which: Block, size: Pair, kernel: Pair, stride:
 
 @in_wide
 def mean_pool(x: Block, kernel: Pair, stride: Pair, padding: Pair) -> Block:
-    """Return the mean ``[b, c, i, j]`` of each window between zeros, which count."""
+    """Return the mean of each window. Zeros of the padding count.
+
+    Parameters
+    ----------
+    x : array
+        Images ``[b, c, y, x]``.
+    kernel : pair of int
+        Height and width of a window.
+    stride : pair of int
+        Distance of windows along y and x.
+    padding : pair of int
+        Padding on both sides along y and x.
+
+    Returns
+    -------
+    array
+        Means ``[b, c, i, j]``.
+    """
     count, padded = windows(x.shape[2:], kernel, stride, padding), _padded(x, padding)
     padded[_inner(x, padding)] = x
     y = namespace(x).zeros((*x.shape[:2], *count), dtype=x.dtype)
@@ -90,7 +195,26 @@ def mean_pool(x: Block, kernel: Pair, stride: Pair, padding: Pair) -> Block:
 
 @in_wide
 def mean_pool_backward(dy: Block, size: Pair, kernel: Pair, stride: Pair, padding: Pair) -> Block:
-    """Return the cotangent of the images of `mean_pool`."""
+    """Return the cotangent of the images of `mean_pool`.
+
+    Parameters
+    ----------
+    dy : array
+        Cotangent ``[b, c, i, j]`` of the means.
+    size : pair of int
+        Height and width of the images.
+    kernel : pair of int
+        Height and width of a window.
+    stride : pair of int
+        Distance of windows along y and x.
+    padding : pair of int
+        Padding on both sides along y and x.
+
+    Returns
+    -------
+    array
+        Cotangent ``[b, c, y, x]``.
+    """
     area = kernel[0] * kernel[1]
     return _added(repeat(dy / area, area), dy, size, kernel, stride, padding)
 

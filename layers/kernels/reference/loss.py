@@ -1,4 +1,4 @@
-"""Losses over a dim that may be cut."""
+"""Cross-entropy over classes that may be cut, called by the loss and by everything that needs a maximum of logits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,18 @@ from colossal_mpi.platform.backend import Block, namespace
 
 
 def peak(logits: Block) -> Block:
-    """Return the maximum over the last dim; -inf over an empty piece of it."""
+    """Return the maximum over the last dim, minus infinity if this rank's part of it is empty.
+
+    Parameters
+    ----------
+    logits : array
+        Block ``[..., v]``.
+
+    Returns
+    -------
+    array
+        Maxima ``[...]`` in the dtype of `logits`.
+    """
     xp = namespace(logits)
     if not logits.shape[-1]:
         return xp.full(logits.shape[:-1], -math.inf, dtype=logits.dtype)
@@ -19,10 +30,27 @@ def peak(logits: Block) -> Block:
 def cross_entropy_sums(
     logits: Block, labels: Block, top: Block, start: int, on: float = 1.0, off: float = 0.0
 ) -> Block:
-    """Return, stacked ``[2, ...]``, a piece's sums of ``exp(logits - top)`` and of ``target (logits - top)``.
+    """Return a part's sums of ``exp(logits - top)`` and of ``target (logits - top)``.
 
-    The target distribution is `off` for every class and `on` more for the label: 1 and 0 without smoothing. The sums of
-    16-bit logits are float32.
+    Parameters
+    ----------
+    logits : array
+        Logits ``[..., v]`` of this rank's part of the classes.
+    labels : array
+        Integer labels ``[...]``, negative if they do not count.
+    top : array
+        Maxima ``[...]`` over all classes.
+    start : int
+        Global number of the part's first class.
+    on : float
+        Share of the label in the target distribution, besides `off`: 1 without smoothing.
+    off : float
+        Share of every class in the target distribution: 0 without smoothing.
+
+    Returns
+    -------
+    array
+        Both sums, stacked ``[2, ...]``, in float32 if `logits` are of 16 bits.
     """
     xp = namespace(logits)
     shifted = wide(logits) - wide(top)[..., None]
@@ -33,7 +61,7 @@ def cross_entropy_sums(
 
 
 def _at_labels(x: Block, labels: Block, start: int) -> Block:
-    """Return the elements of a piece of the classes at the labels, 0 where it has not the label."""
+    """Return a part's elements at the labels, 0 if the part does not have the label."""
     xp, local = namespace(x), labels - start
     here = (local >= 0) & (local < x.shape[-1])
     if not x.shape[-1]:
@@ -43,9 +71,29 @@ def _at_labels(x: Block, labels: Block, start: int) -> Block:
 
 
 def cross_entropy_losses(top: Block, sums: Block, valid: Block, z_loss: float = 0.0) -> Block:
-    """Return ``log Z - target . logits + z_loss (log Z)^2`` where the label is valid, else 0.
+    """Return ``log Z - target . logits + z_loss (log Z)^2`` if the label is valid, else 0.
 
-    `sums` are those of `cross_entropy_sums` over the whole vocabulary, and ``log Z`` is that of the logits themselves.
+    Z is the sum of ``exp(logits)`` over all classes.
+
+    Parameters
+    ----------
+    top : array
+        Maxima ``[...]`` over all classes.
+    sums : array
+        What `cross_entropy_sums` returned, ``[2, ...]``, summed over all classes.
+    valid : array
+        Bool ``[...]``: whether the label counts.
+    z_loss : float
+        Coefficient of the square of log Z.
+
+    Returns
+    -------
+    array
+        Losses ``[...]`` in the dtype of `sums`.
+
+    References
+    ----------
+    Chowdhery et al.: PaLM, 2022 (z-loss).
     """
     xp, top = namespace(sums), wide(top)
     total, target = sums[0, ...], sums[1, ...]
@@ -67,10 +115,33 @@ def cross_entropy_backward(
     off: float = 0.0,
     z_loss: float = 0.0,
 ) -> Block:
-    """Return the cotangent of the logits' piece: ``scale ((1 + 2 z_loss log Z) softmax - target)``, 0 if not valid.
+    """Return the cotangent of a part of the logits: ``scale ((1 + 2 z_loss log Z) softmax - target)``.
 
-    `top` and `total` are the maximum and the sum of ``exp(logits - top)`` over the whole vocabulary; a label is
-    valid if it is not negative.
+    Parameters
+    ----------
+    logits : array
+        Logits ``[..., v]`` of this rank's part of the classes.
+    labels : array
+        Integer labels ``[...]``. The cotangent is 0 if a label is negative.
+    top : array
+        Maxima ``[...]`` over all classes.
+    total : array
+        Sums ``[...]`` of ``exp(logits - top)`` over all classes.
+    start : int
+        Global number of the part's first class.
+    scale : float
+        Factor of all cotangents.
+    on : float
+        Share of the label in the target distribution, besides `off`: 1 without smoothing.
+    off : float
+        Share of every class in the target distribution: 0 without smoothing.
+    z_loss : float
+        Coefficient of the square of log Z.
+
+    Returns
+    -------
+    array
+        Cotangent in the shape and dtype of `logits`.
     """
     xp, given = namespace(logits), logits
     logits, top = wide(logits), wide(top)

@@ -1,4 +1,7 @@
-"""Normalisation over a dim that may be cut: sums over the whole of it are finished by a function that is given."""
+"""Layer norm and its root-mean-square form over a dim that may be cut, called by the norm layers.
+
+The caller passes a function that completes sums over the ranks that cut the dim.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,10 @@ from colossal_mpi.layers.kernels.reference.wide import like, wide
 from colossal_mpi.platform.backend import Block, namespace, sum_over
 
 Total = Callable[[Block], Block] | None
-"""Adds up an array over the ranks among which h is cut; None where it is not."""
+"""Adds an array up over the ranks that cut h. None if no axis cuts h."""
 
 Statistics = tuple[Block | None, Block]
-"""Mean (None if it is not subtracted) and reciprocal deviation, ``[...]`` of an array ``[..., h]``."""
+"""Mean (None if it is not subtracted) and reciprocal of the deviation, each ``[...]`` for an array ``[..., h]``."""
 
 
 def norm(
@@ -21,21 +24,32 @@ def norm(
 
     Parameters
     ----------
-    x : array, ``[..., h]``
-    gain, bias : array, ``[h]``
-        A bias may be None.
+    x : array
+        Block ``[..., h]``.
+    gain : array
+        Gain ``[h]`` of this rank's part of h.
+    bias : array, optional
+        Bias ``[h]`` of this rank's part of h.
     centred : bool
-        Whether the mean is subtracted first: layer norm, or else the root-mean-square form.
+        Whether the mean is subtracted first: layer norm. False is the root-mean-square form.
     eps : float
+        Number that is added to the mean of squares.
     size : int
-        The whole of h.
+        Size of the whole of h.
     total : callable, optional
+        ``total(array)`` adds an array up over the ranks that cut h. None if no axis cuts h.
 
     Returns
     -------
-    array, ``[..., h]``
-    Statistics
-        In float32 where x is of 16 bits.
+    y : array
+        Result ``[..., h]`` in the dtype of `x`.
+    statistics : pair of array
+        Mean ``[...]`` (None if it is not subtracted) and reciprocal of the deviation ``[...]``, in float32 if `x` is of
+        16 bits.
+
+    References
+    ----------
+    Ba, Kiros, Hinton: Layer normalization, 2016. Zhang, Sennrich: Root mean square layer normalization, 2019.
     """
     xp, mean, given = namespace(x), None, x
     y = x = wide(x)
@@ -51,6 +65,7 @@ def norm(
 
 
 def _whole(local: Block, total: Total) -> Block:
+    # S[...] {U_h} -> S[...]: allreduce over the axes that cut h, by the caller's function
     return local if total is None else total(local)
 
 
@@ -65,9 +80,31 @@ def _scaled(x: Block, y: Block, rstd: Block) -> Block:
 def norm_backward(
     dy: Block, x: Block, gain: Block, statistics: Statistics, size: int, total: Total = None
 ) -> tuple[Block, Block, Block | None]:
-    """Return the cotangents of x, of the gain and, if the mean was subtracted, of the bias.
+    """Return the cotangents of the input, the gain and the bias of `norm`.
 
-    Those of gain and bias are sums over the rows that are here, in float32 where x is of 16 bits.
+    Parameters
+    ----------
+    dy : array
+        Cotangent ``[..., h]`` of the result.
+    x : array
+        Input ``[..., h]`` of `norm`.
+    gain : array
+        Gain ``[h]``.
+    statistics : pair of array
+        What `norm` returned.
+    size : int
+        Size of the whole of h.
+    total : callable, optional
+        As `norm` takes it.
+
+    Returns
+    -------
+    dx : array
+        Cotangent of `x`, in its shape and dtype.
+    dgain : array
+        Cotangent ``[h]`` of the gain, summed over the rows of this block, in float32 if `x` is of 16 bits.
+    dbias : array or None
+        Cotangent ``[h]`` of the bias in the same dtype. None if the mean is not subtracted.
     """
     xp, (mean, rstd), rows, given = namespace(x), statistics, range(x.ndim - 1), x
     dy, x, gain = wide(dy), wide(x), wide(gain)

@@ -1,4 +1,4 @@
-"""The normal distribution, which the array API has not: neither it nor the error function."""
+"""The distribution function and the density of the standard normal, for GELU: the array API has no error function."""
 
 from __future__ import annotations
 
@@ -36,21 +36,22 @@ _TAIL = (
     7.988345428788568e-16,
     -1.7595071895673927e-16,
 )
-"""Chebyshev coefficients of ``(1 + 2 z) exp(z^2) erfc(z)`` in ``t = (z - 2.5) / (z + 2.5)``, for all z from 0.
+"""Chebyshev coefficients of ``(1 + 2 z) exp(z^2) erfc(z)`` in ``t = (z - 2.5) / (z + 2.5)``, for z of 0 and more.
 
-They are of interpolation at 60 points in 40 digits; this form of erfc is of Shepherd & Laframboise (1981).
+They come from interpolation at 60 points in 40 digits. Shepherd & Laframboise (1981) gave this form of erfc.
 """
 _POWERS = {
     8: [float(c) for c in np.polynomial.chebyshev.cheb2poly(_TAIL)],
     4: [float(c) for c in np.polynomial.chebyshev.cheb2poly(_TAIL[:11])],
 }
-"""The same by powers of t, as many as the bytes of a float can tell apart."""
+"""Coefficients of the powers of t for floats of 8 and of 4 bytes, as many as their precision can tell apart."""
 
 
 def normal_cdf(x: Block) -> Block:
     """Return the distribution function of the standard normal, ``(1 + erf(x / sqrt 2)) / 2``.
 
-    To two units of the last place, absolutely; in the lower tail, relatively to ``(1 + x^2 / 2)`` times that.
+    The error is two units of the last place, absolutely; in the lower tail it is ``(1 + x^2 / 2)`` times that,
+    relatively.
 
     References
     ----------
@@ -72,7 +73,7 @@ def normal_cdf(x: Block) -> Block:
 
 
 def _exp_half_square(x: Block) -> Block:
-    """Return ``exp(-x^2 / 2)``; the square of ``x / sqrt 2`` would double the error."""
+    """Return ``exp(-x^2 / 2)``, without the square of ``x / sqrt 2``, which would double the error."""
     square = x * x
     square *= -0.5
     return namespace(x).exp(square)

@@ -1,7 +1,7 @@
-"""Top-k routing of tokens to experts, and the slots in which the experts take them.
+"""Top-k routing of tokens to experts, and the slots in which the experts take them, called by `MoE`.
 
-An assignment is one of the k places of a token at experts; assignment i is that of token ``i // k``. Slots and
-assignments are matched one to one but for empty slots, so that gathering from one into the other is its own adjoint.
+An assignment is one of the k places of a token at experts; assignment i belongs to token ``i // k``. Each assignment
+has one slot and each slot one assignment or none, so that gathering from one into the other is its own adjoint.
 """
 
 from __future__ import annotations
@@ -15,20 +15,27 @@ def route(logits: Block, k: int, renormalise: bool) -> tuple[Block, Block, Block
 
     Parameters
     ----------
-    logits : array, ``[n, e]``
+    logits : array
+        Logits ``[n, e]`` of n tokens for e experts.
     k : int
+        Number of experts of a token.
     renormalise : bool
         Whether the k weights, which are softmax probabilities, are divided by their sum.
 
     Returns
     -------
-    chosen : integer array, ``[n, k]``
-        By falling logit, of equal ones the lower expert first.
-    weights : array, ``[n, k]``
-    probabilities : array, ``[n, e]``
-    log : array, ``[n]``
-        The logarithm of the sum of ``exp(logits)``. Like weights and probabilities in float32 where logits are of 16
-        bits.
+    chosen : array
+        Integer experts ``[n, k]`` in order of falling logits; of equal logits the lower expert first.
+    weights : array
+        Weights ``[n, k]``, in float32 if `logits` are of 16 bits, as the other results.
+    probabilities : array
+        Softmax ``[n, e]`` of the logits.
+    log : array
+        Logarithm ``[n]`` of the sum of ``exp(logits)``.
+
+    References
+    ----------
+    Shazeer et al.: Outrageously large neural networks, 2017.
     """
     xp, logits = namespace(logits), wide(logits)
     chosen = xp.argsort(-logits, axis=-1, stable=True)[:, :k]
@@ -55,13 +62,25 @@ def route_backward(
 
     Parameters
     ----------
-    dweights, chosen, weights, probabilities
-        The cotangent and the results of `route`.
+    dweights : array
+        Cotangent ``[n, k]`` of the weights.
+    chosen : array
+        Experts ``[n, k]`` that `route` returned.
+    weights : array
+        Weights ``[n, k]`` that `route` returned.
+    probabilities : array
+        Softmax ``[n, e]`` that `route` returned.
     renormalise : bool
-    pull : array, ``[n, e]``, optional
-        A further cotangent of the probabilities.
-    push : array, ``[n]``, optional
-        A cotangent of the logarithms.
+        As `route` takes it.
+    pull : array, optional
+        Further cotangent ``[n, e]`` of the probabilities, from the balancing loss.
+    push : array, optional
+        Cotangent ``[n]`` of the logarithms, from the z-loss.
+
+    Returns
+    -------
+    array
+        Cotangent ``[n, e]``.
     """
     xp = namespace(weights)
     d = dweights
@@ -80,14 +99,24 @@ def route_backward(
 
 
 def routing_sums(chosen: Block, probabilities: Block, log: Block, valid: Block | None) -> Block:
-    """Return ``[2 e + 2]`` sums over tokens in float64: assignments of each expert, its probabilities, tokens, log^2.
+    """Return the sums over tokens that the balancing loss and the z-loss need.
 
     Parameters
     ----------
-    chosen, probabilities, log
-        The results of `route`.
-    valid : bool array, ``[n]``, optional
-        The tokens that count.
+    chosen : array
+        Experts ``[n, k]`` that `route` returned.
+    probabilities : array
+        Softmax ``[n, e]`` that `route` returned.
+    log : array
+        Logarithms ``[n]`` that `route` returned.
+    valid : array, optional
+        Bool ``[n]``: the tokens that count. By default all do.
+
+    Returns
+    -------
+    array
+        Sums ``[2 e + 2]`` in float64: assignments of each expert, its probabilities, the number of tokens, and the
+        squares of the logarithms.
     """
     xp = namespace(log)
     n, e = probabilities.shape
@@ -100,7 +129,22 @@ def routing_sums(chosen: Block, probabilities: Block, log: Block, valid: Block |
 
 
 def sort_by_expert(chosen: Block, experts: int) -> tuple[Block, Block]:
-    """Return the assignments by expert, in order of the tokens, and where those of each expert begin, ``[e + 1]``."""
+    """Return the assignments in order of their experts, and where those of each expert begin.
+
+    Parameters
+    ----------
+    chosen : array
+        Experts ``[n, k]`` that `route` returned.
+    experts : int
+        Number e of experts.
+
+    Returns
+    -------
+    order : array
+        Assignments ``[n k]`` by expert, those of one expert in order of the tokens.
+    starts : array
+        Where each expert begins in `order`, ``[e + 1]``.
+    """
     xp = namespace(chosen)
     flat = xp.reshape(chosen, (-1,))
     order = xp.argsort(flat, stable=True)
@@ -108,15 +152,25 @@ def sort_by_expert(chosen: Block, experts: int) -> tuple[Block, Block]:
 
 
 def match_slots(chosen: Block, order: Block, starts: Block, capacity: int) -> tuple[Block, Block]:
-    """Return the assignment of each slot, ``[e capacity]``, -1 where it is empty, and the slot of each assignment.
+    """Return the assignment of each slot and the slot of each assignment.
 
     Parameters
     ----------
-    chosen : integer array, ``[n, k]``
-    order, starts
-        The results of `sort_by_expert`.
+    chosen : array
+        Experts ``[n, k]`` that `route` returned.
+    order : array
+        Assignments by expert that `sort_by_expert` returned.
+    starts : array
+        Beginnings that `sort_by_expert` returned.
     capacity : int
-        Slots of each expert, no fewer than any has assignments.
+        Slots of each expert, no fewer than any expert has assignments.
+
+    Returns
+    -------
+    source : array
+        Assignment of each slot, ``[e capacity]``, -1 if the slot is empty.
+    slots : array
+        Slot of each assignment, ``[n k]``.
     """
     xp, flat = namespace(chosen), namespace(chosen).reshape(chosen, (-1,))
     slots = xp.astype(xp.argsort(order), starts.dtype) - xp.take(starts, flat) + flat * capacity
@@ -131,16 +185,23 @@ def match_slots(chosen: Block, order: Block, starts: Block, capacity: int) -> tu
 
 
 def fill_slots(rows: Block, source: Block, k: int, weights: Block | None = None) -> Block:
-    """Return the rows ``[n, h]`` of tokens in their slots, ``[len(source), h]``, times their weights; 0 in empty slots.
+    """Return the rows of tokens in their slots, times the weights of the assignments.
 
     Parameters
     ----------
-    rows : array, ``[n, h]``
-    source : integer array
-        The assignment of each slot, as `match_slots` gives it.
+    rows : array
+        Rows ``[n, h]`` of the tokens.
+    source : array
+        Assignment of each slot, as `match_slots` returns it.
     k : int
-    weights : array, ``[n, k]``, optional
-        Of the assignments.
+        Number of experts of a token.
+    weights : array, optional
+        Weights ``[n, k]`` of the assignments. By default all are 1.
+
+    Returns
+    -------
+    array
+        Rows ``[slots, h]``, zeros in empty slots. **Adjoint:** `take_slots`, whose k rows of a token are added.
     """
     xp = namespace(rows)
     if not rows.shape[0]:
@@ -156,7 +217,22 @@ def fill_slots(rows: Block, source: Block, k: int, weights: Block | None = None)
 
 
 def take_slots(slots: Block, places: Block, k: int) -> Block:
-    """Return the rows ``[k, n, h]`` of assignments from the slots ``[slots, h]`` that `match_slots` gave them."""
+    """Return the rows of assignments from their slots.
+
+    Parameters
+    ----------
+    slots : array
+        Rows ``[slots, h]``.
+    places : array
+        Slot of each assignment, as `match_slots` returns it.
+    k : int
+        Number of experts of a token.
+
+    Returns
+    -------
+    array
+        Rows ``[k, n, h]``: for each token one row from each of its experts. **Adjoint:** `fill_slots`.
+    """
     xp = namespace(slots)
     by_place = xp.matrix_transpose(xp.reshape(places, (-1, k)))
     if not places.shape[0]:

@@ -1,4 +1,4 @@
-"""Rows of a table by their numbers."""
+"""Rows of a table by their numbers, and the sum of cotangents of equal rows, called by the embeddings."""
 
 from __future__ import annotations
 
@@ -7,18 +7,25 @@ from colossal_mpi.layers.kernels.reference.wide import wide
 from colossal_mpi.platform.backend import Block, namespace
 
 STRETCH = 128
-"""Ids whose rows are added by one product."""
+"""Number of ids whose rows one product adds."""
 
 
 def lookup(table: Block, ids: Block, start: int) -> Block:
-    """Return rows of a piece of a table: row ``ids - start`` where the piece has it, zeros elsewhere.
+    """Return rows of a part of a table: row ``ids - start`` if the part has it, zeros otherwise.
 
     Parameters
     ----------
-    table : array, ``[rows, h]``
-        Global rows ``start`` to ``start + rows``.
-    ids : integer array, ``[...]``
-        Global row numbers.
+    table : array
+        Rows ``[rows, h]`` of the part, the global rows ``start`` to ``start + rows``.
+    ids : array
+        Integer global row numbers of any shape.
+    start : int
+        Global number of the first row of the part.
+
+    Returns
+    -------
+    array
+        Rows ``[*ids.shape, h]`` in the dtype of `table`.
     """
     xp = namespace(table)
     flat, here = _rows(ids, start, table.shape[0])
@@ -30,7 +37,7 @@ def lookup(table: Block, ids: Block, start: int) -> Block:
 
 
 def _rows(ids: Block, start: int, count: int) -> tuple[Block, Block]:
-    """Return flat row numbers inside a piece of a table, 0 where it has not the row, and where it has it."""
+    """Return flat row numbers in a part of a table, 0 for rows that it lacks, and whether it has them."""
     xp = namespace(ids)
     local = xp.reshape(ids, (-1,)) - start
     here = (local >= 0) & (local < count)
@@ -38,9 +45,23 @@ def _rows(ids: Block, start: int, count: int) -> tuple[Block, Block]:
 
 
 def lookup_backward(dy: Block, ids: Block, start: int, count: int) -> Block:
-    """Return the cotangent ``[count, h]`` of the table of `lookup`. Equal rows are added in a fixed order.
+    """Return the cotangent of the table of `lookup`. Equal rows are added in a fixed order.
 
-    That of 16-bit floats is float32.
+    Parameters
+    ----------
+    dy : array
+        Cotangent ``[*ids.shape, h]`` of the rows.
+    ids : array
+        Integer global row numbers.
+    start : int
+        Global number of the first row of the part.
+    count : int
+        Number of rows of the part.
+
+    Returns
+    -------
+    array
+        Cotangent ``[count, h]`` of the part, in float32 if `dy` is of 16 bits.
     """
     dy = wide(dy)
     xp, h = namespace(dy), dy.shape[-1]
@@ -56,10 +77,10 @@ def lookup_backward(dy: Block, ids: Block, start: int, count: int) -> Block:
 
 
 def _sum_equal(ids: Block, dy: Block, weights: Block) -> tuple[Block, Block]:
-    """Return the distinct `ids`, sorted, and for each the weighted sum of its rows of `dy`.
+    """Return the distinct ids, sorted, and for each the weighted sum of its rows of `dy`.
 
-    Ids are sorted and taken `STRETCH` at a time, each stretch by one product with a matrix of weights and zeros: one
-    product for all would cost the square of their number. An id that goes on in the next stretch is added there.
+    Ids are sorted and taken `STRETCH` at a time. One product with a matrix of weights and zeros sums a stretch; one
+    product for all ids would cost the square of their number. A sum is continued if its id goes on in the next stretch.
     """
     xp, order = namespace(dy), namespace(ids).argsort(ids)
     ids, found, sums = xp.take(ids, order), list[Block](), list[Block]()
@@ -78,12 +99,21 @@ def _sum_equal(ids: Block, dy: Block, weights: Block) -> tuple[Block, Block]:
 
 
 def require_ids(ids: Block, count: int, least: int | None = 0) -> None:
-    """Require integer ids from `least` (None: any) to below `count`.
+    """Require that integer ids are in a range.
+
+    Parameters
+    ----------
+    ids : array
+        Integer ids of any shape.
+    count : int
+        Ids must be below it.
+    least : int, optional
+        Least id that is allowed; None allows any negative id.
 
     Raises
     ------
     ShapeError
-        On the ranks that hold an id outside, which ends the job.
+        On the ranks that hold an id outside the range, which ends the job.
     """
     xp = namespace(ids)
     if not ids.size:

@@ -1,8 +1,8 @@
 """Tiles of the scores of attention: some samples, groups of heads, queries and keys, and which keys a query sees.
 
-The r query heads of a group share its keys, so that their queries are the columns of one matrix of scores,
-``k [b, g, t, d]`` times ``q [b, g, d, r s]``. Keys go down and queries across, because the peaks of columns are found
-faster than those of rows.
+``attention`` works tile by tile, and the flop counts of ``layers.analysis`` call `attention_scores`. The r query heads of a group
+share its keys, so that their queries are the columns of one matrix of scores, ``k [b, g, t, d]`` times
+``q [b, g, d, r s]``. Keys are its rows, because the maxima of columns are found faster than those of rows.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from colossal_mpi.layout import part
 from colossal_mpi.platform.backend import Block, namespace
 
 Positions = tuple[Block, Block] | None
-"""Of the queries, ``[s]`` or ``[b, s]``, and of the keys, ``[t]`` or ``[b, t]``; 0, 1, 2, ... of both if None."""
+"""Positions of the queries, ``[s]`` or ``[b, s]``, and of the keys, ``[t]`` or ``[b, t]``. None: 0, 1, 2, ..."""
 
 LENGTH = 256
-"""Most queries, and most keys, of a tile."""
+"""Greatest number of queries, and of keys, of a tile."""
 LEAST = 64
-"""Queries, or keys, that are not cut in two to skip a tile."""
+"""Queries, or keys, from which on they are cut in two to skip a tile."""
 SCORES = 1 << 18
-"""Most scores of a tile of several queries."""
+"""Greatest number of scores of a tile of several queries."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Some samples, groups and queries."""
+    """A range of samples, of groups of heads and of queries."""
 
     samples: slice
     groups: slice
@@ -91,20 +91,36 @@ def tiles(q: Block, k: Block, causal: bool) -> tuple[Iterator[list[Tile]], list[
 
 
 def _groups(scores: int) -> int:
-    """Return how many groups of so many scores a tile has, of all samples together, at most."""
+    """Return how many groups with so many scores a tile has at most, of all samples together."""
     return max(1, SCORES // scores)
 
 
 def largest(b: int, s: int, g: int, r: int, t: int, causal: bool) -> int:
-    """Return the scores of the largest tile, of b samples with g groups of r heads, or more by a part of a sample's."""
+    """Return an upper bound of the scores of the largest tile, for b samples with g groups of r heads."""
     height, width = _sides(s, t, r, causal)
     return min(b * g, _groups(r * height * width)) * r * height * width
 
 
-def scores(s: int, t: int, r: int = 1, causal: bool = True) -> int:
-    """Return how many scores of a head are made, of s queries and t keys at positions 0, 1, 2, ..., r heads to a group.
+def attention_scores(s: int, t: int, r: int = 1, causal: bool = True) -> int:
+    """Return how many scores of a head attention computes, at positions 0, 1, 2, ...
 
-    A tile of which a query sees a key is made whole.
+    A tile is computed whole if one of its queries sees one of its keys.
+
+    Parameters
+    ----------
+    s : int
+        Number of queries.
+    t : int
+        Number of keys.
+    r : int
+        Query heads of a group.
+    causal : bool
+        Whether a query sees only keys at its own position and lower ones.
+
+    Returns
+    -------
+    int
+        Number of scores.
     """
     height, width = _sides(s, t, r, causal)
     pairs = ((rows, keys) for rows in parts(s, height) for keys in parts(t, width))
@@ -122,30 +138,30 @@ def _sides(s: int, t: int, r: int, causal: bool) -> tuple[int, int]:
 
 
 def _length(n: int, causal: bool) -> int:
-    """Return the most queries or keys of a tile; in a causal order there are two parts, so that a tile is skipped."""
+    """Return the most queries or keys of a tile. A causal order has two tiles at least, so that one is skipped."""
     return min(n, LENGTH, max(LEAST, -(-n // 2)) if causal else n)
 
 
 def parts(n: int, most: int) -> list[slice]:
-    """Return balanced parts, of at most `most`, of n indices."""
+    """Return n indices in balanced ranges of `most` at most."""
     count = -(-n // most)
     return [slice(*part(n, count, i)) for i in range(count)]
 
 
 @dataclass(frozen=True)
-class Order:
-    """Which keys a query sees."""
+class AttentionMask:
+    """The attention mask: which keys a query sees, by causal order, key mask and positions."""
 
     causal: bool
     mask: Block | None
     positions: Positions
 
-    def seen(self, tile: Tile, keys: Sequence[slice]) -> list[slice]:
-        """Return those of several ranges of keys of which some query of a tile may see some key."""
+    def ranges(self, tile: Tile, keys: Sequence[slice]) -> list[slice]:
+        """Return the ranges of keys in which some query of a tile may see some key."""
         return [x for x in keys if not self.causal or self._ends(1, tile, x)[0] <= self._ends(0, tile, tile.queries)[1]]
 
     def hide(self, scores: Block, tile: Tile, keys: slice) -> Block:
-        """Return scores ``[b, g, t, r s]``, minus infinity where a key is hidden; they are overwritten."""
+        """Set scores ``[b, g, t, r s]`` to minus infinity where the key is hidden, in place, and return them."""
         xp, (b, g, t, n) = namespace(scores), scores.shape
         s = tile.queries.stop - tile.queries.start
         for bias in self._biases(scores, tile, keys):
@@ -154,7 +170,7 @@ class Order:
         return xp.reshape(scores, (b, g, t, n))
 
     def _biases(self, scores: Block, tile: Tile, keys: slice) -> Iterator[Block]:
-        """Yield what to add to scores ``[b, g, t, r, s]``, arrays of fewer elements."""
+        """Yield terms to add to scores ``[b, g, t, r, s]``, each of fewer elements."""
         xp = namespace(scores)
         shown, hidden = (xp.asarray(value, dtype=scores.dtype) for value in (0.0, -math.inf))
         if self.causal and self._ends(1, tile, keys)[1] > self._ends(0, tile, tile.queries)[0]:

@@ -1,4 +1,4 @@
-"""What optimizers do to the blocks that a rank stores, in place."""
+"""Update formulas of Adam, in place on the blocks that a rank stores, called by the optimizers."""
 
 from __future__ import annotations
 
@@ -8,17 +8,27 @@ from colossal_mpi.platform.backend import Block, namespace
 
 
 def adam(g: Block, m: Block, v: Block, step: int, betas: tuple[float, float], eps: float) -> Block:
-    """Update the moments by a gradient and return the corrected first over the root of the corrected second.
+    """Update the moments by a gradient, and return the direction of Adam's step.
 
     Parameters
     ----------
-    g, m, v : array
-        Gradient, which stays as it is, first and second moment.
+    g : array
+        Gradient. It stays as it is.
+    m : array
+        First moment, updated in place.
+    v : array
+        Second moment, updated in place.
     step : int
         Number of this step, from 1.
-    betas : (float, float)
+    betas : pair of float
+        Shares of the old first and second moment that are kept.
     eps : float
-        Added to the root.
+        Number that is added to the root of the second moment.
+
+    Returns
+    -------
+    array
+        ``m' / (sqrt(v') + eps)`` with the moments corrected for their start at zero.
 
     References
     ----------
@@ -31,7 +41,7 @@ def adam(g: Block, m: Block, v: Block, step: int, betas: tuple[float, float], ep
     square *= 1 - b2
     v *= b2
     v += square
-    # m / c1 / (sqrt(v / c2) + eps), with the corrections where they cost no pass over the block
+    # m / c1 / (sqrt(v / c2) + eps): the corrections are applied to scalars, which spares a pass over the block
     correction = math.sqrt(1 - b2**step)
     root = namespace(g).sqrt(v)
     root += eps * correction
@@ -52,7 +62,33 @@ def adamw(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """Step a weight by `adam`, after a decay that is no part of the gradient (Loshchilov & Hutter 2019)."""
+    """Update a weight by Adam's step, after a decay that is not part of the gradient.
+
+    Parameters
+    ----------
+    w : array
+        Weight, updated in place.
+    g : array
+        Gradient. It stays as it is.
+    m : array
+        First moment, updated in place.
+    v : array
+        Second moment, updated in place.
+    step : int
+        Number of this step, from 1.
+    lr : float
+        Learning rate.
+    betas : pair of float
+        Shares of the old first and second moment that are kept.
+    eps : float
+        Number that is added to the root of the second moment.
+    weight_decay : float
+        Decay: the weight is multiplied by ``1 - lr weight_decay``.
+
+    References
+    ----------
+    Loshchilov, Hutter: Decoupled weight decay regularization, 2019.
+    """
     direction = adam(g, m, v, step, betas, eps)
     direction *= lr
     w *= 1 - lr * weight_decay
