@@ -1,7 +1,7 @@
 """Tiles of the scores of attention: some samples, groups of heads, queries and keys, and which keys a query sees.
 
-``attention`` works tile by tile, and the flop counts of ``layers.analysis`` call `attention_scores`. The r query heads of a group
-share its keys, so that their queries are the columns of one matrix of scores, ``k [b, g, t, d]`` times
+``attention`` works tile by tile, and the flop counts of ``layers.analysis`` call `attention_scores`. The r query heads
+of a group share its keys, so that their queries are the columns of one matrix of scores, ``k [b, g, t, d]`` times
 ``q [b, g, d, r s]``. Keys are its rows, because the maxima of columns are found faster than those of rows.
 """
 
