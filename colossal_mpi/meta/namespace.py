@@ -32,6 +32,7 @@ from numpy import (
     uint32,
     uint64,
 )
+from numpy.typing import DTypeLike
 
 from colossal_mpi.meta.array import MetaArray, elementwise
 from colossal_mpi.meta.array import empty as _empty
@@ -62,51 +63,53 @@ def _tuple(shape: Shape) -> tuple[int, ...]:
     return (shape,) if isinstance(shape, int) else tuple(shape)
 
 
-def empty(shape: Shape, *, dtype: Any = None, device: Any = None) -> MetaArray:
+def empty(shape: Shape, *, dtype: DTypeLike | None = None, device: object = None) -> MetaArray:
     return _empty(_tuple(shape), dtype or float64)
 
 
-def zeros(shape: Shape, *, dtype: Any = None, device: Any = None) -> MetaArray:
+def zeros(shape: Shape, *, dtype: DTypeLike | None = None, device: object = None) -> MetaArray:
     return _result(_tuple(shape), dtype or float64)
 
 
 ones = zeros
 
 
-def full(shape: Shape, fill_value: Any, *, dtype: Any = None, device: Any = None) -> MetaArray:
+def full(shape: Shape, fill_value: Any, *, dtype: DTypeLike | None = None, device: object = None) -> MetaArray:
     return _result(_tuple(shape), dtype or np.result_type(fill_value))
 
 
-def empty_like(x: MetaArray, *, dtype: Any = None, device: Any = None) -> MetaArray:
+def empty_like(x: MetaArray, *, dtype: DTypeLike | None = None, device: object = None) -> MetaArray:
     return _empty(x.shape, dtype or x.dtype)
 
 
-def zeros_like(x: MetaArray, *, dtype: Any = None, device: Any = None) -> MetaArray:
+def zeros_like(x: MetaArray, *, dtype: DTypeLike | None = None, device: object = None) -> MetaArray:
     return _result(x.shape, dtype or x.dtype)
 
 
 ones_like = zeros_like
 
 
-def full_like(x: MetaArray, fill_value: Any, *, dtype: Any = None, device: Any = None) -> MetaArray:
+def full_like(x: MetaArray, fill_value: Any, *, dtype: DTypeLike | None = None, device: object = None) -> MetaArray:
     return _result(x.shape, dtype or x.dtype)
 
 
 def arange(
-    start: float, stop: float | None = None, step: float = 1, *, dtype: Any = None, device: Any = None
+    start: float, stop: float | None = None, step: float = 1, *, dtype: DTypeLike | None = None, device: object = None
 ) -> MetaArray:
     first, last = (0, start) if stop is None else (start, stop)
     return _empty((builtins.max(0, math.ceil((last - first) / step)),), dtype or np.result_type(first, last, step))
 
 
-def asarray(value: Any, /, *, dtype: Any = None, copy: builtins.bool | None = None, device: Any = None) -> MetaArray:
+def asarray(
+    value: Any, /, *, dtype: DTypeLike | None = None, copy: builtins.bool | None = None, device: object = None
+) -> MetaArray:
     if isinstance(value, MetaArray):
         return astype(value, dtype or value.dtype, copy=builtins.bool(copy))
     host = np.asarray(value)
     return _empty(host.shape, dtype or host.dtype)
 
 
-def astype(x: MetaArray, dtype: Any, /, *, copy: builtins.bool = True, device: Any = None) -> MetaArray:
+def astype(x: MetaArray, dtype: DTypeLike, /, *, copy: builtins.bool = True, device: object = None) -> MetaArray:
     return x if not copy and x.dtype == np.dtype(dtype) else _result(x.shape, dtype, x)
 
 
@@ -161,11 +164,11 @@ def clip(x: MetaArray, min: Any = None, max: Any = None) -> MetaArray:
     return elementwise(*(z for z in (x, min, max) if z is not None))
 
 
-def searchsorted(x: MetaArray, values: MetaArray, **_: Any) -> MetaArray:
+def searchsorted(x: MetaArray, values: MetaArray, **_: object) -> MetaArray:
     return _empty(values.shape, int64)
 
 
-def argsort(x: MetaArray, /, **_: Any) -> MetaArray:
+def argsort(x: MetaArray, /, **_: object) -> MetaArray:
     return _result(x.shape, int64, x)
 
 
@@ -190,15 +193,15 @@ def vecdot(a: MetaArray, b: MetaArray, /, *, axis: int = -1) -> MetaArray:
     return _reduced(a, axis, False, np.result_type(a.dtype, b.dtype))
 
 
-def _reduced(x: MetaArray, axis: Any, keepdims: builtins.bool, dtype: Any) -> MetaArray:
+def _reduced(x: MetaArray, axis: Shape | None, keepdims: builtins.bool, dtype: DTypeLike) -> MetaArray:
     dims = {d % x.ndim for d in (range(x.ndim) if axis is None else _tuple(axis))} if x.ndim else set()
     kept = (1 if d in dims else n for d, n in enumerate(x.shape) if keepdims or d not in dims)
     return _result(tuple(kept), dtype, x)
 
 
-def _reduction(dtype_of: Callable[[np.dtype], Any]) -> Callable[..., MetaArray]:
+def _reduction(dtype_of: Callable[[np.dtype], DTypeLike]) -> Callable[..., MetaArray]:
     def reduction(
-        x: MetaArray, /, *, axis: Any = None, dtype: Any = None, keepdims: builtins.bool = False
+        x: MetaArray, /, *, axis: Shape | None = None, dtype: DTypeLike | None = None, keepdims: builtins.bool = False
     ) -> MetaArray:
         return _reduced(x, axis, keepdims, dtype or dtype_of(x.dtype))
 
