@@ -51,8 +51,8 @@ class ModelKind:
     config : type of dataclass
         The frozen dataclass of its configuration, with fields ``layers``, ``seed`` and ``dtype`` among others.
     task : str
-        What the model is trained to do: ``"language"`` predicts the next token, ``"masked"`` fills in hidden tokens,
-        ``"images"`` classifies images.
+        The training task: ``"language"`` predicts the next token, ``"masked"`` fills in hidden tokens, ``"images"``
+        classifies images. A program can register further tasks.
     huggingface : tuple of Architecture
         The architectures of Hugging Face that this model reads and writes; empty if there are none.
     """
@@ -83,7 +83,7 @@ def register_model(
         The frozen dataclass of its configuration. JSON must be able to hold the fields; ``layers``, ``seed`` and
         ``dtype`` must be among them, and ``seed=None`` must make weights of zeros.
     task : str
-        What the model is trained to do: ``"language"``, ``"masked"`` or ``"images"``, see `ModelKind`.
+        The training task: ``"language"``, ``"masked"``, ``"images"`` or another registered task, see `ModelKind`.
     huggingface : sequence of Architecture
         How `from_pretrained` and `save_pretrained` map the model onto directories of Hugging Face.
 

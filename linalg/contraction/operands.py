@@ -117,7 +117,7 @@ class Operand:
 
     @property
     def first(self) -> dict[str, int]:
-        """The coordinates of rank 0, whose blocks are never smaller than those of another rank."""
+        """The coordinates of rank 0, whose blocks are at least as large as any other rank's."""
         return dict.fromkeys(self.array.grid.axes, 0)
 
     @property
@@ -216,7 +216,7 @@ class Messages(InPlace):
     def __init__(self, operand: Operand, keep: bool) -> None:
         super().__init__(operand)
         grid, array = operand.array.grid, operand.array
-        key = ("pieces", operand.side, operand.letters, array.shape, array.layout, operand.wanted, operand.panels)
+        key = ("tiles", operand.side, operand.letters, array.shape, array.layout, operand.wanted, operand.panels)
         self._plans = _PLANS.get(grid, key, dict)
         self._spaces = workspaces(grid, (*key, type(array.local), str(array.dtype))) if keep else {}
         self._pending: dict[int, tuple[Pending, list[Tile]]] = {}

@@ -345,7 +345,7 @@ def _reduced(ring: _Ring, blocks: tuple[Block, list[Block]]) -> Block:
         a, b = low - start, high - start
         packed.append(pack(own[a:b, a:b]))
         packed += [xp.reshape(block, (-1,)) for block in [own[a:b, :a], *(other[a:b, :] for other in others)]]
-        counts.append(sum(piece.shape[0] for piece in packed) - sum(counts))
+        counts.append(sum(x.shape[0] for x in packed) - sum(counts))
     flat = xp.concat(packed)
     if not ring.summed:
         return flat
@@ -375,12 +375,12 @@ def _add_mirrored(ring: _Ring, out: Block, task: _Task) -> None:
     group = [{**grid.coords, **grid.coords_of(r, ring.cut)} for r in range(grid.extent(ring.cut))]
     spans, (low, high) = [ring.result_rows(coords) for coords in group], ring.result_rows(grid.coords)
     sent = [_needs_transpose(ring, grid.coords, to, task) for to in group]
-    pieces = [xp.reshape(out[:, a : b if goes else a], (-1,)) for (a, b), goes in zip(spans, sent, strict=True)]
+    blocks = [xp.reshape(out[:, a : b if goes else a], (-1,)) for (a, b), goes in zip(spans, sent, strict=True)]
     counts = [(high - low) * (b - a) * goes for (a, b), goes in zip(spans, sent, strict=True)]
     comes = [_needs_transpose(ring, source, grid.coords, task) for source in group]
     expected = [(b - a) * (high - low) * here for (a, b), here in zip(spans, comes, strict=True)]
     # C[N_i, N_j] -> C^T[N_j, N_i] on the rank that stores rows j: all_to_all
-    flat, at = comm.all_to_all(xp.concat(pieces), grid, ring.cut, counts, expected), 0
+    flat, at = comm.all_to_all(xp.concat(blocks), grid, ring.cut, counts, expected), 0
     for (a, b), count in zip(spans, expected, strict=True):
         if count:
             out[:, a:b] += task.conj(xp.reshape(flat[at : at + count], (b - a, high - low)).T)

@@ -88,7 +88,7 @@ def adjoint(block: Block) -> Block:
 
 
 def mirror(square: Block, hermitian: bool) -> Block:
-    """Return the symmetric or Hermitian matrix whose lower triangle is that of `square`."""
+    """Return the symmetric or Hermitian matrix that has the lower triangle of `square`."""
     xp, mask = backend.namespace(square), _lower_mask(backend.namespace(square), square.shape[0])
     if hermitian and backend.numpy_dtype(square.dtype).kind == "c":
         # A fused multiply-add leaves an imaginary rounding error on the diagonal.

@@ -1,4 +1,4 @@
-"""Models of transformers give the same logits and gradients here, in every mode, and come back bit for bit."""
+"""Models of transformers have the same logits and gradients here, in every mode, and are saved bit for bit."""
 
 import numpy as np
 import pytest

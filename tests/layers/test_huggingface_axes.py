@@ -1,4 +1,4 @@
-"""Pieces of a weight in tensors of other names, against NumPy's reshape and transpose of the whole."""
+"""The boxes of a weight in tensors of other names, against NumPy's reshape and transpose of the whole weight."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""What cannot be read or written is refused alike on all ranks, with the key and its value, or the tensor."""
+"""Directories that cannot be read or written raise the same error on all ranks; it names key and value, or tensor."""
 
 import builtins
 import json
@@ -117,7 +117,7 @@ def test_tensors_that_are_missing_or_too_many_are_named(tmp_path):
 
 
 def test_bodies_alone_old_names_and_twins_are_read(tmp_path):
-    """As older directories have them."""
+    """Older directories store the body alone, use old names of norms, or store tied tensors twice."""
     path = saved("bert", tmp_path / "bert")
     whole = load_file(path / "model.safetensors")
     old = {
@@ -138,7 +138,7 @@ def test_bodies_alone_old_names_and_twins_are_read(tmp_path):
 
 
 def same(path, name):
-    """Say whether a directory gives the model that `saved` wrote."""
+    """Return whether a directory holds the model that `saved` wrote."""
     p = Parallelism(Grid(MPI.COMM_SELF))
     pairs = zip(models.from_pretrained(path, p).parameters(), KINDS[name](MODELS[name], p).parameters(), strict=True)
     return all(np.array_equal(host(a.value), host(b.value)) for a, b in pairs)

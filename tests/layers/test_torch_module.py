@@ -1,4 +1,4 @@
-"""Layers inside of PyTorch models: autograd, optimizers and states are those of the serial model."""
+"""Layers inside PyTorch models: gradients, optimizer steps and states equal the serial model's."""
 
 import copy
 import gc

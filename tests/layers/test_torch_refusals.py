@@ -1,4 +1,4 @@
-"""What a module of a layer refuses, it refuses on all ranks alike."""
+"""A module of a layer raises the same error on all ranks, whichever rank gives a wrong tensor."""
 
 import numpy as np
 import pytest

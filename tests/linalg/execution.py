@@ -1,14 +1,14 @@
-"""The ways in which a product can be done, for tests: small ones take them all only if they are made to."""
+"""The ways in which `contract` can execute a product; tests force each of them on small matrices."""
 
 from colossal_mpi.platform import shared_memory
 from colossal_mpi.redistribution import execute
 
 EXECUTIONS = ["whole", "read", "message", "k-read", "k-message", "m-read", "m-message", "n-read", "n-message"]
-"""Operands laid side by side; pieces read from neighbours; pieces by message; the last two in panels of a letter."""
+"""Whole operands; tiles read from shared memory; tiles by message; the last two also in panels of a letter."""
 
 
 def execute_as(name, grid, monkeypatch, panel=3):
-    """Make products of any size be done in a way; return the arguments for `contract`."""
+    """Force products of any size to be executed in one way; return the arguments for `contract`."""
     letter, _, way = name.rpartition("-")
     if way != "whole":
         monkeypatch.setattr(execute, "READ_FROM", 0)

@@ -66,7 +66,7 @@ def normal(shape, dtype, seed):
 
 
 def accepted(c, a, b, c0, subscripts, alpha, beta, conj):
-    """Say whether `c`, a NumPy array, passes both forward tests; the reference has more digits."""
+    """Return whether `c`, a NumPy array, passes both forward tests against a reference with more digits."""
     wide = np.clongdouble if c.dtype.kind == "c" else np.longdouble
     left, right, before = (x.astype(wide) for x in (a, b, c0))
     left, right = (np.conj(x) if name in conj else x for x, name in ((left, "a"), (right, "b")))

@@ -1,4 +1,4 @@
-"""Operands that are one array, results written over operands, plans kept from another product, equal replicas."""
+"""Both operands one array, results written over operands, plans of an earlier product, equal bits on replicas."""
 
 import numpy as np
 import pytest
@@ -85,7 +85,7 @@ def test_ranks_that_do_the_same_product_get_the_same_bits(grid, execution, monke
     ids=str,
 )
 def test_a_factor_that_the_dtype_cannot_hold_is_an_error_on_all_ranks(grid, dtype, factors):
-    """Rank 1 has no row: it would see nothing wrong, and wait."""
+    """Rank 1 has no row: alone, it would see no error and wait for the others."""
     A, B = zeros((1, 40), grid, Layout(None, "col"), dtype), zeros((40, 30), grid, Layout("col", None), dtype)
     kind, text = refusal(lambda: contract(GEMM, A, B, {"col": "m"}, **factors), grid)
     assert kind is DTypeError

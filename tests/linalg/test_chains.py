@@ -1,4 +1,4 @@
-"""Products in a row: what lies well stays, sums are reduced straight into the next layout; 16-bit floats."""
+"""Products in a row: operands in place stay, partial sums are reduced into the next layout; 16-bit floats."""
 
 import numpy as np
 import pytest
@@ -51,7 +51,7 @@ def test_an_operand_in_place_is_never_copied(grid, execution, monkeypatch):
 
 @pytest.mark.grids({"row": 2, "col": 2})
 def test_auto_prices_the_move_of_a_badly_stored_operand(grid):
-    """A tall product whose long operand lies across: moving it costs more than to reduce the result."""
+    """The long operand is cut along the wrong dim: moving it costs more than reducing the result."""
     a, b = integers((8, 4000), seed=1), integers((4000, 8), seed=2)
     A, B = from_global(a, grid, Layout(None, ("row", "col"))), from_global(b, grid, Layout(("row", "col"), None))
     best = options(GEMM, A, B, Layout(None, None))[0]
@@ -66,7 +66,7 @@ def test_auto_prices_the_move_of_a_badly_stored_operand(grid):
 @pytest.mark.parametrize("execution", EXECUTIONS)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_16_bit_floats_are_summed_in_float32(grid, execution, dtype, monkeypatch):
-    """In 16 bits a sum of ones would stay at 2048, or 256: the next number is not 1 more."""
+    """In 16 bits a sum of ones would stay at 2048 or 256, because the next number is more than 1 away."""
     kind = np.dtype(pytest.importorskip("ml_dtypes").bfloat16 if dtype == "bfloat16" else dtype)
     panels = {**execute_as(execution, grid, monkeypatch, 16)}
     a, b = np.ones((5, 4096), kind), np.ones((4096, 3), kind)

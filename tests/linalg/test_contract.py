@@ -50,7 +50,7 @@ def maps(grid, letters):
 
 
 def draw(grid, ndim, number, partial=True):
-    """Return `number` layouts, drawn alike on every rank."""
+    """Return `number` random layouts, the same on every rank."""
     known = layouts(ndim, list(grid.axes), partial)
     return [known[i] for i in np.random.default_rng(ndim).integers(0, len(known), number)]
 

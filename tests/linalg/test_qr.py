@@ -83,7 +83,7 @@ def test_factors_of_any_layout(grid, method, dtype):
     ],
 )
 def test_ill_conditioned_matrices(grid, method, condition):
-    """Beyond 1e12 one shift may not do for CholeskyQR, and auto takes tsqr."""
+    """Beyond a condition of 1e12 one shifted pass may not suffice for CholeskyQR, and auto takes tsqr."""
     a = conditioned(100, 11, condition)
     assert_factors(a, linalg.qr(from_global(a, grid, Layout(tuple(grid.axes), None)), method))
 
@@ -248,7 +248,7 @@ def test_least_squares_of_an_ill_conditioned_matrix(grid):
 @pytest.mark.parametrize("n", [0, 1, 63, 64, 65, 200])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_triangular_solutions_have_small_residuals(n, dtype):
-    """Of a triangle as ill-conditioned as one that Cholesky's factorization can make: 1 / sqrt(eps)."""
+    """The triangle has the condition 1 / sqrt(eps), the greatest that a Cholesky factor has."""
     eps = np.finfo(dtype).eps
     r = np.linalg.qr(conditioned(max(n, 1), max(n, 1), eps**-0.5, dtype)[:n, :n])[1] if n else np.zeros((0, 0), dtype)
     a = normal((90, n), dtype)

@@ -1,4 +1,4 @@
-"""Streamed products: what is under way when, what is kept, and how much memory it takes."""
+"""Products in panels: which messages are under way when, which buffers are kept, and how much memory they take."""
 
 import tracemalloc
 
@@ -64,7 +64,7 @@ def test_the_next_panel_is_under_way_while_one_is_multiplied(grid, monkeypatch):
 @pytest.mark.parametrize("name", STREAMED[:5])
 @pytest.mark.parametrize("size", [(240, 200, 280), (200, 513, 130)], ids=str)
 def test_memory_stays_within_the_prediction_and_is_kept(grid, name, size, monkeypatch):
-    """Blocks in ordinary memory, pieces by message: NumPy tells tracemalloc of every one of them."""
+    """Blocks are in ordinary memory and tiles come by message, so that tracemalloc sees every allocation of NumPy."""
     if grid.device != "cpu":
         pytest.skip("host memory for staging is not workspace on the device")
     monkeypatch.setattr(grid, "shares", False)
