@@ -121,14 +121,14 @@ def _user_setting() -> Awareness | None:
     value = os.environ.get(VARIABLE, "")
     if value not in ("", "0", "1"):
         raise GridError(f"{VARIABLE}={value!r}: use 1 if MPI reads GPU memory, 0 if not, or leave it out to find out")
-    return Awareness(value == "1", f"by the user's word, {VARIABLE}={value}") if value else None
+    return Awareness(value == "1", f"set by {VARIABLE}={value}") if value else None
 
 
 def _search(device: str) -> Awareness:
     # -P keeps the directory of the program off sys.path
     program = [sys.executable, "-P", str(_PROGRAM), device.partition(":")[2]]
     found = probe(program) or by_memory_kinds(MPI.COMM_WORLD) or by_query(loaded_libraries())
-    return found or Awareness(False, f"nothing tells whether this MPI reads GPU memory; {VARIABLE}=1 says that it does")
+    return found or Awareness(False, f"it is unknown whether this MPI reads GPU memory; set {VARIABLE}=1 if it does")
 
 
 def probe(program: Sequence[str], deadline: float = DEADLINE) -> Awareness | None:

@@ -50,7 +50,7 @@ class Runner:
         self.store = config.stash[STORE]
         self.job: Job | None = None
         self._jobs = 0
-        self._hopeless: dict[tuple[Path, int], Interruption] = {}
+        self._unstartable: dict[tuple[Path, int], Interruption] = {}
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
@@ -65,17 +65,17 @@ class Runner:
         return True
 
     def pytest_sessionfinish(self) -> None:
-        """End what a failure, ``-x`` or Ctrl-C has left."""
+        """End a job that a failure, ``-x`` or Ctrl-C has left running."""
         if self.job:
             self.job.kill()
 
     def pytest_unconfigure(self) -> None:
-        """Remove the session's directory."""
+        """Remove the directory of the session."""
         shutil.rmtree(self.root, ignore_errors=True)
 
     def _reports(self, item: pytest.Item) -> list[pytest.TestReport]:
-        if _file(item) in self._hopeless:
-            return self._merged(item, {}, self._hopeless[_file(item)])
+        if _file(item) in self._unstartable:
+            return self._merged(item, {}, self._unstartable[_file(item)])
         call = pytest.CallInfo.from_call(
             lambda: self._ready(item), "setup", reraise=(KeyboardInterrupt, pytest.exit.Exception)
         )
@@ -84,7 +84,7 @@ class Runner:
         interruption, reports = self._follow(item)
         outcomes = {tuple(report.outcome for report in phases.values()) for phases in reports.values()}
         if interruption or len(outcomes) > 1:
-            # Where only some ranks failed, messages may be under way that the next test would receive.
+            # If only some ranks failed, there may be messages that the next test would receive.
             self._close(patience=0)
         return self._merged(item, reports, interruption)
 
@@ -94,26 +94,27 @@ class Runner:
         deadline = float(marker.args[0] if marker else self.config.getini("mpi_deadline"))
         interruption = follow(self.job, item.nodeid, deadline)
         if interruption and (interruption.doubtful or (not self.job.began() and len(self.job.tests) > 1)):
-            # Another rank was ahead when the job died, or another file keeps it from starting: a job of its own tells.
+            # Another rank was in a later test when the job died, or another file keeps the job from starting: run the
+            # test in a job of its own.
             self._close(patience=0)
             self.job = self._start(item, [item])
             interruption = follow(self.job, item.nodeid, deadline)
         if interruption and not self.job.began():
-            self._hopeless[_file(item)] = interruption
+            self._unstartable[_file(item)] = interruption
         return interruption, {
-            rank: {when: self._revived(data) for when, data in log.reports.get(item.nodeid, {}).items()}
+            rank: {when: self._deserialized(data) for when, data in log.reports.get(item.nodeid, {}).items()}
             for rank, log in self.job.ranks.items()
         }
 
     def _ready(self, item: pytest.Item) -> None:
-        """Prepare the item's files and see that a job is running it."""
+        """Prepare the files of an item and start a job that runs it, unless one does."""
         self.store.prepare(item)
         if self.job is None or item.nodeid not in self.job.tests:
             self._close()
             items = item.session.items
             rest = [one for one in items[items.index(item) :] if group(one) == group(item)]
             self.job = self._start(
-                item, [one for one in rest if _file(one) not in self._hopeless and self._prepares(one)]
+                item, [one for one in rest if _file(one) not in self._unstartable and self._prepares(one)]
             )
 
     def _start(self, item: pytest.Item, items: list[pytest.Item]) -> Job:
@@ -133,7 +134,7 @@ class Runner:
         )
         return call.excinfo is None
 
-    def _revived(self, data: dict[str, Any]) -> pytest.TestReport:
+    def _deserialized(self, data: dict[str, Any]) -> pytest.TestReport:
         report = self.config.hook.pytest_report_from_serializable(config=self.config, data=data)
         assert isinstance(report, pytest.TestReport)
         return report
@@ -144,7 +145,7 @@ class Runner:
         reports: Reports,
         interruption: Interruption | None,
     ) -> list[pytest.TestReport]:
-        """Return the reports of the phases; a call that went well says nothing after a setup that did not."""
+        """Return the reports of the phases, without that of a call which passed after a setup that did not pass."""
         size, broken = rank_count(item), _broken_phase(reports) if interruption else None
         of_phase = {when: {rank: phases[when] for rank, phases in reports.items() if when in phases} for when in PHASES}
         setup, call, teardown = (
@@ -153,7 +154,7 @@ class Runner:
         return [setup, *([call] if setup.passed or call.failed else []), teardown]
 
     def _leave(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
-        """End the job behind its last item, and the parent's fixtures that the next item does not share."""
+        """End the job after its last item, and the parent's fixtures that the next item does not use."""
         if nextitem is None or group(nextitem) != group(item):
             self._close()
         call = pytest.CallInfo.from_call(

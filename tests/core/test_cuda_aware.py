@@ -123,7 +123,7 @@ def test_the_users_word_wins_and_must_be_one(monkeypatch):
     monkeypatch.setattr(cuda_aware, "probe", lambda _: pytest.fail("no child is needed"))
     for word in "01":
         monkeypatch.setenv(cuda_aware.VARIABLE, word)
-        assert find("cuda:0") == Awareness(word == "1", f"by the user's word, COLOSSAL_MPI_CUDA_AWARE={word}")
+        assert find("cuda:0") == Awareness(word == "1", f"set by COLOSSAL_MPI_CUDA_AWARE={word}")
     assert not find("cpu").aware
     monkeypatch.setenv(cuda_aware.VARIABLE, "yes")
     with pytest.raises(GridError, match="COLOSSAL_MPI_CUDA_AWARE='yes': use 1 if MPI reads GPU memory"):
