@@ -21,15 +21,14 @@ _MOST_RUNS = 4
 
 @dataclass(frozen=True)
 class Tile:
-    """A tile of the scores: a range of a rank's queries and a range of the keys of one block.
-
-    Queries outside of a tile's mask and order see none of its keys.
-    """
+    """A tile of the scores: a range of this rank's queries and a range of the keys of one rank's block."""
 
     run: int
-    """The number of the queries' run among the runs of the rank."""
+    """The number of the queries' run among the runs of this rank."""
     queries: slice
+    """The range of the queries in this rank's block."""
     keys: slice
+    """The range of the keys in the block of the rank that holds them."""
     causal: bool
     """Whether a query sees only the keys of its own position and lower ones; otherwise all."""
     padding: Block | None = None
