@@ -37,6 +37,22 @@ class Command(ABC):
     A subclass is a frozen dataclass with keyword-only fields. Each field is an ``Annotated`` type with one
     ``typer.Option`` or ``typer.Argument``; the default of the field is the default of the option. The docstring of the
     subclass is the help. ``__post_init__`` raises `ConfigError` for values that cannot be.
+
+    Examples
+    --------
+    >>> @dataclass(frozen=True, kw_only=True)
+    ... class Greet(Command):
+    ...     '''Print a greeting.'''
+    ...
+    ...     example = "colossal-mpi greet --times 2 Ada"
+    ...     name: Annotated[str, typer.Argument(help="Whom to greet.")]
+    ...     times: Annotated[int, typer.Option(help="How often.")] = 1
+    ...
+    ...     def run(self) -> int:
+    ...         print(f"Hello, {self.name}! " * self.times)
+    ...         return 0
+    >>> Greet(name="Ada", times=2).arguments()
+    ['--times', '2', 'Ada']
     """
 
     example: ClassVar[str]

@@ -1,21 +1,23 @@
-"""Numbers for the eye: thousands separated, three digits where more mean nothing, with their units."""
+"""Numbers and values as text for people: thousands separated, three significant digits, with units.
+
+The commands, the reports and the plans print with these functions.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
-_PREFIXES = ("", "k", "M", "G", "T", "P", "E")
+_SI_PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
 
 def si(value: float, unit: str) -> str:
-    """Return a number with three digits, a prefix and a unit: ``12.3 Gflop/s``."""
-    power = min(max(int(math.log10(abs(value)) // 3), 0), len(_PREFIXES) - 1) if value else 0
-    return f"{significant(value / 1000**power)} {_PREFIXES[power]}{unit}"
+    """Return a number with three digits, an SI prefix and a unit: ``12.3 Gflop/s``."""
+    power = min(max(int(math.log10(abs(value)) // 3), 0), len(_SI_PREFIXES) - 1) if value else 0
+    return f"{significant(value / 1000**power)} {_SI_PREFIXES[power]}{unit}"
 
 
 def significant(value: float) -> str:
-    """Return three digits of a number, without an exponent where it is near 1, and thousands separated."""
+    """Return a number with three significant digits: ``0.0123``, ``12.3``, ``12,345``; an exponent if it is tiny."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     digits = 2 - math.floor(math.log10(abs(value)))
@@ -23,7 +25,7 @@ def significant(value: float) -> str:
 
 
 def binary(size: float) -> str:
-    """Return a number of bytes: ``1.50 GiB``."""
+    """Return a number of bytes with a binary unit: ``1.50 GiB``, ``8 B``."""
     scale, unit = bytes_unit(size)
     if scale == 1:
         return f"{size:.0f} B"
@@ -31,14 +33,14 @@ def binary(size: float) -> str:
 
 
 def bytes_unit(size: float) -> tuple[int, str]:
-    """Return the unit of a number of bytes, as a number of bytes and by name."""
+    """Return the binary unit that suits a number of bytes: its bytes and its name."""
     units = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
     power = min(int(math.log2(max(size, 1)) // 10), len(units) - 1)
     return 1024**power, units[power]
 
 
 def duration(seconds: float) -> str:
-    """Return a time: ``0.53 ms``, ``12.1 s``, ``2:03:14 h``."""
+    """Return a number of seconds with a unit: ``0.53 ms``, ``12.1 s``, ``2:03:14 h``."""
     if seconds >= 100:
         minutes, rest = divmod(round(seconds), 60)
         hours, minutes = divmod(minutes, 60)
@@ -47,12 +49,12 @@ def duration(seconds: float) -> str:
 
 
 def percent(share: float) -> str:
-    """Return a share: ``12.3 %``."""
+    """Return a share in percent: ``12.3 %``."""
     return f"{significant(100 * share)} %"
 
 
-def plain(value: Any) -> str:
-    """Return a value of a configuration as it is written there, a grid as ``row=2, col=2``."""
+def plain(value: object) -> str:
+    """Return a value of a configuration as a user writes it, and a grid as ``row=2, col=2``."""
     if isinstance(value, dict):
         return ", ".join(f"{key}={plain(one)}" for key, one in value.items()) or "none"
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""What a document tells its reader to type: programs, lines for a shell with what they print, options, paths."""
+"""Parser of the documents: the programs, lines for a shell, options and paths that they tell a reader to type."""
 
 import re
 import shlex
@@ -11,9 +11,9 @@ from colossal_mpi.apps.command import LazyCommand
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.rst", *sorted((ROOT / "docs").rglob("*.rst"))]
 RUN = {"colossal-mpi", "mpiexec", "python", "sbatch", "srun"}
-"""Programs whose lines can be run on any machine that runs the tests; Slurm's are those of `fakes`."""
+"""Programs whose lines can run on any machine that runs the tests; `fakes` has stand-ins for those of Slurm."""
 FOREIGN = {"apt", "git", "jobs/mpirun.sh", "make", "module", "mpirun", "pip", "scancel", "ssh"}
-"""Programs that need a network, a cluster or more rights, or that the tests are run by."""
+"""Programs that need a network, a cluster or more rights, or that run the tests themselves."""
 _FOUND = re.compile(
     r"(?:::|code-block:: (?P<language>\w+))\n\n(?P<block>(?: {4}.*\n|\n)+)|``(?P<literal>[^`]+)``|`(?P<path>[\w./-]+)`"
 )
@@ -22,7 +22,7 @@ _PATH = re.compile(r"(apps|colossal_mpi|docs|jobs|layers|linalg|tests)/[\w./{},-
 
 @dataclass(frozen=True)
 class Program:
-    """A file of Python whose first line is a comment with its name."""
+    """A Python file whose first line is a comment with its name."""
 
     name: str
     code: str
@@ -34,12 +34,12 @@ class Line:
 
     text: str
     output: str = ""
-    """What is shown below it."""
+    """The output that the document shows below it."""
     inline: bool = False
 
     @property
     def words(self):
-        """Its words, without comments and what is put into the environment in front of the program."""
+        """Its words, without comments and without variables in front of the program."""
         words = shlex.split(self.text, comments=True)
         while words and re.match(r"\w+=", words[0]):
             del words[0]
@@ -47,10 +47,10 @@ class Line:
 
     @property
     def can_run(self):
-        """Whether it runs without a network, a cluster or more rights, and says all that it needs.
+        """Whether it can run as it stands, without a network, a cluster or more rights.
 
-        Words of capitals stand for something. In a sentence, the mere name of a command is no line to be typed.
-        Benchmarks take minutes and have tests of their own.
+        A word in capitals is a placeholder. In a sentence, the mere name of a command is no line to type. Benchmarks
+        take minutes and have tests of their own.
         """
         words = self.words
         if words[0] not in RUN or words[1:3] in (["-m", "venv"], ["-m", "pip"]) or "bench" in words[:2]:
@@ -60,13 +60,13 @@ class Line:
 
     @property
     def codes(self):
-        """The exit codes that it may have: 0, and those that its comment speaks of."""
+        """The exit codes that it may have: 0, and the codes that its comment names."""
         return {0, *map(int, re.findall(r"# .*exit code (\d+)", self.text))}
 
 
 @dataclass(frozen=True)
 class Literal:
-    """Whatever else is between backticks."""
+    """Any other text between backticks."""
 
     text: str
 
@@ -99,7 +99,7 @@ def parse(words):
 
 
 def read(path):
-    """Return what a document says, in order."""
+    """Return the programs, lines and literals of a document, in order."""
     found = []
     for match in _FOUND.finditer(path.read_text()):
         block, literal = match["block"], " ".join((match["literal"] or match["path"] or "").split())
@@ -127,7 +127,7 @@ def _block(text, language, path):
 
 
 def paths(literal):
-    """Return the files of the repository that a literal names, ``{a,b}`` written out."""
+    """Return the files of the repository that a literal names, with ``{a,b}`` written out."""
     if not _PATH.fullmatch(literal):
         return []
     before, brace, rest = literal.partition("{")

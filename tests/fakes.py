@@ -1,4 +1,4 @@
-"""Programs for a shell that tests put before the real ones: an srun that is an mpiexec, a train that is short."""
+"""Stand-ins for programs that tests put on PATH: an srun that calls mpiexec, a train command that is short."""
 
 import json
 import os
@@ -29,7 +29,7 @@ SMALL = {
     "generate": ["-n", "2"],
     "doctor": ["--seconds", "0.1"],
 }
-"""What is put behind a command, so that it takes seconds."""
+"""Options that tests append to a command, so that it takes seconds."""
 COLOSSAL_MPI = """#!{python}
 import sys
 

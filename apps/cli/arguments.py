@@ -1,4 +1,7 @@
-"""The command line of a program of one's own."""
+"""The command line of a user's own program: ``--grid``, ``--tensor`` and the options of the program.
+
+`colossal_mpi.apps.examples` and the programs of the guides call `from_command_line`.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,12 @@ from typing import Any, NoReturn
 from colossal_mpi.apps.config import parse_grid
 from colossal_mpi.errors import ConfigError
 from colossal_mpi.grid import Grid, world_rank, world_size
-from colossal_mpi.layers import Parallelism
+from colossal_mpi.layers import MODES, Parallelism
 
 
 class _Parser(argparse.ArgumentParser):
+    """A parser that raises the errors of the library, and prints its help on rank 0 only."""
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{self.prog}: {message}; {self.format_usage().strip()}")
 
@@ -25,33 +30,41 @@ class _Parser(argparse.ArgumentParser):
 def from_command_line(
     arguments: Sequence[str] | None = None, **defaults: str | int | float
 ) -> tuple[Parallelism, argparse.Namespace]:
-    """Return the parallelism that ``--grid`` and ``--tensor`` ask for, and the values of a program's own options.
+    """Return the parallelism that ``--grid`` and ``--tensor`` ask for, and the options of the program.
 
     Parameters
     ----------
     arguments : sequence of str, optional
-        Those of the process by default.
-    **defaults
-        The program's options, as ``steps=100`` for ``--steps``; values have the types of their defaults.
+        The words to parse; by default the arguments of the process.
+    **defaults : str, int or float
+        The options of the program with their defaults: ``steps=100`` for ``--steps``. A value has the type of its
+        default.
+
+    Returns
+    -------
+    parallelism : Parallelism
+        The grid of all ranks and the tensor mode. Without ``--grid`` all ranks share the batch (axis ``data``).
+    options : argparse.Namespace
+        The values of the options, by name.
 
     Raises
     ------
     ConfigError
-        If an argument is unknown or its value is of another type.
+        If an argument is unknown or its value has another type.
     GridError
-        If the axes of ``--grid`` do not multiply to the number of ranks or ``--tensor`` does not use them.
+        If the product of the axes of ``--grid`` is not the number of ranks, or ``--tensor`` does not use the axes.
 
     Notes
     -----
-    Without ``--grid`` all ranks share the batch (``data``). **Communication:** one grid is made.
+    **Communication:** the communicators of one grid are made, over all ranks.
 
     Examples
     --------
     >>> p, options = from_command_line(steps=100)
     """
     parser = _Parser(allow_abbrev=False)
-    parser.add_argument("--grid", help="axes, outermost first: data=2,row=2,col=2")
-    parser.add_argument("--tensor", default="none", help="none, 1d, 2d, 2.5d or 3d")
+    parser.add_argument("--grid", help="axes of the grid, outermost first: data=2,row=2,col=2")
+    parser.add_argument("--tensor", default="none", help=f"tensor mode: {', '.join(MODES)}")
     for name, value in defaults.items():
         parser.add_argument(f"--{name.replace('_', '-')}", default=value, type=type(value), help=f"[{value}]")
     options = parser.parse_args(sys.argv[1:] if arguments is None else arguments)

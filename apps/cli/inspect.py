@@ -144,7 +144,7 @@ def _leaf(tree: Tree, groups: dict[str, Tree], sizes: dict[str, int], name: str,
 
 
 def _check(console: Console, path: Path, table: Manifest, verify: bool, grid: Grid) -> bool:
-    """Say whether the files are as they were written, by their sizes or by every checksum."""
+    """Print whether the files are as they were written, by their sizes or by every checksum, and return it."""
     begun = time.perf_counter()
     problems = checkpoint.verify(path, grid) if verify else checkpoint.missing_files(path, table["files"])
     seconds = time.perf_counter() - begun
