@@ -107,7 +107,7 @@ def test_a_tight_memory_makes_auto_stream(grid):
     assert whole.stream is None
     assert tight.stream is not None
     assert tight.price.workspace <= whole.price.workspace // 3
-    C = tight.do("mk,kn->mn", A, B)
+    C = tight.run("mk,kn->mn", A, B)
     assert (C - A @ B).norm() <= 1e-13 * C.norm() * 320
 
 
