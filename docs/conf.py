@@ -58,9 +58,11 @@ def _restore(app, what, name, obj, options, lines):
 
 
 def setup(app):
-    """Draw the pictures; connect the hooks, those of napoleon in between."""
+    """Draw the pictures; add the tables of registries; connect the hooks, those of napoleon in between."""
     from pictures import draw_all
+    from registries import Registry
 
     draw_all(HERE / "_pictures")
+    app.add_directive("registry", Registry)
     for hook, priority in ((_notes, 1), (_keep, 2), (_restore, 900)):
         app.connect("autodoc-process-docstring", hook, priority=priority)
