@@ -1,4 +1,4 @@
-"""The scripts of ``jobs/``: short, clean to a shell linter, and run with an ``srun`` that is an mpiexec."""
+"""The scripts of ``jobs/`` are short, pass shellcheck, and run with a substitute for ``srun`` that calls mpiexec."""
 
 import os
 import shutil
@@ -39,7 +39,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def submit(name, *arguments, **more):
-    """Run a script as sbatch does, and return its exit code and what srun and scontrol were called with."""
+    """Run a script as sbatch does; return the finished process and the recorded calls of srun and scontrol."""
     env = environment(Path("bin").resolve()) | {"SLURM_CPUS_PER_TASK": "1", "SLURM_JOB_ID": "7"}
     env |= {"OMPI_MCA_pml": "ob1", "OMPI_MCA_btl": "self,sm", **more}
     Path("called").write_text("")

@@ -1,4 +1,4 @@
-"""Each job is a subprocess with a deadline: pytest itself is never a rank."""
+"""The launcher finds the right mpiexec and forwards signals. Each job is a subprocess; pytest is never a rank."""
 
 import os
 import signal
@@ -61,7 +61,7 @@ def test_exit_code_of_the_job_is_returned(script):
 
 
 def test_own_rank_variables_are_not_inherited(script):
-    # as left by srun -n 1 or mpiexec -n 1, whose only rank calls run
+    # srun -n 1 and mpiexec -n 1 leave these variables to the only rank, which calls run.
     process = start(script(HELLO), PMI_SIZE="1", PMI_RANK="0", PMIX_SERVER_URI2="gone")
     assert process.communicate(timeout=30)[0] == "[2][2]"
 

@@ -1,4 +1,4 @@
-"""Whatever the project is built from, the result is complete: all four folders, the data files, and nothing else.
+"""A build from any source is complete: it has all four folders, the data files, and nothing else.
 
 A zip archive of the repository has no symlinks, an sdist leaves them out, and ``pip install git+...`` makes a checkout.
 """
@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def repository(folder):
-    """A new repository whose only commit is what would be committed here, wherever the tests run."""
+    """Make a new repository whose only commit holds the files of this source tree that git does not ignore."""
     where = folder / "repository"
     env = os.environ | {"GIT_DIR": str(where), "GIT_WORK_TREE": str(ROOT), "GIT_CONFIG_NOSYSTEM": "1"}
     run("git", "init", "-q", env=env)
@@ -56,7 +56,7 @@ def repository(folder):
 
 @pytest.fixture(scope="module")
 def tracked(repository):
-    """The files of the commit without the three symlinks."""
+    """Return the names of the files of the commit, without the three symlinks."""
     lines = run("git", "--git-dir", str(repository), "ls-tree", "-r", "HEAD").splitlines()
     return {line.partition("\t")[2] for line in lines if not line.startswith("120000")}
 
@@ -70,7 +70,7 @@ def archive(folder, repository):
 
 @pytest.fixture(scope="module")
 def sdist(folder, archive):
-    """An sdist that is built where the symlinks are text files."""
+    """Build an sdist where the symlinks are text files."""
     source = folder / "source"
     with zipfile.ZipFile(archive) as unpacked:
         unpacked.extractall(source)
@@ -81,7 +81,7 @@ def sdist(folder, archive):
 
 
 def installed(folder, source):
-    """Build a wheel from a source and unpack it, as pip does; return where."""
+    """Build a wheel from a source, unpack it as pip does, and return the directory."""
     run(*PIP, "wheel", *BUILD, "-w", str(folder / "wheels"), str(source))
     with zipfile.ZipFile(next((folder / "wheels").iterdir())) as wheel:
         wheel.extractall(folder / "site")
@@ -89,7 +89,7 @@ def installed(folder, source):
 
 
 def require_complete(site, tracked):
-    """Compare what is installed with the commit, then import it, where no checkout is on the path."""
+    """Compare the installed files with the commit, then import them where no checkout is on the path."""
     files = {path.relative_to(site).as_posix() for path in site.rglob("*") if path.is_file()}
     files = {name for name in files if ".dist-info/" not in name and not name.startswith("bin/")}
     prefixes = {"linalg": "colossal_mpi/", "layers": "colossal_mpi/", "apps": "colossal_mpi/", "colossal_mpi": ""}

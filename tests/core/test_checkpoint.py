@@ -1,4 +1,4 @@
-"""Checkpoints: any grid loads any other's, plain h5py reads them, damage is found before anything is loaded."""
+"""Any grid loads the checkpoints of any other, h5py reads them, and damage is found before anything is loaded."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Checkpoints that are written while the arrays change: the state of the moment, whole or not at all."""
+"""A checkpoint that is written while the arrays change holds the state of one moment, completely or not at all."""
 
 import resource
 import threading
@@ -30,7 +30,7 @@ def change(arrays):
 
 @pytest.fixture
 def gate(monkeypatch):
-    """Keep the writing of blocks waiting until it is opened."""
+    """Return an event that the writing of blocks waits for."""
     opened, write = threading.Event(), rank_file.write_rank_file
 
     def late(*arguments):
@@ -132,7 +132,7 @@ def test_memory_reserved_is_that_of_the_copies(grid, shared_path, monkeypatch):
     state, saving = arrays(grid), checkpoint.AsyncCheckpointer(grid)
     exact = {name: host(array).copy() for name, array in state.items()}
     saving.reserve(state)
-    monkeypatch.setattr(async_checkpointer, "_empty_copies", None)  # no more is taken
+    monkeypatch.setattr(async_checkpointer, "_empty_copies", None)  # no further memory may be allocated
     for name in ("one", "two"):
         saving.begin(shared_path / name, state, {})
         saving.finish()
@@ -149,7 +149,7 @@ def test_polling_waits_for_no_rank_that_is_late(grid, shared_path, gate):
         if grid.rank == 0:
             saving.poll()
             went_on.touch()
-        while not went_on.exists():  # the others are late: they poll after rank 0 has
+        while not went_on.exists():  # the other ranks poll later than rank 0
             assert time.monotonic() < deadline, "poll waits for the other ranks"
             time.sleep(0.001)
         if grid.rank != 0:
@@ -166,7 +166,7 @@ def point(directory):
 
 @contextmanager
 def files_of_at_most(size):
-    """Let this process write no file beyond some bytes, as where a file system is full."""
+    """Limit the size of files that this process can write, as a full file system does."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:

@@ -1,4 +1,4 @@
-"""Killed at any moment of saving, a run has a ``latest`` that is whole."""
+"""If a run is killed at any moment of saving, its ``latest`` is complete."""
 
 import os
 import random
@@ -79,7 +79,7 @@ def wait_until_gone(folder, ranks):
     ("mode", "ranks"), [("foreground", 1), ("background", 1), ("foreground", 2), ("background", 2)]
 )
 def test_latest_loads_whenever_a_rank_is_killed(tmp_path, mode, ranks):
-    """Twenty moments in all: five for each way of saving."""
+    """The processes are killed at twenty moments, five for each way of saving."""
     grid, moment = Grid(MPI.COMM_SELF), random.Random(f"{mode}{ranks}")
     for trial in range(5):
         folder = tmp_path / f"{trial}"

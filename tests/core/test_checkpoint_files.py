@@ -1,4 +1,4 @@
-"""What a checkpoint is on the disk: plain HDF5, each byte once, checked part by part, of a format with a number."""
+"""On the disk a checkpoint is plain HDF5 with each byte once, checksums of parts, and a numbered format."""
 
 import hashlib
 import json
@@ -133,7 +133,7 @@ def climb(directory, other):
 
 
 def hide(directory, other):
-    """Replace a dataset by a link to another file, and make all checksums fit."""
+    """Replace a dataset by a link to another file, and correct all checksums."""
     import h5py
 
     with h5py.File(directory / "rank00000.h5", "a") as file:
@@ -172,7 +172,7 @@ def test_damage_is_found_on_all_ranks_before_anything_is_loaded(grid, shared_pat
     agree(grid)
     with pytest.raises(CheckpointError, match=message):
         checkpoint.load(directory, loaded, grid)
-    if harm is not hide:  # which only reading finds: no accident makes it
+    if harm is not hide:  # only reading finds this one, which no accident causes
         assert all(not host(array).any() for array in loaded.values())
 
 
@@ -188,7 +188,7 @@ def test_damage_of_arrays_that_are_not_wanted_does_not_matter(grid, shared_path)
 
 
 def to_version_1(directory):
-    """Rewrite a manifest as the first format had it: a SHA-256 for each file and none of itself."""
+    """Rewrite a manifest in the first format, which has a SHA-256 for each file and none of itself."""
     table = manifest.read_manifest(directory)
     names = table["files"]
     table["files"] = {

@@ -1,4 +1,4 @@
-"""Whether MPI reads device memory is found out by what dies, hangs or answers, and agreed on by all ranks."""
+"""All ranks agree on whether MPI reads device memory, from a child process that may crash or from MPI's own answers."""
 
 import ctypes
 import sys
@@ -106,7 +106,7 @@ ORDER = {
 
 
 @pytest.mark.parametrize(("answers", "questions"), ORDER.values(), ids=ORDER)
-def test_the_first_that_knows_decides(monkeypatch, answers, questions):
+def test_the_first_answer_decides(monkeypatch, answers, questions):
     monkeypatch.setattr(cuda_aware, "_known", {})
     monkeypatch.delenv(cuda_aware.VARIABLE, raising=False)
     asked = []
@@ -119,7 +119,7 @@ def test_the_first_that_knows_decides(monkeypatch, answers, questions):
     assert asked == ["probe", "by_memory_kinds", "by_query"][:questions]
 
 
-def test_the_users_word_wins_and_must_be_one(monkeypatch):
+def test_the_users_setting_decides_and_must_be_valid(monkeypatch):
     monkeypatch.setattr(cuda_aware, "probe", lambda _: pytest.fail("no child is needed"))
     for word in "01":
         monkeypatch.setenv(cuda_aware.VARIABLE, word)
@@ -143,7 +143,7 @@ def test_ranks_agree_and_one_that_cannot_is_enough(grid, monkeypatch):
 
 
 @pytest.mark.grids({"row": 2})
-def test_a_word_that_is_none_is_the_same_error_on_all_ranks(grid, monkeypatch):
+def test_an_invalid_setting_is_the_same_error_on_all_ranks(grid, monkeypatch):
     fake.install()
     monkeypatch.setenv(cuda_aware.VARIABLE, "true")
     assert refusal(lambda: Grid(device="fake", row=2), grid)[0] is GridError

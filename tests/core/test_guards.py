@@ -1,4 +1,4 @@
-"""Every job here is a subprocess with a deadline: pytest itself is never a rank."""
+"""The guards of a rank end jobs that would hang. Each job is a subprocess with a deadline; pytest is never a rank."""
 
 import functools
 import os
@@ -53,7 +53,7 @@ def job(tmp_path, n, body, **more):
 
 @functools.cache
 def starting():
-    """Return the seconds that a job takes in which nothing goes wrong."""
+    """Return the seconds that a job without failures takes."""
     with tempfile.TemporaryDirectory() as folder:
         return job(Path(folder), 3, "")[3]
 
@@ -128,7 +128,7 @@ try:
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(1)
 except KeyboardInterrupt:
-    time.sleep(0.8)  # longer than the thread waits for it
+    time.sleep(0.8)  # longer than the thread waits for the KeyboardInterrupt
 child = os.fork()
 if child == 0:
     time.sleep(20)
@@ -203,7 +203,7 @@ def wait_for(condition):
 COUNT = """
 import numpy, threadpoolctl
 count = max(pool["num_threads"] for pool in threadpoolctl.threadpool_info())
-sys.stdout.write(f"[{count}]")  # in one piece: the other rank writes as well
+sys.stdout.write(f"[{count}]")  # one write, because the other rank writes as well
 """
 
 

@@ -36,14 +36,14 @@ pytest_plugins = ["colossal_mpi.testing.plugin"]
 
 @dataclass
 class Run:
-    """What a pytest run of a generated file left behind."""
+    """The outcome of a pytest run of a generated file."""
 
     output: str
     seconds: float
     cases: dict[str, str]
 
     def block(self, test: str) -> str:
-        """Return what is printed under the heading of a failed test."""
+        """Return the text that is printed under the heading of a failed test."""
         return self.output.split(f" {test} ___", 1)[1].split("\n____", 1)[0]
 
 

@@ -1,4 +1,4 @@
-"""Arrays as datasets: plain h5py reads and writes them, any grid and layout too, and errors are those of all ranks."""
+"""h5py, and any grid and layout, can read and write arrays as datasets; all ranks raise the same errors."""
 
 import array_api_strict
 import h5py

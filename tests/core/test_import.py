@@ -9,14 +9,14 @@ def run(code):
 
 
 def loaded(names):
-    """Return the packages that are there once some modules are imported, without those of Python."""
+    """Return the packages that are loaded after some modules are imported, without those of Python itself."""
     code = f"import sys, {names}; print(*{{name.partition('.')[0] for name in sys.modules}} - sys.stdlib_module_names)"
     return set(run(code).split())
 
 
 @pytest.mark.smoke
-def test_the_package_loads_nothing_but_what_it_is_made_of():
-    """h5py, PyTorch, CuPy and what the command line needs take seconds: they come when they are first used."""
+def test_the_package_loads_only_what_it_needs():
+    """h5py, PyTorch, CuPy and the packages of the command line take seconds, and are loaded when first used."""
     assert loaded("colossal_mpi") - loaded("array_api_compat.numpy, mpi4py.MPI") == {"colossal_mpi"}
 
 
