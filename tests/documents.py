@@ -14,6 +14,8 @@ RUN = {"colossal-mpi", "mpiexec", "python", "sbatch", "srun"}
 """Programs whose lines can run on any machine that runs the tests; `fakes` has stand-ins for those of Slurm."""
 FOREIGN = {"apt", "git", "jobs/mpirun.sh", "make", "module", "mpirun", "pip", "scancel", "ssh"}
 """Programs that need a network, a cluster or more rights, or that run the tests themselves."""
+SHELLS = {"bash", "console", "sh", "shell"}
+"""Languages of blocks with lines for a shell; blocks in other languages are not for typing."""
 _FOUND = re.compile(
     r"(?:::|code-block:: (?P<language>\w+))\n\n(?P<block>(?: {4}.*\n|\n)+)|``(?P<literal>[^`]+)``|`(?P<path>[\w./-]+)`"
 )
@@ -120,7 +122,7 @@ def _block(text, language, path):
     first = text.partition("\n")[0]
     if not first.startswith("$ "):
         words = {line.split()[0] for line in text.splitlines() if line.split()}
-        shell = language or words & (RUN | FOREIGN)
+        shell = language in SHELLS or (language is None and words & (RUN | FOREIGN))
         assert not shell, f"{path}: a line for a shell begins with $: {first}"
         return []
     return [Line(*piece.partition("\n")[::2]) for piece in re.split(r"^\$ ", text, flags=re.M)[1:]]

@@ -14,9 +14,9 @@ from colossal_mpi.apps.command import Command, JsonFile, Settings
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Command):
-    """Find the fastest grid, modes and schedule for a model by dry runs, and explain them.
+    """Find the fastest grid, modes and schedule for a model, and explain them.
 
-    Under mpiexec all ranks measure the machine; with --flops it is another machine.
+    Dry runs price the ways. All ranks measure the machine; --flops is for another.
     """
 
     example = "colossal-mpi plan llama --ranks 64 --gpu-memory 80GiB --flops 400e12 --bandwidth 25e9"

@@ -23,7 +23,7 @@ _ClickException: type[Exception] = next(c for c in typer.BadParameter.__mro__ if
 _COMMANDS = (
     ("run", "run:Run", "Start COMMAND on several ranks with the mpiexec of the MPI library in use."),
     ("train", "train:Train", "Train a model on text or images."),
-    ("plan", "plan:Plan", "Find the fastest grid, modes and schedule for a model by dry runs, and explain them."),
+    ("plan", "plan:Plan", "Find the fastest grid, modes and schedule for a model, and explain them."),
     ("report", "report:Report", "Draw one run, or several runs on the same axes, as PNG files and one HTML page."),
     ("doctor", "doctor:Doctor", "Examine MPI, launcher, cores, GPUs, disk and network, and say what to do."),
     ("inspect", "inspect:Inspect", "Show what a checkpoint holds and whether it is whole, or how two of them differ."),
