@@ -54,6 +54,12 @@ def paths() -> Iterator[str]:
                         yield f"{path}.{member}"
 
 
+def _is_protocol(path: str) -> bool:
+    """Say whether a path is one of a protocol, whose constructor takes nothing, whatever its signature says."""
+    module, name = path.rsplit(".", 1)
+    return bool(vars(getattr(sys.modules.get(module), name, object)).get("_is_protocol", False))
+
+
 def main() -> int:
     """Print what is missing, a line for each fault; return 1 if there is any."""
     if "--list" in sys.argv:
@@ -66,7 +72,7 @@ def main() -> int:
             continue
         found = validate(path)
         for code, message in found["errors"]:
-            if code not in NOT_ASKED:
+            if code not in NOT_ASKED and not (code == "PR01" and _is_protocol(path)):
                 faults += 1
                 print(f"{found['file']}:{found['file_line']}: {path}: {code} {message}")
     return int(faults > 0)

@@ -19,8 +19,7 @@ from colossal_mpi.layers.analysis.memory import microbatch_bytes, saved_bytes
 from colossal_mpi.layers.containers import Sequential
 from colossal_mpi.layers.context import Context
 from colossal_mpi.layers.loss import CrossEntropy
-from colossal_mpi.layers.optim.adam import AdamW
-from colossal_mpi.layers.optim.base import Optimizer
+from colossal_mpi.layers.optim import AdamW, Optimizer
 from colossal_mpi.layers.parallelism import Parallelism
 from colossal_mpi.layers.parameter import Parameter
 from colossal_mpi.layers.pipeline import (
