@@ -57,7 +57,7 @@ def test_a_directory_of_hugging_face_with_its_tokenizer(tmp_path):
     model = models.GPT(config, Parallelism(Grid(MPI.COMM_SELF)))
     models.save_pretrained(model, tmp_path / "hf", extra={"eos_token_id": 7})
     refused = start(1, tmp_path / "hf")
-    assert b"has no tokenizer.json: give the model's with --tokenizer FILE" in refused.stderr
+    assert b"has no tokenizer.json: give the tokenizer with --tokenizer FILE" in refused.stderr
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(290)}, unk_token="w0"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     words.save(str(tmp_path / "hf" / "tokenizer.json"))
