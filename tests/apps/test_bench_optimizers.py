@@ -63,7 +63,7 @@ def test_rows_table_and_picture(tmp_path):
 
 @pytest.mark.parametrize("text", ["lion", "adamw=", "adamw=x", "adamw=-1", "muon=1e-3,nan"])
 def test_what_is_no_optimizer_is_refused(text):
-    with pytest.raises(ConfigError, match="write one of adamw, sgd, lamb, lars, adafactor, muon, alone or with rates"):
+    with pytest.raises(ConfigError, match="write one of adafactor, adamw, lamb, muon, sgd, lars, alone or with rates"):
         optimizers.parse(text)
 
 
