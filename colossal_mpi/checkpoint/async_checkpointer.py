@@ -29,8 +29,7 @@ from colossal_mpi.checkpoint.saving import CheckpointWriter, WrittenFile, owned
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import CheckpointError, ColossalError
 from colossal_mpi.grid import Grid
-from colossal_mpi.platform import backend
-from colossal_mpi.platform.backend import Block
+from colossal_mpi.platform import Block, backend
 
 
 class AsyncCheckpointer:

@@ -18,8 +18,7 @@ import numpy as np
 from colossal_mpi.checkpoint.checksums import checksum, checksum_of_range, split
 from colossal_mpi.checkpoint.directory import flush, write_error
 from colossal_mpi.checkpoint.manifest import FileRecord, PartRecord, stored_dtype
-from colossal_mpi.platform import backend
-from colossal_mpi.platform.backend import Block
+from colossal_mpi.platform import Block, backend
 
 if TYPE_CHECKING:
     import h5py

@@ -26,8 +26,7 @@ from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import CheckpointError, ColossalError
 from colossal_mpi.grid import Grid
 from colossal_mpi.layout import rank_of
-from colossal_mpi.platform import backend
-from colossal_mpi.platform.backend import Block
+from colossal_mpi.platform import Block, backend
 
 WrittenFile: TypeAlias = tuple[str, FileRecord]
 """Name and record of the file that a rank has written."""
