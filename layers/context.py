@@ -12,7 +12,7 @@ Zhu: ring-flash-attention, 2024 (zig-zag). Brandon et al.: Striped attention, 20
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -22,14 +22,11 @@ from colossal_mpi.layout import Layout, part
 from colossal_mpi.platform import backend
 from colossal_mpi.platform.backend import Block
 
-if TYPE_CHECKING:
-    from colossal_mpi.layers.layer import Layer
-
 
 class KeyValueCache(Protocol):
     """The keys and values of earlier tokens, as attention uses them; `layers.inference` has one."""
 
-    def attend(self, layer: Layer, q: DistArray, kv: DistArray, ctx: Context) -> DistArray:
+    def attend(self, layer: object, q: DistArray, kv: DistArray, ctx: Context) -> DistArray:
         """Append keys and values ``[b, s, 2, g, d]`` and return the attention of the queries to all of them."""
 
 

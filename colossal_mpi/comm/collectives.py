@@ -127,11 +127,12 @@ def add_in_rank_order(terms: Sequence[Block], out: Block, op: str = SUM) -> Bloc
         The block `out`.
     """
     out[...] = terms[0]
-    for term in terms[1:]:
-        if op == SUM:
-            out += term
-        else:
-            out[...] = backend.namespace(out).maximum(out, term)
+    with np.errstate(over="ignore", invalid="ignore"):  # infinities and NaN are results, as in MPI's own reductions
+        for term in terms[1:]:
+            if op == SUM:
+                out += term
+            else:
+                out[...] = backend.namespace(out).maximum(out, term)
     return out
 
 

@@ -13,7 +13,6 @@ from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import OptionError, ShapeError
 from colossal_mpi.layers import kernels
 from colossal_mpi.layers.context import Context
-from colossal_mpi.layers.layer import Layer
 from colossal_mpi.layout import Layout, bounds
 from colossal_mpi.platform import backend
 from colossal_mpi.platform.backend import Block
@@ -51,19 +50,19 @@ class KVCache:
 
     def __init__(self, length: int) -> None:
         self.length = length
-        self._arrays: dict[Layer, Block] = {}
+        self._arrays: dict[object, Block] = {}
 
     @property
     def nbytes(self) -> int:
         """Bytes of this rank's arrays."""
         return sum(array.size * backend.numpy_dtype(array.dtype).itemsize for array in self._arrays.values())
 
-    def attend(self, layer: Layer, q: DistArray, kv: DistArray, ctx: Context) -> DistArray:
+    def attend(self, layer: object, q: DistArray, kv: DistArray, ctx: Context) -> DistArray:
         """Append the keys and values of new tokens, and return the attention of their queries to all slots.
 
         Parameters
         ----------
-        layer : Layer
+        layer : object
             Attention layer that the keys and values belong to.
         q : DistArray
             Queries ``[b, s, ..., d]`` of the new tokens, the heads between s and d, in order of their groups.
@@ -107,7 +106,7 @@ class KVCache:
         local = kernels.of(q.grid).attention(heads, keys[:, :, 0, ...], keys[:, :, 1, ...], True, None, order)
         return q.like(_merged(local, q, new))
 
-    def _array(self, layer: Layer, kv: DistArray, own: _Slots) -> Block:
+    def _array(self, layer: object, kv: DistArray, own: _Slots) -> Block:
         if layer not in self._arrays:
             b, _, two, g, d = kv.local.shape
             self._arrays[layer] = backend.zeros_like(kv.local, (b, own.count(self.length), two, g, d))
