@@ -1,6 +1,6 @@
 """Distributed arrays: a global shape, a layout on a grid, and this rank's block.
 
-Everything above calls it: linalg multiplies such arrays, layers compute on them, checkpoints store them. It calls
+``linalg`` multiplies such arrays, layers compute on them and checkpoints store them. The module calls
 `colossal_mpi.redistribution` to move them between layouts and `colossal_mpi.comm` to sum their numbers.
 """
 
@@ -24,7 +24,7 @@ from colossal_mpi.platform.backend import Block
 from colossal_mpi.redistribution import Plan, gather_to_root, plan_of, redistribute, select, start
 
 Number: TypeAlias = complex | np.generic
-"""A number of Python or NumPy."""
+"""A Python or NumPy number."""
 _matmul: Callable[[DistArray, DistArray], DistArray] | None = None
 
 
@@ -204,7 +204,7 @@ class DistArray:
         Notes
         -----
         **Communication:** after an allreduce of partial sums, the root alone receives n words less its own block;
-        without a root, the words of `replicated`. **Adjoint:** a scatter from the root.
+        without a root, every rank receives the words of `replicated`. **Adjoint:** a scatter from the root.
 
         Examples
         --------
@@ -227,8 +227,9 @@ class DistArray:
     def gather_pieces(self, put: Callable[[Box, np.ndarray], None], root: int = 0) -> Exception | None:
         """Call ``put(box, values)`` on rank `root` for boxes of global indices that tile the array.
 
-        For arrays that no rank can hold. Once `put` has failed, the root goes on receiving and drops what comes, so
-        that no rank is left waiting: `comm.agreed` makes an error of all ranks of the failure that is returned.
+        Use it for arrays that no rank can hold. After `put` has failed, the root still receives the remaining boxes and
+        drops them, so that no rank is left waiting. Raise the returned failure inside `comm.agreed`, so that all ranks
+        raise it.
 
         Parameters
         ----------
@@ -240,7 +241,7 @@ class DistArray:
         Returns
         -------
         Exception or None
-            What `put` raised first, on the root.
+            On the root, the first exception that `put` raised; otherwise None.
 
         Raises
         ------
@@ -363,7 +364,7 @@ class DistArray:
         Returns
         -------
         int, float or complex
-            The sum, the same bits on every rank; of 16-bit floats in float32.
+            The sum, the same bits on every rank; 16-bit floats are summed in float32.
 
         Notes
         -----
@@ -385,7 +386,7 @@ class DistArray:
         Returns
         -------
         DistArray
-            The array without these dims; of 16-bit floats in float32.
+            The array without these dims; 16-bit floats are summed in float32, which is then its dtype.
 
         Notes
         -----
@@ -474,8 +475,8 @@ class PendingRedistribution:
         self._arrays, self._routes = arrays, routes
 
     def done(self) -> bool:
-        """Say, without waiting, whether all arrays are there; steps that follow messages which have come are begun."""
-        return sum(request.done() for _, request in self._routes) == len(self._routes)  # asks every one
+        """Return whether all arrays have arrived, without waiting; begin the steps that follow completed messages."""
+        return sum(request.done() for _, request in self._routes) == len(self._routes)  # calls `done` of every request
 
     def wait(self) -> list[DistArray]:
         """Wait for the messages and return the arrays, in the order in which they were given."""
@@ -490,8 +491,8 @@ def start_redistribution(arrays: Sequence[DistArray], layouts: Sequence[Layout])
     """Begin to bring arrays into other layouts, and return while the messages are under way.
 
     Arrays of one dtype that go over the same axes share their messages. Sums have the same bits as in
-    `DistArray.redistribute`. They need this rank between their messages: `PendingRedistribution.done`, called now and
-    then, lets the second phase of an allreduce begin.
+    `DistArray.redistribute`. A sum needs this rank between its two phases: call `PendingRedistribution.done` now and
+    then, so that the second phase of an allreduce begins.
 
     Parameters
     ----------
@@ -548,7 +549,7 @@ def squares(array: DistArray) -> Block:
 
 
 def _total(array: DistArray, local: Block, axes: Sequence[str]) -> Any:
-    """Return the sum of a number of each rank over some axes, as a Python number."""
+    """Return the sum over some axes of one number from each rank, as a Python number."""
     # x {U_axes} -> x: allreduce
     total = comm.allreduce(local, array.grid, axes) if axes else local
     return backend.to_host(total).item()
@@ -564,7 +565,7 @@ def _match(a: DistArray, b: DistArray) -> DistArray:
 
 
 def _linear(op: Callable[[Any, Any], Any], a: DistArray, b: DistArray | Number) -> DistArray:
-    """Add or subtract. Partial sums stay partial; a scalar is refused there, as each rank would add it."""
+    """Add or subtract. Partial sums stay partial and refuse a scalar, because each rank would add it."""
     if isinstance(b, DistArray):
         return a.like(op(a.local, _match(a, b).local))
     if a.layout.partial:
@@ -582,7 +583,7 @@ def _scaled(op: Callable[[Any, Any], Any], a: DistArray, b: DistArray | Number) 
 
 
 def _scalar(op: Callable[[Any, Any], Any], a: DistArray, b: Number) -> complex:
-    """Return the number `b` as a Python number, which takes the dtype of the array: other libraries refuse or widen.
+    """Return `b` as a Python number, which takes the dtype of the array; NumPy scalars may be refused or widen it.
 
     An array is refused: it would be broadcast against the block, not against the global array.
     """
@@ -603,8 +604,8 @@ def from_global(
     Parameters
     ----------
     source : array_like or callable
-        The global array, the same on every rank. Or a function of a tuple of slices, this rank's global indices, that
-        returns its block: for arrays that no rank could hold.
+        The global array, the same on every rank. For an array that no rank could hold, a function that takes a tuple of
+        slices, this rank's global indices, and returns its block.
     grid : Grid
         The ranks.
     layout : Layout

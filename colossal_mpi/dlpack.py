@@ -1,9 +1,9 @@
-"""Blocks as PyTorch tensors and tensors as blocks, on the same memory.
+"""Conversions between blocks and PyTorch tensors that share their memory.
 
-``layers.torch``, the kernels by torch and users call it; it calls torch, which its first call imports. Nothing is
-copied: what one side writes the other reads, and the memory lives as long as either side does. On a GPU the exchange
-makes the stream of the side that takes the memory wait for the stream of the side that gives it (DLPack's ``stream``).
-From then on both sides must work in one stream, as they do by default, in the legacy default stream.
+``layers.torch``, the torch kernels and users call it; it calls torch, which its first call imports. Nothing is copied:
+what one side writes the other reads, and the memory lives as long as either side does. On a GPU the exchange makes the
+stream of the side that takes the memory wait for the stream of the side that gives it (DLPack's ``stream``). From then
+on both sides must work in one stream, as they do by default, in the legacy default stream.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from colossal_mpi.platform.backend import Block
 if TYPE_CHECKING:
     import torch
 
-# Only the package ml_dtypes gives NumPy a bfloat16, which NumPy does not export by DLPack: its bits are exported.
+# Only the package ml_dtypes gives NumPy a bfloat16. NumPy does not export it by DLPack, so its bits are exported.
 _BITS = {"bfloat16": "int16"}
 _SHARED = {
     *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
@@ -78,7 +78,7 @@ def to_torch(array: Block | DistArray, writable: bool = True) -> torch.Tensor:
     if isinstance(plain, np.ndarray):
         if not plain.flags.writeable:
             plain = np.asarray(_Writable(plain))
-        tensor = torch.from_numpy(plain)  # the same as by DLPack, in a quarter of the time
+        tensor = torch.from_numpy(plain)  # the result of DLPack in a quarter of its time
     else:
         tensor = torch.utils.dlpack.from_dlpack(plain)
     return tensor if bits is None else tensor.view(dtype)
@@ -103,8 +103,8 @@ def from_torch(tensor: torch.Tensor) -> Block:
     DTypeError
         If NumPy has no such dtype.
     SharingError
-        If the memory cannot be shared: a sparse tensor, another device, a lazy conjugate or negative, or no tensor at
-        all.
+        If the memory cannot be shared: a sparse tensor, another device, a lazy conjugate or negative, or an object that
+        is no tensor.
 
     See Also
     --------
@@ -153,7 +153,7 @@ def _check_memory(block: Block, writable: bool) -> None:
 
 @cache
 def _torch_dtype(dtype: np.dtype) -> tuple[torch.dtype, str | None]:
-    """Return the dtype of torch, and the dtype as whose bits it is shared, if that is another."""
+    """Return torch's dtype, and the dtype in which the bits are shared if it is another one."""
     import torch
 
     if dtype.name not in _SHARED or not dtype.isnative:
@@ -166,7 +166,7 @@ def _torch_dtype(dtype: np.dtype) -> tuple[torch.dtype, str | None]:
 
 @cache
 def _numpy_dtype(dtype: torch.dtype) -> tuple[np.dtype, str | None]:
-    """Return the dtype of NumPy, and the dtype as whose bits it is shared, if that is another."""
+    """Return NumPy's dtype, and the dtype in which the bits are shared if it is another one."""
     name = str(dtype).removeprefix("torch.")
     if name not in _SHARED:
         raise DTypeError(f"from_torch: NumPy has no {dtype}: use bool, an integer, a float or complex dtype")

@@ -1,7 +1,7 @@
 """The errors that users see.
 
-Every module raises them; they call nothing. An error says what was required, what was given and what would work. It is
-raised from *global* metadata, so that every rank raises the same one. What one rank alone can see (a token id out of
+Every module raises them. An error says what was required, what was given and what would work. It is raised from
+*global* metadata, so that every rank raises the same one. An error that one rank alone can see (a token id out of
 range) is raised there, and ends the job unless it is caught. Start-up code prints such an error once, without a
 traceback.
 """
@@ -60,4 +60,4 @@ class LaunchError(ColossalError, ImportError):
 
 
 class VerificationError(ColossalError, ArithmeticError):
-    """A result fails the check of itself."""
+    """A result fails its check."""

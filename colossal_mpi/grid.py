@@ -100,11 +100,11 @@ class Grid:
 
     @classmethod
     def meta(cls, rank: int = 0, **axes: int) -> Grid:
-        """Return a grid of any number of ranks as one of them sees it, without the others and without memory.
+        """Return a grid of any number of ranks, seen from one rank, without the other ranks and without memory.
 
-        What runs on it is a dry run: blocks are meta arrays (`colossal_mpi.meta`), which have only a shape and a dtype.
-        Messages have no effect and are entered into the ledger as ever. What all ranks collect is what this rank says,
-        from each of them.
+        A program that runs on it is a dry run: blocks are meta arrays (`colossal_mpi.meta`), which have only a shape
+        and a dtype. Messages have no effect, but the ledger counts them. Where all ranks collect objects, this rank's
+        object stands for each of theirs.
 
         Parameters
         ----------
@@ -141,7 +141,7 @@ class Grid:
 
     @property
     def is_meta(self) -> bool:
-        """Whether the blocks of this grid are meta arrays, which have no memory."""
+        """True if the blocks of this grid are meta arrays, which have no memory."""
         return self.device.startswith(communicator.NAME)
 
     def _settle(self, axes: dict[str, int]) -> None:
@@ -274,7 +274,7 @@ class Grid:
         Returns
         -------
         list of mmap.mmap or None
-            The memory of rank 0, 1, ... of the group; None, on all of its ranks, if not all of it can be read.
+            The memory of rank 0, 1, ... of the group; None on all of its ranks if some of it cannot be read.
 
         Notes
         -----
@@ -376,7 +376,7 @@ class Grid:
         return self._slices[key]
 
     def has_subgrid(self, other: Grid) -> bool:
-        """Say whether `at` has made another grid of this one.
+        """Return whether another grid is a sub-grid that `at` made of this one.
 
         Parameters
         ----------
@@ -386,12 +386,12 @@ class Grid:
         Returns
         -------
         bool
-            Whether it is a sub-grid of this one.
+            True if it is a sub-grid of this one.
         """
         return any(sub is other for sub in self._slices.values())
 
     def free(self) -> None:
-        """Free the communicators of this grid, of which MPI has some two thousand; the grid cannot be used any more.
+        """Free the communicators of this grid, which cannot be used afterwards; MPI has only some two thousand.
 
         A grid is also a context manager that frees them at its end. The communicator of all ranks of a sub-grid belongs
         to its parent and is not freed.
@@ -405,7 +405,7 @@ class Grid:
             self._cart.Free()
 
     def _release(self) -> None:
-        """Free the communicators that were made of this grid's own one, and what caches keep for the grid."""
+        """Free the communicators that were split from this grid's own one, and the cached values of the grid."""
         GridCache.forget(self)
         for sub in self._slices.values():
             sub._release()
@@ -434,12 +434,12 @@ V = TypeVar("V")
 class GridCache(Generic[K, V]):
     """Values that a module keeps for each grid: the plans of its redistributions, for example.
 
-    A grid's values go when the grid is freed or nothing refers to it any more.
+    A grid's values are dropped when the grid is freed or nothing refers to it any more.
 
     Parameters
     ----------
     limit : int
-        The most values that are kept for one grid; the one used longest ago goes first.
+        The greatest number of values kept for one grid; the least recently used is dropped first.
 
     Examples
     --------
@@ -455,7 +455,7 @@ class GridCache(Generic[K, V]):
         GridCache._all.add(self)
 
     def get(self, grid: Grid, key: K, make: Callable[[], V]) -> V:
-        """Return the value of a key, which `make` makes if it is not there."""
+        """Return the value of a key; call `make` for it if there is none."""
         values = self.of(grid)
         if key not in values:
             values[key] = make()
@@ -465,7 +465,7 @@ class GridCache(Generic[K, V]):
         return values[key]
 
     def of(self, grid: Grid) -> OrderedDict[K, V]:
-        """Return the values that are kept for a grid, the one used last at the end."""
+        """Return the values that are kept for a grid, the most recently used last."""
         values = self._of.get(grid)
         if values is None:
             values = self._of[grid] = OrderedDict()
@@ -473,7 +473,7 @@ class GridCache(Generic[K, V]):
 
     @classmethod
     def forget(cls, grid: Grid) -> None:
-        """Drop what all caches keep for a grid."""
+        """Drop the values that all caches keep for a grid."""
         for cache in cls._all:
             cache._of.pop(grid, None)
 

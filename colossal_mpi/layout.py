@@ -1,4 +1,4 @@
-"""Layouts: how a global array lies on a grid, that is which axes cut which dim, and over which it is a partial sum.
+"""Layouts: the grid axes that cut each dim of a global array, and the axes over which it is a partial sum.
 
 Every package computes with layouts; they are pure arithmetic and know neither MPI nor arrays. Blocks are balanced and
 nested: n elements over p parts give the first ``n mod p`` parts one element more, and a second axis splits each part
@@ -101,7 +101,7 @@ class Layout:
         Parameters
         ----------
         *axes : str
-            The partial axes of the new layout, all of them.
+            All partial axes of the new layout.
 
         Returns
         -------
@@ -166,7 +166,7 @@ class Layout:
         return tuple([bounds(n, axes, sizes, coords) for n, axes in zip(shape, self.dims, strict=True)])
 
     def owner(self, sizes: Mapping[str, int], coords: Mapping[str, int]) -> bool:
-        """Say whether a rank is the first of the ranks that hold its block: at coordinate 0 of the other axes.
+        """Return whether a rank is the first of the ranks that hold its block: at coordinate 0 of the other axes.
 
         Parameters
         ----------
@@ -178,7 +178,7 @@ class Layout:
         Returns
         -------
         bool
-            Whether the rank owns its block.
+            True if the rank owns its block.
         """
         return not any(coords[axis] for axis in sizes if axis not in self.cut)
 

@@ -1,22 +1,23 @@
-"""The ledger: what every collective moved, where and when, and what the rank computed meanwhile.
+"""The ledger: a record of every transfer, with its words, times and call site, and of the computations meanwhile.
 
-`colossal_mpi.comm` enters every transfer; users, tests and the apps open records and read them. It calls the signal
-handlers of ``runtime``, which print the last collectives of a rank that hangs. Words are counted by one table, which
-the formulas of the documentation use too (n: the whole array, own: this rank's block, p: the ranks of the group):
+`colossal_mpi.comm` enters every transfer; users, tests and the apps open records and read them. It gives the last
+collectives to the signal handlers of ``runtime``, which print them for a rank that hangs. Words are counted by one
+table, which the formulas of the documentation use too (n: the whole array, own: this rank's block, p: the ranks of the
+group):
 
 =================  =============================================
-allgather          what arrives: n - own
-all_to_all         what arrives from others
+allgather          the blocks of the others: n - own
+all_to_all         the pieces from the others
 reduce_scatter     (p - 1) x own block of the result
 allreduce          as reduce_scatter and allgather
 bcast              n on each rank but the root
-read               what is used of the memory of other ranks
-receive            what arrives of a message to one rank
+read               the elements used in other ranks' memory
+receive            the elements of the message
 send               nothing
 =================  =============================================
 
 Times are in seconds of ``time.perf_counter``, one clock for all ranks of a node. A dry run replaces it by a clock that
-knows how long a machine would take (`timed_by`). Communication that goes on while the rank computes is begun at one
+predicts the times of a machine (`timed_by`). Communication that goes on while the rank computes is begun at one
 time and waited for at another; the computation between the two hides it.
 """
 
@@ -107,7 +108,7 @@ class Span:
     depth : int
         The number of spans that contain it.
     what : dict
-        What was computed: ``microbatch``, ``chunk``, ``layer``.
+        The part that was computed: its ``microbatch``, ``chunk`` and ``layer``.
     """
 
     kind: str
@@ -163,7 +164,7 @@ class Record:
 
 _open: list[Record] = []
 _recent: deque[tuple[Any, ...]] = deque(maxlen=20)
-"""The values of this rank's last events, recorded or not: a plain tuple costs a third of an event."""
+"""The values of this rank's last events, recorded or not: a plain tuple costs a third of an `Event`."""
 
 
 @contextmanager
@@ -209,7 +210,7 @@ class Clock(Protocol):
         """Return the time when a collective that begins now will have brought `nbytes` bytes."""
 
     def wait(self, until: float) -> None:
-        """Let time pass until then; a real clock does so by itself."""
+        """Let time pass until `until`; a real clock does so by itself."""
 
 
 class _Wall:
@@ -252,7 +253,7 @@ def post(
     """Enter a collective that ends now into the open records; it began at `begun`.
 
     For a collective that went on while the rank computed, `posted` and `waited` are the times of `Event`, `where` is
-    the site that began it and `due` the time when it was expected to come.
+    the site that began it and `due` the time at which it was expected to end.
     """
     clock.wait(clock.arrival(op, axes, words * itemsize) if due is None else due)
     now = clock.now()
@@ -309,7 +310,7 @@ def span(kind: str, **what: Any) -> contextlib.AbstractContextManager[None]:
     kind : {"forward", "backward", "weight", "update"}
         The kind of computation.
     **what
-        What is computed: ``microbatch``, ``chunk``, ``layer``.
+        The part that is computed: its ``microbatch``, ``chunk`` and ``layer``.
 
     Returns
     -------

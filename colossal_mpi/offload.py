@@ -28,14 +28,14 @@ def to_host(array: DistArray) -> DistArray:
 
 
 def to_device(offloaded: DistArray, beside: Block) -> DistArray:
-    """Return an array of `to_host` with its block on the device of `beside`; the array itself on a CPU."""
+    """Return an offloaded array with its block on the device of `beside`; the array itself on a CPU."""
     if isinstance(offloaded.local, MetaArray):
         return offloaded.copy()
     return offloaded.like(backend.to_block(offloaded.local, beside))
 
 
 def write_back(array: DistArray, offloaded: DistArray) -> None:
-    """Copy the block of an array of `to_device` back to the host memory of the array it was made of."""
+    """Copy the block of an array that `to_device` returned back to the host memory of its offloaded array."""
     device = backend.device_of(array.local)
     if device is not None and not isinstance(array.local, MetaArray):
         device.read(array.local, offloaded.local)

@@ -1,7 +1,7 @@
 """Random arrays whose elements depend on the seed, the name of the stream and the global index alone.
 
-Models draw their initial weights and dropout masks from it, tests and benchmarks their arrays. It makes the blocks of a
-`DistArray` with NumPy, or masks with the array library of the block.
+Models draw their initial weights and dropout masks from it; tests and benchmarks draw their arrays. It makes the blocks
+of a `DistArray` with NumPy, or masks with the array library of the block.
 
 The generator is Philox4x32-10, a keyed bijection of a 128-bit counter. The counter of an element consists of its row
 (the index in all leading dims) and its column. So each rank makes its own block alone, and the global array is bitwise
@@ -118,7 +118,7 @@ def uniform_block(box: Box, shape: Sequence[int], seed: int, stream: str) -> np.
 
 
 def uniform_at(rows: np.ndarray, columns: np.ndarray, seed: int, stream: str) -> np.ndarray:
-    """Return float64 numbers in [0, 1) at some places of the infinite matrix that `uniform_block` gives blocks of.
+    """Return float64 numbers in [0, 1) at given places of the infinite matrix whose blocks `uniform_block` returns.
 
     Parameters
     ----------
@@ -142,15 +142,15 @@ def uniform_at(rows: np.ndarray, columns: np.ndarray, seed: int, stream: str) ->
 def mask_block(box: Box, shape: Sequence[int], seed: int, stream: str, rate: float, xp: Any = np) -> Block:
     """Return the block at a box of a global bool array whose elements are False with probability `rate`.
 
-    It is the mask of dropout. The rate is rounded to a multiple of 2**-32: each element compares a 32-bit word, of the
-    four words of a counter, with a threshold. Seven rounds are enough for a mask (Salmon et al., Table 2).
+    It is the mask of dropout. The rate is rounded to a multiple of 2**-32: each element compares one of the four 32-bit
+    words of a counter with a threshold. Seven rounds are enough for a mask (Salmon et al., Table 2).
 
     Parameters
     ----------
     box : box of int
         The range of each of one or more dims.
     shape : tuple of int
-        The global shape. Its first entry bounds nothing, so that a box may lie at any later samples.
+        The global shape. Its first entry is not a bound: a box may lie at later samples.
     seed : int
         The seed.
     stream : str

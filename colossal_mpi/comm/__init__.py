@@ -1,4 +1,4 @@
-"""Communication between the ranks of a grid: collectives, messages under way, and reading of blocks on one node.
+"""Communication between the ranks of a grid: collectives, nonblocking messages, and reading of blocks on one node.
 
 ``redistribution``, ``linalg`` and ``layers`` call this package, which alone gives buffers to MPI and adds the terms of
 reductions. It calls ``grid`` for the communicators and enters every transfer into the ``ledger``.

@@ -5,11 +5,11 @@ With `colossal_mpi.comm.messages` this is the only module that gives buffers to 
 the ledger. Every function takes this rank's block and the grid axes that span the group, and checks that the block has
 the size that the caller's plan gives this rank: MPI either accepts a mismatch silently or overwrites the heap.
 
-**The order of sums.** A reduction adds its terms in the order of the ranks, ((0 + 1) + 2) + ..., whatever brings them:
-small or large pieces, messages under way, or the memory of a neighbour. MPI's own reductions add in an order that
-depends on the size and on the library, so none of them is used: the ranks exchange the pieces (`all_to_all`), which
-receives the same ``(p - 1) own`` words as a reduce_scatter, and `add_in_rank_order` adds them. 16-bit floats are summed
-in float32 and rounded once; small integers are summed in 32 bits.
+**The order of sums.** A reduction adds its terms in the order of the ranks, ((0 + 1) + 2) + ..., whether they arrive in
+small or large pieces, by nonblocking messages, or from the memory of a neighbour. MPI's own reductions add in an order
+that depends on the size and on the library, so none of them is used: the ranks exchange the pieces (`all_to_all`),
+which receives the same ``(p - 1) own`` words as a reduce_scatter, and `add_in_rank_order` adds them. 16-bit floats are
+summed in float32 and rounded once; small integers are summed in 32 bits.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ def _starts(counts: Sequence[int]) -> list[int]:
 _LARGE = 1 << 15
 # A large reduction receives pieces of at most this many bytes from each rank, adds them, and goes on with the next.
 _CHUNK = 1 << 20
-# The most elements of one message: MPI counts them, and where they lie in a buffer, in a C int.
+# The greatest number of elements of one message: MPI's counts and displacements are C ints.
 _LIMIT = (1 << 31) - 1
 _TAG = 7
 
 
 def _pairwise(counts: Sequence[int], buffer: Block) -> bool:
-    """Say whether pieces of these counts go from rank to rank; all ranks of a group know them and say the same."""
+    """Return whether pieces of these counts go from rank to rank; the answer is the same on all ranks of a group."""
     return bool(max(counts) * buffer.dtype.itemsize >= _LARGE or sum(counts) > _LIMIT)
 
 
@@ -103,7 +103,7 @@ def _exchange_pairwise(comm: MPI.Intracomm, piece: Callable[[int], Block], place
     """Send ``piece(r)`` to each rank r and receive ``place(r)`` from it; this rank copies its own piece."""
     for to, source in _shifts(comm):
         _swap(comm, piece(to), to, place(source), source)
-    place(comm.rank)[...] = piece(comm.rank)  # a kernel on a GPU: after the messages, which need an idle stream
+    place(comm.rank)[...] = piece(comm.rank)  # last: a kernel on a GPU, and messages need an idle stream
 
 
 def add_in_rank_order(terms: Sequence[Block], out: Block, op: str = SUM) -> Block:
@@ -116,8 +116,8 @@ def add_in_rank_order(terms: Sequence[Block], out: Block, op: str = SUM) -> Bloc
     terms : sequence of array
         The term of each rank, in the order of the ranks; all of one shape.
     out : array
-        A block of this shape, of a dtype in which the terms are to be added. It shares no memory with the terms but
-        the first.
+        A block of this shape, of a dtype in which the terms are to be added. It may share memory with the first term
+        only.
     op : {"sum", "max"}
         The reduction.
 
@@ -190,7 +190,7 @@ def allgather(
     Returns
     -------
     array
-        The blocks of all ranks, ``[sum(counts)]``, beside `block`.
+        The blocks of all ranks, ``[sum(counts)]``, on the device of `block`.
 
     Raises
     ------
@@ -208,6 +208,7 @@ def allgather(
     send, recv = send_buffer(block, grid), recv_buffer(block, sum(counts), grid)
     kind = mpi_type(send.dtype)
     starts = starts or _starts(counts)
+    # X[N_axes] -> X[N]: allgather over axes
     if _pairwise(counts, send):
         _exchange_pairwise(comm, lambda _: send, _pieces(recv, starts, counts))
     else:
@@ -304,9 +305,9 @@ def all_to_all(
     recv_counts : sequence of int
         The elements that this rank receives from each rank.
     most : int, optional
-        A bound on the elements that any rank sends or receives in all, the same on every rank: each knows only its own
-        counts, and all must take the same way. Without it the pieces go from rank to rank, which is right for any
-        counts and slow for small ones.
+        A bound, the same on every rank, on the elements that any rank sends or receives in total. A rank knows only its
+        own counts, but all must choose the same algorithm. Without it the pieces go from rank to rank, which is right
+        for any counts and slow for small ones.
 
     Returns
     -------
@@ -329,6 +330,7 @@ def all_to_all(
     _require(sum(counts), block, "all_to_all")
     send, recv = send_buffer(block, grid), recv_buffer(block, sum(recv_counts), grid)
     kind, starts, places = mpi_type(send.dtype), _starts(counts), _starts(recv_counts)
+    # X[M_axes, N] -> X[M, N_axes]: all_to_all over axes
     if most is None or most > _LIMIT:
         _exchange_pairwise(comm, _pieces(send, starts, counts), _pieces(recv, places, recv_counts))
     else:
@@ -350,7 +352,7 @@ def bcast(block: Block, grid: Grid, axes: Sequence[str], root: int = 0) -> Block
     axes : sequence of str
         The axes that span the group.
     root : int
-        The rank of the group whose block it is.
+        The rank of the group that sends its block.
 
     Returns
     -------
@@ -370,6 +372,7 @@ def bcast(block: Block, grid: Grid, axes: Sequence[str], root: int = 0) -> Block
     comm, begun = grid.comm(axes), ledger.clock.now()
     buffer = send_buffer(block, grid) if comm.rank == root else recv_buffer(block, block.size, grid)
     kind = mpi_type(buffer.dtype)
+    # X[N] on the root -> X[N] on every rank: bcast over axes
     for piece in split_messages(buffer):
         comm.Bcast([piece, kind], root)
     words = 0 if comm.rank == root else buffer.size
@@ -383,11 +386,11 @@ def share(value: Any, grid: Grid, root: int = 0) -> Any:
     Parameters
     ----------
     value : object
-        The object of the root, which is pickled; what the other ranks pass is not read. Not for arrays.
+        The object of the root, which is pickled; the objects of the other ranks are not read. Do not pass arrays.
     grid : Grid
         The grid.
     root : int
-        The rank of the grid whose object it is.
+        The rank of the grid that sends its object.
 
     Returns
     -------
@@ -407,7 +410,7 @@ def collect(value: T, grid: Grid) -> list[T]:
     Parameters
     ----------
     value : object
-        This rank's object, which is pickled. Not for arrays.
+        This rank's object, which is pickled. Do not pass arrays.
     grid : Grid
         The grid.
 
@@ -488,7 +491,7 @@ def agreed(grid: Grid, kind: type[ColossalError] = ColossalError) -> Iterator[No
     failure: BaseException | None = None
     try:
         yield
-    except Exception as error:  # any: a rank that left now would leave the others waiting
+    except Exception as error:  # any: a rank that left here would leave the others waiting
         failure = error
     outcomes = collect(None if failure is None else (type(failure), str(failure)), grid)
     first = next((outcome for outcome in outcomes if outcome), None)

@@ -1,4 +1,4 @@
-"""Blocks of other ranks without a collective: messages under way while the caller computes, and reading on one node.
+"""Transfers of blocks without a collective: nonblocking messages, and reading in the shared memory of one node.
 
 `colossal_mpi.comm.transport`, the products of linalg and the layers that overlap communication call it. With
 `colossal_mpi.comm.collectives` this is the only module that gives buffers to MPI.
@@ -26,7 +26,7 @@ _TAG = 8
 
 @dataclass(frozen=True)
 class _Entry:
-    """The ledger's entry of an exchange, but for its end."""
+    """The ledger's entry of an exchange, except the time of its end."""
 
     op: str
     axes: tuple[str, ...]
@@ -48,7 +48,7 @@ class Pending:
     sent : list of array
         The buffers that MPI reads, which must live until the end.
     received : list of (array, array)
-        Each buffer that MPI writes, and the block that gets what came.
+        Each buffer that MPI writes, and the block to which it is copied.
     entry : object
         The ledger's entry.
     """
@@ -60,12 +60,12 @@ class Pending:
         self._ended = False
 
     def done(self) -> bool:
-        """Say, without waiting, whether everything is sent and received, and let MPI progress.
+        """Return whether everything is sent and received, without waiting, and let MPI progress.
 
         Returns
         -------
         bool
-            Whether the exchange is over.
+            True if the exchange is over.
         """
         if not self._ended:
             begun = ledger.clock.now()
@@ -81,7 +81,7 @@ class Pending:
             self._end(begun)
 
     def _end(self, waited: float) -> None:
-        """Bring what was received to its blocks, and enter it into the ledger."""
+        """Copy the received buffers to their blocks, and enter the exchange into the ledger."""
         for buffer, block in self._received:
             if buffer is not block:
                 block[...] = backend.namespace(block).reshape(from_buffer(buffer, block), block.shape)
@@ -109,11 +109,10 @@ def start_exchange(
     send : sequence of (int, array)
         Ranks of the group and the blocks that go to them. Nobody may write to the blocks before the end.
     recv : sequence of (int, array)
-        Ranks of the group and the contiguous blocks that get what comes from them, in the order in which each rank
-        sends it.
+        Ranks of the group and the contiguous blocks to receive from them, in the order in which each rank sends.
     stream : int
-        The stream of the messages: those of one stream arrive in order, those of different streams may overtake one
-        another.
+        The stream of the messages: messages of one stream arrive in order, messages of different streams may overtake
+        one another.
     op : str
         The name of the operation in the ledger.
 
@@ -161,7 +160,7 @@ def progress(grid: Grid) -> None:
 
 
 def _into(block: Block, grid: Grid) -> Block:
-    """Return the buffer that MPI writes for a block: the block itself if MPI can write it, else one to copy."""
+    """Return the buffer that MPI writes for a block: the block itself if MPI can write it, else a buffer to copy."""
     device = backend.device_of(block)
     own = type(block) is np.ndarray if device is None else grid.awareness.aware
     if not own or backend.is_half(block.dtype):

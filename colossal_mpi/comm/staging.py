@@ -38,7 +38,7 @@ class Pool:
     device : Device
         The device that allocates the memory, which takes its driver hundreds of microseconds.
     limit : int
-        The most bytes that are kept idle; beyond them, the buffer used longest ago is freed.
+        The greatest number of idle bytes that are kept; beyond it, the least recently used buffer is freed.
     """
 
     def __init__(self, device: Device, limit: int = 1 << 30) -> None:
@@ -114,7 +114,7 @@ def recv_buffer(block: Block, count: int, grid: Grid) -> Block:
 
 
 def from_buffer(buffer: Block, beside: Block) -> Block:
-    """Return what MPI wrote into a buffer of `recv_buffer` as a flat block on the device of `beside`."""
+    """Return the contents of a buffer from `recv_buffer` as a flat block on the device of `beside`."""
     if backend.is_half(beside.dtype) and buffer.dtype == np.uint16:
         buffer = buffer.view(backend.numpy_dtype(beside.dtype))
     return buffer if backend.device_of(buffer) else backend.to_block(buffer, beside)

@@ -1,7 +1,7 @@
-"""Two transports for collectives: MPI's blocking calls, and messages under way while the caller computes.
+"""Two transports for collectives: MPI's blocking calls, and nonblocking messages.
 
 `colossal_mpi.redistribution` writes each step of a plan once, as a generator that yields the transfers it has to wait
-for; the transport decides whether a transfer is over when it returns or goes on. Both call
+for; the transport decides whether a transfer is over when it returns or still under way. Both call
 `colossal_mpi.comm.collectives` and `colossal_mpi.comm.messages`, and both add terms in the order of the ranks, so that
 a result has the same bits either way.
 """
@@ -38,12 +38,12 @@ class Request(ABC, Generic[T_co]):
 
     @abstractmethod
     def done(self) -> bool:
-        """Say, without waiting, whether the result is there.
+        """Return whether the result is there, without waiting.
 
         Returns
         -------
         bool
-            Whether `wait` returns at once.
+            True if `wait` returns at once.
         """
 
     @abstractmethod
@@ -115,7 +115,7 @@ class Started(Request[T]):
         request, self._request = self._request, None
         assert request is not None
         block = request.wait()
-        del request  # what it holds is free while the next step goes on
+        del request  # frees its buffers before the next step
         self._advance(lambda: self._steps.send(block))
 
     def done(self) -> bool:
@@ -170,7 +170,7 @@ class Transport(ABC):
         Returns
         -------
         Request
-            It gives the blocks of all ranks, ``[sum(counts)]``.
+            A request for the blocks of all ranks, ``[sum(counts)]``.
         """
 
     @abstractmethod
@@ -191,7 +191,7 @@ class Transport(ABC):
         Returns
         -------
         Request
-            It gives the pieces from rank 0, 1, ... one after the other, ``[sum(recv_counts)]``.
+            A request for the pieces from rank 0, 1, ... one after the other, ``[sum(recv_counts)]``.
         """
 
     @abstractmethod
@@ -210,7 +210,7 @@ class Transport(ABC):
         Returns
         -------
         Request
-            It gives this rank's piece, ``[counts[rank]]``.
+            A request for this rank's piece, ``[counts[rank]]``.
         """
 
     @abstractmethod
@@ -225,7 +225,7 @@ class Transport(ABC):
         Returns
         -------
         Request
-            It gives the sum, of the shape of `block`.
+            A request for the sum, of the shape of `block`.
         """
 
 
@@ -256,7 +256,7 @@ class BlockingTransport(Transport):
 
 
 class MessageTransport(Transport):
-    """The transport of messages from rank to rank for which the caller need not wait, in a group of ranks.
+    """The transport of nonblocking messages from rank to rank, in the group that some axes of a grid span.
 
     Every rank of the group makes its transports in the same order: each takes the next two streams of messages.
 
@@ -314,8 +314,9 @@ _FIRST, _STREAMS = 16, 1 << 13
 def allreduce(block: Block, grid: Grid, axes: Sequence[str], op: str = SUM) -> Block:
     """Return the sum (or maximum) of the blocks of a group on every rank, bitwise equal on all of them.
 
-    A reduce_scatter and an allgather, so that each element is summed once, by one rank. Two ranks swap their blocks
-    instead: the same words in one message, and the same bits, since both add the blocks in the order of the ranks.
+    It is a reduce_scatter and an allgather, so that each element is summed once, by one rank. Two ranks swap their
+    blocks instead, which moves the same words in one message and gives the same bits, since both add the blocks in the
+    order of the ranks.
 
     Parameters
     ----------

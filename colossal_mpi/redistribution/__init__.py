@@ -1,4 +1,4 @@
-"""The only way from one layout to another: plans of boxes and sums, and their execution, blocking or under way.
+"""Redistributions between layouts: plans of boxes and sums, and their blocking or nonblocking execution.
 
 Distributed arrays (`colossal_mpi.distarray`) and the products of linalg call it, with a rank's block, the global shape,
 the layouts and the grid. It calls `colossal_mpi.comm` to move what a rank lacks.

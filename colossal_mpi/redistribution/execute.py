@@ -1,4 +1,4 @@
-"""Redistributions of blocks, blocking or under way while the caller computes: one engine for both.
+"""Redistributions of blocks, blocking or nonblocking, by one engine.
 
 `colossal_mpi.distarray` and the products of linalg call it, with plans of `colossal_mpi.redistribution.plan`. Every
 step is written once, as a generator on a `comm.Transport`: a blocking redistribution takes the steps of one that is
@@ -32,7 +32,7 @@ from colossal_mpi.platform.backend import Block
 from colossal_mpi.redistribution.plan import Exchange, Index, Plan, Reduction, Shape, plan_redistribution
 
 READ_FROM = 1 << 18
-"""Bytes of the largest block of a group on one node from which on its ranks read each other's memory."""
+"""Size in bytes of a group's largest block from which on the ranks of one node read each other's memory."""
 _PLANS = GridCache[tuple[Shape, Layout, Layout], Plan](limit=4096)
 
 
@@ -53,7 +53,7 @@ def redistribute(block: Block, shape: Shape, source: Layout, target: Layout, gri
     Returns
     -------
     array
-        The block itself when nothing changes; a view of it where a local slice does.
+        The block itself when nothing changes; a view of it where a local slice is enough.
 
     Notes
     -----
@@ -76,14 +76,14 @@ def start(blocks: Sequence[Block], plans: Sequence[Plan], grid: Grid) -> Request
     blocks : sequence of array
         This rank's blocks, of one dtype; nobody may write to them before the end.
     plans : sequence of Plan
-        Of one `Plan.route`.
+        Plans with the same `Plan.route`.
     grid : Grid
         The grid, all of whose ranks begin the same redistributions in the same order.
 
     Returns
     -------
     Request
-        It waits for the blocks in the other layouts.
+        A request for the blocks in the other layouts.
 
     Notes
     -----
@@ -94,7 +94,7 @@ def start(blocks: Sequence[Block], plans: Sequence[Plan], grid: Grid) -> Request
 
 
 def plan_of(shape: Shape, source: Layout, target: Layout, grid: Grid) -> Plan:
-    """Return the steps from one layout to another, which are kept for the grid.
+    """Return the steps from one layout to another, and keep them for the grid.
 
     Parameters
     ----------
@@ -140,14 +140,14 @@ def reduce(block: Block, reduction: Reduction, grid: Grid) -> Block:
 
 
 def exchange(block: Block, plan: Exchange, grid: Grid) -> Block:
-    """Return this rank's block after an exchange: a view of the one before where nothing has to move."""
+    """Return this rank's block after an exchange; a view of `block` where nothing moves."""
     if not plan.axes:
         return _sliced([block], [plan])[0]
     return Started(_exchange([block], [plan], grid, BlockingTransport(grid, plan.axes))).wait()[0]
 
 
 def readable(block: Block, shapes: Sequence[Shape], grid: Grid, axes: Axes) -> bool:
-    """Say whether the ranks of a group should read each other's blocks where they lie; all of them say the same.
+    """Return whether the ranks of a group should read each other's blocks in place; the same on all of them.
 
     Parameters
     ----------
@@ -163,7 +163,7 @@ def readable(block: Block, shapes: Sequence[Shape], grid: Grid, axes: Axes) -> b
     Returns
     -------
     bool
-        Whether the blocks are large, in host memory, and on one node.
+        True if the blocks are large, in host memory, and on one node.
     """
     if not grid.shares or type(block) is not np.ndarray or block.dtype.kind not in "fciu":
         return False
@@ -175,7 +175,7 @@ def _transports(
 ) -> list[Transport]:
     """Return a transport for each step, but a local slice, of plans of one route.
 
-    All are made at the beginning, when all ranks begin the same redistributions: it tells their messages apart.
+    All are made at the beginning, when all ranks begin the same redistributions; this keeps their messages apart.
     """
     first = plans[0]
     groups = [reduction.axes for reduction in first.reductions]
@@ -200,7 +200,7 @@ def _steps(blocks: list[Block], plans: Sequence[Plan], grid: Grid, groups: Seque
 
 
 def _sliced(blocks: Sequence[Block], exchanges: Sequence[Exchange]) -> list[Block]:
-    """Return the part of each block that stays: nothing is lacking."""
+    """Return the part of each block that this rank keeps, where it lacks nothing."""
     # X[M] -> X[M_axes]: a local slice
     return [block[(*plan.send[0], ...)] for block, plan in zip(blocks, exchanges, strict=True)]
 
@@ -231,7 +231,7 @@ def _reduce(blocks: list[Block], reductions: Sequence[Reduction], grid: Grid, gr
 
 
 def _reduce_reading(block: Block, reduction: Reduction, grid: Grid, group: Transport) -> Block | None:
-    """Add this rank's piece of the blocks of all ranks where they lie; None if they cannot be read."""
+    """Return this rank's piece of the sum, read from the blocks of all ranks in place; None if they cannot be read."""
     if block.dtype.itemsize <= 2:
         return None  # their sum needs another dtype
     words = (group.size - 1) * math.prod(reduction.shape)
@@ -269,7 +269,7 @@ def _exchange(blocks: list[Block], exchanges: Sequence[Exchange], grid: Grid, gr
 
 
 def _exchange_reading(block: Block, plan: Exchange, grid: Grid, group: Transport) -> Block | None:
-    """Copy what this rank lacks from where the blocks of the group lie; None if they cannot be read."""
+    """Return this rank's block, filled from the blocks of the group in place; None if they cannot be read."""
     out, words = grid.empty(plan.shape, block.dtype), sum(plan.recv_counts) - plan.recv_counts[group.rank]
     with reading(block, grid, plan.axes, plan.shapes, words) as blocks:
         if blocks is None:
@@ -291,7 +291,7 @@ def _packed(blocks: Sequence[Block], pieces: Sequence[Sequence[Index]]) -> Block
 
 
 def _unpacked(whole: Block, exchanges: Sequence[Exchange]) -> list[Block]:
-    """Return the blocks after an exchange, of the flat pieces that the ranks have sent, all of rank 0's first."""
+    """Return the blocks after an exchange, from the flat pieces that the ranks have sent, rank 0's first."""
     xp, out = backend.namespace(whole), [backend.empty_like(whole, plan.shape) for plan in exchanges]
     places = [
         (block, plan.recv[rank], plan.recv_counts[rank])

@@ -1,7 +1,7 @@
-"""Bringing a global array to one rank, in pieces of bounded size.
+"""The gathering of a global array on one rank, in pieces of bounded size.
 
-`DistArray.gather` and `DistArray.gather_pieces` call it, and with these the files that one rank writes (HDF5, Hugging
-Face). It calls `comm.all_to_all`.
+`DistArray.gather` and `DistArray.gather_pieces` call it, for example where one rank writes a file (HDF5, Hugging Face).
+It calls `comm.all_to_all`.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from colossal_mpi.platform.backend import Block
 from colossal_mpi.redistribution.plan import Shape
 
 PIECE = 1 << 22
-"""Elements that the root receives at once, at most, unless one index of the first dim has more."""
+"""The greatest number of elements that the root receives at once, unless one index of the first dim has more."""
 
 
 def gather_to_root(
     block: Block, shape: Shape, layout: Layout, grid: Grid, root: int, put: Callable[[Box, np.ndarray], None]
 ) -> Exception | None:
-    """Call ``put(box, values)`` on the root for boxes of global indices that tile the array; return what it raised.
+    """Call ``put(box, values)`` on the root for boxes of global indices that tile the array; return its exception.
 
-    Once `put` has failed, the root goes on receiving and drops what comes, so that no rank is left waiting. It returns
-    the failure, the other ranks None: `comm.agreed` makes an error of all ranks of it.
+    After `put` has failed, the root still receives the remaining boxes and drops them, so that no rank is left waiting.
+    The root returns the failure, the other ranks return None; raise it inside `comm.agreed`, so that all ranks raise
+    it.
 
     Parameters
     ----------
@@ -48,7 +49,7 @@ def gather_to_root(
     Returns
     -------
     Exception or None
-        What `put` raised first, on the root.
+        On the root, the first exception that `put` raised; otherwise None.
 
     Notes
     -----
@@ -86,7 +87,7 @@ def _put_all(put: Callable[[Box, np.ndarray], None], pieces: list[tuple[int, Box
 
 
 def _rounds(shape: Shape, layout: Layout, grid: Grid) -> Iterator[list[tuple[int, Box]]]:
-    """Yield what is sent at once: the ranks that own pieces, in order, and pieces of `PIECE` elements together."""
+    """Yield the pieces that are sent at once, together at most `PIECE` elements, each with the rank that owns it."""
     pieces, total = list[tuple[int, Box]](), 0
     for rank in range(grid.size):
         box = layout.owned(shape, grid.axes, grid.coords_of(rank))

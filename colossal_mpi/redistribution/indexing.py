@@ -30,7 +30,7 @@ class Pick:
     step: int
     count: int
     keep: bool
-    """Whether the result has the dim; False for an integer."""
+    """True if the result has the dim; False for an integer."""
 
     def held(self, low: int, high: int) -> tuple[int, int]:
         """Return the range ``(start, stop)`` of the i whose elements lie in ``low:high``."""
@@ -43,7 +43,7 @@ class Pick:
         return first, min(max(last, first), self.count)
 
     def local(self, low: int, high: int) -> slice:
-        """Return the slice of a block that holds the elements ``low:high``: those that are picked."""
+        """Return the slice that picks from a block which holds the elements ``low:high``."""
         first, last = self.held(low, high)
         if first == last:
             return slice(0, 0)
@@ -162,7 +162,7 @@ def select(block: Block, shape: Shape, layout: Layout, index: object, grid: Grid
 
 
 def _balanced(block: Block, shape: Shape, layout: Layout, picks: list[Pick], grid: Grid) -> Block:
-    """Return the block of the balanced part, of the elements of the part that each rank holds."""
+    """Return this rank's block of the part after it has been balanced over the ranks."""
     whole = [pick == Pick(0, 1, n, True) for pick, n in zip(picks, shape, strict=True)]
     axes = grid.ordered([axis for cut, same in zip(layout.dims, whole, strict=True) if not same for axis in cut])
     group = group_coords(axes, grid)

@@ -4,10 +4,10 @@
 product. Everything here is arithmetic on metadata that all ranks have: nothing moves.
 
 A redistribution reduces partial sums first: one reduce_scatter over the axes that cut the result, then one allreduce
-over the rest. Each sums only what this rank needs afterwards, where the target cuts a dim over an axis on which the
-source is replicated. Then one exchange over the axes whose place changed brings each rank exactly what it lacks: an
-all_to_all, an allgather where the whole group wants the same box, or a local slice where nothing is lacking. Moving one
-axis at a time instead would cost up to 4 times the words (to swap row and col).
+over the rest. Where the target cuts a dim over an axis on which the source is replicated, each sums only the elements
+that this rank needs afterwards. Then one exchange over the axes whose place changed brings each rank exactly what it
+lacks: an all_to_all, an allgather where the whole group wants the same box, or a local slice where nothing is lacking.
+Moving one axis at a time instead would cost up to 4 times the words (to swap row and col).
 """
 
 from __future__ import annotations
@@ -53,33 +53,33 @@ class Reduction:
 
     @property
     def replicated(self) -> bool:
-        """Whether all ranks of the group get the whole sum, by an allreduce."""
+        """True if all ranks of the group get the whole sum, by an allreduce."""
         return len(self.pieces) == 1
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """An exchange that brings each rank of the group which `axes` span the box that it lacks."""
+    """An exchange in the group that `axes` span, which brings each rank the boxes that it lacks."""
 
     axes: Axes
     send: list[Index]
-    """What goes to each rank, in this rank's block before the exchange."""
+    """The slices of this rank's block before the exchange that go to each rank."""
     send_counts: list[int]
     recv: list[Index]
-    """What comes from each rank, in this rank's block after the exchange."""
+    """The slices of this rank's block after the exchange that come from each rank."""
     recv_counts: list[int]
     starts: list[int] | None
-    """Where each received piece starts in the flat result, if all of them are contiguous there."""
+    """The offset of each received piece in the flat result; None unless all of them are contiguous there."""
     most: int
     """A bound on the elements that any rank of the group sends or receives."""
     same: bool
-    """Whether the whole group wants the same box, so that an allgather brings it."""
+    """True if the whole group wants the same box, so that an allgather brings it."""
     shape: Shape
     """The shape of this rank's block after the exchange."""
     shapes: list[Shape]
     """The shapes of the blocks of the group before the exchange."""
     sources: list[Index]
-    """Where each received piece lies in the block of the rank that sends it."""
+    """The slices of each received piece in the block of the rank that sends it."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,9 @@ class Plan:
     Parameters
     ----------
     reductions : tuple of Reduction
-        The sums, first.
+        The sums, which come first.
     exchange : Exchange or None
-        What moves then; None where nothing does.
+        The exchange after the sums; None where nothing moves.
     keep : bool
         Whether this rank keeps its block: False where the result is a partial sum whose value another rank holds, so
         that this rank holds zeros.
@@ -103,7 +103,7 @@ class Plan:
 
     @property
     def route(self) -> tuple[object, ...]:
-        """What two redistributions must have in common to share their messages: the groups and kinds of their steps."""
+        """The groups and kinds of the steps; redistributions with equal routes can share their messages."""
         sums = tuple((reduction.axes, reduction.replicated) for reduction in self.reductions)
         return sums, self.exchange and self.exchange.axes
 
@@ -176,9 +176,10 @@ def stages(source: Layout, target: Layout) -> tuple[Axes, Layout, Axes]:
 
 
 def _middle(have: Axes, want: Axes, scattered: Axes, free: Sequence[str]) -> Axes:
-    """Return how a dim is cut after the sums: by the axes of its reduce_scatter, and by those that slice it for free.
+    """Return the axes that cut a dim after the sums: its reduce_scatter's, and any that slice it for free.
 
-    An axis over which the source is replicated slices before the sum what would be thrown away after it.
+    An axis over which the source is replicated slices the terms before the sum, since the rest would be dropped after
+    it.
     """
     taken = have
     if want[: len(have)] == have:
