@@ -1,7 +1,7 @@
-"""Dense linear algebra on distributed arrays: what numpy.linalg is for one process, for arrays on many ranks.
+"""Dense linear algebra on distributed arrays, as numpy.linalg is for arrays of one process.
 
-User programs call it, ``A @ B`` calls `matmul`, and the layers call `contract` and its subscripts. It calls
-`DistArray`, the collectives of ``comm`` and ``redistribution``, and nothing above itself.
+User programs call it, ``A @ B`` calls `matmul`, and the layers call `contract` and its subscripts. It calls `DistArray`
+and the collectives of ``comm`` and ``redistribution``.
 """
 
 from colossal_mpi.checkpoint.hdf5 import load, save

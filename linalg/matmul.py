@@ -1,7 +1,7 @@
-"""`matmul` and the named algorithms: presets of the map that `contract` takes, with the layouts that move fewest words.
+"""`matmul` and the named algorithms: presets of the map of `contract`, with the layouts that move the fewest words.
 
-``A @ B`` and user programs call `matmul`. It holds no algorithm: it looks up a preset, or asks ``linalg.model`` for the
-fastest map, and calls `contract`.
+``A @ B`` and user programs call `matmul`. The module holds no algorithm: it looks up a preset, or asks ``linalg.model``
+for the fastest map, and calls `contract`.
 
 The preset ``2.5d`` is the algorithm of Solomonik and Demmel, a product of two matrices. The tensor mode ``2.5d`` of
 ``layers.Parallelism`` is Tesseract (Wang et al.), a way to cut the weights of a network. They share nothing but the

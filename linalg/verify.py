@@ -21,7 +21,7 @@ from colossal_mpi.linalg.contraction.subscripts import layout_map, parse
 from colossal_mpi.platform import backend
 
 COLUMNS, FACTOR = 10, 20
-"""The number of random vectors, and the units of rounding that the difference may have.
+"""The number of random vectors, and the greatest difference that passes, in units of rounding.
 
 Correct products of zero-mean matrices have 4 to 11 units.
 """

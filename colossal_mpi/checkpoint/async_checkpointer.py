@@ -82,7 +82,7 @@ class AsyncCheckpointer:
         values: Mapping[str, tuple[Any, str]] | None = None,
         after: Callable[[], None] | None = None,
     ) -> None:
-        """Finish the checkpoint before, then start to save a new one.
+        """Finish the previous checkpoint, then start to save a new one.
 
         Parameters
         ----------
@@ -95,13 +95,13 @@ class AsyncCheckpointer:
         values : mapping of str to (value, units), optional
             Values beside the arrays, as `save` takes them.
         after : callable, optional
-            What rank 0's thread calls when the checkpoint has its final name.
+            A function that rank 0's thread calls when the checkpoint has its final name.
 
         Raises
         ------
         CheckpointError
-            On all ranks, if the arrays cannot be saved, if a rank has no memory for the copies, or if the checkpoint
-            before failed.
+            On all ranks, if the arrays cannot be saved, if a rank has no memory for the copies, or if the previous
+            checkpoint failed.
 
         Notes
         -----
@@ -172,7 +172,7 @@ class AsyncCheckpointer:
         return writer.write({name: self._copies[name] for name in names})
 
     def settle(self) -> None:
-        """Wait until the arrays are copied and may be changed. Local."""
+        """Wait until the arrays are copied and may be changed, without communication."""
         with self._timed():
             if self._job is not None:
                 self._job.copied.exception()  # waits; an error is raised later, by all ranks together

@@ -175,7 +175,7 @@ def require_undamaged(directory: Path, files: Mapping[str, FileRecord], parts: I
     Raises
     ------
     CheckpointError
-        It names the first few.
+        If a part is damaged; the message names the first few.
     """
     problems = list(islice(find_damage(directory, files, parts), _REPORTED))
     if problems:

@@ -1,4 +1,4 @@
-"""Names of a checkpoint's files, and the steps by which its directory appears on the disk and leaves it.
+"""Names of a checkpoint's files, and the steps that create, publish and remove its directory.
 
 `colossal_mpi.checkpoint.saving` creates, publishes and discards directories; the run directories of ``apps`` call
 `point_latest` and `remove`. The module calls only the operating system.
@@ -80,8 +80,8 @@ def write_error(path: Path, problem: Exception, need: int | None = None) -> Chec
     path : Path
         The file or directory.
     problem : Exception
-        What was raised: an OSError or, when HDF5 closes a file, a RuntimeError. HDF5 wraps the system's reason in a
-        message of its own.
+        The exception: an OSError or, when HDF5 closes a file, a RuntimeError. HDF5 wraps the system's reason in a
+        longer message.
     need : int, optional
         Bytes that the file needs.
     """

@@ -47,7 +47,7 @@ def _add_virtual_dataset(file: h5py.File, array: SavedArray) -> None:
     dataset.attrs["dtype"] = array.dtype
     dataset.attrs["layout"] = repr(array.layout)
     dataset.attrs["grid"] = axes_text(array.axes)
-    dataset.attrs["units"] = "1"  # UDUNITS and CF write a quantity without dimension so
+    dataset.attrs["units"] = "1"  # the unit of a dimensionless quantity in UDUNITS and CF
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,7 @@ def differences(first: str | Path, second: str | Path, grid: Grid) -> list[Diffe
     Returns
     -------
     list of Difference
-        What differs, sorted by name, the same on all ranks.
+        The differences, sorted by name, the same on all ranks.
 
     Raises
     ------

@@ -37,7 +37,7 @@ def load(
     directory : str or Path
         The directory of the checkpoint, which all ranks can read.
     arrays : mapping of str to DistArray
-        The arrays to fill by name. Their global shapes and dtypes are those of the checkpoint. They lie on `grid` or on
+        The arrays to fill by name. They have the global shapes and dtypes of the checkpoint. They lie on `grid` or on
         this rank's part of it, in any layout without partial sums. All ranks together must name all arrays.
     grid : Grid
         The grid whose ranks load together.
@@ -121,7 +121,7 @@ def _read(
     index: Mapping[str, list[SavedBlock]],
     records: Mapping[str, ArrayRecord],
 ) -> None:
-    """Fill this rank's blocks. All ranks of an array's grid come to the arrays in one order."""
+    """Fill this rank's blocks. All ranks of an array's grid read the arrays in one order."""
     with RankFiles(directory) as files:
         for name, array in arrays.items():
             if _each_reads_its_own(array, records[name]):
@@ -131,11 +131,11 @@ def _read(
 
 
 _SMALL = 1 << 16
-"""Size in bytes of an array that every rank may read without regard for the others."""
+"""Greatest size in bytes of an array of which every rank reads its own block, whatever the others read."""
 
 
 def _each_reads_its_own(array: DistArray, record: ArrayRecord) -> bool:
-    """Return, alike on all ranks, whether each rank should read its own block.
+    """Return whether each rank should read its own block; the answer is the same on all ranks.
 
     It should if no other rank reads the same bytes and the block lies in few places of the files.
     """

@@ -1,4 +1,4 @@
-"""``manifest.json``: what a checkpoint holds, and what its files must be.
+"""``manifest.json``: the record of a checkpoint's arrays, values, metadata and files.
 
 `colossal_mpi.checkpoint.saving` writes the manifest as the last file, and every reader begins with `read_manifest`.
 
@@ -9,7 +9,7 @@ Versions of the format
 1
     Files have one ``sha256`` each.
 
-The number rises when a reader of the version before would misread or refuse what is written. A newer version of
+The number rises when a reader of the previous version would misread or refuse the files. A newer version of
 colossal_mpi reads all older formats: ``_UPGRADES`` holds, for each, the function that turns its manifest into one of
 the next format. A reader refuses a number that is higher than its own.
 """
@@ -36,14 +36,14 @@ PartRecord: TypeAlias = tuple[int, int, str, str]
 
 
 class FileRecord(TypedDict):
-    """What the manifest says of a file: its size in bytes, and the checksums of its parts."""
+    """The manifest's record of a file: its size in bytes, and the checksums of its parts."""
 
     bytes: int
     parts: list[PartRecord]
 
 
 class ArrayRecord(TypedDict):
-    """What the manifest says of an array: global shape, dtype, layout and the axes of its grid."""
+    """The manifest's record of an array: global shape, dtype, layout and the axes of its grid."""
 
     shape: list[int]
     dtype: str

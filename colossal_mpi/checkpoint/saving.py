@@ -142,14 +142,14 @@ class CheckpointWriter:
         return {name: array.local for name, array in self._owned.items()}
 
     def write(self, blocks: Mapping[str, Block]) -> WrittenFile | None:
-        """Write this rank's blocks, or copies of them, to the disk; return None if it owns none. Local."""
+        """Write this rank's blocks, or copies of them, to the disk; return None if it owns none."""
         if not blocks:
             return None
         path = directory.partial_directory(self.directory) / directory.rank_file_name(self.grid.rank)
         return path.name, rank_file.write_rank_file(path, blocks)
 
     def publish(self, written: list[WrittenFile | None], after: Callable[[], None] | None = None) -> None:
-        """Write index and manifest, rename the directory, then call `after`. Local; only rank 0 does something."""
+        """Write index and manifest, rename the directory, then call `after`; only rank 0 does something."""
         if self.grid.rank != 0:
             return
         partial = directory.partial_directory(self.directory)
@@ -165,7 +165,7 @@ class CheckpointWriter:
             after()
 
     def discard(self) -> None:
-        """Remove what was written, after a failure. Local; only rank 0 does something."""
+        """Remove the written files after a failure, without communication; only rank 0 does something."""
         if self.grid.rank == 0:
             directory.discard(self.directory)
 

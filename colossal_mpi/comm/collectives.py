@@ -146,6 +146,7 @@ def _reduce_pairwise(
         here = total[low : low + width]
         rows = [terms[r * here.size : (r + 1) * here.size] for r in range(comm.size)]
         rows[me] = piece(me)[low : low + width]
+        # chunk of X[N] {U_axes} -> chunk of X[U_axes, N_axes]: pieces from rank to rank; then the sum over U
         for to, source in _shifts(comm):
             _swap(comm, piece(to)[low : low + width], to, rows[source], source)
         add_in_rank_order(rows, here, op)

@@ -25,18 +25,18 @@ from colossal_mpi.platform.backend import Block
 
 _ROUNDS = 5
 _LARGE = 1 << 20
-"""Elements of an array that takes the time of its bytes, to compute with and to send."""
+"""Elements of an array so large that computing with it and sending it take the time of its bytes."""
 _TINY, _CALLS = 8, 100
-"""Elements of an array that takes the time of the call, and calls in one round."""
+"""Elements of an array so small that an operation takes the time of the call, and calls in one round."""
 _BETWEEN = 10
 """Small messages in one round, each after a computation."""
 
 _LARGEST_PRODUCT, _LONG_ENOUGH = 8192, 4e-3
-"""Size of the largest square product that is tried, and seconds from which on its time is its rate."""
+"""Size of the largest square product that is tried, and seconds from which on a product gives the rate."""
 _PRODUCT_ROUNDS, _PRODUCT_SECONDS = 2, 0.05
 
 _SMALL_MESSAGE, _LARGE_MESSAGE = 8, 4 << 20
-"""Bytes of the messages of `measure_pair`: their time is the latency, and the bandwidth."""
+"""Bytes of the two messages by which `measure_pair` measures latency and bandwidth."""
 _TAG, _MOST_MESSAGES = 11, 2000
 
 
@@ -152,7 +152,7 @@ def _memory(grid: Grid) -> float:
 
 
 def _overheads(grid: Grid, dtype: str) -> tuple[float, float]:
-    """Return the seconds of an operation on a tiny array, and those of a tiny product besides."""
+    """Return the seconds of an operation on a tiny array, and the additional seconds of a tiny product."""
     x, operands = grid.xp.ones((_TINY,), dtype=grid.xp.float32), _operands(grid, dtype, _TINY)
 
     def product() -> Block:
@@ -165,7 +165,7 @@ def _overheads(grid: Grid, dtype: str) -> tuple[float, float]:
 
 
 def _link(group: Grid, grid: Grid) -> Link:
-    """Return how the ranks of a group gather blocks of one another, while the other groups of a grid do the same.
+    """Return the link of a group, measured by allgathers in it while the other groups of a grid do the same.
 
     Small messages come between computations, as in a program: ranks that share cores have to wait for their turn.
     """
@@ -214,7 +214,7 @@ def median_seconds(grid: Grid, action: Callable[[], Any], times: int = 1) -> flo
 
 
 def median_difference(grid: Grid, action: Callable[[], Any], other: Callable[[], Any], times: int) -> float:
-    """Return by how much an action takes longer than another one, with both taking turns.
+    """Return by how much one action takes longer than another, while both take turns.
 
     Parameters
     ----------
@@ -257,7 +257,7 @@ def measure_pair(world: MPI.Comm, other: int, seconds: float) -> Link:
     Parameters
     ----------
     world : mpi4py.MPI.Comm
-        All of its ranks call; those that take no part sleep.
+        A communicator, all of whose ranks call; ranks other than the two sleep.
     other : int
         The rank that answers rank 0.
     seconds : float
@@ -321,7 +321,7 @@ def measure_allreduce(world: MPI.Intracomm, seconds: float) -> Link:
 
 
 def _allreduce(world: MPI.Intracomm, size: int, seconds: float) -> float:
-    """Return the median seconds of an allreduce of so many bytes."""
+    """Return the median seconds of an allreduce of `size` bytes."""
     own, total = np.zeros(size // 8), np.empty(size // 8)
     # x[N] {U_world} -> x[N]: allreduce over all ranks
     return _repeated(lambda: world.Allreduce(own, total), seconds, world.bcast)
@@ -342,7 +342,7 @@ def _seconds(action: Callable[[], None]) -> float:
 
 
 def _sleep_until_all_come(world: MPI.Comm) -> None:
-    """Wait for all ranks without taking a core from those that are measuring."""
+    """Wait for all ranks without taking a core from the ranks that are measuring."""
     request = world.Ibarrier()
     while not request.Test():
         time.sleep(0.001)

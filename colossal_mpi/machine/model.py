@@ -1,4 +1,4 @@
-"""What one rank of a machine can do, and a clock that tells how long a program takes on it.
+"""The rates of one rank of a machine, and a clock that predicts the time of a program on it.
 
 An operation takes as long as the slower one of arithmetic and memory (the roofline model), and a message takes
 ``latency + bytes / bandwidth`` (Hockney's model), within a node or between nodes. ``linalg`` prices products with a
@@ -38,7 +38,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Machine:
-    """What each rank can do while all other ranks do the same.
+    """The rates of each rank while all other ranks do the same.
 
     Parameters
     ----------
@@ -141,7 +141,7 @@ class Clock:
     Parameters
     ----------
     machine : Machine
-        How long operations and messages take.
+        The machine, which gives the times of operations and messages.
     grid : mapping of str to int
         The sizes of all axes of the grid, outermost first.
     coords : mapping of str to int
@@ -151,7 +151,7 @@ class Clock:
     def __init__(self, machine: Machine, grid: Mapping[str, int], coords: Mapping[str, int]) -> None:
         self.machine, self.grid, self.coords, self.time = machine, grid, coords, 0.0
         self._free: dict[Link, float] = {}
-        """When each link will have delivered the last message that was begun on it."""
+        """The time at which each link will have delivered the last message that was begun on it."""
 
     def now(self) -> float:
         """Return the time that has passed.

@@ -1,8 +1,8 @@
-"""Meta arrays: arrays with a shape, a dtype and strides, but without memory, and the tally of what they would take.
+"""Meta arrays: arrays with a shape, a dtype and strides, but without memory, and the tally of their memory and flop.
 
 Blocks of meta grids (`Grid.meta`) are such arrays. NumPy makes their views, from an array that is never read, so that
-strides and copies are NumPy's. A meta array has no values: it says 0 to whoever asks for a number. `tally` adds up the
-bytes that the arrays of a dry run would take and the flop of their products.
+strides and copies are NumPy's. A meta array has no values: as a number it is 0. `tally` adds up the bytes that the
+arrays of a dry run would take and the flop of their products.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def work(flops: int, *arrays: object) -> None:
     flops : int
         Flop of the operation if it is a product, else 0.
     *arrays : object
-        What the operation reads and writes; objects other than meta arrays take no memory.
+        The operands and results of the operation; objects other than meta arrays take no memory.
     """
     for one in _open:
         one.flops += flops
@@ -175,7 +175,7 @@ class MetaArray:
 
     @property
     def flags(self) -> Any:
-        """How the array lies in memory, in NumPy's flags."""
+        """NumPy's flags of the array's memory layout."""
         return self._unread.flags
 
     def __array_namespace__(self, **_: object) -> ModuleType:
@@ -359,7 +359,7 @@ def result(shape: Sequence[int], dtype: DTypeLike, *read: object) -> MetaArray:
 
 @lru_cache(maxsize=4096)
 def _unread(shape: tuple[int, ...], itemsize: int) -> np.ndarray:
-    """Return an array of any size in C order that must not be read: all of its elements are one."""
+    """Return an array of any size in C order that must not be read: its memory is a single element."""
     strides, step = [0] * len(shape), itemsize
     for d in reversed(range(len(shape))):
         strides[d], step = step, step * max(1, int(shape[d]))
@@ -367,7 +367,7 @@ def _unread(shape: tuple[int, ...], itemsize: int) -> np.ndarray:
 
 
 def on_host(x: MetaArray) -> MetaArray:
-    """Return a meta array like another in the memory of the host, which no tally counts.
+    """Return a meta array of the same shape and dtype in host memory, which no tally counts.
 
     Parameters
     ----------
@@ -397,7 +397,7 @@ _broadcast = lru_cache(maxsize=4096)(np.broadcast_shapes)
 
 
 def _weak(x: object) -> bool:
-    """Say whether a value leaves the dtype of a meta array as it is."""
+    """Return whether a value leaves the dtype of a meta array as it is."""
     return isinstance(x, MetaArray | bool | int | float)
 
 

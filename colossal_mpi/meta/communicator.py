@@ -1,4 +1,4 @@
-"""What a meta grid has instead of MPI and a GPU: a communicator whose other ranks do not exist, and a device.
+"""Substitutes for MPI and a GPU on meta grids: a communicator whose other ranks do not exist, and a device.
 
 `Grid.meta` makes the communicator. ``platform.backend`` finds the device by its name when blocks of a meta grid are
 made, read or written.
@@ -22,7 +22,7 @@ NAME = "meta"
 class Communicator:
     """A Cartesian communicator with this process as its only real rank.
 
-    It drops what is sent and delivers nothing. Objects that all ranks collect are as if each rank had sent the same.
+    It drops what is sent and delivers nothing. Where all ranks collect objects, each seems to have sent the same one.
 
     Parameters
     ----------
@@ -31,7 +31,7 @@ class Communicator:
     coords : sequence of int
         The coordinates of this rank.
     request : object
-        What non-blocking messages return: a completed request of MPI.
+        A completed request of MPI, which nonblocking messages return.
     """
 
     def __init__(self, sizes: Sequence[int], coords: Sequence[int], request: Any) -> None:
@@ -61,7 +61,7 @@ class Communicator:
         return value
 
     def allreduce(self, value: Any, op: Any = None) -> Any:
-        """Return the value: the largest of equal ones, which are what ranks of a meta grid agree on."""
+        """Return the value, the maximum of the equal values that all ranks of a meta grid have."""
         return value
 
     def __getattr__(self, name: str) -> Any:

@@ -13,7 +13,7 @@ blas
 shared_memory
     Memory of this process that the other ranks of its node can read.
 cuda_aware
-    Whether MPI may be given GPU memory.
+    The decision whether MPI may be given GPU memory.
 """
 
 from colossal_mpi.platform import backend, blas, cuda_aware, shared_memory

@@ -263,7 +263,7 @@ def cholesky(block: Block) -> Block | None:
         factor = xp.linalg.cholesky(block)
     except np.linalg.LinAlgError:
         return None
-    return factor if bool(xp.all(xp.isfinite(factor))) else None  # CuPy raises nothing and returns NaN
+    return factor if bool(xp.all(xp.isfinite(factor))) else None  # CuPy does not raise but returns NaN
 
 
 def to_host(block: Block) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Whether MPI may be given GPU memory. A library that cannot read it crashes, so that this must be known before.
+"""The decision whether MPI may be given GPU memory. A library that cannot read it crashes, so this comes first.
 
 Grids call `agreed` when they are made, and the doctor calls `find`. The first of these sources that gives an answer
 decides:
@@ -38,7 +38,7 @@ _EXCHANGING, _DONE = "exchanging", "done"  # what the child prints
 
 @dataclass(frozen=True)
 class Awareness:
-    """Whether MPI may be given device memory, and how this is known."""
+    """The decision whether MPI may be given device memory, and its reason."""
 
     aware: bool
     reason: str
@@ -82,7 +82,7 @@ def find(device: str) -> Awareness:
 
 
 def agreed(device: str, comm: MPI.Comm, node: MPI.Comm) -> Awareness:
-    """Return the answer for all ranks of a communicator: MPI is given device memory only if it can read every rank's.
+    """Return the answer for all ranks of a communicator: MPI must be able to read the device memory of every rank.
 
     A message would work if only one side were staged. But a library may choose the algorithm of a collective by the
     kind of its buffers, and ranks that choose differently wait for one another for ever.
@@ -132,7 +132,7 @@ def _search(device: str) -> Awareness:
 
 
 def probe(program: Sequence[str], deadline: float = DEADLINE) -> Awareness | None:
-    """Run a program that exchanges device memory and return what its end says.
+    """Run a program that exchanges device memory and return the answer that its end gives.
 
     Parameters
     ----------

@@ -149,7 +149,7 @@ if hasattr(os, "register_at_fork"):
 
 @dataclass(frozen=True)
 class Address:
-    """What another process of the node needs to map the arena of this one."""
+    """The address of this process's arena, by which another process of the node can map it."""
 
     process: int
     file: int
@@ -200,6 +200,6 @@ def describe(block: np.ndarray) -> list[int]:
 
 
 def view(memory: Memory, shape: Sequence[int], dtype: Any, described: Sequence[int]) -> np.ndarray:
-    """Return a block of another process, as `describe` describes it there, as a read-only array."""
+    """Return a read-only array of a block of another process, which `describe` has described there."""
     offset, *strides = described
     return np.ndarray(tuple(shape), dtype, buffer=memory, offset=offset, strides=tuple(strides))

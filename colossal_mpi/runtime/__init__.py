@@ -11,9 +11,9 @@ guards
 launcher
     The mpiexec that belongs to the MPI library, and the environment of child processes.
 signals
-    What a rank does on SIGINT and SIGUSR1, even inside an MPI call.
+    The reactions of a rank to SIGINT and SIGUSR1, even inside an MPI call.
 exits
-    How a rank leaves a job, so that no other rank waits for it for ever.
+    The hooks that end a job when a rank leaves it, so that no other rank waits for ever.
 """
 
 from colossal_mpi.runtime import exits, guards, launcher, signals

@@ -1,4 +1,4 @@
-"""How a rank leaves a job: one message, a non-zero exit code, no hang.
+"""The end of a job that a rank leaves: one message, a non-zero exit code, no hang.
 
 `colossal_mpi.runtime.guards` calls `watch`, which installs the hooks; the module calls MPI only when a rank leaves.
 
@@ -173,9 +173,9 @@ def _leave(code: int) -> None:
 @functools.cache  # a rank leaves once, although an error passes through the hook and then through the exit
 def _all_leave() -> bool:
     # This is a barrier of point-to-point messages (dissemination: Hensgen, Finkel and Manber, 1988), because no
-    # collective is safe here: other ranks may be inside one. A communicator of its own, made at import, would hang
-    # where not every rank imports colossal_mpi. Only a receive with ANY_TAG on COMM_WORLD could take one of these
-    # messages, in a job that is about to end anyway.
+    # collective is safe here: other ranks may be inside one. A separate communicator, made at import, would hang where
+    # not every rank imports colossal_mpi. Only a receive with ANY_TAG on COMM_WORLD could take one of these messages,
+    # in a job that is about to end anyway.
     from mpi4py import MPI
 
     world, step, deadline = MPI.COMM_WORLD, 1, time.monotonic() + _PATIENCE

@@ -1,4 +1,4 @@
-"""What importing the package does for a rank: find MPI, check the launcher, limit BLAS threads, leave no orphans.
+"""The start of a rank at import: find MPI, check the launcher, limit BLAS threads, leave no orphans.
 
 ``colossal_mpi/__init__.py`` calls `install` first. It imports MPI and calls `colossal_mpi.runtime.exits.watch` and
 `colossal_mpi.runtime.signals.listen` in a job of several ranks. ``colossal-mpi doctor`` shows `mismatch` and `library`.
@@ -34,7 +34,7 @@ def install() -> None:
     """Import MPI, check the launcher and, in a job of several ranks, install the hooks of this rank.
 
     In a job of several ranks it also limits BLAS to one thread for each rank, unless the environment says otherwise,
-    and asks Linux to kill this rank when its launcher ends. The first call counts.
+    and asks Linux to kill this rank when its launcher ends. Only the first call has an effect.
 
     Raises
     ------
@@ -44,8 +44,8 @@ def install() -> None:
 
     Notes
     -----
-    **Communication:** none now. When a rank fails, the ranks exchange one empty message for each doubling of their
-    number.
+    **Communication:** none during the call. When a rank fails, the ranks exchange one empty message for each doubling
+    of their number.
     """
     mpi = _import_mpi()
     wrong = mismatch()
@@ -124,7 +124,7 @@ def mismatch() -> tuple[str, str] | None:
     Returns
     -------
     (str, str) or None
-        What is wrong and what to do; None if launcher and library fit.
+        The problem and its remedy; None if launcher and library fit.
     """
     from mpi4py import MPI
 

@@ -27,14 +27,14 @@ _wakeup = -1
 _masks = threading.local()
 
 sources: list[Callable[[], Iterable[str]]] = []
-"""Functions that return further lines of what a rank reports when it is asked what it is doing."""
+"""Functions that return further lines for the report of a rank on SIGUSR1."""
 
 
 def listen(interrupt: bool = True) -> None:
     """Make this process report on SIGUSR1 and, with `interrupt`, end its job on SIGINT, even inside an MPI call.
 
-    The first call from the main thread counts. Handlers that exist already, and a wake-up descriptor of another library
-    such as an event loop, stay as they are.
+    Only the first call from the main thread has an effect. Handlers that exist already, and a wake-up descriptor of
+    another library such as an event loop, stay as they are.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Run the multi-rank tests of a plain ``pytest``, and a pretended device for tests of staging without a GPU.
+"""A pytest plugin that runs multi-rank tests, and a fake device for tests of staging without a GPU.
 
 The top ``conftest.py`` of a project loads the plugin with ``pytest_plugins = ["colossal_mpi.testing.plugin"]``; nothing
 else of colossal_mpi imports this package. It calls ``runtime`` to start ``mpiexec`` and ``platform`` to register the

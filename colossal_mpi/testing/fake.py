@@ -33,7 +33,7 @@ class FakeStreamError(AssertionError):
 
 
 class Stream:
-    """The order in which things happen on the pretended device."""
+    """The stream of the fake device, which runs kernels and copies in order."""
 
     def __init__(self) -> None:
         self.events: deque[str] = deque(maxlen=10_000)

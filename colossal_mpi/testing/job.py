@@ -39,7 +39,7 @@ def die_with_parent() -> None:
 
 
 class RankLog:
-    """What one rank has written so far: the tests that it has started, their reports, and its end."""
+    """The output of one rank so far: the tests that it has started, their reports, and its end."""
 
     def __init__(self, directory: Path, rank: int):
         self.path, self.stack_path = directory / f"rank{rank}.jsonl", directory / f"rank{rank}.stacks"

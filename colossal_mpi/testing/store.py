@@ -37,7 +37,7 @@ class Store:
         Raises
         ------
         BaseException
-            What the function raised, for every item that uses it.
+            The exception of the function, for every item that uses it.
         """
         marker = item.get_closest_marker("prepare")
         if marker is None:
@@ -59,7 +59,7 @@ class Store:
             raise error
 
     def shared(self, item: pytest.Item) -> Path:
-        """Return the directory of an item, under a name that every rank computes alike."""
+        """Return the directory of an item, under a name that is the same on every rank."""
         name = re.sub(r"\W+", "_", item.name)[:40]
         path = self._shared / f"{name}-{zlib.crc32(item.nodeid.encode()):08x}"
         path.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Wait until every rank has finished a test, or return why that will not happen.
+"""Waiting until every rank has finished a test, or until it is clear why that will not happen.
 
 `colossal_mpi.testing.runner` calls `follow`, which reads the files of a `colossal_mpi.testing.job.Job`.
 """

@@ -1,7 +1,7 @@
 """One rank of a test job: ``python -m colossal_mpi.testing.worker DIRECTORY``.
 
-`colossal_mpi.testing.job` starts it under mpiexec. It runs pytest in process and writes to a file what happens, which
-the parent reads.
+`colossal_mpi.testing.job` starts it under mpiexec. It runs pytest in process and writes the events to a file, which the
+parent reads.
 """
 
 import faulthandler

@@ -1,4 +1,4 @@
-"""`contract`, the one distributed matrix product: what it accepts, and the checks of it.
+"""`contract`, the one distributed matrix product: its arguments and their checks.
 
 ``C[m, n] = sum_k A[m, k] B[k, n]`` is a box of work, m x n x k. An algorithm is a map from grid axes to the edges of
 the box, together with the layouts in which the matrices are stored: SUMMA, 2.5D, 3D and the 1D products differ in

@@ -16,7 +16,7 @@ from colossal_mpi.platform import backend, blas
 from colossal_mpi.platform.backend import Block
 
 Conj = tuple[bool, bool]
-"""Whether the first and the second operand enter as their complex conjugates."""
+"""Two flags: True if the first or the second operand enters as its complex conjugate."""
 
 
 def result_dtype(block: Block) -> Any:

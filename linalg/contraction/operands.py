@@ -1,4 +1,4 @@
-"""The operands of a product: which tiles of them a rank needs, and from where it gets them.
+"""The operands of a product: the tiles of them that a rank needs, and the sources of these tiles.
 
 A product is done in panels of one letter, or as a single panel. The part of a panel that one rank stores is a tile.
 Tiles are not copied side by side: every pair of tiles that meet is multiplied where it is, into its part of the
@@ -87,7 +87,7 @@ class Operand:
     panels : Panels
         The panels of the product.
     side : {"a", "b"}
-        Which of the two operands it is.
+        The operand's side in the product.
     redundant : bool
         Whether it is cut over an axis that the map leaves out, so that several ranks compute the same product.
     """
@@ -109,7 +109,7 @@ class Operand:
 
     @property
     def large(self) -> bool:
-        """Whether its blocks are so large that multiplying tile by tile is quicker; the same on all ranks."""
+        """True if its blocks are so large that multiplying tile by tile is quicker; the same on all ranks."""
         array = self.array
         stored = math.prod(box_shape(array.layout.box(array.shape, array.grid.axes, self.first)))
         large = stored * backend.numpy_dtype(array.dtype).itemsize >= redistribution.READ_FROM
@@ -126,7 +126,7 @@ class Operand:
         return math.prod(box_shape(self.wanted.box(self.array.shape, self.array.grid.axes, self.first)))
 
     def parts(self, letters: str) -> int:
-        """Return into how many parts along `letters` the ranks that store the needed elements cut them."""
+        """Return the number of parts into which the ranks that store the needed elements cut `letters`."""
         dims = zip(self.letters, self.array.layout.dims, strict=True)
         return self.array.grid.extent([axis for x, cut in dims if x in letters for axis in cut if axis in self.axes])
 
@@ -140,7 +140,7 @@ class Operand:
 
     @property
     def streams(self) -> bool:
-        """Whether the operand has the letter of the panels."""
+        """True if the operand has the letter of the panels."""
         return self.panels.cuts(self.letters)
 
     def needs(self, rank: int, j: int) -> Box:
@@ -223,7 +223,7 @@ class Messages(InPlace):
         self._whole: list[Tile] | None = None
 
     def _panel(self, j: int) -> int:
-        """Return which panel to move for panel j: an operand without the streamed letter moves whole, once."""
+        """Return the panel to move for panel j: an operand without the streamed letter moves whole, once."""
         return j if self._operand.streams else 0
 
     def post(self, j: int) -> None:
@@ -259,7 +259,7 @@ class Messages(InPlace):
         return tiles
 
     def _plan(self, j: int) -> Plan:
-        """Return which box goes to which rank, and which box comes from which rank, for panel j."""
+        """Return the boxes of panel j that this rank sends and receives, each with the other rank."""
         if self._panel(j) not in self._plans:
             o = self._operand
             others = [rank for rank in range(len(o.group)) if rank != o.me]

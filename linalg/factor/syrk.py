@@ -150,9 +150,8 @@ def gram(
     a : DistArray, ``[k, n]``
         The matrix in any layout.
     axes : mapping of str to str, optional
-        Grid axis to letter, n or k, as in `contract`; `a` is moved to the map first. The letter n belongs
-        to the columns here. By default the product is
-        computed where `a` is stored, by all ranks along axes that replicate it.
+        Grid axis to letter, n or k, as in `contract`; `a` is moved to the map first. The letter n belongs to the
+        columns here. By default the product is computed where `a` is stored, by all ranks along axes that replicate it.
     out : Layout, optional
         The layout of the result. By default its rows are cut as n is, and it is replicated over the other axes. A
         layout that is cut over axes of k is reduce-scattered to rows that are cut over n's and k's axes, and moved from
@@ -240,7 +239,7 @@ def _product(task: _Task, x: DistArray, conj_left: bool) -> DistArray:
 
 @dataclass(frozen=True)
 class _Ring:
-    """The ranks that cut the rows of X, in the order of the rows, and which blocks of the product each computes.
+    """The ranks that cut the rows of X, in the order of the rows, and the blocks of the product that each computes.
 
     `rows` are the axes that cut the n rows of X, `summed` the axes that cut its columns; `scatter` says whether the
     result is reduce-scattered over `summed`.
@@ -280,8 +279,8 @@ class _Ring:
     def fetch(self, stored: Block, other: int, theirs: Range, own: Range) -> Block:
         """Return columns `theirs` of the rows of block `other`, and send columns `own` of this rank's rows.
 
-        The receiver is the rank as far away on the other side of the ring. All ranks of the ring call it with the same
-        distance.
+        The receiver is the rank at the same distance on the other side of the ring. All ranks of the ring call it with
+        the same distance.
         """
         xp, to = backend.namespace(stored), (2 * self.me - other) % self.size
         (low, high), (first, last) = theirs, own

@@ -4,8 +4,8 @@
 layouts of ``linalg.contraction``, so that priced words equal those of the ledger, and turns them into seconds with a
 `colossal_mpi.machine.Machine`.
 
-Words: the *price* of a product is what it moves, computes and holds. Training steps have a cost instead, see
-``apps.planning``.
+The *price* of a product counts the words that it moves, its flop and its memory. A training step has a *cost* instead,
+see ``apps.planning``.
 """
 
 from colossal_mpi.linalg.model.auto import Option, explain, fastest, options

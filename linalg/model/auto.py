@@ -95,7 +95,7 @@ class Option:
 
         Notes
         -----
-        **Communication:** `price` tells the words that each rank receives.
+        **Communication:** `price` has the words that each rank receives.
         """
         return contract(subscripts, a, b, self.axes, self.out, stream=self.stream, panel=self.panel or 1)
 
@@ -249,7 +249,7 @@ def explain(
 
     Notes
     -----
-    **Communication:** that of the products, each of which is done twice, and gathers of numbers.
+    **Communication:** each product runs twice; gathers of numbers follow.
 
     Examples
     --------

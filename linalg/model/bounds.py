@@ -1,6 +1,6 @@
-"""Lower bounds of the words that a product must move, whatever the algorithm.
+"""Lower bounds of the words that any algorithm must move in a product.
 
-`best_grid` and `explain` compare with them.
+`best_grid` and `explain` compare predicted words with them.
 
 References
 ----------

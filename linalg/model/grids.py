@@ -1,6 +1,6 @@
 """The best grid for a product, from its sizes alone; some ranks may stay idle.
 
-Users call `best_grid` before they make a `Grid`. The benchmark of products does, too.
+Users and the benchmark of products call `best_grid` before they make a `Grid`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class GridChoice:
     words : float
         Words (array elements) that the busiest rank receives.
     bound : float
-        The `lower_bound` for all ranks that there are, in words.
+        The `lower_bound` for all available ranks, in words.
     flop : int
         Flop of the busiest rank.
     memory : int
@@ -58,7 +58,7 @@ def best_grid(m: int, n: int, k: int, ranks: int, memory: int | None = None, mac
     m, n, k : int
         Global sizes of the product.
     ranks : int
-        Ranks that there are. Some may stay idle: for 20000^3 on 127 ranks, 5 x 5 x 5 moves ten times fewer words than
+        The available ranks. Some may stay idle: for 20000^3 on 127 ranks, 5 x 5 x 5 moves ten times fewer words than
         127 x 1 x 1.
     memory : int, optional
         Array elements that a rank can hold; by default there is no limit.

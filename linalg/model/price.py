@@ -20,7 +20,7 @@ from colossal_mpi.redistribution import received, stages
 
 @dataclass(frozen=True)
 class Traffic:
-    """What moves when one of the three arrays of a product goes from layout to layout.
+    """The move of one of the three arrays of a product from one layout to another.
 
     Parameters
     ----------
@@ -272,8 +272,8 @@ def _workspace(move: _Move, panels: _Panels, sizes: Mapping[str, int]) -> int:
     block = partial(_block, move, sizes=sizes)
     reduced = 3 * block(middle) if scattered or rest else 0  # the received block, the sum, and the sum before
     if move.operand:
-        # What arrives and what is packed are together no more than the gathered panel, twice if the next panel is
-        # under way.
+        # Received and packed elements together are no more than the gathered panel, twice if the next panel is under
+        # way.
         gathered = block(move.want, panels=panels) * (2 if _times(move, panels) > 1 else 1)
         return gathered + (reduced + block(move.have) if reduced else 0)
     in_panels = panels if _times(move, panels) > 1 else None
