@@ -1,4 +1,4 @@
-"""Layouts, arrays with a known value, and a reckoning of blocks by NumPy alone, for the tests of core and linalg."""
+"""Layouts, arrays with known values, and blocks computed by NumPy alone, for the tests of core and linalg."""
 
 import itertools
 import math
@@ -22,7 +22,7 @@ def layouts(ndim, axes, partial=True):
 
 
 def some(cases, most, seed=0):
-    """Return all of `cases`, or `most` of them drawn alike on every rank."""
+    """Return all of `cases`, or `most` of them, the same draw on every rank."""
     cases = list(cases)
     return cases if len(cases) <= most else random.Random(seed).sample(cases, most)
 
@@ -54,7 +54,7 @@ def indices(shape, layout, sizes, coords):
 
 
 def block_of(whole, layout, grid):
-    """Return this rank's block of a global NumPy array, partial sums left aside."""
+    """Return this rank's block of a global NumPy array, ignoring partial axes."""
     return np.asarray(whole[np.ix_(*indices(whole.shape, layout, grid.axes, grid.coords))])
 
 
@@ -70,12 +70,12 @@ def spread(whole, grid, layout, seed=1):
 
 
 def represents(array, whole):
-    """Say, alike on all ranks, whether the blocks, summed over partial axes, are those of `whole`."""
+    """Return, the same on all ranks, whether the blocks, summed over partial axes, are the blocks of `whole`."""
     return not astray({"": array}, whole)
 
 
 def astray(arrays, whole):
-    """Return the names of the `arrays`, on one grid, that are not `whole`; what all ranks hold is brought together."""
+    """Return the names of the `arrays`, on one grid, that differ from `whole` on any rank."""
     grid = next(iter(arrays.values())).grid
     held = comm.collect((dict(grid.coords), [host(array) for array in arrays.values()]), grid)
     return [
@@ -95,7 +95,7 @@ def _equal(array, whole, held):
 
 
 def assemble(array):
-    """Return the global array, on all ranks, from the first of the ranks that hold each block."""
+    """Return the global array on all ranks, with each block from the first rank that holds it."""
     grid, whole = array.grid, np.zeros(array.shape, backend.numpy_dtype(array.dtype))
     for coords, block in comm.collect((dict(grid.coords), host(array)), grid):
         if _counts(array, coords):
@@ -109,7 +109,7 @@ def _counts(array, coords):
 
 
 def inner(x, y):
-    """Return this rank's part of the inner product of the global arrays; x may hold partial sums, y is cut as x is."""
+    """Return this rank's part of the inner product of the global arrays; x may hold partial sums, y is cut like x."""
     assert y.layout == x.layout.with_partial()
     return np.vdot(host(x), host(y)) if _counts(x, x.grid.coords) else 0
 

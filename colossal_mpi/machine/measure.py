@@ -328,7 +328,7 @@ def _allreduce(world: MPI.Intracomm, size: int, seconds: float) -> float:
 
 
 def _repeated(action: Callable[[], None], seconds: float, agree: Callable[[int], int | None]) -> float:
-    """Return the median seconds of an action, done as often as there is time for; `agree` tells the count of rank 0."""
+    """Return the median seconds of an action, done as often as there is time for; `agree` sends rank 0's count."""
     first = [_seconds(action) for _ in range(3)]
     count = int(min(max(seconds / max(*first, 1e-7), 3), _MOST_MESSAGES))
     agreed = agree(count)

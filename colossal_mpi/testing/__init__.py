@@ -2,10 +2,10 @@
 
 The top ``conftest.py`` of a project loads the plugin with ``pytest_plugins = ["colossal_mpi.testing.plugin"]``; nothing
 else of colossal_mpi imports this package. It calls ``runtime`` to start ``mpiexec`` and ``platform`` to register the
-pretended device. All tests of one directory on one number of ranks share one ``mpiexec``, and the ranks' reports become
+fake device. All tests of one directory on one number of ranks share one ``mpiexec``, and the ranks' reports become
 one report for each test.
 
-``--device=fake`` makes the grids of tests on the pretended device, ``--device=cuda`` on GPUs.
+``--device=fake`` makes the grids of tests on the fake device, ``--device=cuda`` on GPUs.
 
 Markers
 -------
@@ -48,7 +48,7 @@ worker
 store
     The directories that the parent and its ranks share.
 fake
-    The pretended device, whose blocks never reach MPI or NumPy by mistake.
+    The fake device, whose blocks never reach MPI or NumPy by mistake.
 """
 
 __all__: list[str] = []

@@ -1,4 +1,4 @@
-"""A pretended device without a GPU, whose blocks refuse to reach NumPy or MPI by mistake.
+"""A fake device without a GPU, whose blocks refuse to reach NumPy or MPI by mistake.
 
 The plugin installs it for ``--device=fake``, and tests of staging watch its stream. Its arrays behave as CuPy's do:
 they have NumPy's values and promotion, 0-d arrays in place of scalars, no mixing with NumPy arrays, and no functions
@@ -77,14 +77,14 @@ class Stream:
 
 
 stream = Stream()
-"""The only stream of the pretended device."""
+"""The only stream of the fake device."""
 
 
 _T = TypeVar("_T")
 
 
 class DeviceArray:
-    """An array on the pretended device, with the operators of the array API."""
+    """An array on the fake device, with the operators of the array API."""
 
     __slots__ = ("__weakref__", "_memory")
     __array_ufunc__ = None  # NumPy scalars leave arithmetic to this class; NumPy arrays are refused by it
@@ -252,7 +252,7 @@ for _name in ("neg", "pos", "abs", "invert"):
 
 
 class Namespace:
-    """The functions of the array API on the pretended device, made from NumPy's when they are first asked for."""
+    """The functions of the array API on the fake device, made from NumPy's when they are first asked for."""
 
     linalg: Namespace
     fft: Namespace
@@ -300,7 +300,7 @@ namespace.fft = Namespace(_NUMPY.fft, dir(standard.fft))
 
 
 class FakeDevice:
-    """The pretended device, as a `colossal_mpi.platform.backend.Device`.
+    """The fake device, as a `colossal_mpi.platform.backend.Device`.
 
     Attributes
     ----------
@@ -347,5 +347,5 @@ device = FakeDevice()
 
 
 def install() -> None:
-    """Register the pretended device, so that ``Grid(device="fake")`` makes its blocks on it."""
+    """Register the fake device, so that ``Grid(device="fake")`` makes its blocks on it."""
     backend.register(NAME, device)

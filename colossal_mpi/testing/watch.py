@@ -1,4 +1,4 @@
-"""Waiting until every rank has finished a test, or until it is clear why that will not happen.
+"""The wait for all ranks to finish a test, which ends early when one of them cannot.
 
 `colossal_mpi.testing.runner` calls `follow`, which reads the files of a `colossal_mpi.testing.job.Job`.
 """

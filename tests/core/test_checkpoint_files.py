@@ -188,7 +188,7 @@ def test_damage_of_arrays_that_are_not_wanted_does_not_matter(grid, shared_path)
 
 
 def to_version_1(directory):
-    """Rewrite a manifest in the first format, which has a SHA-256 for each file and none of itself."""
+    """Rewrite a manifest in the first format, which has a SHA-256 of each file but not of itself."""
     table = manifest.read_manifest(directory)
     names = table["files"]
     table["files"] = {

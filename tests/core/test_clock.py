@@ -1,4 +1,4 @@
-"""A clock that knows a machine: what dry runs would take."""
+"""The clock of a machine predicts the times of operations and messages in dry runs."""
 
 import math
 

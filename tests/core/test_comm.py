@@ -1,3 +1,5 @@
+"""Collectives give the right blocks on ragged groups, move the words of the table, and have their adjoints."""
+
 import numpy as np
 import pytest
 

@@ -1,3 +1,5 @@
+"""Arithmetic, sums and gathers of distributed arrays are right in every layout, and misuse is an error on all ranks."""
+
 import math
 import operator
 

@@ -1,4 +1,4 @@
-"""Memory shared with PyTorch: what one side writes the other reads, as long as either lives; the rest is refused."""
+"""Blocks and tensors share memory as long as either lives, and memory that cannot be shared is refused."""
 
 import gc
 import weakref

@@ -1,3 +1,5 @@
+"""Grids order ranks and groups as MPI does, make sub-grids and caches, and refuse sizes and axes that do not fit."""
+
 import gc
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""float16 and bfloat16: carried as 16 bits, summed in float32 and rounded once."""
+"""float16 and bfloat16 are sent as 16 bits, summed in float32 and rounded once."""
 
 import numpy as np
 import pytest

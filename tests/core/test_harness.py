@@ -1,3 +1,5 @@
+"""The pytest plugin reports each multi-rank test once, ends hangs and crashes, and leaves no process behind."""
+
 import json
 import os
 import signal

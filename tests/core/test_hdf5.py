@@ -1,4 +1,4 @@
-"""h5py, and any grid and layout, can read and write arrays as datasets; all ranks raise the same errors."""
+"""h5py and any grid in any layout read the saved datasets, and all ranks raise the same errors."""
 
 import array_api_strict
 import h5py

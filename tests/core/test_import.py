@@ -1,3 +1,5 @@
+"""An import loads only the packages that it needs, and every public name exists."""
+
 import subprocess
 import sys
 
@@ -9,7 +11,7 @@ def run(code):
 
 
 def loaded(names):
-    """Return the packages that are loaded after some modules are imported, without those of Python itself."""
+    """Return the packages that are loaded after some modules are imported, without the standard library."""
     code = f"import sys, {names}; print(*{{name.partition('.')[0] for name in sys.modules}} - sys.stdlib_module_names)"
     return set(run(code).split())
 

@@ -1,4 +1,4 @@
-"""Parts of arrays by index against NumPy's own, in every layout, and the words that they move."""
+"""Indexing gives the parts that NumPy gives, in every layout, and moves only the words that are lacking."""
 
 import math
 

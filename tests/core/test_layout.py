@@ -1,3 +1,5 @@
+"""Blocks of every layout are balanced, nested and tile the array, and layouts that make no sense are errors."""
+
 import math
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""The ledger records the words, times and call site of every collective, in nested records."""
+
 import inspect
 
 import pytest

@@ -1,4 +1,4 @@
-"""What is too long for one message of MPI is cut; results and words are those of whole messages."""
+"""A buffer that is too long for one MPI message is split, and results and words stay the same."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ COUNTS = {2: [2501, 1999], 3: [0, 3001, 1000], 4: [1, 2345, 0, 999]}
 
 
 def ragged(grid):
-    """Return how much each rank sends to each."""
+    """Return the number of elements that each rank sends to each rank."""
     return np.array([[(700 * (s + 2 * d + 1)) % 3001 for d in range(grid.size)] for s in range(grid.size)])
 
 
@@ -48,7 +48,7 @@ CALLS = {
 
 
 class Counted:
-    """A communicator that knows how many elements one message may have."""
+    """A communicator that checks the number of elements of each message."""
 
     def __init__(self, comm):
         self._comm = comm

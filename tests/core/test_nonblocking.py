@@ -1,4 +1,4 @@
-"""Redistributions under way: the same arrays and words as at once, one order of sums, times of begin, wait and end."""
+"""Nonblocking redistributions give the same arrays, words and bits as blocking ones, and record their times."""
 
 import time
 
@@ -35,7 +35,7 @@ def test_every_redistribution_is_that_at_once_for_the_same_words(grid):
 @GRIDS
 @pytest.mark.parametrize("dtype", ["float64", "float16", "int8", "complex64"])
 def test_several_go_together_in_any_mixture(grid, dtype):
-    """Arrays that go the same way share messages; two redistributions under way do not disturb one another."""
+    """Arrays with the same route share messages, and two redistributions under way do not disturb one another."""
     wholes = [integers(shape, dtype, i) for i, shape in enumerate([(7, 5), (2, 3), (5, 9), (0, 4), (7, 1), (4, 4)])]
     cut, both = Layout("row", None), Layout("row", "col")
     whole, summed = Layout(None, None), Layout(None, None, partial=("row",))

@@ -1,4 +1,4 @@
-"""Large pieces, which go from rank to rank, arrive as those of the MPI collectives do."""
+"""Large pieces, which go from rank to rank, give the same results as the MPI collectives."""
 
 import numpy as np
 import pytest

@@ -1,3 +1,5 @@
+"""Random arrays are bitwise the same on every grid, never change, and have the statistics of their distributions."""
+
 import math
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""Every redistribution keeps the global array, receives exactly the lacking words, and has its adjoint."""
+
 import math
 
 import array_api_strict

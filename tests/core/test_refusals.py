@@ -1,4 +1,4 @@
-"""What would be silently wrong, or would leave ranks waiting, is refused alike on all of them."""
+"""Calls that would be silently wrong, or would leave ranks waiting, raise the same error on all ranks."""
 
 import numpy as np
 import pytest

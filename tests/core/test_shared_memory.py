@@ -1,4 +1,4 @@
-"""Memory that neighbours read: how it is given out, and that they read what lies there."""
+"""The arena allocates, merges and returns its memory, and the ranks of a node read each other's blocks in it."""
 
 import gc
 import os
@@ -110,7 +110,7 @@ def test_the_word_of_the_user_turns_it_off(monkeypatch):
 def test_neighbours_read_each_others_blocks(grid, lies):
     axes = tuple(grid.axes)
     if grid.peers(axes) is None:
-        return  # pretended nodes, or a device
+        return  # simulated nodes, or a device
     make = shared_memory.arena().take(MIB).array if lies == "arena" else np.empty
     block = make((grid.rank + 1, 4), "float64")
     block[...] = grid.rank + np.arange(4)

@@ -1,4 +1,4 @@
-"""Stream order, staging and pinned memory, on a pretended device."""
+"""MPI gets a device's buffers in stream order, staged where it must be, and pinned memory is reused safely."""
 
 import gc
 
@@ -21,7 +21,7 @@ PATHS = pytest.mark.parametrize("aware", [False, True], ids=["staged", "aware"])
 
 @pytest.fixture
 def on_device(grid, monkeypatch):
-    """Return a function that makes a grid on the pretended device, whose MPI reads device memory or not."""
+    """Return a function that makes a grid on the fake device, whose MPI reads device memory or not."""
     fake.install()
 
     def make(aware):

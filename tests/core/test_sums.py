@@ -19,14 +19,14 @@ PARTIAL, REPLICATED, CUT = Layout(None, None, partial=AXES), Layout(None, None),
 
 
 def term(rank, dtype, seed=0):
-    """Return the term of a rank: its size is that of another rank in every element, so that the order decides."""
+    """Return the term of a rank; magnitudes differ by element and rank, so that the order decides the bits."""
     rng = np.random.default_rng([seed, rank])
     span = 4 if dtype == "float16" else 12
     return (rng.standard_normal(SHAPE) * 2.0 ** rng.integers(-span, span, SHAPE)).astype(dtype)
 
 
 def in_rank_order(size, dtype, seed=0):
-    """Return the sum that is asked for: of float16 in float32, rounded once."""
+    """Return the expected sum; float16 is summed in float32 and rounded once."""
     wide = "float32" if dtype == "float16" else dtype
     total = term(0, dtype, seed).astype(wide)
     for rank in range(1, size):

@@ -4,7 +4,7 @@ from colossal_mpi.platform import shared_memory
 from colossal_mpi.redistribution import execute
 
 EXECUTIONS = ["whole", "read", "message", "k-read", "k-message", "m-read", "m-message", "n-read", "n-message"]
-"""Whole operands; tiles read from shared memory; tiles by message; the last two also in panels of a letter."""
+"""The ways: whole operands, tiles read from shared memory, tiles by message, and the last two in panels of a letter."""
 
 
 def execute_as(name, grid, monkeypatch, panel=3):

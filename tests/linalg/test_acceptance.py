@@ -1,6 +1,6 @@
 """Products pass the acceptance tests of SLATE and of the PBLAS, and move the words that were predicted.
 
-Every map on every grid at one ragged size; dtypes, transposes, factors, sizes and executions in all pairs.
+They run every map on every grid at one ragged size, and all pairs of dtypes, transposes, factors, sizes and executions.
 """
 
 import itertools
@@ -81,7 +81,7 @@ def accepted(c, a, b, c0, subscripts, alpha, beta, conj):
 
 
 def on_root(grid, verdict):
-    """Return, on all ranks, what rank 0 finds."""
+    """Return rank 0's verdict on all ranks."""
     return comm.share(verdict() if grid.rank == 0 else None, grid)
 
 

@@ -1,4 +1,4 @@
-"""Both operands one array, results written over operands, plans of an earlier product, equal bits on replicas."""
+"""Products are right when their arrays share memory or plans are reused, and replicas have the same bits."""
 
 import numpy as np
 import pytest

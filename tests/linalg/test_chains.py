@@ -1,4 +1,4 @@
-"""Products in a row: operands in place stay, partial sums are reduced into the next layout; 16-bit floats."""
+"""In a chain of products, operands in place stay, and partial sums are reduced into the next layout."""
 
 import numpy as np
 import pytest

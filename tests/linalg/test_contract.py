@@ -1,3 +1,5 @@
+"""Products on every map equal NumPy's, move the words of the formula, and have their adjoints on the same map."""
+
 import itertools
 import math
 

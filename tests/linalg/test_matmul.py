@@ -1,3 +1,5 @@
+"""Every named algorithm gives the product, moves the words of its formula, and never makes a matrix whole."""
+
 import math
 
 import numpy as np

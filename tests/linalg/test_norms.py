@@ -1,4 +1,4 @@
-"""Norms, products and parts of matrices against NumPy, in every layout."""
+"""Norms, products and parts of matrices equal NumPy's in every layout."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Newton-Schulz on grids against one rank's formula, the polar factor by singular values, and the words."""
+"""Newton-Schulz on grids equals one rank's formula, reaches the polar factor, and moves the documented words."""
 
 import array_api_strict
 import numpy as np

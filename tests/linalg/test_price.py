@@ -1,4 +1,4 @@
-"""Predicted words are the ledger's; the bounds are attained where theory says so."""
+"""Predicted words equal the ledger's, and the bounds are attained where theory says so."""
 
 import itertools
 import math

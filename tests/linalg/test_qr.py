@@ -1,4 +1,4 @@
-"""QR of tall matrices and least squares by the acceptance formulas of SLATE and LAPACK, and their words."""
+"""QR and least squares pass the acceptance tests of SLATE and LAPACK and move the documented words."""
 
 import math
 
@@ -108,7 +108,7 @@ def test_rank_deficient_matrices(grid, method, dtype):
 @pytest.mark.parametrize("scale", [1e-200, 1e200])
 def test_squares_that_overflow_or_vanish(grid, scale):
     a = scale * normal((20, 4), "float64")
-    with np.errstate(over="ignore"):  # of the Gram matrix, for which tsqr then stands in
+    with np.errstate(over="ignore"):  # in the Gram matrix; tsqr then takes over
         q, r = linalg.qr(from_global(a, grid, Layout(tuple(grid.axes), None)))
     assert np.linalg.norm(assemble(q) @ (assemble(r) / scale) - a / scale) <= 25 * 20 * np.finfo(float).eps * 9
     assert np.linalg.norm(np.eye(4) - assemble(q).T @ assemble(q)) <= 25 * 20 * np.finfo(float).eps

@@ -1,4 +1,4 @@
-"""Products in panels: which messages are under way when, which buffers are kept, and how much memory they take."""
+"""Products in panels overlap messages and gemms, reuse their buffers, and take no more memory than predicted."""
 
 import tracemalloc
 

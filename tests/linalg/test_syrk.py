@@ -1,4 +1,4 @@
-"""Products of a matrix with its own transpose: values against NumPy, words against the closed form, flop counted."""
+"""syrk, herk and gram equal NumPy's products, move the words of the closed form and take half of the flop."""
 
 import itertools
 import math
@@ -71,7 +71,7 @@ def test_maps_layouts_and_triangles(grid, kind):
 
 
 def pieces(n, grid, axes):
-    """Return the sizes of the balanced, nested pieces of n over axes."""
+    """Return the sizes of the balanced, nested parts of n over axes."""
     parts = [np.arange(n)]
     for axis in axes:
         parts = [piece for whole in parts for piece in np.array_split(whole, grid.axes[axis])]
@@ -165,7 +165,7 @@ def test_flop_are_half_of_the_full_products_and_even_over_the_ranks(grid, letter
     monkeypatch.setattr(triangular, "LEAF", 4)
     axes = dict.fromkeys(grid.axes, letter)
     linalg.syrk(from_global(integers((n, k)), grid, map_layout("nk", axes)), axes)
-    own = 64 * (64 + 4) * 12  # of this rank's triangle
+    own = 64 * (64 + 4) * 12  # flop of this rank's triangle
     assert sum(done) == (own if letter == "k" else own + 64 * 64 * 12 * (grid.size - 1))
 
 

@@ -1,8 +1,8 @@
-"""The bytes that MPI puts on the wire are those that the ledger says, rank by rank, to the byte.
+"""On every rank, the bytes that MPI puts on the wire equal the bytes in the ledger, to the byte.
 
 Open MPI's monitoring counts the payload of every message from rank to rank. Two jobs that differ in the number of
-products alone differ by the bytes of those products: what starting, grids and communicators took is the same in both.
-Headers and rendezvous control are not payload, so that nothing needs to be allowed for.
+products alone differ by the bytes of those products: starting, grids and communicators take the same in both. Headers
+and rendezvous control are not payload, so that nothing needs to be allowed for.
 """
 
 import functools
@@ -48,7 +48,7 @@ if grid.rank == 0:
 
 @functools.cache
 def monitored():
-    """Say whether the MPI in use is an Open MPI that can count its messages."""
+    """Return whether the MPI in use is an Open MPI that can count its messages."""
     if MPI.get_vendor()[0] != "Open MPI":
         return False
     info = shutil.which("ompi_info", path=os.path.dirname(sys.executable)) or shutil.which("ompi_info")
@@ -57,7 +57,7 @@ def monitored():
 
 
 def count(folder, name, grid, products):
-    """Return the bytes that each rank received in a job of that many products, by the ledger and on the wire."""
+    """Return the bytes that each rank received in a job of `products` products, by the ledger and on the wire."""
     folder.mkdir()
     task = json.dumps([name, grid, SIZES, products, str(folder / "ledger.json")])
     ranks = math.prod(grid.values())
