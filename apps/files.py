@@ -1,4 +1,4 @@
-"""Files that a command writes its results to. The commands check them before the work whose results they hold."""
+"""Check the files that a command writes its results to, before the command begins its work."""
 
 from __future__ import annotations
 

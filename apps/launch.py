@@ -21,7 +21,7 @@ _FORWARDED = (
     signal.SIGINT,
     signal.SIGTERM,
     signal.SIGUSR1,
-)  # USR1: the one that all mpiexecs hand to the ranks
+)  # every mpiexec forwards USR1 to the ranks
 
 
 def run(n: int, command: Sequence[str], dry_run: bool = False, settings: Mapping[str, str] | None = None) -> int:
@@ -85,7 +85,7 @@ def _wait(argv: Sequence[str], env: Mapping[str, str]) -> int:
 
 
 def _patiently(job: subprocess.Popen[bytes]) -> int:
-    """Wait for a job in short steps: Python would handle a signal that comes just before a long wait only after it."""
+    """Wait for a job in short steps, since Python handles a signal that comes just before a long wait only after it."""
     while True:
         try:
             return job.wait(0.5)
@@ -103,9 +103,9 @@ def _forward(job: subprocess.Popen[bytes], number: int) -> None:
     if number != signal.SIGINT:
         job.send_signal(number)
         return
-    if not _in_foreground():  # else the terminal has sent it to mpiexec too, which kills at once on a second one
+    if not _in_foreground():  # else the terminal has sent it to mpiexec, which kills on a second one
         job.send_signal(number)
-    # MPICH's mpiexec waits for ever for ranks that are inside an MPI call; a second signal ends them.
+    # MPICH's mpiexec waits forever for ranks inside an MPI call; a second signal ends them.
     second = threading.Timer(_SECOND_INTERRUPT, job.send_signal, [number])
     second.daemon = True
     second.start()

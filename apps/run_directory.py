@@ -228,7 +228,7 @@ class RunDirectory:
                 remove(directory)
 
     def _sweep(self) -> None:
-        """Remove the remains of checkpoints that were being written or removed when a job crashed."""
+        """Remove the remains of checkpoints that a job was writing or removing when it crashed."""
         for left in (*self.checkpoints.glob(".step-*.partial"), *self.checkpoints.glob(".step-*.removed")):
             shutil.rmtree(left, ignore_errors=True)
 
@@ -287,8 +287,9 @@ class Lock:
 
     Notes
     -----
-    This is a record lock of POSIX. NFS, and Lustre if it is mounted with ``flock``, know it between hosts, which is not
-    true of ``flock`` everywhere. The system releases it when the process ends, and a file server when the client ends.
+    This is a record lock of POSIX. NFS, and Lustre if it is mounted with ``flock``, enforce it between hosts; they do
+    not enforce the locks of ``flock`` everywhere. The system releases it when the process ends, and a file server when
+    the client ends.
     On a file system without locks, a warning is printed and nothing is locked. The file is never removed: a job could
     lock the removed file while another one locks its successor. A process must not open the file a second time, since
     closing it releases the lock.

@@ -1,4 +1,4 @@
-"""Settings of Sphinx; ``make docs`` builds what is here and takes warnings as errors."""
+"""Settings of Sphinx; ``make docs`` builds the pages of this folder and takes warnings as errors."""
 
 import sys
 from importlib.metadata import version as installed
@@ -31,7 +31,7 @@ _LISTS = {"Parameters", "Returns", "Raises", "Attributes"}
 
 
 def _notes(app, what, name, obj, options, lines):
-    """Make notes of the paragraphs that follow a list of parameters, results or errors without a heading."""
+    """Put paragraphs that follow a list of parameters, results or errors without a heading under Notes."""
     section = None
     for i, line in enumerate(list(lines)):
         heading = i + 1 < len(lines) and set(lines[i + 1]) == {"-"}
@@ -47,7 +47,7 @@ _attributes = {}
 
 
 def _keep(app, what, name, obj, options, lines):
-    """Keep the lines of an attribute: napoleon takes what stands before a colon for its type."""
+    """Keep the lines of an attribute, because napoleon takes the text before a colon for its type."""
     if what == "attribute":
         _attributes[name] = list(lines)
 
@@ -58,7 +58,7 @@ def _restore(app, what, name, obj, options, lines):
 
 
 def setup(app):
-    """Draw the pictures; add the tables of registries; connect the hooks, those of napoleon in between."""
+    """Draw the pictures, add the tables of registries, and connect the hooks before and after napoleon's."""
     from pictures import draw_all
     from registries import Registry
 

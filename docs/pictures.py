@@ -1,4 +1,4 @@
-"""Draw the pictures of the documentation: how each mode cuts the arrays of a layer, and the packages by floors.
+"""Draw the pictures of the documentation: the cuts of a layer's arrays in each mode, and the packages by floors.
 
 The modes are drawn from the layouts that the layers themselves ask for, and the floors from the contract of imports in
 ``pyproject.toml``. ``conf.py`` calls `draw_all`.
@@ -30,7 +30,7 @@ TEXT = {"ha": "center", "va": "center", "color": "white", "fontsize": 9, "fontwe
 
 
 class Plan:
-    """As much of a grid as layouts need: no process has eight ranks."""
+    """A grid of eight ranks without processes: the axes and sizes that layouts ask for."""
 
     def __init__(self, axes):
         self.axes = axes
@@ -52,7 +52,7 @@ def blocks(layout, shape, axes):
 
 
 def span(rows, shape):
-    """Return where a block's tokens lie from 0 to 1: those of one block of samples and positions together."""
+    """Return the start and the length of a block's tokens as shares of all tokens, samples and positions together."""
     start, length = 0.0, 1.0
     for (low, high), size in zip(rows, shape, strict=False):
         start, length = start + length * low / size, length * (high - low) / size
@@ -75,7 +75,7 @@ def draw(ax, title, letters, layout, axes):
 
 
 def name(array, letters, layout):
-    """Return an array with its layout, as the guides write it."""
+    """Return the name of an array with its layout, as the guides write it."""
     cut = ["".join(f"_{','.join(axes)}" if axes else "") for axes in layout.dims]
     return f"{array}[" + ", ".join(f"{x}{c}" for x, c in zip(letters, cut, strict=True)) + "]"
 

@@ -1,4 +1,4 @@
-"""The directive ``registry``: a table of what a registry holds, so that no document repeats its names."""
+"""The directive ``registry``: a table of the entries of a registry, so that no document repeats their names."""
 
 from docutils.parsers.rst import Directive
 from docutils.statemachine import StringList

@@ -1,7 +1,7 @@
 """Check the docstrings of all public names with numpydoc's own validation: ``python docs/validate_docstrings.py``.
 
 A name is public if the ``__all__`` of a package has it; the public methods and properties of a public class are public,
-too. A method that says nothing of its own has the docstring of the base class. ``--list`` prints the public names.
+too. A method without a docstring has the docstring of the base class. ``--list`` prints the public names.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpydoc.validate import validate
 import colossal_mpi
 
 NOT_ASKED = {"EX01", "SA01", "ES01", "GL01", "GL02", "GL03", "SS06"}
-"""Examples, See Also, an extended summary, and where the summary stands: left to the author, or to ruff."""
+"""The checks of examples, See Also, the extended summary and the summary's place are left to the author or to ruff."""
 
 
 def packages() -> Iterator[ModuleType]:
@@ -55,13 +55,13 @@ def paths() -> Iterator[str]:
 
 
 def _is_protocol(path: str) -> bool:
-    """Say whether a path is one of a protocol, whose constructor takes nothing, whatever its signature says."""
+    """Say whether a path names a protocol, whose constructor takes nothing, whatever its signature says."""
     module, name = path.rsplit(".", 1)
     return bool(vars(getattr(sys.modules.get(module), name, object)).get("_is_protocol", False))
 
 
 def main() -> int:
-    """Print what is missing, a line for each fault; return 1 if there is any."""
+    """Print a line for each fault; return 1 if there is any."""
     if "--list" in sys.argv:
         print(*paths(), sep="\n")
         return 0

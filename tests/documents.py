@@ -1,4 +1,4 @@
-"""Parser of the documents: the programs, lines for a shell, options and paths that they tell a reader to type."""
+"""Parse the documents: find the programs, shell lines, options and paths that they tell a reader to type."""
 
 import re
 import shlex
@@ -11,7 +11,7 @@ from colossal_mpi.apps.command import LazyCommand
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.rst", *sorted((ROOT / "docs").rglob("*.rst"))]
 RUN = {"colossal-mpi", "mpiexec", "python", "sbatch", "srun"}
-"""Programs whose lines can run on any machine that runs the tests; `fakes` has stand-ins for those of Slurm."""
+"""Programs whose lines can run on any machine that runs the tests; `fakes` has stand-ins for Slurm's."""
 FOREIGN = {"apt", "git", "jobs/mpirun.sh", "make", "module", "mpirun", "pip", "scancel", "ssh"}
 """Programs that need a network, a cluster or more rights, or that run the tests themselves."""
 SHELLS = {"bash", "console", "sh", "shell"}
@@ -52,7 +52,7 @@ class Line:
         """Whether it can run as it stands, without a network, a cluster or more rights.
 
         A word in capitals is a placeholder. In a sentence, the mere name of a command is no line to type. Benchmarks
-        take minutes and have tests of their own.
+        take minutes and have separate tests.
         """
         words = self.words
         if words[0] not in RUN or words[1:3] in (["-m", "venv"], ["-m", "pip"]) or "bench" in words[:2]:

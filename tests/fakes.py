@@ -1,4 +1,4 @@
-"""Stand-ins for programs that tests put on PATH: an srun that calls mpiexec, a train command that is short."""
+"""Stand-ins for programs, which tests put on PATH: an srun that calls mpiexec, and a short train command."""
 
 import json
 import os
@@ -54,14 +54,14 @@ def executable(path, text):
 
 
 def environment(folder, small=False):
-    """Return the environment in which a shell finds the programs of this Python, and those that stand for others.
+    """Return the environment in which a shell finds the programs of this Python and the stand-ins for others.
 
-    These are written to `folder`. With `small` ``colossal-mpi`` and the examples do little of what they are told.
+    The stand-ins are written to `folder`. With `small`, ``colossal-mpi`` and the examples do a short piece of the work.
     """
     folder.mkdir(exist_ok=True)
     many, extra = mpiexec_command(8, ["true"])
     few, _ = mpiexec_command(2, ["true"])
-    start = many if small else few  # a script that gives options of its own must not give them twice
+    start = many if small else few  # a script that sets options itself must not give them twice
     plain = f'#!/bin/sh\nexec {sys.executable} -m colossal_mpi.apps.cli "$@"\n'
     short = COLOSSAL_MPI.format(python=sys.executable, small=json.dumps(SMALL))
     executable(folder / "colossal-mpi", short if small else plain)

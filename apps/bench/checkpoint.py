@@ -29,7 +29,7 @@ from colossal_mpi.layout import Layout
 
 Array: TypeAlias = "npt.NDArray[np.float32]"
 _ARRAYS, _COLUMNS = 48, 1024
-_TOKENS = 128  # of a training step
+_TOKENS = 128  # tokens of a training step
 _STEPS = 2  # training steps without a checkpoint, to compare with
 
 
@@ -114,7 +114,7 @@ def _row(one: Transfer, transfers: Sequence[Transfer], size: int) -> Row:
 
 
 def _background_row(found: Sequence[Behind], size: int) -> Row:
-    """Return the row of saving in the background, with the first stall apart: only then the memory is taken."""
+    """Return the row of saving in the background, with the first stall apart, in which memory is taken."""
     best, median = min(one.save for one in found), statistics.median(one.save for one in found)
     return {
         "name": _BACKGROUND,
@@ -180,7 +180,7 @@ class Transfer(Competitor):
         return seconds
 
     def check(self) -> str | None:
-        self.extra.clear()  # of the warm-up
+        self.extra.clear()  # forget the warm-up
         self.fetched.clear()
         if self.reads is None:
             return None
@@ -195,24 +195,24 @@ class Behind:
     """Seconds of a save while training goes on."""
 
     save: float
-    """Until the checkpoint was whole."""
+    """Seconds until the checkpoint was complete."""
     stall: float
-    """For which training waited."""
+    """Seconds for which training waited."""
     alone: float
-    """Of a training step without a save."""
+    """Seconds of a training step without a save."""
     beside: float
-    """Of a training step beside the save."""
+    """Seconds of a training step beside the save."""
 
 
 class State:
-    """A random state that all ranks share, as weights and moments of an optimizer are.
+    """A random state, cut over all ranks like the weights and the moments of an optimizer.
 
     Parameters
     ----------
     size : float
         GiB of all ranks together.
     directory : Path
-        The directory to write to; it is made anew.
+        The directory to write to; what it holds is removed.
     """
 
     def __init__(self, size: float, directory: Path) -> None:
@@ -237,7 +237,7 @@ class State:
         return np.random.default_rng((self.grid.rank, i)).random(self.blocks[i].shape, np.float32)
 
     def transfers(self) -> list[Transfer]:
-        """Return what takes turns, in the order of a round."""
+        """Return the transfers that take turns, in the order of a round."""
         return [
             Transfer("plain write", self._remove, self._write),
             Transfer("save", lambda: None, self._save, "plain write"),
@@ -265,7 +265,7 @@ class State:
             block[...] = 0
 
     def restore(self) -> int:
-        """Return how many blocks of this rank are not as they were at first, and restore them."""
+        """Restore this rank's blocks, and return how many had changed."""
         wrong = [i for i, block in enumerate(self.blocks) if not np.array_equal(block, self._random(i))]
         for i in wrong:
             self.blocks[i][...] = self._random(i)
@@ -317,7 +317,7 @@ class State:
         flop = 6 * _TOKENS * self.bytes / 12 / self.grid.size
         for _ in range(max(1, round(flop / (2 * 512**3)))):
             a @ a
-        MPI.COMM_WORLD.Barrier()  # where training reduces gradients
+        MPI.COMM_WORLD.Barrier()  # in place of the reduction of gradients
         self.background.settle()
         for block in self.blocks:
             block *= 1.0

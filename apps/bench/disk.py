@@ -1,4 +1,4 @@
-"""Plain writing and reading of files, and what they cost this process: bytes from the disk, and memory.
+"""Plain writing and reading of files, and their cost to this process: bytes from the disk, and memory.
 
 `checkpoint` compares the checkpoints of the library with these plain files.
 """
@@ -44,7 +44,7 @@ def read(path: Path, blocks: Sequence[Block]) -> None:
 
 
 def drop_cache(paths: Iterable[Path]) -> None:
-    """Drop files that are on the disk from the cache of the system."""
+    """Drop files that the disk holds from the system's cache."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -63,7 +63,7 @@ def read_from_disk() -> int:
 
 
 def resident() -> int:
-    """Return the bytes of memory of this process now, and start `peak` anew."""
+    """Return the bytes of memory of this process now, and reset `peak`."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -101,7 +101,7 @@ _grids: dict[tuple[tuple[str, int], ...], Grid | None] = {}
 
 
 def _grid(sizes: Mapping[str, int], members: int) -> Grid | None:
-    """Return the grid of the first ranks, None on the others. Each grid is made once: communicators are few."""
+    """Return the grid of the first ranks, None on the others. Each is made once: MPI has few communicators."""
     key = tuple(sizes.items()) or (("row", 1),)
     if key not in _grids:
         world = MPI.COMM_WORLD
@@ -113,9 +113,9 @@ def _grid(sizes: Mapping[str, int], members: int) -> Grid | None:
 def best_sizes(name: str, problem: Problem, ranks: int) -> dict[str, int]:
     """Return the sizes of the axes of the grid for an algorithm.
 
-    A preset gets all ranks, ``auto`` gets the grid that `linalg.best_grid` takes. Grids on which a preset with fewer
-    axes is the same product come last; of the others the one is taken whose busiest rank needs the least time by the
-    model.
+    A preset gets all ranks, ``auto`` gets the grid that `linalg.best_grid` takes. A preset takes the grid whose
+    busiest rank needs the least time by the model; grids on which a preset with fewer axes is the same product come
+    last.
 
     Parameters
     ----------

@@ -1,6 +1,6 @@
 """``colossal-mpi bench gemm``: the speed of every matrix product beside NumPy and ScaLAPACK.
 
-`Gemm` makes the competitors, of `product`, `distributed` and `scalapack`, and prints and draws their rows.
+`Gemm` makes the competitors of `product`, `distributed` and `scalapack`, and prints and draws their rows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from colossal_mpi.errors import ConfigError
 from colossal_mpi.linalg import ALGORITHMS
 
 DTYPES = ("float64", "float32", "complex64", "complex128")
-"""Names of the dtypes that it knows."""
+"""Names of the dtypes that the benchmark knows."""
 PEERS = ("numpy", "scalapack")
 """Names of the competitors from other libraries."""
 NAMES = (*PEERS, *ALGORITHMS, "auto")

@@ -33,15 +33,15 @@ from colossal_mpi.grid import world_rank, world_size
 Row: TypeAlias = dict[str, Any]
 """The result of one competitor. Keys that begin with an underscore are not written to the JSON file."""
 _FEWEST, _USUAL, _MOST = 3, 10, 100  # rounds
-_SHORT, _LONG = 1.0, 20.0  # seconds
-_NOISE = 0.05  # share of the cores from which on other programs are worth a warning
-_RANKS = 4  # to start by default
+_SHORT, _LONG = 1.0, 20.0  # seconds of running after which the usual, and the fewest, rounds are enough
+_NOISE = 0.05  # share of the cores; a warning says if other programs use more
+_RANKS = 4  # ranks to start by default
 
 
 class Competitor:
-    """One way to do the work of a benchmark, and how it has done so far, the same on all ranks.
+    """One way to do the work of a benchmark, and its results so far, the same on all ranks.
 
-    A subclass overrides `work`, and what else it needs of `prepare`, `check`, `forget` and `alone`.
+    A subclass overrides `work` and, where it needs them, `prepare`, `check`, `forget` and `alone`.
 
     Parameters
     ----------
@@ -57,7 +57,7 @@ class Competitor:
     seconds : list of float
         Time of each turn, on the slowest rank.
     error : str or None
-        Why it has no time.
+        The reason why it has no time.
     """
 
     threads = 1
@@ -167,7 +167,7 @@ class Competitor:
 
 
 def fit(competitors: Sequence[Competitor]) -> bool:
-    """Say, alike on all ranks, whether the memory of every node holds the operands of all competitors at once."""
+    """Say whether the memory of every node holds the operands of all competitors at once, the same on all ranks."""
     need = sum(one.need * sum(rank < one.members for rank in node.ranks()) for one in competitors)
     return all(MPI.COMM_WORLD.allgather(need <= node.available_memory()))
 
@@ -193,7 +193,7 @@ def compete(
         The share of the cores that other programs used meanwhile; None where the system does not say.
     """
     held = [one for one in competitors if one.enter()]
-    keep = fit(held)  # if not, operands are made anew for each turn
+    keep = fit(held)  # if not, each turn makes its operands again
     for one in held:
         one.qualify(keep)
     meter = node.NoiseMeter()
@@ -246,13 +246,13 @@ def number(title: str, key: str, form: str, absent: str = "-", scale: float = 1,
     key : str
         The key of the number in a row.
     form : str
-        How it is written, as in an f-string.
+        Format of the number, as in an f-string.
     absent : str
-        What stands for a number that is missing.
+        Text in place of a missing number.
     scale : float
         Factor to multiply the number with.
     unit : str
-        What follows the number.
+        Text after the number.
     """
     return Column(title, lambda row: absent if row.get(key) is None else f"{scale * row[key]:{form}}{unit}")
 

@@ -1,4 +1,4 @@
-"""The node of a rank: its ranks, its cores, its free memory, and how busy other programs keep it.
+"""The node of a rank: its ranks, its cores, its free memory, and its use by other programs.
 
 The harness asks for the memory before it makes operands and for the noise after the rounds; competitors that use all
 cores of the node ask for the cores.
@@ -15,7 +15,7 @@ from mpi4py import MPI
 
 from colossal_mpi.runtime import launcher
 
-_USABLE = 0.9  # share of the free memory: MPI, page tables and other programs need the rest
+_USABLE = 0.9  # share of the free memory; MPI, page tables and other programs need the rest
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -74,7 +74,7 @@ class NoiseMeter:
 
 
 def _cpu_seconds() -> tuple[float, float, float]:
-    """Return the seconds since boot in which the cores worked, the seconds of all cores, and those of our ranks."""
+    """Return the seconds since boot in which the cores worked, all seconds of the cores, and the ranks' seconds."""
     times = MPI.COMM_WORLD.allgather(time.process_time())
     own = sum(times[rank] for rank in ranks())
     try:

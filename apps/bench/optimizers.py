@@ -1,7 +1,7 @@
 """``colossal-mpi bench optimizers``: validation losses of one model with each optimizer at several learning rates.
 
-`Optimizers` trains one `Case` after the other and keeps the losses in a file, so that a benchmark that was stopped goes
-on where it was.
+`Optimizers` trains one `Case` after the other and keeps the losses in a file, so that a stopped benchmark continues
+where it was.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def _row_of(case: Case, rows: Sequence[Row]) -> Row | None:
 
 
 def _train(case: Case, trainer: Trainer) -> Row:
-    """Return the row of a case; its last loss is None where training ended in a loss that is no number."""
+    """Return the row of a case; its last loss is None where the loss became infinite or NaN."""
     held = list(_validations(case, trainer))
     at, losses = [step for step, _ in held], [loss for _, loss in held]
     final = losses[-1] if at and at[-1] == case.steps and math.isfinite(losses[-1]) else None

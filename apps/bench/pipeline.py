@@ -1,4 +1,4 @@
-"""``colossal-mpi bench pipeline``: how long the stages of a pipeline wait under every schedule.
+"""``colossal-mpi bench pipeline``: measure how long the stages of a pipeline wait under every schedule.
 
 The bubble is the share of the ranks' time, from the first computation of a step to the last one, in which they compute
 nothing. `Pipeline` measures it for each schedule, and simulates each schedule with the measured times of forward, input
@@ -151,7 +151,7 @@ class Pipeline(GPTBenchmark):
 
 
 class _Microbatches:
-    """Random tokens in microbatches: what the pipeline asks for inputs, labels and losses."""
+    """Random tokens in microbatches, from which the pipeline takes inputs, labels and losses."""
 
     def __init__(self, options: Pipeline, p: Parallelism) -> None:
         self.options, self.p, self.microbatches = options, p, options.microbatches
@@ -178,12 +178,12 @@ class _Microbatches:
 
 
 class Schedule(Competitor):
-    """A schedule as a competitor. The time of a step is that from its first computation to its last one.
+    """A schedule as a competitor. A step lasts from its first computation to its last one.
 
     Attributes
     ----------
     steps : list of list of Bar
-        What each stage computed when, for each step; the same on all ranks.
+        The computations of each stage and their times, for each step; the same on all ranks.
     base : Schedule or None
         The competitor whose loss it must have.
     """
@@ -213,7 +213,7 @@ class Schedule(Competitor):
         return makespan(self.steps[-1])
 
     def check(self) -> str | None:
-        self.steps.clear()  # of the warm-up
+        self.steps.clear()  # forget the warm-up
         exact = self.loss if self.base is None else self.base.loss
         if abs(self.loss - exact) <= _TOLERANCE * abs(exact):
             return None
@@ -229,7 +229,7 @@ def median_times(steps: Sequence[Sequence[Bar]]) -> Times:
 
 
 def simulated(one: Schedule, stages: int, microbatches: int, seconds: Times) -> list[Bar]:
-    """Return what the stages compute when in a simulation with these times and messages that take none."""
+    """Return the computations of the stages in a simulation with these times, in which messages take no time."""
 
     def cost(step: Instruction, stage: int) -> float:
         return seconds[KINDS[type(step).__name__], step.chunk, stage]

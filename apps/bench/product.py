@@ -143,7 +143,7 @@ def _times(part: Part | None, rows: int, x: Array) -> Array:
 
 
 class Product(Competitor, ABC):
-    """One way to do a product, with its operands where it wants them.
+    """One way to do a product, with its operands in the layouts that it needs.
 
     Parameters
     ----------
@@ -160,7 +160,7 @@ class Product(Competitor, ABC):
     grid: Mapping[str, int]
     """Sizes of the axes larger than 1."""
     note = ""
-    """What else the table says about it."""
+    """A further remark in the table."""
     recorded = True
     """Whether the ledger records the words that it moves."""
 

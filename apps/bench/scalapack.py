@@ -53,7 +53,7 @@ def environment() -> Iterator[dict[str, str]]:
 
 
 def _loaded(name: str) -> Path | None:
-    """Return the file whose name begins so among the files that this process has mapped."""
+    """Return the file that this process has mapped and whose name begins with `name`."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
@@ -171,7 +171,7 @@ class Scalapack(Product):
         rows = _indices(shape[0], self._block, self._rows, row)
         columns = _indices(shape[1], self._block, self._columns, column)
         local = len(rows), len(columns)
-        # Each rank has a name of its own: the blocks of a rank are one array, and any random matrix will do.
+        # Each rank draws its own random matrix: all blocks of a rank are one array.
         block = fill(((0, local[0]), (0, local[1])), local, self.problem.dtype, f"{name} {row} {column}", "F")
         lead = max(1, local[0])
         return _BlockCyclic(block, rows, columns, (1, self._context, *shape, self._block, self._block, 0, 0, lead))

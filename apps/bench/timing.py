@@ -109,7 +109,7 @@ def _message(problem: BaseException) -> str:
 
 @contextmanager
 def blas_threads(count: int, cores: set[int]) -> Iterator[None]:
-    """Let BLAS use `count` threads on these cores; afterwards one thread on the cores of before."""
+    """Let BLAS use `count` threads on these cores; afterwards one thread on the cores that it had."""
     bound = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
     if bound:
         os.sched_setaffinity(0, cores)  # the threads that BLAS starts inherit it

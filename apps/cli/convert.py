@@ -1,4 +1,4 @@
-"""``colossal-mpi convert``: weights between Hugging Face directories and HDF5 checkpoints.
+"""``colossal-mpi convert``: convert weights between Hugging Face directories and HDF5 checkpoints.
 
 `convert` builds the model on all ranks, each with a part of every matrix, loads it in one format and saves it in the
 other one.

@@ -77,7 +77,7 @@ class Generate(Command):
         return 0
 
     def _tokenizer(self, foreign: bool) -> Tokenizer:
-        """Return the tokenizer of the option or of the directory; bytes for a model that was trained here on a text."""
+        """Return the tokenizer of the option or of the directory; `Bytes` for a model that a run trained on a text."""
         path = self.tokenizer or self.source / "tokenizer.json"
         if self.tokenizer is not None or path.is_file():
             return load_tokenizer(str(path))

@@ -144,7 +144,7 @@ def _leaf(tree: Tree, groups: dict[str, Tree], sizes: dict[str, int], name: str,
 
 
 def _check(console: Console, path: Path, table: Manifest, verify: bool, grid: Grid) -> bool:
-    """Print whether the files are as they were written, by their sizes or by every checksum, and return it."""
+    """Check the files by their sizes or by every checksum, print the result, and return whether all are whole."""
     begun = time.perf_counter()
     problems = checkpoint.verify(path, grid) if verify else checkpoint.missing_files(path, table["files"])
     seconds = time.perf_counter() - begun

@@ -16,7 +16,7 @@ from colossal_mpi.apps.command import Command, JsonFile, Settings
 class Plan(Command):
     """Find the fastest grid, modes and schedule for a model, and explain them.
 
-    Dry runs price the ways, on this machine or, with --flops, on another one.
+    Dry runs price the candidates, on this machine or, with --flops, on another one.
     """
 
     example = "colossal-mpi plan llama --ranks 64 --gpu-memory 80GiB --flops 400e12 --bandwidth 25e9"

@@ -1,7 +1,7 @@
-"""The tree of commands: what ``colossal-mpi`` and ``python -m colossal_mpi.apps.cli`` run.
+"""The tree of commands that ``colossal-mpi`` and ``python -m colossal_mpi.apps.cli`` run.
 
-A command is one class in a module of its own, here or in ``apps.bench``. `LazyCommand` imports it when it is called, so
-that a list of commands comes at once; the summaries below are the first sentences of their help.
+Each command is one class in one module, here or in ``apps.bench``. `LazyCommand` imports it when it is called, so that
+a list of commands needs no import; the summaries below are the first sentences of their help.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from colossal_mpi.apps.command import LazyCommand
 from colossal_mpi.errors import ColossalError, ConfigError
 from colossal_mpi.grid import world_size
 
-# typer brings a click of its own in newer versions and takes the installed one in older ones.
+# Newer versions of typer bring their own click, older ones use the installed one.
 _ClickException: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 _COMMANDS = (

@@ -1,4 +1,4 @@
-"""The configuration of a run: the schema of its TOML file, its plugins, how it is loaded, which keys exclude others.
+"""The configuration of a run: the schema of its TOML file, its plugins, its loader, and keys that exclude each other.
 
 Every command that runs a model loads a configuration here, and the tasks of ``apps.training`` register the sections of
 their models. The package uses pydantic for the schema and takes the choices of a key from the registries of ``layers``.

@@ -1,6 +1,6 @@
 """Combinations of keys that no run can have, although each key alone is valid.
 
-`validate` and the planner ask for them before any rank does anything.
+`validate` and the planner ask for them before any rank begins to work.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Plugins: a user's Python files that register tensor modes, optimizers, schedules, kernel providers or models.
 
 The key ``run.plugins`` names them. `validate` loads them before it checks a configuration, so that what they register
-is a valid choice; ``apps.training`` loads those of a checkpoint before it makes the checkpoint's model.
+is a valid choice; ``apps.training`` loads a checkpoint's plugins before it makes the checkpoint's model.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The sections of a configuration: every key with its range, a default and a reason.
 
 `load` validates a TOML file against `Config`. Keys that name something in a registry of ``layers`` take their choices
-from it at each validation, so that what a plugin registers is a choice, too. The section of a model kind is declared
+from it at each validation, so that a plugin's names are choices, too. The section of a model kind is declared
 beside its task, in ``apps.training.tasks``; here are the classes that such sections derive from.
 """
 
@@ -188,7 +188,7 @@ class Training(Section):
     weight_decay: float = Field(
         0.1, ge=0, allow_inf_nan=False, description="decay of weight matrices and embedding tables"
     )
-    clip: float = Field(1.0, gt=0, description="norm that longer gradients are scaled down to")
+    clip: float = Field(1.0, gt=0, description="greatest norm of the gradients; longer ones are scaled down to it")
     average: float = Field(
         0.0,
         ge=0,
@@ -279,8 +279,8 @@ class Parallel(Section):
     )
     sequence: Annotated[str, Choice(lambda: SEQUENCE_MODES)] = Field(
         "ring",
-        description="what attention does over axis seq: ring passes keys and values round it; ulysses cuts the heads "
-        "instead, as an axis ulysses always does",
+        description="attention over axis seq: ring passes keys and values round it; ulysses cuts the heads instead, as "
+        "an axis ulysses always does",
     )
     schedule: Annotated[str, Choice(lambda: SCHEDULES)] = Field(
         "1f1b", description="order of the microbatches on the stages of pipe"
@@ -290,7 +290,7 @@ class Parallel(Section):
     )
     zero: Literal[0, 1, 2, 3] = Field(
         0,
-        description="what data, seq and ulysses store once: 1 the optimizer's state, 2 also gradients, 3 also weights",
+        description="stored once over data, seq and ulysses: 1 the optimizer's state, 2 also gradients, 3 also weights",
     )
     bucket: int = Field(
         1 << 20, ge=0, description="bytes of gradients that are reduced together while the backward pass goes on"
@@ -301,17 +301,17 @@ class Parallel(Section):
     offload: bool = Field(False, description="keep the optimizer's state in host memory instead of a GPU's")
     recompute: Literal["none", "selective", "full"] = Field(
         "none",
-        description="what the backward pass computes again: selective, outputs of norms and activations; full, blocks",
+        description="recomputed in the backward pass: selective, outputs of norms and activations; full, whole blocks",
     )
     dtype: Literal["float32", "float64", "float16", "bfloat16"] = Field(
-        "float32", description="of weights and activations; for 16 bits the optimizer keeps float32 master weights"
+        "float32", description="dtype of weights and activations; with 16 bits the optimizer has float32 master weights"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="where blocks are stored; auto takes a GPU if CuPy finds one"
     )
     kernels: Annotated[str, Choice(kernel_choices)] = Field(
         "auto",
-        description="local maths: torch, PyTorch's kernels; reference, formulas in NumPy or CuPy; auto, torch if it "
+        description="local formulas: torch, PyTorch's kernels; reference, formulas in NumPy or CuPy; auto, torch if it "
         "is installed",
     )
 
@@ -341,5 +341,5 @@ class Config(Section):
     model: Model = Field(default_factory=lambda: _of_its_kind({}), description="section of the model, by its kind")
     data: Data = Field(Data(), description="section of the training data")
     training: Training = Field(Training(), description="section of steps, optimizer and checkpoints")
-    parallel: Parallel = Field(Parallel(), description="section of the grid, and of what is spread over it how")
+    parallel: Parallel = Field(Parallel(), description="section of the grid and of what its axes cut")
     run: Run = Field(Run(), description="section of the run directory and the plugins")

@@ -45,7 +45,7 @@ def load(source: str, settings: Sequence[str] = ()) -> Config:
     source : str
         A path, or the name of a shipped configuration such as ``demo``.
     settings : sequence of str
-        Each is ``section.key=value``. The value is TOML; what is not valid TOML is a string.
+        Each is ``section.key=value``. The value is TOML, or a string if it is not valid TOML.
 
     Returns
     -------
@@ -100,7 +100,7 @@ def validate(table: Mapping[str, Any], source: str) -> Config:
     table : mapping of str to object
         Sections by name, each a mapping of its keys, as TOML has them.
     source : str
-        The name of the table in error messages, for example its file.
+        The name that error messages give the table, for example its file.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Training data: texts and images, tokenizers, token stores, and which samples a step takes.
+"""Training data: texts and images, tokenizers, token stores, and the choice of the samples of each step.
 
 The tasks of ``apps.training`` and the commands ``data`` and ``generate`` call it. It moves data with ``comm`` and draws
 samples from ``random`` by their global number, so that they are the same on every grid.

@@ -21,9 +21,9 @@ from colossal_mpi.errors import ConfigError
 from colossal_mpi.grid import Grid
 
 _STRETCH = 4096
-"""Tokens that are held out together."""
+"""Number of consecutive tokens that are held out together."""
 _SCANNED = 1 << 22
-"""Tokens of a NumPy file that are looked at together."""
+"""Number of tokens of a NumPy file that are read at a time to find the greatest."""
 _SUFFIXES = (".h5", ".npy")
 
 
@@ -51,7 +51,7 @@ class Corpus:
 
     @property
     def about(self) -> str:
-        """The size, and for text the loss in nats of a guess from the frequencies of bytes alone, for a reader."""
+        """The size, and for text the loss in nats of guessing from the frequencies of bytes alone, for a reader."""
         if self.source:
             return f"{len(self.train):,} tokens to train on, {len(self.validation):,} held out{self.source}"
         share = np.bincount(np.asarray(self.train)) / len(self.train)
@@ -117,6 +117,7 @@ def _read_texts(files: Sequence[str], validation: float, grid: Grid) -> Corpus:
             text = _text_of(files)
     size = comm.share(len(text), grid)
     tokens = np.frombuffer(text, np.uint8) if grid.rank == 0 else np.empty(size, np.uint8)
+    # tokens[n] on rank 0  ->  tokens[n] on every rank: bcast over all axes
     tokens = comm.bcast(tokens, grid, tuple(grid.axes))
     return split(tokens, validation)
 
@@ -138,8 +139,8 @@ def _text_of(files: Sequence[str]) -> bytes:
 def split(tokens: np.ndarray, validation: float) -> Corpus:
     """Hold out a share of a corpus in memory, in stretches spread evenly over it.
 
-    The end of the corpus would be a sample of its own kind: the end of CPython's documentation has a bigram entropy of
-    2.14 nats per byte, the whole has 2.45.
+    The end of a corpus may differ from the rest: the end of CPython's documentation has a bigram entropy of 2.14 nats
+    per byte, the whole has 2.45.
     """
     stretch, held = _held_out(len(tokens), validation)
     mask = held[np.arange(len(tokens)) // stretch]
@@ -155,7 +156,7 @@ def _held_out(count: int, validation: float) -> tuple[int, np.ndarray]:
 
 
 def require_vocabulary(corpus: Corpus, most: int, remedy: str) -> None:
-    """Refuse a corpus that has more kinds of tokens than a model.
+    """Refuse a corpus whose vocabulary is larger than a model's.
 
     Parameters
     ----------

@@ -87,6 +87,7 @@ def read_images(files: Sequence[str], validation: float, grid: Grid) -> Images:
     shape, dtype = comm.share((images.shape, images.dtype.str), grid)
     if grid.rank:
         images, labels = np.empty(shape, dtype), np.empty(shape[:1], np.int64)
+    # images[n, c, y, x], labels[n] on rank 0  ->  the same on every rank: bcast over all axes
     images, labels = (comm.bcast(array, grid, tuple(grid.axes)) for array in (images, labels))
     held = _held_out(len(labels), validation)
     if not 0 < held.sum() < len(labels):
@@ -99,7 +100,7 @@ def read_images(files: Sequence[str], validation: float, grid: Grid) -> Images:
 def _held_out(count: int, share: float) -> np.ndarray:
     """Return which images are held out: the same random ones for any seed of a run.
 
-    They are random because many sets are in some order: of every fifth of the digits, 52 would be a 3 and 21 a 1.
+    They are random because many data sets are ordered: if every fifth digit were held out, 52 would be a 3 and 21 a 1.
     """
     return np.argsort(np.argsort(random.uniform_block(((0, count),), (count,), 0, "data/held"))) < round(count * share)
 

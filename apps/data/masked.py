@@ -54,13 +54,13 @@ class MaskedFormat:
     length : int
         Tokens of a sequence, marks included.
     pairs : bool
-        Whether a sequence has two parts, of which half of the second ones come from elsewhere in the text.
+        Whether a sequence has two parts; half of the second parts come from elsewhere in the text.
     share : float
         Share of the bytes that are hidden.
 
     References
     ----------
-    Devlin et al.: BERT, 2019. Liu et al.: RoBERTa, 2019 (without pairs; hidden anew in each epoch).
+    Devlin et al.: BERT, 2019. Liu et al.: RoBERTa, 2019 (without pairs; other tokens hidden in each epoch).
     """
 
     length: int

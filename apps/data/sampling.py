@@ -1,4 +1,4 @@
-"""Which samples a training step takes: functions of the seed and the global numbers of the samples alone.
+"""The choice of the samples of a training step, by the seed and the global numbers of the samples alone.
 
 The tasks call these with the sample numbers of a batch; each rank then cuts out its own block. The samples are
 therefore the same on every grid, for any number of microbatches, and in a resumed run.
@@ -18,7 +18,7 @@ from colossal_mpi.layout import Layout
 
 
 def random_starts(first: int, stop: int, corpus: int, context: int, seed: int) -> np.ndarray:
-    """Return where the training sequences number `first` to `stop` begin in a corpus, uniformly at random.
+    """Return the places in a corpus, uniformly at random, at which training sequences `first` to `stop` begin.
 
     Parameters
     ----------
@@ -100,7 +100,7 @@ def sequences(
 
 
 def shuffled(first: int, stop: int, count: int, seed: int) -> np.ndarray:
-    """Return which of `count` items the training samples number `first` to `stop` are: each item once in an epoch.
+    """Return the items that training samples `first` to `stop` take: each of `count` items once in an epoch.
 
     Parameters
     ----------
@@ -126,7 +126,7 @@ def _permutation(epoch: int, count: int, seed: int) -> np.ndarray:
 
 
 def random_shifts(first: int, stop: int, most: int, seed: int) -> np.ndarray:
-    """Return by how many rows and columns the images of some training samples are moved.
+    """Return the numbers of rows and columns by which the images of some training samples are moved.
 
     Parameters
     ----------

@@ -41,7 +41,7 @@ def dtype_for(vocabulary: int) -> np.dtype:
 
 
 class Writer:
-    """Writes a store; a context manager. The file has its name only when it is whole.
+    """Writes a store, as a context manager. The file gets its name only when it is complete.
 
     Parameters
     ----------
@@ -154,7 +154,7 @@ class Store:
         self._chunk = lru_cache(_KEPT)(self._read)
 
     def _dataset(self, h5py: Any, name: str) -> Any:
-        """Return a dataset of integers in one dim that lies in this file itself; None if there is none of this name."""
+        """Return a dataset of integers in one dim that lies in this file itself; None if there is no such dataset."""
         link = self._file.get(name, getlink=True)
         found: Any = self._file[name] if isinstance(link, h5py.HardLink) else None
         fits = isinstance(found, h5py.Dataset) and not found.is_virtual and not found.external

@@ -27,7 +27,7 @@ class Tokenizer:
     vocabulary : int
         Number of tokens.
     text : str
-        Its definition as JSON; ``""`` where the name says all.
+        Its definition as JSON; ``""`` where the name defines it.
     """
 
     name: str

@@ -35,7 +35,7 @@ def cores(node: Sequence[Facts]) -> int:
 
 
 def remedy_for_late_messages(facts: Sequence[Facts]) -> str:
-    """Return what to do where messages within a node are late: a rank may wait for a core."""
+    """Return the remedy for late messages within a node: a rank may wait for a core."""
     crowded = any(len(node) > cores(node) for node in nodes(facts))
     remedy = "start fewer ranks than cores" if crowded else "see that nothing else runs on the node's cores"
     if facts[0]["library"].startswith("Open MPI"):
@@ -60,7 +60,7 @@ def _ranks(node: Sequence[Facts], size: int) -> Finding | None:
 
 def _busy(node: Sequence[Facts]) -> Finding | None:
     load, have = max(one["load"] for one in node), cores(node)
-    if load <= have + len(node):  # the ranks themselves begin to count
+    if load <= have + len(node):  # the load already counts the ranks themselves
         return None
     text = f"{load:.0f} processes want the {_many(have, 'core')} of {node[0]['host']}: other programs run there"
     return Finding("cores", WARNING, text, "ask the scheduler for whole nodes (--exclusive), or wait")

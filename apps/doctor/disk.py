@@ -1,4 +1,4 @@
-"""Check of the run directory: whether all ranks can write to it and how fast; of HDF5, and of room for small files."""
+"""Checks of the run directory, to which all ranks must write fast enough, of HDF5, and of room for small files."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _write(path: Path, data: bytes) -> int:
         while written < len(data) and time.perf_counter() - begun < _PATIENCE:
             written += file.write(data[written : written + _CHUNK]) or 0
             os.fsync(file.fileno())
-        if hasattr(os, "posix_fadvise"):  # so that reading asks the disk, if the system agrees
+        if hasattr(os, "posix_fadvise"):  # the system drops its copy, if it agrees, and reading uses the disk
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return written
 
@@ -147,7 +147,7 @@ def _file_system(folder: str) -> str:
 
 
 def _scratch() -> Iterator[Finding]:
-    """Yield what is wrong with the folders for small files of MPI and Python."""
+    """Yield the problems of the folders for small files of MPI and Python."""
     shared = Path("/dev/shm")
     if shared.is_dir() and (total := shutil.disk_usage(shared).total) <= 64 * _MIB:
         text = f"/dev/shm has {total / _MIB:.0f} MiB in all: MPI's messages between ranks of a node go through it"

@@ -1,4 +1,4 @@
-"""The course of an examination: every rank takes part, rank 0 judges and prints."""
+"""Run the examination: every rank takes part, rank 0 judges and prints."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def diagnose(directory: Path, seconds: float, json: bool) -> int:
     """
     world = MPI.COMM_WORLD
     if guards.mismatch() and guards.launched()[1] != 0:
-        return 0  # each process is a job of its own: the one that the launcher calls rank 0 speaks, and fails
+        return 0  # each process is its own job: only the launcher's rank 0 prints, and fails
     findings, links = examine(world, directory, seconds)
     if world.rank == 0:
         if json:
@@ -52,7 +52,7 @@ def diagnose(directory: Path, seconds: float, json: bool) -> int:
 
 
 def examine(world: MPI.Intracomm, directory: Path, seconds: float) -> tuple[list[Finding], list[NamedLink]]:
-    """Return the findings and the measured links on rank 0; the other ranks return nothing of use."""
+    """Return the findings and the measured links on rank 0; the results of other ranks have no meaning."""
     known = world.allgather(facts.gather(world))
     programs = program.check(known)
     if worst(programs) == BAD:  # programs that differ may not even send the same messages

@@ -60,9 +60,9 @@ class Facts(TypedDict):
     """Thread level of MPI."""
     cpus: list[int]
     quota: float | None
-    """CPUs' worth of time that the control groups grant."""
+    """Number of CPUs whose time the control groups grant."""
     load: float
-    """Processes that want a core, as a mean over a minute."""
+    """Mean number of processes that want a core, over a minute."""
     blas: list[tuple[str, int]]
     """Name and number of threads of each BLAS."""
     settings: dict[str, str]
@@ -121,7 +121,7 @@ def source(package: Path) -> str:
 
 
 def quota(root: Path, own: Path) -> float | None:
-    """Return how many CPUs' worth of time the control groups grant this process, None without a limit."""
+    """Return the number of CPUs whose time the control groups grant this process; None without a limit."""
     try:
         group = own.read_text().strip().rpartition("\n")[2].partition("::")[2].strip("/")
     except OSError:
@@ -147,7 +147,7 @@ def blas() -> list[tuple[str, int]]:
 
 
 def gpus(number: int) -> GPUFacts:
-    """Return the GPUs of a rank that has this number on its node."""
+    """Return the GPUs of the rank with this number on its node."""
     driver = Path("/proc/driver/nvidia/gpus")
     seen = backend.visible_gpus()
     return {

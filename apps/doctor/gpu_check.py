@@ -52,7 +52,7 @@ HEAD = f"{'tests':<8}{'ranks':>6}  {'blocks':<11}{'passed':>7}{'failed':>7}{'ski
 
 
 def run(group: str, tests: Sequence[str | Path], ranks: int, aware: bool, device: str = "cuda") -> Row:
-    """Run tests in a pytest of their own, and return the results; print the output if a test failed."""
+    """Run tests in a separate pytest, and return the results; print the output if a test failed."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         command = [sys.executable, "-m", "pytest", f"--device={device}", f"--ranks={ranks}", "-p", "no:warnings"]
@@ -79,7 +79,7 @@ def _row(report: Path, group: str, ranks: int, path: str) -> Row:
 
 
 def missing() -> str | None:
-    """Return why nothing can be checked here; None if something can."""
+    """Return the reason why nothing can be checked here; None if something can."""
     if importlib.util.find_spec("cupy") is None:
         return "no CuPy in this Python: nothing to check (extras cuda12, cuda13)"
     try:

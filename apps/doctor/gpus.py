@@ -1,4 +1,4 @@
-"""Check of the GPUs of each node, and of which rank takes which."""
+"""Check of the GPUs of each node, and of their assignment to ranks."""
 
 from __future__ import annotations
 

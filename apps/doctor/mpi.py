@@ -1,4 +1,4 @@
-"""Check of the MPI library, its launcher, its thread level, and whether it reads GPU memory."""
+"""Check of the MPI library, its launcher, its thread level, and its access to GPU memory."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def aware(device: str, world: MPI.Comm) -> Finding:
     node = world.Split_type(MPI.COMM_TYPE_SHARED)
     try:
         found = cuda_aware.agreed(device, world, node)
-    except ColossalError as problem:  # a variable is wrong, which all ranks have
+    except ColossalError as problem:  # all ranks have the same wrong variable
         return Finding("CUDA", BAD, *str(problem).split(": ", 1))
     finally:
         node.Free()

@@ -17,7 +17,7 @@ from colossal_mpi.machine import Link, measure_allreduce, measure_pair
 
 _TOPIC = "network"
 _PARTNERS = 8
-"""The most other nodes that rank 0 exchanges messages with."""
+"""Greatest number of other nodes that rank 0 exchanges messages with."""
 _LATE_NEAR, _LATE_FAR, _NARROW_FAR = 50e-6, 100e-6, 0.5e9
 """Limits of the latency in seconds, within a node and between nodes, and of the bandwidth between nodes in bytes/s.
 Shared memory is faster even on a slow machine, and only TCP over a slow network is slower."""

@@ -1,6 +1,6 @@
-"""Whether all ranks run the same program, and which optional packages it has.
+"""Check that all ranks run the same program, and list the optional packages that it has.
 
-Another Python or another version of a file on one of many hosts is found here.
+The check finds another Python or another version of a file on one of many hosts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _OPTIONAL = {
 
 
 def check(facts: Sequence[Facts]) -> list[Finding]:
-    """Return one finding for each difference between the ranks, or one that says that there is none."""
+    """Return one finding for each difference between the ranks, or one finding that they agree."""
     values = {
         "Python": [one["python"] for one in facts],
         "the MPI library": [one["library"] for one in facts],
@@ -42,7 +42,7 @@ def check(facts: Sequence[Facts]) -> list[Finding]:
 
 
 def _difference(name: str, values: Sequence[str], facts: Sequence[Facts]) -> Finding:
-    """Return the finding that the ranks differ: which values there are, on which ranks and hosts."""
+    """Return the finding that the ranks differ, with each value and the ranks and hosts that have it."""
     groups: dict[str, list[int]] = {}
     for rank, value in enumerate(values):
         groups.setdefault(value, []).append(rank)
@@ -55,7 +55,7 @@ def _difference(name: str, values: Sequence[str], facts: Sequence[Facts]) -> Fin
 
 
 def optional_packages(facts: Sequence[Facts]) -> Finding:
-    """Return which optional packages rank 0 has, and which extras bring the others."""
+    """Return the finding about the optional packages that rank 0 has, and the extras that bring the others."""
     versions = facts[0]["versions"]
     present = [f"{name} {version}" for name, version in versions.items() if name.startswith(tuple(_OPTIONAL))]
     absent = [f"{name} [{extra}]" for name, extra in _OPTIONAL.items() if not any(v.startswith(name) for v in versions)]

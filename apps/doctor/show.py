@@ -1,4 +1,4 @@
-"""Printing of a diagnosis: a table at a terminal, lines elsewhere, JSON for programs."""
+"""Print a diagnosis: a table at a terminal, lines elsewhere, JSON for programs."""
 
 from __future__ import annotations
 

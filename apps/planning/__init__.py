@@ -1,11 +1,11 @@
-"""Plans: the grids, modes and schedules that a training run could have on so many ranks, and what a step costs there.
+"""Plans: the grids, modes and schedules that a run can have on a number of ranks, and the cost of a training step.
 
 ``apps.cli`` calls it for ``colossal-mpi plan``, for ``train --dry-run``, and for the forecast that a run prints beside
 its measurements. It runs the trainer of ``apps.training`` on meta grids (`layers.analysis`) with the clock of a
 `colossal_mpi.machine.Machine`.
 
 Words: an *estimate* comes from dry runs of models of one and two blocks and is cheap enough for every candidate; a
-*forecast* comes from a dry run of the step itself; the *cost* of a step is what both say about one rank or stage.
+*forecast* comes from a dry run of the step itself; both state the *cost* of a step on one rank or stage.
 """
 
 from colossal_mpi.apps.planning.commands import PlanOptions, checked_options, dry_run, forecast_of_run, plan

@@ -1,7 +1,6 @@
-"""The grids, tensor modes, schedules and memory-saving settings that a training run could have on so many ranks.
+"""The grids, tensor modes, schedules and memory-saving settings that a training run can have on a number of ranks.
 
-`search` goes through them. Nothing here costs anything: what a candidate takes is the matter of `estimate` and
-`forecast`.
+`search` goes through these candidates; `estimate` and `forecast` state the costs of each.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from colossal_mpi.layers.pipeline import PIPE, SCHEDULES
 Axes = dict[str, int]
 """The axes of a grid and their sizes, outermost first."""
 Saving = tuple[int, str]
-"""A ZeRO stage, and what is recomputed."""
+"""A ZeRO stage, and the kind of recomputation."""
 
 _ALONE: tuple[Saving, ...] = ((0, "none"), (0, "selective"), (0, "full"))
 _REPLICATED: tuple[Saving, ...] = (
@@ -36,9 +35,9 @@ _REPLICATED: tuple[Saving, ...] = (
 
 
 def grids(config: Config, ranks: int, sequences: bool) -> list[tuple[Axes, str]]:
-    """Return the grids of so many ranks that a model can fill, each with a tensor mode.
+    """Return the grids of a number of ranks that a model can fill, each with a tensor mode.
 
-    Of the shapes of a mode only the one with the most even axes is taken. Sequences are cut only if `sequences` is
+    Each mode has only the shape with the most even axes. Sequences are cut only if `sequences` is
     true, and by one axis at a time: cutting the batch moves fewer words as long as there are samples.
     """
     found = []
@@ -74,7 +73,7 @@ def _heads(config: Config) -> int:
 
 
 def tensor_shapes(config: Config, ranks: int) -> Iterator[tuple[str, Axes]]:
-    """Yield the tensor modes for so many ranks, each with the most even shape of its axes."""
+    """Yield the tensor modes for a number of ranks, each with the most even shape of its axes."""
     if ranks == 1:
         yield "none", {}
         return
@@ -82,15 +81,15 @@ def tensor_shapes(config: Config, ranks: int) -> Iterator[tuple[str, Axes]]:
         return
     for mode in MODES.values():
         even = even_factors(ranks, len(mode.axes)) if mode.axes else None
-        # Cut over one axis, every rank needs a head of its own.
+        # Where one axis cuts the model, every rank needs a head.
         if even is not None and (len(even) > 1 or ranks <= _heads(config)):
             yield mode.name, dict(zip(mode.axes, even, strict=True))
 
 
 def even_factors(n: int, count: int) -> list[int] | None:
-    """Return so many factors of n, all above 1 and the smallest first, with the smallest ratio of last to first.
+    """Return `count` factors of n, all above 1 and the smallest first, with the smallest ratio of last to first.
 
-    None if n has not so many factors.
+    None if n has fewer factors.
     """
     if count == 1:
         return [n] if n > 1 else None
@@ -109,7 +108,7 @@ def schedules(config: Config, axes: Axes) -> Iterator[dict[str, Any]]:
     most = max(training.microbatches, training.batch // axes.get("data", 1))
     if stages == 1:
         for power in range((most // training.microbatches).bit_length()):
-            schedule = type(parallel)().schedule  # any: a single stage has nothing to wait for
+            schedule = type(parallel)().schedule  # any schedule will do: a single stage never waits
             yield {"microbatches": training.microbatches << power, "schedule": schedule, "virtual_stages": 1}
         return
     for microbatches in sorted({min(most, max(training.microbatches, n * stages)) for n in (1, 2, 4)}):

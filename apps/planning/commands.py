@@ -1,4 +1,4 @@
-"""What ``colossal-mpi plan`` and ``colossal-mpi train --dry-run`` do, and the forecast beside a run's measurements.
+"""The work of ``colossal-mpi plan`` and ``colossal-mpi train --dry-run``, and the forecast beside a run's measurements.
 
 ``apps.cli`` calls these functions. They find the machine (`machine`), search (`search`) or forecast (`forecast`), and
 print (`report`).
@@ -91,7 +91,7 @@ def checked_options(
     settings : list of str
         Settings ``section.key=value``.
     ranks : int, optional
-        Ranks to plan for; by default those of this job.
+        Ranks to plan for; by default the ranks of this job.
     memory : str, optional
         Memory of a rank, such as ``80GiB``; by default there is no limit.
     given : GivenRates
@@ -144,8 +144,8 @@ def plan(options: PlanOptions) -> int:
 
     Notes
     -----
-    **Communication:** that of `colossal_mpi.machine.measure`, gathers of estimates and forecasts, and the measured
-    steps.
+    **Communication:** the messages of `colossal_mpi.machine.measure`, gathers of estimates and forecasts, and the
+    measured steps.
     """
     machine, origin = machine_of(options.config, options.ranks, options.given)
     grid = Grid(None, "cpu", ranks=world_size())
@@ -223,7 +223,7 @@ def _seconds_of_step(trainer: Trainer, step: int) -> float:
 
 
 def dry_run(config: Config) -> None:
-    """Print on rank 0 what a training step would take of each stage, without starting the run.
+    """Print on rank 0 the cost of a training step on each stage, without starting the run.
 
     Parameters
     ----------
@@ -232,7 +232,7 @@ def dry_run(config: Config) -> None:
 
     Notes
     -----
-    **Communication:** that of `colossal_mpi.machine.measure`.
+    **Communication:** the messages of `colossal_mpi.machine.measure`.
     """
     if not config.parallel.grid:
         config = with_settings(config, {"data": world_size()}, config.parallel.tensor)
@@ -260,7 +260,7 @@ def forecast_of_run(trainer: Trainer, flops: float) -> dict[str, Any] | None:
 
     Notes
     -----
-    **Communication:** that of `colossal_mpi.machine.measure`.
+    **Communication:** the messages of `colossal_mpi.machine.measure`.
     """
     grid = trainer.grid
     machine = calibrate(measure(grid, trainer.config.parallel.dtype, flops), grid)

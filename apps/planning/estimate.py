@@ -2,8 +2,8 @@
 
 The cost of a step is linear in the number of blocks of a stage. The difference of the two models is the cost of a
 block, and the rest is the cost of the embedding and the head. Both hold for every candidate in which a rank does the
-same: any number of stages, any schedule, and microbatches of that size. `search` makes hundreds of estimates from some
-tens of dry runs, and forecasts only the best candidates.
+same work: any number of stages, any schedule, and microbatches of that size. `search` makes hundreds of estimates from
+some tens of dry runs, and forecasts only the best candidates.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class _PartCost:
         return _PartCost(*(a + times * b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
     def at_least(self, share: float, update: bool) -> _PartCost:
-        """Return a lower bound for a share of the samples, without or with what comes after the passes."""
+        """Return a lower bound for a share of the samples; `update` adds the time after the passes."""
         after = self.after if update else 0.0
         return replace(_ZERO, forward=share * self.forward, backward=share * self.backward, after=after)
 
@@ -59,7 +59,7 @@ _ZERO = _PartCost(*[0.0] * len(fields(_PartCost)))
 _Place = tuple[tuple[tuple[str, int], ...], str]
 """The axes of a stage, and the tensor mode."""
 _Run = tuple[_Place, int, str, int]
-"""What a dry run depends on: place, ZeRO stage, recomputation, samples of a microbatch."""
+"""The key of a dry run: place, ZeRO stage, recomputation, samples of a microbatch."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Estimate:
 
 
 class Estimates:
-    """The estimates for one machine, with the dry runs behind them, which later estimates use again.
+    """The estimates for one machine, and the dry runs behind them, which later estimates reuse.
 
     Parameters
     ----------
@@ -103,7 +103,7 @@ class Estimates:
         Raises
         ------
         ColossalError
-            The error that the run itself would raise, if it cannot be on that grid.
+            The error that the run itself would raise, if it cannot run on that grid.
         """
         block, rest = self._parts(config)
         samples, key = _samples_of_rank(config), (_place(config), config.parallel.zero)
@@ -138,7 +138,7 @@ class Estimates:
         return self._known[key]
 
     def _run(self, config: Config, layers: int) -> _PartCost:
-        """Return the cost of a model of so many blocks, by a dry run with two microbatches."""
+        """Return the cost of a model of a number of blocks, by a dry run with two microbatches."""
         model = config.model.model_copy(update={"layers": layers})
         (run,) = dry_runs(config.model_copy(update={"model": model}), self.machine)
         cost = StageCost(run)
@@ -182,6 +182,6 @@ def _seconds_of(parts: list[_PartCost], chunks: int) -> Callable[[Instruction, i
         part = parts[stage]
         if isinstance(step, Forward):
             return part.forward / chunks
-        return part.backward / chunks / 2  # as long for inputs as for weights
+        return part.backward / chunks / 2  # inputs and weights take equally long
 
     return seconds

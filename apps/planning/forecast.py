@@ -37,10 +37,10 @@ _KINDS = {Forward: "forward", BackwardInput: "backward", BackwardWeight: "weight
 _BETWEEN_STAGES = ("send", "receive")
 """The ledger's names of messages between stages."""
 _SAMPLE = 2
-"""Microbatches of a dry run that stand for all of them: the first, and the last, whose backward pass reduces
-gradients."""
+"""Number of microbatches of a dry run that stands for the whole step: the first one, and the last one, whose backward
+pass reduces gradients."""
 _PREFETCHES = 3
-"""The ZeRO stage whose first step finds out in which order weights are gathered, so that later steps prefetch them."""
+"""The ZeRO stage whose first step records the order of gathering weights, so that later steps prefetch them."""
 
 
 class StageCost:
@@ -53,7 +53,7 @@ class StageCost:
     others : int
         Microbatches that the dry run left out. Each of them costs as much as the first one.
     live : float, optional
-        The most microbatches that the whole step keeps at once; by default those of the dry run.
+        The most microbatches that the whole step keeps at once; by default the dry run's.
     """
 
     def __init__(self, run: StepCost, others: int = 0, live: float | None = None) -> None:
@@ -184,7 +184,7 @@ class Forecast:
 
     @cached_property
     def spans(self) -> list[Interval]:
-        """What each stage computes, and when, in seconds."""
+        """The computations of each stage, with their start and stop in seconds."""
 
         def cost(step: Instruction, stage: int) -> float:
             return self.stages[stage].seconds_of(step)
@@ -228,7 +228,7 @@ def forecast(config: Config, machine: Machine) -> Forecast:
     Raises
     ------
     ColossalError
-        The error that the run itself would raise, if it cannot be on that grid.
+        The error that the run itself would raise, if it cannot run on that grid.
     """
     return Forecast(config, machine, [StageCost(run) for run in dry_runs(config, machine)])
 

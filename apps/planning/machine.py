@@ -27,10 +27,10 @@ from colossal_mpi.layout import Layout
 from colossal_mpi.machine import FREE_LINK, Clock, Link, Machine, measure, median_difference, median_seconds
 
 _FLOP_PER_BYTE, _CALL, _PRODUCT = 200, 5e-6, 50e-6
-"""What is assumed of an accelerator: flop of products per byte of memory, seconds of a kernel's launch, and seconds of
+"""Assumptions about an accelerator: flop of products per byte of memory, seconds of a kernel's launch, and seconds of
 Python for a product."""
 _NEAR, _FAR = Link(5e-6, 150e9), Link(10e-6, 25e9)
-"""Links that are assumed where there is nothing to measure: NVLink, and one 200 Gbit/s port for each rank."""
+"""Links that are assumed where none can be measured: NVLink, and one 200 Gbit/s port for each rank."""
 _RANKS_PER_NODE = 8
 
 _TINY = GPTConfig(vocabulary=8, layers=2, hidden=8, heads=2, positions=8)
@@ -48,7 +48,7 @@ Program = Callable[[Parallelism], Callable[[], Any]]
 
 @dataclass(frozen=True)
 class GivenRates:
-    """What the user says about the ranks of a machine; None where the user says nothing.
+    """The user's figures for the ranks of a machine; None where the user gives none.
 
     Parameters
     ----------
@@ -75,10 +75,11 @@ class GivenRates:
 
 
 def machine_of(config: Config, ranks: int, given: GivenRates) -> tuple[Machine, str]:
-    """Return a machine, and where its rates come from.
+    """Return a machine, and a phrase that says where its rates come from.
 
-    Without ``flops`` it is the machine on which this program runs, measured by all ranks of the job or, alone, by one
-    of `ranks` that have a core each. With ``flops`` it is another machine, and what is not given is assumed.
+    Without ``flops`` it is the machine on which this program runs, measured by all ranks of the job; a rank that is
+    alone measures as one of `ranks` with a core each. With ``flops`` it is another machine, and rates that the user
+    does not give are assumed.
 
     Raises
     ------
@@ -138,7 +139,7 @@ def calibrate(machine: Machine, grid: Grid) -> Machine:
 
 
 def _count(program: Program, unit: Machine) -> float:
-    """Return how many units a program takes: its seconds on a machine on which each takes a second."""
+    """Return the number of units that a program takes: its seconds on a machine on which a unit takes one second."""
     with dry_run(Clock(unit, {}, {})) as tally:
         assert tally.clock is not None
         action = program(Parallelism(Grid.meta()))

@@ -1,4 +1,4 @@
-"""Plans and forecasts at a terminal: tables, the timeline of the microbatches, and where the time of a step goes.
+"""Plans and forecasts at a terminal: tables, the timeline of the microbatches, and the shares of a step's time.
 
 The commands of this package print them.
 """
@@ -32,7 +32,7 @@ _FIRST = {Forward: "1", BackwardInput: "a", BackwardWeight: "A"}
 
 @dataclass(frozen=True)
 class TimeShares:
-    """Where the time of a step goes, on the stage that is busiest, in seconds."""
+    """The shares of a step's time on the busiest stage, in seconds."""
 
     computing: float
     communicating: float
@@ -47,13 +47,13 @@ class TimeShares:
 
 
 def time_shares(one: Forecast) -> TimeShares:
-    """Return where the time of a step goes."""
+    """Return the shares of a step's time."""
     stage = max(one.stages, key=lambda cost: cost.busy)
     return TimeShares(stage.busy - stage.communicating, stage.communicating, max(0.0, one.seconds - stage.busy))
 
 
 def why_slower(one: Forecast, best: Forecast) -> str:
-    """Return by how much a configuration is slower than the best one, and mainly why."""
+    """Return by how much a configuration is slower than the best one, and the main reason."""
     own, other = time_shares(one), time_shares(best)
     losses = {name: getattr(own, name) - getattr(other, name) for name in vars(own)}
     name, most = max(losses.items(), key=lambda pair: pair[1])
@@ -77,7 +77,7 @@ def _over_axes(one: Forecast) -> str:
 
 
 def show_plan(plan: Plan, measured: Sequence[float], memory: float, source: str, settings: Sequence[str] = ()) -> None:
-    """Print a plan: the table, what was searched, where the fastest spends its time, and the command that starts it."""
+    """Print a plan: the table, the extent of the search, and the fastest configuration with the command to start it."""
     out = console()
     if plan.best:
         out.print(plan_table(plan.best, measured))
@@ -86,7 +86,7 @@ def show_plan(plan: Plan, measured: Sequence[float], memory: float, source: str,
 
 
 def plan_table(best: Sequence[Forecast], measured: Sequence[float] = ()) -> Table:
-    """Return a row for each forecast, the fastest first, and why each other one is slower."""
+    """Return a row for each forecast, the fastest first, with the reason why each other one is slower."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     names = ["step", *(["measured"] if measured else []), "grid", "mode", "memory", "words", "messages", "waits", "why"]
     for name in names:
@@ -105,7 +105,7 @@ def grid_text(one: Forecast) -> str:
 
 
 def mode_text(one: Forecast) -> str:
-    """Return what a configuration chooses besides its grid."""
+    """Return the choices of a configuration besides its grid."""
     parallel, training = one.config.parallel, one.config.training
     return " ".join(
         [
@@ -135,7 +135,7 @@ def train_command(one: Forecast, source: str, settings: Sequence[str] = ()) -> s
 
 
 def explained(plan: Plan, memory: float, source: str, settings: Sequence[str] = ()) -> list[str]:
-    """Return the lines below the table: what was searched, and the fastest configuration or why there is none."""
+    """Return the lines below the table: the extent of the search, and the fastest configuration, if there is one."""
     searched = f"looked at {plan.grids} grids and modes, {plan.estimated:,} ways to run on them"
     if not plan.estimated:
         return [f"{searched}: the model cannot fill so many ranks: take fewer, or a larger training.batch"]
@@ -157,7 +157,7 @@ def explained(plan: Plan, memory: float, source: str, settings: Sequence[str] = 
 
 
 def show_forecast(one: Forecast) -> None:
-    """Print what a step costs on each stage, and when each stage computes what."""
+    """Print the cost of a step on each stage, and the timeline of the stages."""
     out = console()
     out.print(f"{one.ranks} ranks, {grid_text(one)}, {mode_text(one)}: the first rank of each stage", markup=False)
     out.print(memory_table(one))

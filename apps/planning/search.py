@@ -1,4 +1,4 @@
-"""The search for the fastest configurations on so many ranks of a machine.
+"""The search for the fastest configurations on a number of ranks of a machine.
 
 The command ``plan`` calls `search`. It goes through `candidates`, estimates those that may be among the fastest, and
 forecasts the best ones. The ranks of the job share the grids out.
@@ -26,12 +26,12 @@ from colossal_mpi.machine import Machine
 USABLE = 0.9
 """The share of a rank's memory that arrays may fill; the rest is for MPI, libraries, and gaps between arrays."""
 _SHORTLIST = 2
-"""How many times as many configurations are forecast as are returned, at most."""
+"""Greatest number of configurations that are forecast, for each one that is returned."""
 _GRIDS_PER_ROUND = 4
 """Grids that each rank of a team searches before it learns what the others have found."""
 
 Progress = Callable[[int, int], object]
-"""Told how many grids are done, and how many there are."""
+"""Called with the number of grids that are done and the number of all grids."""
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -67,12 +67,12 @@ class Plan:
 def search(
     config: Config, ranks: int, machine: Machine, memory: float, count: int, team: Grid, progress: Progress
 ) -> Plan:
-    """Return the best ways to run a configuration on so many ranks.
+    """Return the best ways to run a configuration on a number of ranks.
 
     Parameters
     ----------
     config : Config
-        What to train. The search chooses its grid, modes, schedule and number of microbatches; the rest stays.
+        The run. The search chooses its grid, modes, schedule and number of microbatches; the rest stays.
     ranks : int
         Ranks to plan for.
     machine : Machine
@@ -84,7 +84,7 @@ def search(
     team : Grid
         The ranks that share the search; all of them get the same plan.
     progress : callable
-        Called with the number of grids and modes that are done and that there are.
+        Called with the number of grids and modes that are done, and the number of all.
 
     Notes
     -----
@@ -152,7 +152,7 @@ def _seconds(one: Estimate | Forecast) -> float:
 
 @dataclass(frozen=True)
 class GridResult:
-    """What a search has found on one grid, in one mode."""
+    """The result of a search on one grid, in one mode."""
 
     count: int
     """Configurations that were estimated."""
@@ -168,12 +168,12 @@ class GridSearch:
     Parameters
     ----------
     config : Config
-        What to train.
+        The configuration to train.
     machine : Machine
     memory : float
         Bytes that the arrays of a rank may take.
     wanted : int
-        How many grids and modes are looked for. On a grid that cannot be among them not all candidates are estimated.
+        Number of grids and modes to find. On a grid that cannot be among them not all candidates are estimated.
     """
 
     def __init__(self, config: Config, machine: Machine, memory: float, wanted: int) -> None:
@@ -192,7 +192,7 @@ class GridSearch:
     def _promising(self, axes: Axes, tensor: str) -> Iterator[Estimate]:
         """Yield estimates: for each schedule the savings of memory, one after the other, until one fits.
 
-        Once one fits, candidates are left out that cannot be faster than it, or not among the fastest of all grids.
+        Once one fits, it leaves out candidates that cannot be faster than it or among the fastest of all grids.
         """
         limit, fits = self._limit, False
         for settings in schedules(self.config, axes):

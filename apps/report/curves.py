@@ -1,4 +1,4 @@
-"""Pictures of what changes from step to step, with one line for each run, all on the same axes."""
+"""Pictures of the quantities that change from step to step, with one line for each run, all on the same axes."""
 
 from __future__ import annotations
 

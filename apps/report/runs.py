@@ -26,14 +26,14 @@ def shares(row: Row) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Run:
-    """A recorded run; what its version did not record is empty."""
+    """A recorded run; fields that its version did not record are empty."""
 
     name: str
     rows: list[Row]
     config: dict[str, Any]
     """The configuration, by ``section.key``."""
     facts: dict[str, Any]
-    """What `colossal_mpi.apps.training.meter.Meter` says about the run."""
+    """The facts that `colossal_mpi.apps.training.meter.Meter` writes about the run."""
     trace: list[dict[str, Any]]
     """The events of ``trace.json``."""
 
@@ -90,7 +90,7 @@ def read(paths: Sequence[Path]) -> list[Run]:
     Raises
     ------
     ConfigError
-        If one is not the directory of a run, its run has not done a step, or a file cannot be read.
+        If one is not the directory of a run, its run has no step yet, or a file cannot be read.
     """
     names = list(_names([Path(os.path.abspath(path)) for path in paths]))
     return [_read(path, name) for path, name in zip(paths, names, strict=True)]

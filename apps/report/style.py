@@ -1,4 +1,4 @@
-"""The look of all pictures, and what a picture is.
+"""The look of all pictures, and the class of a picture.
 
 Colour-blind readers can tell the colours apart, and text and lines take the colour of the page's text. `curves`, `bars`
 and `timeline` draw with these functions; matplotlib is loaded when the first picture is drawn.
@@ -61,7 +61,7 @@ _SETTINGS: Any = {
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of a report, with what to read above and below it."""
+    """A figure of a report, with the texts above and below it."""
 
     name: str
     title: str
@@ -71,7 +71,7 @@ class Picture:
 
 
 class NothingRecordedError(Exception):
-    """Why a picture cannot be made of these runs; the report says so instead."""
+    """A picture cannot be made of these runs; the report shows the reason instead."""
 
 
 def runs_with(runs: Sequence[Run], key: str) -> list[tuple[int, Run]]:

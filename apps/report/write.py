@@ -1,6 +1,6 @@
-"""Writing of a report: every picture as a PNG file, and the page.
+"""Write a report: every picture as a PNG file, and the page.
 
-`write` is what the package exports; the pictures are those of `curves`, `bars` and `timeline`.
+The package exports `write`; `curves`, `bars` and `timeline` draw the pictures.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What rank 0 shows and writes during a run: a progress bar or lines, metrics, the report, event files.
+"""The output of rank 0 during a run: a progress bar or lines, metrics, the report, event files.
 
 The training loop makes a `Report` on rank 0. It appends metrics to the run directory and draws with ``apps.report``.
 """
@@ -55,7 +55,7 @@ class Report:
 
     def __init__(self, trainer: Trainer, directory: RunDirectory, done: int) -> None:
         if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="replace")  # the sample may hold what an ASCII terminal cannot show
+            sys.stdout.reconfigure(errors="replace")  # an ASCII terminal cannot show all characters of a sample
         self.training, self.directory, self.done = trainer.config.training, directory, done
         self.unit = trainer.task.unit
         self.console, self.begun = Console(soft_wrap=True), time.perf_counter()
@@ -91,7 +91,7 @@ class Report:
     def finish(self, text: bytes, forecast: Mapping[str, Any] | None) -> None:
         """Write the report and the sample; print the forecast beside the measurement, and where everything is."""
         self.close()
-        grown = peak_memory() - self.before  # before the report loads what draws it
+        grown = peak_memory() - self.before  # before the report loads matplotlib
         if forecast is not None:
             self.directory.write_facts(self.directory.facts() | {"predicted": forecast})
         reports.write([self.directory.path])

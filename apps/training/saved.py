@@ -1,4 +1,4 @@
-"""Models from what runs and conversions have saved: the weights of a checkpoint, and the model that they belong to.
+"""Models that runs and conversions have saved: the weights of a checkpoint, and the model that they belong to.
 
 The commands ``generate`` and ``convert`` call it. It reads checkpoints with ``checkpoint`` and makes models with
 ``layers.models``.
@@ -29,7 +29,7 @@ def weights_by_name(parameters: Iterable[Parameter], kind: str = "weights") -> d
     parameters : iterable of Parameter
         The parameters of the model.
     kind : {"weights", "average"}
-        First part of the names: that of weights, or of their moving averages.
+        First part of the names, for weights or for their moving averages.
 
     Returns
     -------
@@ -154,7 +154,7 @@ def load_model(
     if (source / "config.json").is_file():
         if grid.axes.get(PIPE, 1) > 1:
             raise GridError(f"{source} on {grid}: only a checkpoint is cut into stages; make one with convert --to cm")
-        model = models.from_pretrained(source, parallelism)  # which refuses a table that is damaged
+        model = models.from_pretrained(source, parallelism)  # it refuses a damaged table
         return model, None, json.loads((source / "config.json").read_text(encoding="utf-8"))
     source = checkpoint_of(source)
     metadata = metadata_of(source, plugins)

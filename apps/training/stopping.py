@@ -1,4 +1,4 @@
-"""Stop a run after a signal: all ranks decide together, save a checkpoint, and end with an exit code of its own.
+"""Stop a run after a signal: all ranks decide together, save a checkpoint, and end with the exit code `CODE`.
 
 The training loop asks `Stop` in each step. Slurm sends SIGTERM when it needs the nodes of a job for another one, and,
 with ``--signal=TERM@120``, before the time is up; the mpiexec of MPICH and of Intel MPI pass it on. Open MPI's kills
@@ -66,7 +66,7 @@ class Stop:
         if threading.current_thread() is threading.main_thread():
             for number in self._numbers:
                 self._before[number] = signal.signal(number, self._ask)
-                signal.siginterrupt(number, False)  # a library that writes does not see its system calls fail
+                signal.siginterrupt(number, False)  # so that the system calls of libraries do not fail
         return self
 
     def __exit__(self, *_: object) -> None:

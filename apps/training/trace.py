@@ -1,8 +1,8 @@
-"""Traces of steps: what every rank computed, communicated and waited for, on one clock.
+"""Traces of steps: the computations, messages and waits of every rank, on one clock.
 
 ``trace.json`` has the trace event format of Chrome and opens in Perfetto (https://ui.perfetto.dev). Each rank is a
 process. Its track "step" shows what the rank itself did, nested: steps, passes of microbatches, layers, communication
-and waits. Communication that went on meanwhile is on tracks of its own. The meter makes the traces, from the records of
+and waits. Communication that went on meanwhile is on further tracks. The meter makes the traces, from the records of
 ``ledger``.
 
 References
@@ -49,7 +49,7 @@ class Trace:
         self.grid, self.path, self.steps = grid, path, frozenset(steps)
         self._events: list[dict[str, Any]] = []
         self._begun: float | None = None
-        self._offsets: dict[str, float] = {}  # of the clock of each host
+        self._offsets: dict[str, float] = {}  # one for the clock of each host
 
     def add(self, step: int, record: ledger.Record, begun: float, ended: float) -> None:
         """Add a step to the trace, if it is one of the steps to trace.
@@ -108,7 +108,7 @@ def clock() -> float:
 
 
 def slices(record: ledger.Record, begun: float, ended: float) -> list[Slice]:
-    """Return what a rank itself did in a step: computations, and communication while it did nothing else.
+    """Return the slices of a rank's own work in a step: computations, and communication while it did nothing else.
 
     Waits for a message of another stage, and gaps, are idle.
     """

@@ -92,7 +92,7 @@ def start(config: Config, overwrite: bool = False, trace: int = 0, forecast: For
 
 
 def resume(path: str, settings: list[str], trace: int = 0, forecast: Forecaster | None = None) -> int:
-    """Continue a run from its latest checkpoint. On the same grid the result is bitwise that of a run without a stop.
+    """Continue a run from its latest checkpoint. On the same grid it ends bitwise like a run without a stop.
 
     Parameters
     ----------

@@ -28,7 +28,7 @@ from colossal_mpi.layers.pipeline import PIPE, SCHEDULES, Pipeline, parameter_na
 from colossal_mpi.platform import backend
 
 OWN_LOSSES = ("balance", "z_loss")
-"""The losses that mixtures of experts add, by the last parts of the names that they report."""
+"""The losses that mixtures of experts add, by the last part of the name under which a layer reports them."""
 
 
 class Trainer:
@@ -120,7 +120,7 @@ class Trainer:
 
         Notes
         -----
-        **Communication:** the messages of the pipeline's stages, and those of the layers.
+        **Communication:** the messages of the pipeline's stages and of the layers.
         """
         feed = StepFeed(self.task, step, self.optimizer.loss_scale)
         with precision.overflowing() if self.optimizer.scaling else nullcontext():
@@ -167,7 +167,7 @@ class Trainer:
 
         Notes
         -----
-        **Communication:** the messages of the pipeline's stages, and those of the layers.
+        **Communication:** the messages of the pipeline's stages and of the layers.
         """
         length = x.shape[1] if x.ndim == 2 else None
         return self.pipeline.outputs(x, ctx, self.task.activation_spec(x.shape[0], length))
@@ -277,7 +277,7 @@ class Trainer:
     def _metadata(self, step: int) -> dict[str, Any]:
         model = models.describe(self.model)
         if self.optimizer.scaling is not None:
-            model["dtype"] = "float32"  # of the master weights, which the checkpoint holds
+            model["dtype"] = "float32"  # the checkpoint holds the master weights
         return {
             "step": step,
             "config": self.config.model_dump(),

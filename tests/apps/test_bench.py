@@ -1,4 +1,4 @@
-"""The benchmark: rows, names, grids, the check of every competitor, and what does not fit. No time is asserted."""
+"""``colossal-mpi bench gemm`` makes its rows, checks results, and skips what does not fit. No test asserts a time."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ def bench(*arguments, run=()):
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
-    """Return what a benchmark of a small and an absurd size on four ranks leaves."""
+    """Run a benchmark of a small and an absurd size on four ranks, and return its results."""
     folder = tmp_path_factory.mktemp("bench")
     files = "--json", folder / "made" / "rows.json", "--plot", folder / "made" / "gemm.png"
     done = bench("--size", "65,33,47", "--size", "10000000", "--repeat", 2, *files)

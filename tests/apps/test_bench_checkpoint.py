@@ -1,4 +1,4 @@
-"""``colossal-mpi bench checkpoint``: it measures all that it claims, leaves nothing, and refuses what it cannot do."""
+"""``colossal-mpi bench checkpoint`` measures all that it claims, leaves no files, and refuses what it cannot do."""
 
 import json
 import os

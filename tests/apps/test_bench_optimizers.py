@@ -1,4 +1,4 @@
-"""The benchmark of optimizers: its rows, that it goes on where it was stopped, and its picture."""
+"""``colossal-mpi bench optimizers`` writes its rows and picture, and continues where it was stopped."""
 
 import json
 import subprocess

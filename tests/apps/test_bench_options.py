@@ -1,4 +1,4 @@
-"""Options that a benchmark cannot have: one message, before anything is measured."""
+"""A benchmark refuses wrong options in one message, before it measures anything."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The benchmark of the pipelines' bubbles: its rows, its picture, what it refuses. No time is asserted."""
+"""``colossal-mpi bench pipeline`` writes rows and a picture, and refuses wrong options. No test asserts a time."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ def test_rows_table_and_picture(tmp_path):
         assert 0 < row["seconds"] <= row["median_seconds"]
         f, b, w = (row[f"{kind}_seconds"] for kind in ("forward", "backward", "weight"))
         assert min(f, b, w) > 0
-        if row["schedule"] == "gpipe":  # 6 stages, 12 microbatches, in the closed form of alike stages
+        if row["schedule"] == "gpipe":  # 6 stages, 12 microbatches, in the closed form for equal stages
             waits = 5 * (f + b)
             assert row["simulated_bubble_of_more"] == pytest.approx(waits / (12 * (f + b + w) + waits))
     assert "GPT of 4 layers, width 20, 5 x 7 tokens in 4 microbatches on 2 stages, 2 interleaved repeats" in done.stdout

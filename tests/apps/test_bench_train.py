@@ -1,4 +1,4 @@
-"""The benchmark of a training step: its rows, and that all competitors train the same model. No time is asserted."""
+"""``colossal-mpi bench train`` writes rows, and all competitors train the same model. No test asserts a time."""
 
 import json
 import subprocess

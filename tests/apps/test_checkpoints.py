@@ -1,4 +1,4 @@
-"""Checkpoints of runs: any grid goes on from any other's, the same grid to the bit, and old ones make room."""
+"""A run resumes from a checkpoint of any grid, bitwise on the same grid; old checkpoints are removed."""
 
 from contextlib import contextmanager
 
@@ -34,7 +34,7 @@ def config(tensor, zero=0, dropout=0.0):
 
 @contextmanager
 def on(axes):
-    """Make a grid of the first ranks; the others get None and wait asleep at the end."""
+    """Make a grid of the first ranks; the others get None and sleep until the end."""
     size = int(np.prod(list(axes.values()), dtype=int))
     group = MPI.COMM_WORLD.Split(0 if size > MPI.COMM_WORLD.rank else MPI.UNDEFINED)
     yield Grid(group, **axes) if group != MPI.COMM_NULL else None
@@ -42,7 +42,7 @@ def on(axes):
 
 
 def state_of(directory):
-    """Read whole arrays as any HDF5 tool does."""
+    """Read whole arrays, as any HDF5 tool would."""
     import h5py
 
     with h5py.File(directory / "index.h5") as file:
@@ -61,7 +61,7 @@ def test_any_grid_goes_on_from_a_checkpoint_of_another(shared_path):
     steps(run, 0, 2)
     run.save(shared_path / "step-2", 2)
     exact = steps(run, 2, 2)
-    assert len({name.split("/")[0] for name in state_of(shared_path / "step-2")}) == 2  # weights and the optimizer's
+    assert len({name.split("/")[0] for name in state_of(shared_path / "step-2")}) == 2  # weights and optimizer
     for number, (axes, tensor, zero) in enumerate(LOADING):
         with on(axes) as some:
             if some is None:
@@ -143,6 +143,6 @@ def test_the_checkpoint_that_latest_points_to_stays(tmp_path):
     directory = RunDirectory(tmp_path)
     for step in (1, 5, 9):
         directory.checkpoint(step).mkdir(parents=True)
-    directory.keep(1, 1, 0)  # of a run that went back to its first step
+    directory.keep(1, 1, 0)  # as after a return to the first step
     assert [step for step, _ in directory._saved()] == [1, 9]
     assert (directory.checkpoints / "latest").resolve() == directory.checkpoint(1).resolve()

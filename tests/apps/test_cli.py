@@ -1,4 +1,4 @@
-"""The command line: help of every command that fits a screen, with an example; launching."""
+"""The help of every command fits a screen and has an example; the commands start ranks."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""Configurations: defaults, settings, and errors that name key, value, file and what would work."""
+"""Configurations have defaults and take settings; errors name key, value, file and what would work."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""``colossal-mpi convert``: weights to a checkpoint and back are the same bits, whatever the number of ranks."""
+"""``colossal-mpi convert`` keeps every bit of the weights to a checkpoint and back, on any number of ranks."""
 
 from pathlib import Path
 

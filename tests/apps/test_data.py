@@ -1,4 +1,4 @@
-"""The corpus and its order: functions of the seed and the global sample index alone."""
+"""The corpus and the order of its samples depend on the seed and the global sample number alone."""
 
 import numpy as np
 import pytest

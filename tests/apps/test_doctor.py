@@ -1,4 +1,4 @@
-"""``colossal-mpi doctor``: planted problems are found however it is started; each check on made-up facts."""
+"""``colossal-mpi doctor`` finds planted problems, however it is started; each check judges made-up facts rightly."""
 
 import io
 import json
@@ -28,19 +28,19 @@ UNSET = {"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM
 def call(command, **more):
     env = {name: value for name, value in os.environ.items() if name not in UNSET}
     env |= {"PYTHONPATH": str(ROOT), **QUICK, **more}
-    # from a folder without a colossal_mpi, which python -m would prefer
+    # python -m would prefer a colossal_mpi in the current folder
     return subprocess.run(command, env=env, cwd="/", capture_output=True, text=True, timeout=60, check=False)
 
 
 def diagnosis(result):
-    """Return the level of each topic and the text and remedy of those that are bad; only one rank has spoken."""
+    """Return the level of each topic, and text and remedy of the bad ones; check that only one rank has printed."""
     told = json.loads(result.stdout)
     assert (told["level"] == BAD) == (result.returncode == 1), result.stderr
     return told, {one["topic"]: one["text"] + " -> " + one["remedy"] for one in told["findings"] if one["level"] == BAD}
 
 
 def test_alone_it_finds_a_directory_that_cannot_be_written(tmp_path):
-    # root may write everywhere but here
+    # even root cannot write here
     directory = Path("/proc/runs") if os.geteuid() == 0 else tmp_path / "runs"
     tmp_path.chmod(0o500)
     told, bad = diagnosis(call([*DOCTOR, "--directory", str(directory)]))

@@ -1,4 +1,4 @@
-"""The README and the guides: what they say to type is run, prints what is shown, and names what there is."""
+"""The lines that the README and the guides tell a reader to type run and print what is shown; all names exist."""
 
 import re
 import shlex
@@ -25,7 +25,7 @@ TEXT = "\n".join(topics[name] for name in sorted(topics))[:60000]
 
 @pytest.fixture
 def folder(tmp_path):
-    """Give the files that a reader has: texts, a tokenizer, the scripts of the repository."""
+    """Make the files that a reader has: texts, a tokenizer, the scripts of the repository."""
     tokenizers = pytest.importorskip("tokenizers")
     (tmp_path / "corpus").mkdir()
     (tmp_path / "jobs").symlink_to(ROOT / "jobs")
@@ -54,7 +54,7 @@ def test_a_document_does_what_it_says(name, folder):
 
 
 def run(line, folder, env):
-    """Run a line, and compare what it prints with what is shown; ``...`` stands for anything."""
+    """Run a line, and compare its output with the output in the document; ``...`` stands for anything."""
     result = subprocess.run(
         ["bash", "-c", line.text], cwd=folder, env=env, capture_output=True, text=True, timeout=120, check=False
     )
@@ -99,13 +99,13 @@ def options_of_pip(command):
 
 
 BEFOREHAND = {"make": make, "pip": pip}
-"""What can be said of lines that are not run."""
+"""Checks of the lines that are not run."""
 
 
 @pytest.mark.parametrize("names", list(commands()), ids=" ".join)
 def test_the_example_of_a_help_is_understood(names):
     example = (command(names)[0].epilog or "").partition("colossal-mpi ")[2]
-    if example:  # of a group: that of one of its commands
+    if example:  # a group shows the example of one of its commands
         parse(shlex.split(example))
 
 
@@ -133,7 +133,7 @@ def is_understood(options):
 
 
 def is_key(literal):
-    """Say whether a literal is a key of a configuration, as far as its section is one."""
+    """Say whether a literal is a key of a configuration; without ``=`` one of an unknown section passes."""
     section, key = re.match(r"(\w+)\.(\w+)", literal).groups()
     if section not in Config.model_fields:
         return section != section.lower() or "=" not in literal

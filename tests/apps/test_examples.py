@@ -1,4 +1,4 @@
-"""A model of one's own is short, names no mode, and trains in every mode with the losses of one rank."""
+"""The example of a user's own model is short, names no mode, and trains in every mode with the losses of one rank."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The check of GPUs counts what pytest did, and is content where there is no GPU."""
+"""The check of GPUs counts the results of pytest, and passes where there is no GPU."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Images: the digits of scikit-learn, the user's own, and what is wrong with them in one message on all ranks."""
+"""The images are scikit-learn's digits or the user's own; all ranks refuse wrong files in one message."""
 
 import sys
 

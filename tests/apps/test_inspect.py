@@ -1,4 +1,4 @@
-"""``colossal-mpi inspect``: what people see of a checkpoint, of its damage and of the difference of two."""
+"""``colossal-mpi inspect`` shows the contents of a checkpoint, its damage, and the difference of two checkpoints."""
 
 import os
 import subprocess

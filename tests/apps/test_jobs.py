@@ -1,4 +1,4 @@
-"""The scripts of ``jobs/`` are short, pass shellcheck, and run with a substitute for ``srun`` that calls mpiexec."""
+"""The scripts of ``jobs/`` are short, pass shellcheck, and run with an ``srun`` replaced by mpiexec."""
 
 import os
 import shutil

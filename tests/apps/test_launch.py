@@ -61,7 +61,7 @@ def test_exit_code_of_the_job_is_returned(script):
 
 
 def test_own_rank_variables_are_not_inherited(script):
-    # srun -n 1 and mpiexec -n 1 leave these variables to the only rank, which calls run.
+    # srun -n 1 and mpiexec -n 1 set these variables for the only rank, which calls run.
     process = start(script(HELLO), PMI_SIZE="1", PMI_RANK="0", PMIX_SERVER_URI2="gone")
     assert process.communicate(timeout=30)[0] == "[2][2]"
 

@@ -1,4 +1,4 @@
-"""One job at a time writes a run directory, and readers do not mind; a job that is killed leaves no trap."""
+"""One job at a time writes a run directory, which others can read; a killed job leaves no lock behind."""
 
 import errno
 import fcntl
@@ -40,7 +40,7 @@ peak_flops = 1
 
 @pytest.fixture
 def training(tmp_path, monkeypatch):
-    """Start a run of two ranks that does not end, and wait until it has saved."""
+    """Start an endless run of two ranks, and wait until it has saved."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SLURM_JOB_ID", "42")
     (tmp_path / "small.toml").write_text(SMALL)
@@ -82,7 +82,7 @@ def test_a_second_writer_is_refused_until_the_first_is_gone(training):
     (process,) = {int(match[1]) for match in found}
     os.kill(process, signal.SIGKILL)
     training.wait(20)
-    assert Path("run/lock").stat().st_size > 0  # what it left
+    assert Path("run/lock").stat().st_size > 0  # the killed job left its text
     steps = int(Path("run/checkpoints/latest").resolve().name.removeprefix("step-")) + 1
     again = call("train", "--resume", "run", "--set", f"training.steps={steps}")
     assert again.returncode == 0, again.stderr

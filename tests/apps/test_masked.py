@@ -1,4 +1,4 @@
-"""What is hidden and paired is a function of seed and sample number, in the shares that BERT has."""
+"""The hidden tokens and the pairs depend on seed and sample number alone, in the shares of BERT."""
 
 import numpy as np
 import pytest

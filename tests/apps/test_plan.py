@@ -1,4 +1,4 @@
-"""Plans: what is predicted is what a run takes, and the search returns ways that fit."""
+"""A forecast equals the cost that a run measures, and the search returns configurations that fit the memory."""
 
 import json
 import re
@@ -44,7 +44,7 @@ GRIDS = [dict(axes) for axes in dict.fromkeys(tuple(axes.items()) for axes, *_ i
 UNEVEN = ("model.hidden=285", "model.heads=5", "model.context=63", "model.vocabulary=257")
 """Sizes that two and four do not divide."""
 BUCKET = "parallel.bucket=65536"
-"""Small: how many of the four buckets under way have come depends on the load of the machine."""
+"""A small bucket: it depends on the machine's load how many of the four buckets under way have arrived."""
 
 
 def config_of(axes, tensor="none", model=UNEVEN, **settings):
@@ -59,11 +59,11 @@ def test_words_are_those_of_the_ledger_and_memory_that_of_arrays(grid):
 
 
 def check(config, grid):
-    grid.shares = False  # blocks that neighbours read in place need no copies, and are not NumPy's memory
+    grid.shares = False  # blocks that neighbours read in place are not copied, and are not NumPy's memory
     tracemalloc.start()
     trainer = Trainer(config, grid)
     trainer.step(0)
-    before = tracemalloc.get_traced_memory()[0]  # weights, the optimizer's state, and what is no array of the model
+    before = tracemalloc.get_traced_memory()[0]  # weights, the optimizer's state, and whatever else is alive
     tracemalloc.reset_peak()
     with ledger.record() as moved:
         trainer.step(1)
@@ -83,10 +83,10 @@ def test_a_sample_of_a_step_foretells_the_whole(axes, tensor, settings):
     config = config_of(axes, tensor, **settings)
     short, whole = sampled_forecast(config, MACHINE), forecast(config, MACHINE)
     count = config.training.microbatches
-    larger = -(-15 // count) * count / 15 - 1  # a sample takes all microbatches to be as large as the first
-    once = 0.002 if config.parallel.zero == 3 else 0.0  # vectors, which are gathered for the first microbatch alone
+    larger = -(-15 // count) * count / 15 - 1  # the sampled forecast takes all microbatches to be as large as the first
+    once = 0.002 if config.parallel.zero == 3 else 0.0  # vectors are gathered for the first microbatch alone
     assert 0 <= short.words - whole.words <= (larger + once) * whole.words
-    assert abs(short.peak - whole.peak) <= 0.25 * whole.peak  # zero-bubble keeps what weight products need longer
+    assert abs(short.peak - whole.peak) <= 0.25 * whole.peak  # zero-bubble keeps the operands of weight products longer
     assert abs(short.seconds - whole.seconds) <= 0.12 * whole.seconds
 
 
@@ -100,13 +100,13 @@ def test_a_step_of_one_stage_is_the_sum_of_what_is_done():
 
 
 def test_stages_wait_as_the_schedule_says():
-    """The last stage has most to do and waits only before its first microbatch has come and after its last has gone."""
+    """The last stage has most to do; it waits only until its first microbatch arrives and after its last has left."""
     axes, link = (("pipe", 5),), Link(0.0, float("inf"))
     machine = Machine(1e6, float("inf"), 0.0, 0.0, link, link, 5)
     one = forecast(config_of(axes, schedule="1f1b", microbatches=5), machine)
     assert one.stages[-1].busy > max(cost.busy for cost in one.stages[:-1])
     each = [[cost.seconds_of(kind(0, 0)) for kind in (Forward, BackwardInput, BackwardWeight)] for cost in one.stages]
-    way = sum(forward + inputs for forward, inputs, _ in each[:-1])  # there and back, weights being put off
+    way = sum(forward + inputs for forward, inputs, _ in each[:-1])  # there and back; weight products come later
     whole = way + one.stages[-1].busy - each[-1][2] + max(each[0][2], each[-1][2] - way)
     assert one.seconds == pytest.approx(whole, rel=1e-12)
     assert one.bubble == pytest.approx(1 - sum(cost.busy for cost in one.stages) / 5 / whole, rel=1e-12)
@@ -122,7 +122,7 @@ def test_copies_of_checkpoints_are_foretold(grid):
     trainer.reserve()
     taken = comm.collect(sum(kept.nbytes for kept in trainer.saving._copies.values()), grid)
     assert comm.collect(trainer.copies, grid) == taken
-    assert taken[3] < taken[0] == checkpoint_copies(config)[0]  # of what several ranks hold, the first writes it
+    assert taken[3] < taken[0] == checkpoint_copies(config)[0]  # the first of several replicas writes an array
     for none in ({"background_checkpoints": False}, {"checkpoint_every": config.training.steps}):
         assert checkpoint_copies(with_settings(config, dict(grid.axes), "1d", **none)) == [0]
 
@@ -162,7 +162,7 @@ def test_what_is_left_out_is_not_among_the_best(monkeypatch):
 @pytest.mark.grids({"data": 3})
 def test_ranks_that_share_a_search_find_what_one_finds(grid):
     ways = (2, 16 << 20, ["training.batch=4"])
-    own = replace(MACHINE, flops=MACHINE.flops / (1 + grid.rank))  # the first one's counts
+    own = replace(MACHINE, flops=MACHINE.flops / (1 + grid.rank))  # rank 0's counts
     together, one = searched(*ways, grid, own), searched(*ways, Grid(MPI.COMM_SELF, "cpu", ranks=1))
     assert told(together) == told(one)
     assert len(one.best) == 2
@@ -196,7 +196,7 @@ def test_ranks_that_a_model_cannot_fill():
     assert "the model cannot fill so many ranks" in line
 
 
-@pytest.mark.smoke  # with two pretended nodes, of two ranks and one
+@pytest.mark.smoke  # with two simulated nodes, of two ranks and one
 @pytest.mark.grids({"data": 3})
 def test_a_machine_is_measured_on_nodes_of_any_size(grid):
     machine = calibrate(measure(grid, "float32"), grid)

@@ -1,4 +1,4 @@
-"""What a run shows: lines without a terminal, a bar at one, event files for TensorBoard where they can be written."""
+"""A run shows lines without a terminal and a bar at one, and writes event files for TensorBoard where it can."""
 
 import importlib.util
 import io
@@ -20,7 +20,7 @@ EVENTS = importlib.util.find_spec("tensorboardX") is not None
 
 @pytest.fixture
 def run(tmp_path):
-    """Return the configuration of a run of ten steps, its directory and what stands for its trainer."""
+    """Return the configuration of a run of ten steps, its directory and a stand-in for its trainer."""
     settings = ["training.steps=10", "training.log_every=4", f"run.directory={tmp_path / 'run'}"]
     config, directory = load("demo", settings), RunDirectory(tmp_path / "run")
     directory.create(config, overwrite=False)

@@ -1,4 +1,4 @@
-"""What a file outside the package registers trains, resumes and is a choice everywhere; wrong plugins are named."""
+"""Names that a plugin registers train, resume and are choices everywhere; messages name wrong plugins."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def test_everything_of_a_plugin_trains_and_is_found_again_by_a_resumed_run(folde
     assert "Bigram of 3,328 parameters, float64, tensor replicated on Grid(col=2)" in done.stdout
     assert (folder / "run" / "sample.txt").read_bytes() == b"as the plugin says"
     facts = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert facts["learning_rate"] == pytest.approx(1e-3 * 0.8)  # the root of 1/3 is less
+    assert facts["learning_rate"] == pytest.approx(1e-3 * 0.8)  # the square root of 1/3 is less
 
     (folder / "elsewhere").mkdir()
     monkeypatch.chdir(folder / "elsewhere")

@@ -1,4 +1,4 @@
-"""Reports: what runs record, the trace of a step, pictures and page, of runs of older versions too."""
+"""Runs record their steps and traces, and a report draws them, from runs of older versions, too."""
 
 import json
 import re
@@ -78,13 +78,13 @@ def test_a_trace_has_one_process_a_rank_and_slices_that_nest(grid, shared_path):
     assert {event["args"]["step"] for event in events if event.get("cat") == "step"} == {1, 2}
     layers = {event["name"] for event in events if "layer" in event.get("args", {})}
     assert {"blocks.0", "blocks.1.attention.qkv", "head"} <= layers
-    if "pipe" in grid.axes:  # the last stage has weight products of its own, the first waits for it
+    if "pipe" in grid.axes:  # the last stage has further weight products, and the first waits for it
         assert any(event["cat"] == "weight" and event["args"].get("microbatch") == 1 for event in events[16:])
         assert any(event["cat"] == "idle" and event["name"] == "receive pipe" for event in events[16:])
 
 
 def check_track(events):
-    """Check that complete slices of a rank lie one inside the other or apart, and that asynchronous ones are closed."""
+    """Check that complete slices of a rank are nested or disjoint, and that asynchronous ones are closed."""
     complete = [event for event in events if event["ph"] == "X"]
     assert {event["cat"] for event in complete} <= {"step", *KINDS}
     assert {"step", "forward", "backward", "update", "comm"} <= {event["cat"] for event in complete}
@@ -121,7 +121,7 @@ def test_the_peak_is_measured_once_for_a_machine(tmp_path, monkeypatch):
 
 
 def make_run(path, steps, config=None, old=False):
-    """Write a run's directory as `train` does, that of a version without run.json and ranks if `old`."""
+    """Write a run's directory as `train` does; if `old`, as a version without run.json and ranks did."""
     (path / "report").mkdir(parents=True)
     table = {"training": {"clip": 1.0, "steps": 80}, "parallel": {"tensor": "2d", "grid": {"row": 2}}, **(config or {})}
     (path / "config.toml").write_text(tomli_w.dumps(table))
@@ -163,7 +163,7 @@ def trace():
 
 
 class Page(HTMLParser):
-    """What is on a page."""
+    """The elements of a page."""
 
     def __init__(self, path):
         super().__init__()

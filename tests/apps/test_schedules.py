@@ -1,4 +1,4 @@
-"""The shipped demo on pipe x data x col, by every schedule, with overlap on, is the demo on one rank."""
+"""The shipped demo on pipe x data x col has the losses of one rank, with every schedule and with overlap."""
 
 import json
 

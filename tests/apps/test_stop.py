@@ -1,4 +1,4 @@
-"""A run that a signal stops: one step for all ranks, a checkpoint, its exit code, and on from there bitwise."""
+"""A signal stops all ranks of a run after the same step, with a checkpoint and the exit code; it resumes bitwise."""
 
 import contextlib
 import json
@@ -82,7 +82,7 @@ class Run:
 
 
 def rank_pid(rank):
-    """Return the process that is one rank of the job in this folder."""
+    """Return the process of one rank of the job in this folder."""
     name = "OMPI_COMM_WORLD_RANK" if OPEN_MPI else "PMI_RANK"
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -105,7 +105,7 @@ def rows():
 
 def test_a_signal_to_one_rank_stops_all_after_one_step_and_resumes_bitwise(folder):
     run = Run("small.toml").seen("run/metrics.jsonl", "loss")
-    run.process.send_signal(signal.SIGUSR1)  # a question, which stops nothing
+    run.process.send_signal(signal.SIGUSR1)  # this signal asks for a status and stops nothing
     for rank in (0, 1):
         run.seen("err", f"rank {rank} of 2 on {os.uname().nodename}: the last")
     os.kill(rank_pid(1), signal.SIGTERM)

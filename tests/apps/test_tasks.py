@@ -1,4 +1,4 @@
-"""Every task trains the same on any grid, resumes bitwise, and draws the same samples whatever the microbatches."""
+"""Every task trains equally on any grid, resumes bitwise, and draws the same samples for any microbatches."""
 
 import json
 from pathlib import Path
@@ -116,7 +116,7 @@ def test_a_resumed_run_is_bitwise_the_run_that_never_stopped(grid, name, shared_
         assert np.array_equal(host(mine.value), host(other.value)), mine.name
 
 
-@pytest.mark.parametrize("name", sorted(TASKS.keys() - {"experts"}))  # whose tokens are balanced in each microbatch
+@pytest.mark.parametrize("name", sorted(TASKS.keys() - {"experts"}))  # experts balance the tokens of each microbatch
 def test_microbatches_change_nothing(name):
     grid = Grid(MPI.COMM_SELF)
     one, three = three_steps(name, grid, microbatches=1), three_steps(name, grid, microbatches=3)

@@ -1,4 +1,4 @@
-"""Token stores: what goes in comes out, in little memory, and trains the same on any grid."""
+"""A token store returns the tokens that were written, needs little memory, and trains equally on any grid."""
 
 import json
 import subprocess

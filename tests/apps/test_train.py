@@ -1,4 +1,4 @@
-"""``colossal-mpi train`` as a user runs it: its files, resuming, and one clear message when it cannot run."""
+"""``colossal-mpi train`` writes its files, resumes, and gives one clear message when it cannot run."""
 
 import json
 import os
@@ -77,7 +77,7 @@ def test_a_run_leaves_its_files_and_resumes_bitwise(folder):
     assert len((run / "sample.txt").read_bytes()) == len(b"\nThe ") + 5
     assert (run / "checkpoints" / "latest").resolve().name == "step-0000006"
     assert "tokens/s" in whole.stdout
-    assert re.search(r"left|\d:\d\d:\d\d", whole.stdout)  # Open MPI gives rank 0 a terminal, and so a bar
+    assert re.search(r"left|\d:\d\d:\d\d", whole.stdout)  # Open MPI gives rank 0 a terminal, where it shows a bar
     (run / "checkpoints" / "latest").unlink()
     (run / "checkpoints" / "latest").symlink_to("step-0000003")
     again = start(4, "--resume", "run")
@@ -114,7 +114,7 @@ def test_a_run_resumes_on_another_grid(folder, grid, settings):
 
 
 def test_half_precision_trains_and_resumes_at_any_dtype(folder):
-    """With recomputed blocks, too; a run of float16 goes on as it was, bitwise, and as one of float32."""
+    """It does so with recomputed blocks, too; a float16 run resumes bitwise, and resumes as a float32 run."""
     losses = {}
     for dtype in ("float32", "float16"):
         words = ["parallel.recompute=full", f"parallel.dtype={dtype}", f"run.directory={dtype}"]

@@ -1,4 +1,4 @@
-"""A build from any source is complete: it has all four folders, the data files, and nothing else.
+"""A build from any source has all four folders, the data files, and nothing else.
 
 A zip archive of the repository has no symlinks, an sdist leaves them out, and ``pip install git+...`` makes a checkout.
 """

@@ -1,4 +1,4 @@
-"""Vision Transformers: the section of their configuration, and the task of naming the class of an image."""
+"""Vision Transformers: the section of their configuration, and the task of classifying images."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ViTSection(ImageSection, TransformerSection):
 
 
 class ImageClassification(Task):
-    """Images ``[b, c, y, x]`` to the logits ``[b, v]`` of their classes.
+    """The task that maps images ``[b, c, y, x]`` to the logits ``[b, v]`` of their classes.
 
     Parameters
     ----------
@@ -97,7 +97,7 @@ class ImageClassification(Task):
         return {"accuracy": count_correct(outputs, labels) / samples}
 
     def sample(self, count: int) -> bytes:
-        # Drawings of the first held-out images, as many as fit on a line, above their labels and the model's answers.
+        # Draw the first held-out images, as many as fit on a line, above their labels and the model's answers.
         width = 2 * self.images.train.shape[3] + 2
         shown = max(1, min(self.held, _COLUMNS // width))
         logits = self.run(self._held(0, shown).inputs, Context(train=False))

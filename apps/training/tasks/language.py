@@ -57,7 +57,7 @@ class LlamaSection(_MixtureSection):
 
 
 class CausalLanguage(Task):
-    """Token ids ``[b, s]`` of a corpus to the logits ``[b, s, v]`` of the token after each.
+    """The task that maps token ids ``[b, s]`` of a corpus to the logits ``[b, s, v]`` of the token after each.
 
     Parameters
     ----------
@@ -69,8 +69,8 @@ class CausalLanguage(Task):
     Attributes
     ----------
     order : array of int64 or None
-        Positions of a sequence in the order in which the arrays have them, so that all ranks of a ring have equally
-        much to attend to.
+        Positions of a sequence in the order in which the arrays have them, so that attention is equal
+        work for all ranks of a ring.
 
     Notes
     -----

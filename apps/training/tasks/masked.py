@@ -32,7 +32,7 @@ class BertSection(MaskedSection, TransformerSection):
 
 
 class MaskedLanguage(Task):
-    """Token ids ``[b, s]``, some of them hidden, to the logits ``[b, s, v]`` of the hidden ones.
+    """The task that maps token ids ``[b, s]``, some of them hidden, to the logits ``[b, s, v]`` of the hidden ones.
 
     Parameters
     ----------
@@ -46,7 +46,7 @@ class MaskedLanguage(Task):
     The loss is the cross-entropy, a mean over the hidden tokens. With ``next_sentence`` a sequence has two parts, and
     half of the second parts are from elsewhere in the corpus: the model also has logits ``[b, 2]`` for this, and the
     loss is the sum of both cross-entropies, the second a mean over the samples. A validation takes sequences that are
-    spread evenly over the held-out text, hidden and paired alike in every validation.
+    spread evenly over the held-out text, hidden and paired in the same way each time.
     """
 
     section = MaskedSection
@@ -112,7 +112,7 @@ class MaskedLanguage(Task):
         return {name: count_correct(x, y) / (samples * n) for name, (x, y, n) in heads}
 
     def sample(self, count: int) -> bytes:
-        # Lines of held-out text: with underlines for the hidden bytes, and as the model fills them in.
+        # Show lines of held-out text, with underlines for the hidden bytes and then as the model fills them in.
         rows = min(self.held, -(-count // self.form.bytes))
         batch = self._held(0, rows)
         outputs = self.run(batch.inputs, Context(train=False, **batch.context))

@@ -1,8 +1,8 @@
 """The interface between the trainer and a task, the registry of tasks, and the microbatches of a task's step.
 
 A task is a model, its loss and its data. The trainer, the planner and ``generate`` call its methods; each file beside
-this one registers one task, and the sections of the configuration for the kinds of models that it trains. Which task a
-kind of model has says ``layers.models.MODELS``.
+this one registers one task, and the sections of the configuration for the kinds of models that it trains.
+``layers.models.MODELS`` says which task a kind of model has.
 """
 
 from __future__ import annotations
