@@ -2,8 +2,8 @@
 
 The command line, the configuration and the tasks of `colossal_mpi.apps` import what they need from here, and so do
 users' own models; the subpackages (models, optimizers, pipelines, overlap, inference) import its modules. The layers
-call distributed products and redistributions for what moves, and the kernels of their grid for what is local: a
-parallel mode is a choice of layouts.
+call distributed products and redistributions to move data, and the kernels of their grid for local work: a parallel
+mode is a choice of layouts.
 """
 
 from colossal_mpi.layers.activation import GELU, Gated, ReLU, SiLU, Softmax

@@ -1,7 +1,7 @@
-"""Activation functions: elementwise, which are local in every layout, gated, and softmax over a dim that may be cut.
+"""Activation functions: elementwise ones, which are local in every layout, gated ones, and softmax over a cut dim.
 
-MLPs, experts and the heads of models choose one by name from `ACTIVATIONS` or `GATED`. The functions of a block are the
-kernels of the array's grid.
+MLPs, experts and the heads of models choose one by name from `ACTIVATIONS` or `GATED`. The kernels of the array's grid
+compute the functions of a block.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from colossal_mpi.platform.backend import Block
 
 
 class Activation(Layer):
-    """Base of the elementwise layers: the kernel of their name forward, and the one named ``_backward`` backward.
+    """Base of the elementwise layers, which call the kernel of their name forward and ``<name>_backward`` backward.
 
     **Communication:** none for complete arrays; partial sums are reduced first, because the function of a sum is not
     the sum of the functions.
@@ -153,6 +153,7 @@ class Gated(Layer):
     def backward(self, dy: DistArray, cache: Cache, later: Later = None) -> DistArray:
         x: DistArray = self.load(cache, self._whole_pairs)
         *leading, _, last = x.layout.dims
+        # dY -> dY[B, S, F_col], the layout of Y
         dy = dy.redistribute(Layout(*leading, last))
         gate, up = (x.local[..., t, :] for t in range(2))
         # dY[B, S, F_col] -> dX[B, S, 2, F_col]
@@ -165,6 +166,7 @@ class Gated(Layer):
     def _whole_pairs(x: DistArray) -> DistArray:
         """Return x with complete sums and each pair of gate and up on one rank."""
         *leading, _, last = x.layout.dims
+        # X[B, S, 2, F_col] {U} -> X[B, S, 2, F_col]: partial sums are reduced, cut pairs are gathered
         return x.redistribute(Layout(*leading, None, last))
 
 
@@ -208,4 +210,4 @@ ACTIVATIONS: dict[str, Callable[[], Activation]] = {
 """The activations by the names that models give them; "gelu" is the exact one, as in PyTorch."""
 
 GATED = {"swiglu": "silu", "geglu": "gelu", "geglu-tanh": "gelu-tanh", "reglu": "relu"}
-"""The gated forms by their names, and the activation of their gate."""
+"""The activation of the gate, by the name of each gated form."""

@@ -54,7 +54,7 @@ class TransformerBlock(Sequential):
     drop_path : float
         Rate at which the whole output of attention or MLP is dropped for a sample.
     bias : bool, optional
-        Whether the products have biases; by default they do, but for those of experts.
+        Whether the products have biases; by default they do, except in experts.
     std : float
         Standard deviation of the initial weights of the products from the stream.
     out_std : float
@@ -71,8 +71,8 @@ class TransformerBlock(Sequential):
 
     Notes
     -----
-    **Communication:** that of `SelfAttention`, of `MLP` or `MoE`, and of the norms. The design notes have the words of
-    a block in every mode.
+    **Communication:** the collectives of `SelfAttention`, of `MLP` or `MoE`, and of the norms. The design notes state
+    the words of a block in every mode.
 
     References
     ----------

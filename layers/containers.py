@@ -1,4 +1,4 @@
-"""Containers of layers: in sequence, in parallel, on one input, and with a residual connection.
+"""Containers of layers: they run layers in sequence, in parallel, on one input, or with a residual connection.
 
 Models and blocks are containers. Pipelines cut a `Sequential` into stages, and `colossal_mpi.layers.overlap` watches it
 to prefetch weights and to start reductions of gradients between its layers.
@@ -18,10 +18,10 @@ from colossal_mpi.layers.layer import Arrays, Cache, Later, Layer
 
 
 class Watcher(Protocol):
-    """An observer that does something between the layers of a `Sequential`."""
+    """An observer that a `Sequential` calls before each of its layers."""
 
     def visit(self, kind: str, chain: Sequential, i: int) -> None:
-        """Hear that layer i now goes ``forward`` or ``backward``, or does its ``weight`` products."""
+        """Act before layer i runs its ``forward`` pass, its ``backward`` pass or its ``weight`` products."""
 
 
 class Sequential(Layer):
@@ -30,13 +30,13 @@ class Sequential(Layer):
     Parameters
     ----------
     *layers : Layer
-        The layers in the order of the forward pass; the backward pass goes through them in reverse. A layer must hand
-        on what the next one takes.
+        The layers in the order of the forward pass; the backward pass goes through them in reverse. Each layer must
+        return the arrays that the next one takes.
 
     Notes
     -----
-    **Communication:** that of the layers. The time, words and flop of each layer are recorded under its label in the
-    ledger's spans ``forward``, ``backward`` and ``weight``.
+    **Communication:** the collectives of the layers. The ledger records the time, words and flop of each layer under
+    its label in its spans ``forward``, ``backward`` and ``weight``.
 
     **Adjoint:** the reversed sequence of the layers' backward passes.
     """
@@ -67,7 +67,7 @@ class Sequential(Layer):
 
     @contextmanager
     def watched(self, watcher: Watcher) -> Iterator[None]:
-        """Return a context in which a watcher hears of each layer.
+        """Return a context in which a watcher is called before each layer.
 
         Parameters
         ----------
@@ -116,7 +116,7 @@ class Parallel(Layer):
 
     Notes
     -----
-    **Communication:** that of the layers.
+    **Communication:** the collectives of the layers.
     """
 
     def __init__(self, *layers: Layer) -> None:
@@ -143,7 +143,7 @@ class Residual(Sequential):
 
     Notes
     -----
-    **Communication:** that of the layers.
+    **Communication:** the collectives of the layers.
 
     **Adjoint:** ``dx = dy + layers^T(dy)``.
     """
@@ -157,6 +157,7 @@ class Residual(Sequential):
 
     def backward(self, dy: DistArray, cache: Cache, later: Later = None) -> DistArray:
         caches, layout = cache
+        # dY -> dY in the layout of X, without partial sums
         dy = dy.redistribute(layout)
         through: DistArray = super().backward(dy, caches, later)
         return dy + through
@@ -178,7 +179,7 @@ class FanOut(Layer):
 
     Notes
     -----
-    **Communication:** that of the layers.
+    **Communication:** the collectives of the layers.
 
     **Adjoint:** the sum of the layers' cotangents.
     """

@@ -1,8 +1,8 @@
 """The context of a forward pass: the step that it belongs to, and the positions, order and padding of its tokens.
 
-Whoever runs a model makes a `Context` for each microbatch: training, pipelines and generation. Layers read it: dropout
-the step, attention the mask, the positions and the order, experts the share of their losses. It calls `redistribute`
-where an array of it does not lie as a layer's input does.
+Training, pipelines and generation make a `Context` for each microbatch, and layers read it: dropout reads the step,
+attention the mask, the positions and the order, and experts the share of their losses. It calls `redistribute` where
+one of its arrays has another layout than a layer's input.
 
 References
 ----------
@@ -24,7 +24,7 @@ from colossal_mpi.platform.backend import Block
 
 
 class KeyValueCache(Protocol):
-    """The keys and values of earlier tokens, as attention uses them; `layers.inference` has one."""
+    """The keys and values of earlier tokens, as attention uses them; `layers.inference` implements it."""
 
     def attend(self, layer: object, q: DistArray, kv: DistArray, ctx: Context) -> DistArray:
         """Append keys and values ``[b, s, 2, g, d]`` and return the attention of the queries to all of them."""
@@ -39,7 +39,7 @@ class AuxiliaryLosses:
     share : float
         Factor of these losses: the microbatch's share of the step's samples.
     values : dict of str to float, optional
-        Where layers report their losses, times `share`, by name; None: nobody asks.
+        The dict to which layers add their losses, times `share`, by name; None: they are not reported.
     """
 
     share: float = 1.0
@@ -48,7 +48,7 @@ class AuxiliaryLosses:
 
 @dataclass(frozen=True)
 class Decoding:
-    """What the generation of text tells the layers.
+    """The options of a forward pass that generates text.
 
     Parameters
     ----------
@@ -56,7 +56,7 @@ class Decoding:
         Keys and values of the earlier tokens, to which attention appends; None: there are no earlier tokens.
     logits_at : array of int, ``[b]``, optional
         A NumPy array, the same on every rank: the index in s of the one token of each sample whose logits the head
-        returns; None: of all tokens.
+        returns; None: it returns the logits of all tokens.
     """
 
     kv_cache: KeyValueCache | None = None
@@ -65,7 +65,7 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Context:
-    """What a layer may know of the step and of the tokens that go through it.
+    """The step of a forward pass, and the positions, order and padding of the tokens that go through a layer.
 
     Parameters
     ----------
@@ -77,21 +77,22 @@ class Context:
     train : bool
         Whether the model trains; otherwise dropout does nothing.
     mask : DistArray of bool, ``[b, s]``, optional
-        True where a token is no padding, in the layout of `Parallelism.tokens` for the fewest words; None: no token is.
+        True where a token is not padding; the layout of `Parallelism.tokens` moves the fewest words. None: there is no
+        padding.
     positions : DistArray or array of int, ``[s]`` or ``[b, s]``, optional
         Position of each token, as a DistArray or whole on every rank; None: the index in the sequence. Causal attention
         compares positions.
     order : array of int, ``[s]``, optional
-        A NumPy array, the same on every rank: of each index of the arrays the index of its token in the sequence, as
-        `Parallelism.order` returns it; None: arrays hold a sequence in its own order.
+        A NumPy array, the same on every rank: element i is the index in the sequence of the token at index i of the
+        arrays, as `Parallelism.order` returns it; None: arrays hold a sequence in its own order.
     segments : DistArray of int, ``[b, s]``, optional
         The segment of each token, such as the first or the second of two sentences; None: 0 for all.
     scale : float
         Factor of all cotangents, the loss's included: the loss scale of 16-bit floats.
     auxiliary : AuxiliaryLosses
-        The factor of the losses that layers add, and where they report them.
+        The factor of the losses that layers add, and the dict to which they report them.
     decoding : Decoding, optional
-        What the generation of text tells attention and the head; None: nothing is generated.
+        Options of generation for attention and the head; None: nothing is generated.
 
     Examples
     --------
@@ -123,7 +124,8 @@ class Context:
         Returns
         -------
         Block or None
-            Integers ``[s]`` or ``[b, s]``: the positions, where there are none the order; None: they are the indices.
+            Integers ``[s]`` or ``[b, s]``: the positions, or the order where no positions are given; None: they are the
+            indices.
 
         Raises
         ------
@@ -193,10 +195,10 @@ class Context:
 
 
 def zigzag(length: int, ranks: int) -> np.ndarray:
-    """Return the order in which each rank holds one run from the start and one as far from the end of a sequence.
+    """Return the order in which each rank holds two runs, as far from the start of a sequence as from its end.
 
-    The causal query at index i sees i + 1 keys, so that two queries as far from both ends see as many keys as two in
-    the middle: all ranks have the same work.
+    The causal query at index i sees i + 1 keys. Two queries at equal distances from the two ends see as many keys as
+    two in the middle, so that all ranks have the same work.
 
     Parameters
     ----------
@@ -208,8 +210,8 @@ def zigzag(length: int, ranks: int) -> np.ndarray:
     Returns
     -------
     array of int64, ``[length]``
-        Of each index of the arrays, which are cut in balanced blocks, the index of its token in the sequence; it grows
-        within a block.
+        Element i is the index in the sequence of the token at index i of the arrays, which are cut in balanced blocks;
+        it grows within a block.
     """
     index, blocks, first, last = np.arange(length), [], 0, length
     for rank in range(ranks):

@@ -34,7 +34,7 @@ class Convolution(Layer):
     """The product of the windows ``[b, c, i, j, s]`` of images ``[b, c, y, x]`` with a weight ``[c, i, j, o]``.
 
     It is the base of `Conv2d` and `PatchEmbedding`, which name the letters and shape the result. Images are
-    redistributed before they are unfolded, and cotangents after they are folded: windows would be i j times the words.
+    redistributed before they are unfolded, and cotangents after they are folded: windows have i j times the words.
     Where the map cuts s, each rank multiplies its part of the windows.
     """
 
@@ -162,7 +162,8 @@ class Conv2d(Convolution):
     name : str
         Prefix of the names of the parameters ``weight`` ``[inputs, i, j, outputs]`` and ``bias`` ``[outputs]``.
     into : {"inside", "stream"}
-        Whether the channels go, as the h of the stream, to a letter of the inside of a block, or come back.
+        ``"inside"`` maps the channels, as the h of the stream, to a letter of the inside of a block; ``"stream"`` maps
+        them back.
     stride : int or pair of int
         Distance of two windows along y and x, in pixels.
     padding : int or pair of int
@@ -248,6 +249,7 @@ class Conv2d(Convolution):
         return DistArray(block, shape, self.y, x.grid), cache
 
     def backward(self, dy: DistArray, cache: Cache, later: Later = None) -> DistArray:
+        # dY -> dY[B_row, O_col, Y, X], the layout of the output
         dy = dy.redistribute(self.y)
         b, o, ny, nx = dy.shape
         xp = backend.namespace(dy.local)
@@ -295,7 +297,7 @@ class PatchEmbedding(Convolution):
     Notes
     -----
     The patches stand in the sequence row by row. The class token has a window of zeros: it has its place wherever the
-    sequence is cut, joins the partial sums before they are reduced into the stream, and costs no words of its own.
+    sequence is cut, joins the partial sums before they are reduced into the stream, and costs no extra words.
 
     **Communication:** the words of a product from the inside of a block to the stream, with the image in place of its
     windows.

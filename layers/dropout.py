@@ -22,7 +22,7 @@ class Dropout(Layer):
     Parameters
     ----------
     rate : float
-        Probability to drop an element, from 0 to below 1.
+        Probability of dropping an element, from 0 to below 1.
     name : str
         The name of its stream of random numbers, unique in the model.
     seed : int
@@ -39,8 +39,9 @@ class Dropout(Layer):
     has the same bits on any grid, in any layout, with any microbatches, and when a forward pass is repeated. In an
     array ``[b, s, ...]`` the index in s is the token's index in its sequence, whatever the order of the context.
 
-    The backward pass makes the mask again instead of keeping it: 7 ns an element on one core, at most a twentieth of
-    the time of a block of width 256, in place of a byte an element, a thirtieth of what such a block keeps.
+    The backward pass recomputes the mask instead of keeping it. This takes 7 ns per element on one core, at most a
+    twentieth of the time of a block of width 256, and saves one byte per element, a thirtieth of the memory that such a
+    block keeps.
 
     **Communication:** none. Partial sums stay partial.
 
@@ -65,6 +66,7 @@ class Dropout(Layer):
 
     def backward(self, dy: DistArray, cache: Cache, later: Later = None) -> DistArray:
         layout, place = cache
+        # dY -> dY in the layout of X, without partial sums
         return self._apply(dy.redistribute(layout), place)
 
     def _apply(self, x: DistArray, place: tuple[int, int, np.ndarray | None] | None) -> DistArray:
@@ -94,7 +96,7 @@ class DropPath(Dropout):
     Parameters
     ----------
     rate : float
-        Probability to drop the branch for a sample, from 0 to below 1.
+        Probability of dropping the branch for a sample, from 0 to below 1.
     name : str
         The name of its stream of random numbers, unique in the model.
     seed : int

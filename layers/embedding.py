@@ -76,6 +76,7 @@ class Embedding(Layer):
         )
 
     def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Cache]:
+        # ids -> ids[B, S], the layout of the onehot without v
         ids = x.redistribute(self.ids)
         kernels.require_ids(ids.local, self.table.value.shape[0])
         table = self.table.use(self.used)
@@ -161,6 +162,7 @@ class PositionEmbedding(Layer):
 
     def backward(self, dy: DistArray, cache: Cache, later: Later = None) -> DistArray:
         layout, given = cache
+        # dY -> dY[B_row, S_col, H], the layout of X
         dy, count = dy.redistribute(layout), self.table.value.shape[0]
         # dY[B_row, S_col, H] summed over b -> dtable[P, H] {U_row,U_col}: zeros but in the rows of a rank's positions
         rows = dy.local if given is not None and given.ndim == 2 else dy.sum_over([0]).local
@@ -254,6 +256,7 @@ class SegmentEmbedding(Layer):
 
     def backward(self, dy: DistArray, cache: Cache, later: Later = None) -> DistArray:
         layout, used, ids = cache
+        # dY -> dY[B_row, S_col, H], the layout in which the table was added
         dy = dy.redistribute(used)
         # dY[B_row, S_col, H] summed over the tokens of each segment -> dtable[N, H] {U_row,U_col}
         block = kernels.of(dy.grid).lookup_backward(dy.local, ids, 0, self.table.value.shape[0])

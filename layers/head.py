@@ -20,7 +20,7 @@ from colossal_mpi.platform.backend import Block
 class Head(Linear):
     """A `Linear` to logits ``[b, s, v]``, or to ``[b, 1, v]`` where the context asks for one token of each sample.
 
-    **Communication:** that of `Linear`, and for one token of each sample the words of `pick`.
+    **Communication:** the collectives of `Linear`, and for one token of each sample the words of `pick`.
     """
 
     def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Cache]:

@@ -1,4 +1,4 @@
-"""What a layer is: a pure forward that returns its output and a cache, and a manual backward that takes the cache.
+"""The base class of layers: a pure forward returns the output and a cache, and a manual backward takes the cache.
 
 `Layer` is the base class of every layer and every model. Training, pipelines and generation call its `forward` and
 `backward`; the layers call distributed products, redistributions and the kernels of their grid. The base also has the
@@ -22,13 +22,13 @@ from colossal_mpi.layout import Layout
 from colossal_mpi.platform.backend import Block
 
 Cache: TypeAlias = Any
-"""What a layer's `forward` hands to its `backward`; nobody else looks into it."""
+"""The object that a layer's `forward` hands to its `backward`; nobody else looks into it."""
 
 Arrays: TypeAlias = Any
-"""What goes through a layer: a DistArray, or a tuple of them for a layer that takes or returns several."""
+"""The input or output of a layer: a DistArray, or a tuple of them for a layer that takes or returns several."""
 
 Later: TypeAlias = list[Callable[[], None]] | None
-"""Where a backward pass puts the products of weight gradients, to be done later; None: it does them at once."""
+"""The list to which a backward pass appends weight products, to be done later; None: it does them at once."""
 
 Kept = TypeVar("Kept")
 
@@ -36,7 +36,7 @@ Kept = TypeVar("Kept")
 class Layer:
     """Base of all layers.
 
-    A layer implements `forward` and `backward`. Both are pure, but that `backward` adds to the gradients of the
+    A layer implements `forward` and `backward`. Both are pure, except that `backward` adds to the gradients of the
     parameters. A layer that needs its input in the backward pass keeps it with `save` and gets it back with `load`.
     """
 
@@ -97,7 +97,7 @@ class Layer:
         return self.forward(x, ctx)[1]
 
     def save(self, x: Arrays, needed: Kept) -> Kept | Replay:
-        """Return what to keep of an input for the backward pass.
+        """Return the object to keep of an input for the backward pass.
 
         Parameters
         ----------
@@ -195,11 +195,11 @@ class Replay(NamedTuple):
         return cls(layer, x.replay if isinstance(x, Replayable) else x, silent)
 
     def output(self) -> Arrays:
-        """Do the forward pass again and return its output. **Communication:** that of the forward pass."""
+        """Do the forward pass again and return its output. **Communication:** the collectives of the forward pass."""
         return self.layer.forward(self._input(), self.ctx)[0]
 
     def cache(self) -> Cache:
-        """Return the cache of the backward pass. **Communication:** that of `Layer.replay`."""
+        """Return the cache of the backward pass. **Communication:** the collectives of `Layer.replay`."""
         return self.layer.replay(self._input(), self.ctx)
 
     def _input(self) -> Arrays:

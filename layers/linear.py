@@ -59,7 +59,8 @@ class Linear(Layer):
 
     Notes
     -----
-    Backward ``dx = dy w^T``, ``dw = x^T dy``, and the bias gets the sum of dy over the dims that w lacks.
+    The backward pass computes ``dx = dy w^T`` and ``dw = x^T dy``; the gradient of the bias is the sum of dy over the
+    dims that w lacks.
 
     **Communication:** summed over ranks, ``V = mk(P_n - 1) + kn(P_m - 1) + mn(P_k - 1)`` words forward and V backward
     for a product of m x k and k x n, where P_m, P_n and P_k ranks cut these dims, the gathered operands are kept and
@@ -170,7 +171,7 @@ class Linear(Layer):
 
 
 class Linears(Layer):
-    """Several products of one input, which is gathered once; their cotangents of it are added and reduced once.
+    """Several products of one input, which is gathered once; the sum of its cotangents is reduced once.
 
     Parameters
     ----------
@@ -180,7 +181,7 @@ class Linears(Layer):
 
     Notes
     -----
-    **Communication:** that of the layers, with the words of gathering x and of reducing dx counted once.
+    **Communication:** the collectives of the layers, with the words of gathering x and of reducing dx counted once.
     """
 
     def __init__(self, *linears: Linear) -> None:
@@ -197,12 +198,13 @@ class Linears(Layer):
         x, ws, layout = cache
         # dY_i[B, S, F_col] . W_i[H, F_col]^T -> dX_i[B, S, H] {U_col} for each product i
         terms = [linear._adjoint(*pair) for linear, *pair in zip(self.linears, dy, ws, strict=True)]
-        # A term with partial sums takes in a complete one for free; the other way round the partial sums are reduced.
+        # Adding a complete term to one with partial sums is free; the other way round the partial sums are reduced.
         parts = sorted((dx for dx, _ in terms), key=lambda dx: -len(dx.layout.partial))
         # sum_i dX_i[B, S, H] {U_col} -> dX[B, S_col, H]: one reduce_scatter over col
         total = sum(parts[1:], start=parts[0]).redistribute(layout)
 
         def add_weight_gradients() -> None:
+            # where x was not kept gathered: X[B_row, S, H_col] -> X[B_row, S, H]
             gathered = self.load(x).redistribute(self.linears[0].product.x)
             for _, add_weight_gradient in terms:
                 add_weight_gradient(gathered)

@@ -1,8 +1,8 @@
-"""What ends a model: losses, the number of correct predictions, and the step back from the loss through the model.
+"""Losses, the number of correct predictions, and the backward pass from the loss through the model.
 
 Training and pipelines call a loss with the model's output and the labels, and `backpropagate` where there is one stage.
-Losses take arrays in any layout, with the classes of a cross-entropy cut, too; they call the kernels of the grid for
-blocks and an allreduce for maxima and sums.
+Losses take arrays in any layout, and a cross-entropy takes cut classes; they call the kernels of the grid for blocks
+and an allreduce for maxima and sums.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from colossal_mpi.platform import backend
 
 
 class Loss(Protocol):
-    """The methods of a loss: `CrossEntropy`, `MeanSquaredError` or a class of one's own has them."""
+    """The methods that every loss has: `CrossEntropy`, `MeanSquaredError` or a user's own class."""
 
     def forward(self, x: Arrays, target: Arrays, count: int | None) -> tuple[float, Cache]:
         """Return the loss, the same bits on every rank, and what `backward` needs."""
@@ -48,16 +48,16 @@ def backpropagate(
     model : Layer
         The whole model.
     loss : Loss
-        What compares the output of the model with the target.
+        Compares the output of the model with the target.
     x : DistArray
         The input of the model.
     target : DistArray
-        Labels, or what else the loss takes.
+        Labels, or another target that the loss takes.
     ctx : Context, optional
         The step, and the tokens' positions and masks; by default `Context` with none.
     count : int, optional
-        What the loss divides by: the number of labels that count in all microbatches of the step. By default only this
-        microbatch's.
+        The divisor of the loss: the number of labels that count in all microbatches of the step. By default only this
+        microbatch counts.
 
     Returns
     -------
@@ -66,7 +66,7 @@ def backpropagate(
 
     Notes
     -----
-    **Communication:** that of the model's layers and of the loss.
+    **Communication:** the collectives of the model's layers and of the loss.
 
     Examples
     --------
@@ -165,6 +165,7 @@ class CrossEntropy:
                 "be [b, s, v] or [b, v], labels must have all but their last dim, and one of them must count"
             )
         layout, grid = self.layouts[logits.ndim], logits.grid
+        # logits -> logits[B, S, V_col], labels -> labels[B, S]: nothing moves if they come so
         logits, labels = logits.redistribute(layout), self._labels(labels.redistribute(Layout(*layout.dims[:-1])))
         kernels.require_ids(labels.local, logits.shape[-1], least=None)
         start, axes = logits.box[-1][0], logits.layout.dims[-1]
@@ -183,6 +184,7 @@ class CrossEntropy:
         """Return how many labels count."""
         labels = self._labels(labels.reduced())
         xp = backend.namespace(labels.local)
+        # counts[B_row, S] summed over b and s: a word over the axes that cut them
         return int(labels.like(xp.astype(labels.local >= 0, xp.int64)).sum())
 
     def _labels(self, labels: DistArray) -> DistArray:
@@ -253,6 +255,7 @@ class MeanSquaredError:
                 f"mean squared error of {x.shape} and a target of {target.shape}, {count} elements: the shapes must be "
                 "equal and one element must count"
             )
+        # X {U} -> X: partial sums are reduced; X - target, in the layout of X
         difference = widened(x.redistribute(x.layout.with_partial())) - widened(target)
         return (difference * difference).sum() / count, (difference, 2.0 / count, x.dtype)
 
@@ -276,7 +279,7 @@ class MeanSquaredError:
 
 
 def count_correct(logits: DistArray, labels: DistArray) -> int:
-    """Return how many labels name the class of the greatest logit, and of equal logits the first.
+    """Return the number of labels that name the class of the greatest logit; of equal logits the first counts.
 
     Parameters
     ----------
@@ -304,6 +307,7 @@ def count_correct(logits: DistArray, labels: DistArray) -> int:
         raise ShapeError(
             f"count_correct: labels {labels.shape} must have all but the last dim of the logits {logits.shape}"
         )
+    # logits {U} -> logits[B, S, V_col]: partial sums are reduced; labels -> labels[B, S]
     logits = logits.redistribute(logits.layout.with_partial())
     labels = labels.redistribute(Layout(*logits.layout.dims[:-1]))
     block, (start, stop), axes = logits.local, logits.box[-1], logits.layout.dims[-1]
@@ -315,6 +319,8 @@ def count_correct(logits: DistArray, labels: DistArray) -> int:
     if stop > start:
         first = xp.astype(xp.argmax(block, axis=-1), place.dtype) + start
         place = xp.where(most == top, logits.shape[-1] - first, place)
+    # place[B, S] in each part of v -> the greatest place[B, S], an allreduce (MAX) over col
     place = comm.allreduce(place, logits.grid, axes, comm.MAX)
     right = logits.shape[-1] - place == labels.local
+    # right[B_row, S] summed over b and s: a word over the axes that cut them
     return int(labels.like(xp.astype(right, xp.int64)).sum())

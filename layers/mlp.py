@@ -24,13 +24,13 @@ class MLP(Sequential):
     inner : int
         Width f between the two products.
     parallelism : Parallelism
-        The mode, which chooses maps and layouts; for experts the one of `Parallelism.experts`.
+        The mode, which chooses maps and layouts; for experts it is `Parallelism.experts`.
     name : str
         Prefix of the names of the parameters ``up.weight [h, f]``, ``up.bias [f]``, ``down.weight [f, h]`` and
         ``down.bias [h]``.
     activation : str
-        A name in `ACTIVATIONS`, or in `GATED`: then ``up.weight`` is ``[h, 2, f]``, of the gate and of the values that
-        the gate multiplies.
+        A name in `ACTIVATIONS`, or in `GATED`: then ``up.weight`` is ``[h, 2, f]``, for the gate and for the values
+        that the gate multiplies.
     experts : int, optional
         Number e of MLPs side by side: they take slots ``[e, p, c, h]`` instead of tokens, and their weights and biases
         have a first dim e.
@@ -52,7 +52,7 @@ class MLP(Sequential):
 
     Notes
     -----
-    **Communication:** that of the two products (`Linear`).
+    **Communication:** the collectives of the two products (`Linear`).
 
     Examples
     --------

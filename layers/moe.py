@@ -32,7 +32,7 @@ from colossal_mpi.platform.backend import Block
 
 @dataclass(frozen=True)
 class Routing:
-    """Where the tokens of a rank go: equal on all ranks that hold the same tokens.
+    """The routing of a rank's tokens to experts, equal on all ranks that hold the same tokens.
 
     An *assignment* is one token's choice of one expert: token i makes the assignments i k to i k + k - 1.
     """
@@ -117,9 +117,9 @@ class MoE(Layer):
 
     **Communication:** with N slots in all and d ranks along ``data``, summed over ranks: the words of an `MLP` of N
     tokens whose weights are not replicated over ``data``, and ``N h (1 - 1/d)`` words each way between the d ranks,
-    forward and backward. The router's logits ``[b, s, e]`` are reduced over the axes that cut h; so are, backward, the
-    cotangents of the weights ``[b, s, k]``. One word and, with losses, ``2 e + 2`` words are reduced over the blocks of
-    tokens. Gradients of experts do not cross ``data``.
+    forward and backward. Over the axes that cut h, the router's logits ``[b, s, e]`` are reduced forward and the
+    cotangents of the weights ``[b, s, k]`` backward. One word and, with losses, ``2 e + 2`` words are reduced over the
+    blocks of tokens. Gradients of experts do not cross ``data``.
 
     **Adjoint:** the cotangents take the way of the tokens in reverse, in the same slots.
 
@@ -164,6 +164,7 @@ class MoE(Layer):
         self.stream, self.slots = parallelism.stream(), inside.stream("epch")
 
     def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Cache]:
+        # X -> X[B, S, H_x], the layout of the stream
         layout, x = x.layout.with_partial(), x.redistribute(self.stream)
         # X[B, S, H_x] . router[H_x, E] -> logits[B, S, E] {U_x} -> logits[B, S, E], an allreduce over the axes x
         logits, router_cache = self.router.forward(x, ctx)
@@ -180,6 +181,7 @@ class MoE(Layer):
 
     def backward(self, dy: DistArray, cache: Cache, later: Later = None) -> DistArray:
         layout, dtype, router_cache, routing, experts_cache, rows = cache
+        # dY -> dY[B, S, H_x], the layout of the stream
         dy = dy.redistribute(self.stream)
         # weights[n, k] dY[n] -> dY[E, P_data, C, H] -> dY[E_data, P, C, H], an all_to_all over data;
         # the experts' backward pass makes dX[E_data, P, C, H] -> dX[E, P_data, C, H], the other all_to_all
@@ -187,6 +189,7 @@ class MoE(Layer):
         back = kernels.of(dx.grid).take_slots(_rows_of(dx), routing.slots, self.top_k)
         through = dy.like(_from_rows(sum(back[j, ...] for j in range(self.top_k)), dy.local.shape, dtype))
         dlogits = self._dlogits(dy, routing, rows)
+        # dX through the experts + dX through the router -> dX in the layout of X
         return (through + self.router.backward(dlogits, router_cache, later)).redistribute(layout)
 
     def _in_slots(self, x: DistArray, routing: Routing, weights: Block | None = None) -> DistArray:

@@ -45,7 +45,7 @@ class RMSNorm(Layer):
 
     Notes
     -----
-    It takes x ``[..., h]`` in any layout and reduces partial sums first. The gain lies where the stream's h lies.
+    It takes x ``[..., h]`` in any layout and reduces partial sums first. The gain is cut as the stream's h is.
 
     **Communication:** over the axes that cut h, p ranks: an allreduce of ``[b, s]`` forward and one backward, together
     ``4 (p - 1) b s`` words summed over ranks; none where h is whole. The gradient of the gain is reduced over the axes
@@ -58,7 +58,7 @@ class RMSNorm(Layer):
 
     bias: Parameter | None = None
     centred = False
-    """Whether the mean is subtracted first."""
+    """True if the mean is subtracted first."""
 
     def __init__(
         self, size: int, parallelism: Parallelism, name: str, *, eps: float = 1e-5, dtype: DTypeLike = "float32"
@@ -82,13 +82,15 @@ class RMSNorm(Layer):
         return parameter.use(Layout(x.layout.dims[-1])).local
 
     def _sum_over_h(self, x: DistArray) -> Callable[[Block], Block] | None:
-        """Return what adds the sums over h of several ranks; None where h is whole."""
+        """Return the function that adds the ranks' sums over h; None where h is whole."""
         axes = x.layout.dims[-1]
+        # S[B_row, S] {U_col} -> S[B_row, S]: allreduce over the axes that cut h
         return (lambda local: comm.allreduce(local, x.grid, axes)) if axes else None
 
     def backward(self, dy: DistArray, cache: Cache, later: Later = None) -> DistArray:
         saved, gain, statistics = cache
         x: DistArray = self.load(saved, DistArray.reduced)
+        # dY -> dY[B_row, S, H_col], the layout of X
         dy = dy.redistribute(x.layout)
         norm_backward = kernels.of(dy.grid).norm_backward
         dx, *sums = norm_backward(dy.local, x.local, gain, statistics, self.size, self._sum_over_h(x))

@@ -43,7 +43,7 @@ from colossal_mpi.layout import Axes, Layout, bounds
 from colossal_mpi.linalg.contraction import Subscripts, layout_map, map_layout, parse
 
 INNER = "inner"
-"""In a template's map, stands for the letter that cuts the inside of a block: f, the heads a, or the vocabulary v."""
+"""Stands, in a template, for the letter that the inside of a block is cut on: f, the heads a, or the vocabulary v."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ TEMPLATE_A = Template(
     down=_ONE_MAP,
     stored=("row", "col", "depth"),
 )
-"""Both products of a block on one map: a weight ``[h_depth, inner_col]`` meets tokens that ``row`` cuts."""
+"""Template A: both products of a block run on one map, and ``[h_depth, inner_col]`` weights meet tokens cut on row."""
 
 TEMPLATE_B = Template(
     stream={"b": ("data", "depth", "row"), "s": _SEQUENCE, "h": ("col",)},
@@ -96,16 +96,16 @@ TEMPLATE_B = Template(
     down={**_BATCH, "col": "h"},
     stored=("row", "col"),
 )
-"""SUMMA: the result of each product stays where it is, and stream and inside are both cut over ``col``."""
+"""Template B, SUMMA: the result of each product is stationary, and stream and inside are both cut over ``col``."""
 
 
 def _of_experts(template: Template) -> Template:
     """Return a template with the letters of a mixture of experts: e experts, p blocks of tokens, c slots of a block.
 
-    Every axis that cuts tokens in the stream cuts the blocks of tokens p: first the axes of the map, ``data`` last.
-    The slots of a rank's tokens then leave that rank along ``data`` and along the axes that its map gathers, and along
-    no other. To the experts, ``data`` cuts e in place of p. An axis that cuts more tokens inside than in the map cuts
-    the slots.
+    Every axis that cuts tokens in the stream cuts the blocks of tokens p: first the axes of the map, ``data`` last. The
+    slots of a rank's tokens then leave that rank along ``data`` and along the axes that its map gathers, and along no
+    other. For the experts, ``data`` cuts e in place of p. An axis that cuts more tokens inside than in the map cuts the
+    slots.
     """
     axes = {axis: {"b": "p", "s": "p"}.get(letter, letter) for axis, letter in template.up.items()}
     mapped = tuple(axis for axis, letter in axes.items() if letter == "p" and axis not in _DATA)
@@ -125,7 +125,7 @@ def _of_experts(template: Template) -> Template:
 
 @dataclass(frozen=True)
 class Mode:
-    """A tensor-parallel mode: how tensors are cut, and over which axes of the grid.
+    """A tensor-parallel mode: a template and the axes of the grid that it uses.
 
     Parameters
     ----------
@@ -150,7 +150,7 @@ class Mode:
 
 @dataclass(frozen=True)
 class SequenceMode:
-    """What attention does with a sequence that is cut: a ring of keys and values, or heads cut in its place.
+    """A way to cut the sequence in attention: a ring of keys and values, or heads that are cut in its place.
 
     Parameters
     ----------
@@ -300,7 +300,7 @@ for _sequence in (
 
 @dataclass(frozen=True)
 class Product:
-    """How one product of a layer runs: its map, and the layouts of its operands and its result.
+    """One product of a layer: its map, and the layouts of its operands and its result.
 
     Parameters
     ----------
@@ -332,7 +332,7 @@ class Parallelism:
     Parameters
     ----------
     grid : Grid
-        Its axes are among ``data``, ``seq``, ``ulysses`` and those of the mode; an absent axis has size 1.
+        Its axes are among ``data``, ``seq``, ``ulysses`` and the axes of the mode; an absent axis has size 1.
     tensor : str, optional
         A tensor mode of `MODES`: ``"1d"``, ``"2d"``, ``"2.5d"``, ``"3d"`` or a registered one; None is ``"none"``.
     keep_gathered : bool
@@ -340,9 +340,9 @@ class Parallelism:
         ones, which takes less memory: they are gathered again, for ``mk(P_n - 1) + kn(P_m - 1)`` words more of each
         product of m x k and k x n.
     zero : {0, 1, 2, 3}
-        What is cut over ``data``, ``seq`` and ``ulysses``, too, so that each rank there stores its share: with 1 the
-        state of the optimizer; with 2 also the gradients, which are reduced after each microbatch; with 3 also the
-        weights, which are gathered for each use.
+        Stage of ZeRO, which cuts arrays over ``data``, ``seq`` and ``ulysses``, too, so that each rank there stores its
+        share: with 1 the state of the optimizer; with 2 also the gradients, which are reduced after each microbatch;
+        with 3 also the weights, which are gathered for each use.
     sequence : str
         A mode of `SEQUENCE_MODES`. In ``"ring"`` keys and values travel round the ranks of ``seq``: memory falls with
         the ranks, and any number of heads will do. In ``"ulysses"`` the axis ``seq`` cuts the heads inside attention,
@@ -399,7 +399,7 @@ class Parallelism:
 
     @property
     def keep_weights(self) -> bool:
-        """Whether a product keeps its gathered weight for the backward pass."""
+        """True if a product keeps its gathered weight for the backward pass."""
         return self.keep_gathered and self.zero < 3
 
     def _present(self, axes: Sequence[str]) -> Axes:
@@ -450,7 +450,7 @@ class Parallelism:
         inner : str
             The letter that the inside of the block is cut on.
         spread : str
-            The letter that the axes cut, innermost, which cut s outside attention and belong to no ring; `spread`
+            The letter that is cut, innermost, by the axes that cut s outside attention and belong to no ring; `spread`
             chooses it.
 
         Returns
@@ -506,7 +506,7 @@ class Parallelism:
         return view
 
     def product(self, subscripts: str, inner: str | None, *, replicate: str = "") -> Product:
-        """Return how a product between the stream (letter h) and the inside of a block (letter `inner`) runs.
+        """Return map and layouts of a product between the stream (letter h) and the inside of a block (letter `inner`).
 
         Parameters
         ----------
@@ -589,7 +589,7 @@ class Parallelism:
         sizes : mapping of str to int
             The global size of each letter, first the letter that is best cut.
         inner : str
-            The letter that the inside of the block is cut on: only what that cut leaves of it counts.
+            The letter that the inside of the block is cut on: its size counts after that cut.
 
         Returns
         -------
@@ -602,11 +602,11 @@ class Parallelism:
     def store(self, used: Layout, shape: Sequence[int]) -> Layout:
         """Return the layout in which a weight is stored, given the layout in which its layer uses it.
 
-        A vector is stored as it is used: to reduce its gradient on every rank that uses it moves as many words as to
-        scatter the gradient and gather the vector, in half as many messages. In a matrix each axis that would
-        replicate it cuts the first dim whose blocks it divides evenly, else the dim with the largest blocks, so that
-        no rank stores more than its share. With ``zero=3`` the axes ``data``, ``seq`` and ``ulysses`` cut each weight
-        and vector, too.
+        A vector is stored as it is used: reducing its gradient on every rank that uses it moves as many words as
+        scattering the gradient and gathering the vector, in half as many messages. In a matrix each axis that would
+        replicate it cuts the first dim whose blocks it divides evenly, else the dim with the largest blocks, so that no
+        rank stores more than its share. With ``zero=3`` the axes ``data``, ``seq`` and ``ulysses`` cut each weight and
+        vector, too.
 
         Parameters
         ----------
@@ -662,7 +662,7 @@ def _widest(sizes: Mapping[str, int], ranks: Mapping[str, int]) -> str:
 
 
 def require_axes(sizes: Mapping[str, int], mode: str) -> None:
-    """Refuse a grid that has an axis larger than 1 of which a mode makes no use.
+    """Refuse a grid that has an axis larger than 1 that a mode does not use.
 
     Parameters
     ----------

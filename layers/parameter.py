@@ -1,4 +1,4 @@
-"""Parameters: weights, stored as far cut as the mode allows, with their gradients and the layout of optimizer states.
+"""Parameters: weights, cut as far as the mode allows, with their gradients and the layout of optimizer states.
 
 Layers make a `Parameter` for each weight, take it with `use` and add gradients with `accumulate`. Optimizers,
 checkpoints and pipelines hold the same objects. `colossal_mpi.layers.overlap` puts its buckets and its prefetch into
@@ -22,14 +22,14 @@ from colossal_mpi.platform import backend
 
 
 class Reduction(Protocol):
-    """A reduction of gradients, under way or yet to begin, as `layers.overlap` has it."""
+    """A reduction of gradients, under way or yet to begin; `layers.overlap` implements it."""
 
     def finish(self) -> None:
         """Wait for the reduction and add its results to the gradients of the parameters."""
 
 
 class Buckets(Protocol):
-    """The buckets that take contributions to gradients during a step, as `layers.overlap` has them."""
+    """The buckets that take contributions to gradients during a step; `layers.overlap` implements them."""
 
     def count(self, parameter: Parameter) -> None:
         """Count a contribution to a gradient that stays partial until the last contribution."""
@@ -39,14 +39,14 @@ class Buckets(Protocol):
 
 
 class Prefetcher(Protocol):
-    """The prefetch that gathers weights before they are used, as `layers.overlap` has it."""
+    """The prefetch that gathers weights before they are used; `layers.overlap` implements it."""
 
     def take(self, parameter: Parameter, layout: Layout) -> DistArray:
         """Return a weight in the layout of its use."""
 
 
 class Parameter:
-    """A weight, stored as far cut as the mode allows, with its gradient in the same layout.
+    """A weight, cut as far as the mode allows, with its gradient in the same layout.
 
     Parameters
     ----------
@@ -67,9 +67,9 @@ class Parameter:
     dtype : dtype
         Dtype of the weight: float64, float32, float16 or bfloat16.
     inputs : int
-        How many of the leading dims belong to the layer's input, for optimizers that take weights as matrices.
+        Number of leading dims that belong to the layer's input, for optimizers that take weights as matrices.
     batch : int
-        How many dims before these number separate matrices: 1 for the experts of a mixture.
+        Number of dims before these that count separate matrices: 1 for the experts of a mixture.
 
     Raises
     ------
@@ -127,12 +127,13 @@ class Parameter:
 
     @property
     def half(self) -> bool:
-        """Whether the weight has 16 bits, so that the optimizer keeps float32 master weights."""
+        """True if the weight has 16 bits, so that the optimizer keeps float32 master weights."""
         return backend.is_half(self.dtype)
 
     @property
     def value(self) -> DistArray:
-        """The weight, made when it is first asked for: a pipeline stage builds a whole model and makes its own part."""
+        """The weight, made when it is first used: a pipeline stage constructs the whole model but makes its part
+        alone."""
         if self._value is None:
             whole = self._make(self._stored, "float32" if self.half else self.dtype)
             self._value = rounded(whole, self.dtype)
@@ -176,7 +177,7 @@ class Parameter:
         The gradient stays partial over the deferred axes (`Parallelism.deferred`) until `reduce`.
 
         **Communication:** a reduce_scatter over the axes that cut the stored weight, or the optimizer's state where
-        nothing is deferred. Within gradient buckets the latter goes on while the backward pass does.
+        nothing is deferred. In gradient buckets the latter overlaps with the backward pass.
         """
         grad = widened(grad)
         if self.deferred:
@@ -242,6 +243,7 @@ class Parameter:
         DistArray of float32
             The weight, in the layout of the optimizer's state.
         """
+        # W[H_row, F_col] -> W[H_(row,data), F_col]: a part of this rank's block, nothing moves
         share, drawn = self.value.redistribute(self.owned).local, self._make(self.owned, "float32")
         xp = backend.namespace(share)
         same = xp.astype(drawn.local, share.dtype) == share
@@ -255,6 +257,7 @@ class Parameter:
         DistArray
             A view of the weight, in the layout of the optimizer's state.
         """
+        # W[H_row, F_col] -> W[H_(row,data), F_col]: a part of this rank's block, nothing moves
         return self.value.redistribute(self.owned)
 
     def refresh(self, share: DistArray) -> None:

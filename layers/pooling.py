@@ -101,7 +101,7 @@ class FirstPool(Layer):
 
 
 class ClassifierHead(Sequential):
-    """The head of a classifier: pools the stream ``[b, s, h]`` and multiplies ``[b, h]`` to logits ``[b, v]``.
+    """The head of a classifier, which pools the stream ``[b, s, h]`` and maps ``[b, h]`` to logits ``[b, v]``.
 
     Parameters
     ----------
@@ -131,7 +131,8 @@ class ClassifierHead(Sequential):
 
     Notes
     -----
-    **Communication:** that of the pooling and of the product. Ranks that cut the sequence do the same product.
+    **Communication:** the collectives of the pooling and of the product. Ranks that cut the sequence all do the same
+    product.
     """
 
     def __init__(

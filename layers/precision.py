@@ -2,8 +2,8 @@
 
 Parameters, losses and optimizers use it; `LossScale` belongs to the optimizer. A parameter of a 16-bit dtype stores its
 weight in 16 bits. Its gradient is float32 from the product that makes it. Its optimizer updates a float32 master
-weight, in the layout of its state, and the weight is the rounded master. Whatever sums many terms does so in float32:
-products, norms, softmax, losses, and reductions over ranks.
+weight, in the layout of its state, and the weight is the rounded master. Sums of many terms are in float32: products,
+norms, softmax, losses, and reductions over ranks.
 
 References
 ----------
@@ -61,7 +61,7 @@ class LossScale:
     """The loss scale: a factor of the loss that keeps its cotangents within the range of float16, and adapts itself.
 
     It is a power of two, so that no bit of a gradient is lost. After `patience` steps without an overflow it doubles.
-    An overflow shows in the norm of the gradients, on all ranks alike: the scale halves and the step is left out.
+    An overflow shows in the norm of the gradients on all ranks: the scale halves and the step is left out.
 
     Parameters
     ----------
@@ -99,7 +99,7 @@ class LossScale:
         return False
 
     def state(self) -> dict[str, float]:
-        """Return what a checkpoint stores."""
+        """Return the numbers that a checkpoint stores."""
         return {"value": self.value, "good": self.good}
 
     def restore(self, state: Mapping[str, float]) -> None:

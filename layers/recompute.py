@@ -1,4 +1,4 @@
-"""Recomputation: layers whose cache, or whose output, is made again in the backward pass instead of being kept.
+"""Recomputation: layers whose cache, or whose output, is recomputed in the backward pass instead of being kept.
 
 `recompute` wraps the layers of a finished model; the trainer and plans call it. The wrappers rely on `Layer.replay`,
 `Layer.save` and `Layer.load`, so that every layer takes part without knowing of them.
@@ -37,12 +37,12 @@ class Recompute(Layer):
 
     Notes
     -----
-    The gradients have the same bits as without. Everything is repeated but the last product of a sequence, of which
-    the backward pass needs the operands only. For a block of width h with an MLP of 4 h, ``16 h^2`` flop a token are
-    added to the ``72 h^2`` of a step, 2/9, and attention itself repeats its forward pass, a third of its step. Where
-    dropout follows the last product, this product is repeated, too: 1/3 of the step in all.
+    The gradients have the same bits as without it. Everything is repeated except the last product of a sequence,
+    because the backward pass needs only its operands. For a block of width h with an MLP of 4 h, ``16 h^2`` flop a
+    token are added to the ``72 h^2`` of a step, 2/9, and attention itself repeats its forward pass, a third of its
+    step. Where dropout follows the last product, this product is repeated, too: 1/3 of the step in all.
 
-    **Communication:** once more the words of the forward pass, but for the result of the last product.
+    **Communication:** once more the words of the forward pass, except for the result of the last product.
 
     References
     ----------
@@ -64,7 +64,7 @@ class Recompute(Layer):
 
 
 class Discard(Layer):
-    """A layer whose output the next layer does not keep: it is made again when that layer's backward pass loads it.
+    """A layer whose output the next layer does not keep: it is recomputed when that layer's backward pass loads it.
 
     It suits cheap layers that keep their input anyway, such as norms and activations: selective recomputation.
 
@@ -106,14 +106,14 @@ KINDS: dict[str, tuple[type[Layer], tuple[type[Layer], ...]]] = {
     "norm": (Discard, (RMSNorm,)),
     "activation": (Discard, (Activation, Gated)),
 }
-"""What may be recomputed: whole layers from their inputs (`Recompute`), or outputs alone (`Discard`)."""
+"""The layers that may be recomputed: whole layers from their inputs (`Recompute`), or outputs alone (`Discard`)."""
 
 MODES: dict[str, tuple[str, ...]] = {"none": (), "selective": ("norm", "activation"), "full": ("block",)}
 """The kinds that each name in a configuration stands for."""
 
 
 def recompute(model: AnyLayer, kinds: str | Sequence[str], defer: bool = False) -> AnyLayer:
-    """Let a model recompute, in the backward pass, what layers of some kinds would keep.
+    """Let a model recompute, in the backward pass, the arrays that layers of some kinds would keep.
 
     Names of parameters, pipeline stages, checkpoints and descriptions of the model stay what they are.
 

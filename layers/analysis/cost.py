@@ -194,8 +194,8 @@ def step_costs(
 
     Notes
     -----
-    Experts are taken to be chosen equally often. The memory of MPI itself is left out, and reductions that take longer
-    than the next layer may keep some of four more buckets.
+    The dry run assumes that experts are chosen equally often. It leaves out the memory of MPI itself, and up to four
+    more buckets that stay alive where reductions take longer than the next layer.
 
     Examples
     --------
@@ -259,7 +259,7 @@ def dry_run(clock: Clock | None = None) -> Iterator[meta.Tally]:
 def cost_of_step(
     pipeline: Pipeline, optimizer: Optimizer, data: StepData, tally: meta.Tally, step: Callable[[], object]
 ) -> StepCost:
-    """Return the cost of a step of a pipeline stage. It must have been made in the dry run that still goes on.
+    """Return the cost of a step of a pipeline stage, which was made inside the dry run that is still going on.
 
     Parameters
     ----------
@@ -302,7 +302,7 @@ def cost_of_step(
 
 
 def _live(pipeline: Pipeline, microbatches: int) -> float:
-    """Return the most microbatches whose caches a stage holds at once; a chunk of one counts as its share."""
+    """Return the greatest number of microbatches whose caches a stage holds at once; a chunk counts as its share."""
     chunks, stages = len(pipeline.chunks), range(pipeline.stages)
     programs = [list(program(pipeline.schedule, pipeline.stages, microbatches, i, chunks)) for i in stages]
     return verify(programs).live[pipeline.stage] / chunks

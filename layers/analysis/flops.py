@@ -3,14 +3,14 @@
 *Model flop* are the operations that the mathematics asks for, whatever a program does: PaLM's ``6 N + 12 L s a d`` for
 a token, where N is the number of weights that the token is multiplied with and L s a d are the scores of a heads of
 width d in L layers. Scores that a mask hides count as well. *Hardware flop* are the operations that the ranks do: they
-include hidden scores only where these share a tile with a visible one, the probabilities that the backward pass makes
-again, and what `recompute` makes again.
+include hidden scores only where these share a tile with a visible one, and they include the probabilities that the
+backward pass recomputes and everything that `recompute` repeats.
 
 In both conventions a product of m x k and k x n counts 2 m k n, and only products count: biases, norms, activations,
 softmax, losses and the optimizer are left out. A product that several ranks do redundantly counts once.
 
-The meter of a training run divides these numbers by its seconds (MFU and HFU). The rules are here, one for each kind of
-layer; `flop_of` finds them.
+The meter of a training run divides these numbers by its seconds (MFU and HFU). This module has one rule for each kind
+of layer; `flop_of` finds it.
 
 References
 ----------
@@ -70,7 +70,7 @@ class Flop:
     backward : int
         Operations of the backward pass.
     replay : int
-        Operations of `Layer.replay`, which makes again what the backward pass needs.
+        Operations of `Layer.replay`, which recomputes the cache of the backward pass.
     """
 
     forward: int = 0
@@ -101,7 +101,7 @@ def model_flop(model: Layer, samples: int, length: int) -> int:
     Raises
     ------
     OptionError
-        If the model has a layer without a rule (see `flop_of`), or a convolution other than that of patches, whose
+        If the model has a layer without a rule (see `flop_of`), or a convolution that is no `PatchEmbedding`: its
         windows are not the positions of a stream.
     """
     return 3 * flop_of(model, StreamShape(samples, length), False).forward
@@ -194,7 +194,7 @@ def _product(rows: int, weight: tuple[int, ...]) -> Flop:
 
 
 def _no_products(layer: Layer, shape: StreamShape, hardware: bool) -> Flop:
-    """Return nothing: elementwise layers, norms, look-ups and pooling have no products."""
+    """Return zero flop: elementwise layers, norms, look-ups and pooling have no products."""
     return Flop()
 
 

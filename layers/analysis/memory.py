@@ -1,6 +1,6 @@
-"""The memory behind arrays, caches and gradients, of real and of meta grids.
+"""Functions that measure the memory behind arrays, caches and gradients, on real and on meta grids.
 
-``layers.analysis.cost`` asks it what a dry run keeps, and the tests compare with what a real step keeps.
+``layers.analysis.cost`` measures a dry run with them, and the tests compare the result with a real step.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def saved_bytes(cache: Any, without: Sequence[Any] = ()) -> int:
 def microbatch_bytes(pipeline: Pipeline, data: StepData) -> tuple[int, int]:
     """Return the bytes that the first microbatch keeps between its passes, and the bytes of the gradients after them.
 
-    All chunks of this stage do their forward passes and then their backward passes, on zeros in place of what other
-    stages would send. On a real grid all ranks must call.
+    All chunks of this stage do their forward passes and then their backward passes, on zeros in place of the arrays
+    that other stages would send. On a real grid all ranks must call it.
     """
     shape, layout, dtype = data.activation_spec(0)
     parameters, caches = pipeline.parameters(), []

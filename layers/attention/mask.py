@@ -1,4 +1,4 @@
-"""The attention mask where ranks hold parts of the sequence: which keys of which rank a rank's queries see.
+"""The attention mask of a sequence that is cut: it says which keys of each rank a rank's queries see.
 
 `Attention` makes an `AttentionMask` from the context, and the ring asks it which tiles of the scores to compute for the
 keys of each rank. It calls `Context` for padding and positions.
@@ -16,7 +16,7 @@ from colossal_mpi.platform import backend
 from colossal_mpi.platform.backend import Block
 
 _MOST_RUNS = 4
-"""A block of more runs than these is not split into them: positions are compared instead."""
+"""Greatest number of runs into which a block is split; positions are compared in a block of more runs."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Tile:
     keys: slice
     """The range of the keys in the block of the rank that holds them."""
     causal: bool
-    """Whether a query sees only the keys of its own position and lower ones; otherwise all."""
+    """True if a query sees only the keys at its own position and lower ones; otherwise it sees all."""
     padding: Block | None = None
     """Bool ``[b, keys]``, true for a key that counts; None: all count."""
     positions: tuple[Block, Block] | None = None
@@ -38,16 +38,16 @@ class Tile:
 
 
 class AttentionMask:
-    """Which keys of each rank of a ring the queries of this rank see.
+    """The attention mask of this rank's queries over the keys of each rank of a ring.
 
     The runs of the sequence that two ranks hold are equal or disjoint. In causal attention a run of queries therefore
-    sees all keys of another run, or none, or, of its own run, the keys up to its position: no score is computed in
-    vain, and no positions are compared unless the context gives them.
+    sees all keys of another run or none of them, and in its own run the keys up to its position. No score is computed
+    in vain, and positions are compared only if the context gives them.
 
     Parameters
     ----------
     x : DistArray, ``[b, s, ...]``
-        The queries, whose s the axes of the ring alone cut.
+        The queries; only the axes of the ring cut s.
     causal : bool
         Whether a query sees only the keys of its own position and lower ones.
     ctx : Context
@@ -64,7 +64,7 @@ class AttentionMask:
         self.rank, self.ranks = rank_of({axis: x.grid.coords[axis] for axis in sizes}, sizes), x.grid.extent(self.axes)
         coords = [{**x.grid.coords, **coords_of(rank, sizes)} for rank in range(self.ranks)]
         self.ranges = [x.layout.box(x.shape, x.grid.axes, at)[1] for at in coords]
-        """Start and stop of the indices in s of each rank of the ring."""
+        """For each rank of the ring, the start and stop of its indices in s."""
         # M[B_row, S_seq] -> M[B_row, S]: allgather over the ring
         self._padding = ctx.mask_of(x, whole=True)
         positions = ctx.positions_of(x, whole=True)  # checked even where they do not count

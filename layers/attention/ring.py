@@ -6,7 +6,7 @@ the exchanges of `colossal_mpi.comm`.
 
 Each rank keeps its queries. In step t it attends to the keys and values of the rank t places before it, while the
 blocks of the next step arrive. In the backward pass the cotangents of keys and values follow their blocks, each rank
-adds its part, and the last message brings them home. No rank holds an array of the length of the sequence, but for the
+adds its part, and the last message brings them home. No rank holds an array of the length of the sequence, except the
 padding mask and positions that are given whole.
 
 References
@@ -29,7 +29,7 @@ from colossal_mpi.platform.backend import Block
 
 Blocks = tuple[Block, Block]
 _KEYS_AND_VALUES, _COTANGENTS = 0, 1
-"""Streams of messages: those of one stream arrive in the order in which they are sent."""
+"""Streams of messages; messages of one stream arrive in the order in which they are sent."""
 
 
 def attend(q: Block, kv: Blocks, mask: AttentionMask) -> Blocks:

@@ -1,4 +1,4 @@
-"""Rotary position embeddings: queries and keys are rotated by angles of their positions, so that scores see distances.
+"""Rotary position embeddings: they rotate queries and keys by their positions, so that scores depend on distances.
 
 The Llama models make a `Rotary`; `SelfAttention` puts a `Rotation` between its products and attention, which calls the
 kernel ``rotate`` of the grid.
@@ -46,7 +46,7 @@ SCALINGS: dict[str, tuple[tuple[str, ...], Callable[..., np.ndarray]]] = {
     "linear": (("factor",), _linear),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), _llama3),
 }
-"""The scalings of the frequencies by their names in Hugging Face's configurations: the numbers they need, and how."""
+"""The scalings of the frequencies by their names in Hugging Face's configurations: their numbers and their function."""
 
 
 class Rotary:
@@ -132,7 +132,7 @@ class Rotary:
         cos : Block, ``[s, d/2]`` or ``[b, s, d/2]``
             In the dtype of x, for 16-bit floats in float32.
         sin : Block, ``[s, d/2]`` or ``[b, s, d/2]``
-            Likewise.
+            In the same dtype.
         """
         frequencies, dtype = self.frequencies(x.shape[-1]), x.local.dtype
         dtype = backend.wide_dtype(x.local) if backend.is_half(dtype) else dtype
@@ -147,7 +147,7 @@ class Rotary:
 
 @lru_cache(maxsize=8)
 def _table(frequencies: bytes, indices: tuple[int, int], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """Return cosine and sine ``[s, d/2]`` for a range of positions; kept, because every layer asks for the same."""
+    """Return cosine and sine ``[s, d/2]`` for a range of positions; a cache keeps them for the other layers."""
     angle = np.arange(*indices)[:, None] * np.frombuffer(frequencies)
     return np.cos(angle).astype(dtype), np.sin(angle).astype(dtype)
 
@@ -160,7 +160,7 @@ class Rotation(Layer):
     rotary : Rotary
         The frequencies.
     turned : int, optional
-        How many of dim n are rotated, the first ones: 2 of packed queries, keys and values; by default all.
+        Number of leading entries of dim n to rotate: 2 for packed queries, keys and values; by default all.
 
     Raises
     ------
@@ -173,7 +173,7 @@ class Rotation(Layer):
     -----
     The positions are `Context.positions`, or the indices in the sequence where there are none.
 
-    **Communication:** none, but for positions that are a DistArray in another layout. Partial sums stay partial.
+    **Communication:** none, except for positions that are a DistArray in another layout. Partial sums stay partial.
 
     **Adjoint:** the rotation by the negative angles.
     """
@@ -197,4 +197,5 @@ class Rotation(Layer):
     def backward(self, dy: DistArray, cache: Cache, later: Later = None) -> DistArray:
         layout, cos, sin = cache
         partial = [axis for axis in dy.layout.partial if axis not in layout.cut]
+        # dY -> dY in the layout of X, where partial sums may stay
         return self._turn(dy.redistribute(layout.with_partial(*partial)), cos, -sin)

@@ -46,10 +46,10 @@ class Attention(Layer):
 
     Notes
     -----
-    Batch, heads and sequence may be cut, the head dim d may not. The keys that count are those where `Context.mask` is
-    true; a query that sees no key gives zeros. The causal order compares `Context.positions`.
+    Batch, heads and sequence may be cut, the head dim d may not. Keys count where `Context.mask` is true; a query that
+    sees no key gives zeros. The causal order compares `Context.positions`.
 
-    The probabilities are not kept: the backward pass makes them again, tile by tile, from the peaks and sums of the
+    The probabilities are not kept: the backward pass recomputes them, tile by tile, from the peaks and sums of the
     scores. Memory grows linearly with s and falls with the ranks that cut it.
 
     **Communication:** words received on each of c ranks that cut s in equal blocks. Over axes that cut heads inside,
@@ -84,6 +84,7 @@ class Attention(Layer):
 
     def backward(self, dy: DistArray, cache: Cache, later: Later = None) -> DistArray:
         (saved, out, statistics, mask), layout = cache
+        # where x is recomputed: X[B, S_(seq,ulysses), 3, A_col, D] -> X[B, S_seq, 3, A_(col,ulysses), D], all_to_all
         q, k, v = self.load(saved, lambda x: self._heads(x.redistribute(self.layout)))
         dims, (b, s, a, d) = self.layout.dims, dy.shape
         # dY[B, S_(seq,ulysses), A_col, D] -> dO[B, S_seq, A_(col,ulysses), D]: all_to_all over ulysses
@@ -111,9 +112,9 @@ class GroupedAttention(Layer):
     parallelism : Parallelism
         The mode, which chooses the layouts.
     inner : {"g", "r"}
-        Which of the two letters the inside of the block is cut on.
+        The letter that the inside of the block is cut on.
     spread : {"g", "r"}
-        Which of them the axes cut that cut s outside attention and form no ring.
+        The letter that is cut inside attention by the axes that cut s outside it and form no ring.
     causal : bool
         Whether a query sees only the keys of its own position and lower ones.
 
@@ -127,9 +128,10 @@ class GroupedAttention(Layer):
 
     Notes
     -----
-    The input is the pair of queries, and keys and values; the output is ``[b, s, g, r, d]``. The r queries of a group
-    share its keys and values. Where r is cut, each rank has the keys and values of every group, and their cotangents
-    are partial sums over the axes that cut r. They are handed on as partial sums, unless these axes cut s outside.
+    The input is a pair, the queries and the packed keys and values; the output is ``[b, s, g, r, d]``. The r queries of
+    a group share its keys and values. Where r is cut, each rank has the keys and values of every group, and their
+    cotangents are partial sums over the axes that cut r. They are handed on as partial sums, unless these axes cut s
+    outside.
 
     **Communication:** as in `Attention`, for queries, and for keys and values; in a ring only the keys and values of
     the g groups travel.
@@ -158,6 +160,7 @@ class GroupedAttention(Layer):
 
     def backward(self, dy: DistArray, cache: Cache, later: Later = None) -> tuple[DistArray, DistArray]:
         (saved_q, saved_kv, out, statistics, mask), shape, (q_layout, kv_layout) = cache
+        # where q is recomputed: Q[B, S_(seq,ulysses), G_col, R, D] -> Q[B, S_seq, G_col, R_ulysses, D], all_to_all
         heads = self.load(saved_q, lambda q: _merged_heads(q.redistribute(self.q)))
         kv = self.load(saved_kv, self._keys_and_values)
         # dY[B, S_(seq,ulysses), G_col, R, D] -> dO[B, S_seq, G_col, R_ulysses, D]: all_to_all over ulysses
@@ -168,9 +171,12 @@ class GroupedAttention(Layer):
         shared = [axis for axis in dy.layout.cut if axis not in self.kv.cut]
         summed = DistArray(xp.stack(dkv, axis=2), shape, self.kv.with_partial(*shared), dy.grid)
         left = kv_layout.with_partial(*[axis for axis in shared if axis not in kv_layout.cut])
+        # dQ -> dQ[B, S_(seq,ulysses), G_col, R, D]: all_to_all over ulysses, where it cuts r; then
+        # dKV {U_ulysses} -> dKV[B, S_(seq,ulysses), 2, G_col, D]: reduce_scatter over ulysses
         return dy.like(xp.reshape(dq, dy.local.shape)).redistribute(q_layout), summed.redistribute(left)
 
     def _keys_and_values(self, kv: DistArray) -> tuple[Block, Block]:
+        # KV[B, S_(seq,ulysses), 2, G_col, D] -> KV[B, S_seq, 2, G_col, D]: allgather over ulysses, where it cuts r
         kv = kv.redistribute(self.kv)
         return _own(kv, 0), _own(kv, 1)
 
@@ -202,7 +208,7 @@ class SelfAttention(Sequential):
         Number g of groups of heads that share keys and values: head i belongs to group ``i // (heads / groups)``. By
         default as many as heads, which is multi-head attention.
     rotary : Rotary, optional
-        Rotates queries and keys by their positions; None: positions do not enter here.
+        Rotates queries and keys by their positions; None: attention does not depend on positions.
     causal : bool
         Whether a query sees only the keys of its own position and lower ones.
     bias : bool
@@ -228,13 +234,13 @@ class SelfAttention(Sequential):
 
     Notes
     -----
-    The inside is cut on the heads. Of grouped heads the groups are cut, or, where there are fewer groups than ranks,
-    the queries of each group: the ranks then have copies of the keys and values, and all do their product. Axes that
-    cut the sequence outside attention and heads inside it choose between the two anew.
+    The inside is cut on the heads. Grouped heads are cut on the groups, or, where there are fewer groups than ranks, on
+    the queries of each group; the ranks then have copies of the keys and values, and all compute them. Axes that cut
+    the sequence outside attention and heads inside it choose between the two independently.
 
-    **Communication:** that of the products (`Linear`) and of `Attention`; grouped, the stream is gathered once for both
-    input products, and its cotangent is reduced once. Where c ranks cut the r queries of a group, the cotangents of
-    keys and values of n = b s tokens are summed for ``2 (c - 1) 2 n g d`` words.
+    **Communication:** the collectives of the products (`Linear`) and of `Attention`; with groups, the stream is
+    gathered once for both input products, and its cotangent is reduced once. Where c ranks cut the r queries of a
+    group, the cotangents of keys and values of n = b s tokens are summed for ``2 (c - 1) 2 n g d`` words.
 
     References
     ----------

@@ -92,9 +92,9 @@ def generate(
     Prompts are padded at their ends. A token stands at its position, and no query that counts sees the keys of padding,
     because their positions are later. The head computes the logits of the last token of each sequence alone.
 
-    **Communication:** for each new token, that of a forward pass of b tokens, that of `draw`, and an allgather that
-    gives every rank b words; with an axis ``pipe`` the activation of b tokens once over each border between chunks. No
-    rank ever holds logits ``[b, s, v]`` of other ranks.
+    **Communication:** for each new token, the collectives of a forward pass of b tokens and of `draw`, and an allgather
+    that gives every rank b words; with an axis ``pipe`` the activation of b tokens also crosses each border between
+    chunks once. No rank ever holds logits ``[b, s, v]`` of other ranks.
 
     References
     ----------
@@ -140,7 +140,7 @@ def _require_tokens(prompts: Sequence[Sequence[int]], vocabulary: int | None) ->
 
 
 class _Sequences:
-    """Prompts with the tokens that were drawn after them, and the place from which on the model sees each."""
+    """Prompts with the tokens drawn after them, and the index of the first token of each that the model sees."""
 
     def __init__(self, prompts: Sequence[Sequence[int]], stop: set[int], window: int | None) -> None:
         self.tokens = [[int(token) for token in prompt] for prompt in prompts]
@@ -150,7 +150,7 @@ class _Sequences:
 
     @property
     def done(self) -> bool:
-        """Whether every sequence has ended."""
+        """True if every sequence has ended."""
         return not self.running.any()
 
     def lengths(self) -> np.ndarray:
@@ -162,7 +162,7 @@ class _Sequences:
         return self.lengths() - self.start
 
     def truncate(self) -> bool:
-        """Drop the beginning of sequences that have outgrown the window, and say whether there are any."""
+        """Drop the beginning of sequences that have outgrown the window, and return True if there are any."""
         if self.window is None:
             return False
         grown = self.sizes() > self.window  # sequences that have ended stay in the batch and are truncated, too

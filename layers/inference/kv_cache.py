@@ -23,8 +23,8 @@ class KVCache:
 
     With a cache in its `Context`, causal attention appends the keys and values of its tokens, and its queries attend to
     everything in the cache. Slot i of a sample belongs to the token at position i. A query sees the slots up to its own
-    position: it never sees what padding left in later slots, and the token that comes to stand there overwrites it. A
-    forward pass with a cache has no adjoint.
+    position: it never sees the padding in later slots, and later tokens overwrite it. A forward pass with a cache has
+    no adjoint.
 
     Parameters
     ----------
@@ -38,10 +38,10 @@ class KVCache:
     axes that cut them there; where these axes cut the queries of a group, each rank holds the keys and values of all
     groups. Slot i is on rank ``i mod c`` of the c ranks that cut s in attention.
 
-    **Communication:** none where no axis cuts s in attention. Elsewhere, for s new tokens, b samples and a heads of
+    **Communication:** none where no axis cuts s in attention. Otherwise, for s new tokens, b samples and a heads of
     queries on a rank: an allgather of the new tokens, ``(c - 1) (s/c) b (a + 2 g) d`` words, and an all_to_all, in
-    which each rank receives from every other one the attention of its tokens to that rank's slots,
-    ``(c - 1) (s/c) b a (d + 2)`` words. The partial results are merged exactly, by the peaks and sums of their scores.
+    which each rank receives from every other one the attention of its tokens to that rank's slots, ``(c - 1) (s/c) b a
+    (d + 2)`` words. The partial results are merged exactly, by the peaks and sums of their scores.
 
     References
     ----------
@@ -69,7 +69,7 @@ class KVCache:
         kv : DistArray
             Keys and values ``[b, s, 2, g, d]`` of the new tokens, cut over b and s as `q` is.
         ctx : Context
-            Its positions are those of the new tokens, in ascending order; by default they are the first positions.
+            Its positions belong to the new tokens, in ascending order; by default they are the first positions.
 
         Returns
         -------
@@ -119,7 +119,7 @@ class KVCache:
 
 
 class _Slots:
-    """The slots of this rank: every c-th one, from its number among the c ranks that cut s on."""
+    """The slots of this rank: every c-th one, starting from the rank's number among the c ranks that cut s."""
 
     def __init__(self, x: DistArray) -> None:
         axes = x.layout.dims[1]

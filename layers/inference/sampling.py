@@ -1,4 +1,4 @@
-"""Sampling: draw tokens by their logits, of which each rank holds some tokens, so that no rank ever holds all.
+"""Sampling: tokens are drawn from logits whose vocabulary is cut, so that no rank ever holds all logits.
 
 `generate` calls `draw` once for each new token. The ranks that cut the vocabulary offer one another their greatest
 logits, and every rank draws from the same candidates.
@@ -23,22 +23,22 @@ CANDIDATES = 64
 GROWTH = 8
 """Factor by which the number of candidates grows from round to round."""
 NO_TOKEN = -1
-"""Stands for the token where the logits are not numbers."""
+"""Returned in place of a token where the logits are not numbers."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn.
+    """The options with which tokens are drawn.
 
     Parameters
     ----------
     temperature : float
         Divisor of the logits. 0 takes the greatest logit, the first one of equal ones.
     top_k : int, optional
-        Draw from the k greatest logits alone, of equal ones from the first.
+        Draw from the k greatest logits alone; of equal logits the first ones count.
     top_p : float
         Draw from the fewest tokens whose probabilities add up to it. With `top_k` the probabilities of the k tokens are
-        made to add up to 1 before.
+        first scaled to add up to 1.
     seed : int
         Seed of the random numbers.
     vocabulary : int, optional
@@ -86,7 +86,7 @@ def draw(logits: DistArray, positions: np.ndarray, sampling: Sampling) -> DistAr
         Positions ``[b, s]`` of the tokens that are drawn, in NumPy, the same on all ranks. The random number of sample
         i at position p is a function of (seed, i, p).
     sampling : Sampling
-        How the tokens are drawn.
+        Options of the draw.
 
     Returns
     -------
@@ -101,8 +101,8 @@ def draw(logits: DistArray, positions: np.ndarray, sampling: Sampling) -> DistAr
 
     **Communication:** over the p ranks that cut v, an allgather of the candidates of all ranks: ``2 m (p - 1)`` words
     received by each rank for each row and m candidates of each rank. m is `top_k`, or 1 at temperature 0. Without
-    `top_k` m starts at 64 and grows 8 times from round to round, as long as the probabilities of the tokens that are
-    known to be the greatest do not suffice; an allreduce of one word for each row gives the divisor of the softmax.
+    `top_k` m starts at 64 and is multiplied by 8 from round to round, until the probabilities of the tokens that are
+    known to be the greatest suffice; an allreduce of one word for each row gives the divisor of the softmax.
     """
     logits = logits.reduced()
     dims, at = logits.layout.dims, tuple(slice(*extent) for extent in logits.box[:2])

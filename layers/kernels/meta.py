@@ -16,13 +16,13 @@ _scores = lru_cache(attention_scores)
 
 
 def _products(q: Block, k: Block, causal: bool) -> int:
-    """Return the multiplications of one product of queries and keys, over the tiles of which a key is seen."""
+    """Return the multiplications of one product of queries and keys, over the tiles in which some key is seen."""
     (b, s, a, d), (_, t, g, _) = q.shape, k.shape
     return b * a * d * _scores(s, t, a // g, causal) if b * s * a * t * g else 0
 
 
 def _tile(q: Block, k: Block, causal: bool, arrays: int) -> None:
-    """Allocate and free so many arrays of a tile's scores, which counts them in the peak of memory."""
+    """Allocate and free this number of arrays of a tile's scores, so that the peak of memory counts them."""
     xp, (b, s, a, _), (_, t, g, _) = namespace(q), q.shape, k.shape
     if b * s * a * t * g:
         xp.empty((arrays, largest(b, s, g, a // g, t, causal)), dtype=xp.float32 if is_half(q.dtype) else q.dtype)

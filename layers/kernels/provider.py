@@ -19,7 +19,7 @@ from colossal_mpi.grid import Grid
 from colossal_mpi.layers.kernels import reference
 
 AUTO = "auto"
-"""The choice that takes PyTorch's kernels where every rank can import them, and the reference elsewhere."""
+"""The name that chooses PyTorch's kernels where every rank can import them, and the reference elsewhere."""
 
 
 class Kernels:
@@ -123,8 +123,8 @@ def register_provider(name: str, module: str, description: str, requires: str | 
     name : str
         Name of the provider in configurations and on the command line.
     module : str
-        Import path of a module with functions named as those of `Kernels`, with their parameters and results. The
-        reference computes what the module lacks.
+        Import path of a module whose functions have the names, parameters and results of the kernels (`kernel_names`).
+        The reference computes what the module lacks.
     description : str
         One sentence for the help of the command line and the documentation.
     requires : str, optional
@@ -198,7 +198,7 @@ def use(provider: str, grid: Grid) -> str:
     grid : Grid
         Grid whose ranks choose together: replicas stay equal to the bit only if all ranks compute them with the same
         kernels. Models of different providers need different grids, which may have the same ranks. Meta grids keep
-        kernels of their own, whatever is chosen.
+        their own kernels, whatever is chosen.
 
     Returns
     -------
@@ -224,6 +224,7 @@ def use(provider: str, grid: Grid) -> str:
     if grid.is_meta:
         return provider
     wanted = "torch" if provider == AUTO else provider
+    # the obstacle of each rank -> the obstacles of all ranks: allgather
     obstacle = next((reason for reason in comm.collect(_obstacle(wanted), grid) if reason is not None), None)
     if obstacle is not None and provider != AUTO:
         raise OptionError(_unavailable(provider, obstacle))

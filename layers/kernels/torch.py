@@ -60,7 +60,7 @@ def _share(result: Any) -> Any:
 
 
 def _is_half(x: Tensor) -> bool:
-    """Say whether a block is of 16-bit floats, of which ATen would return sums in 16 bits."""
+    """Say whether a block has 16-bit floats, whose sums ATen would return in 16 bits."""
     return bool(x.dtype.itemsize == 2)
 
 
@@ -134,7 +134,7 @@ def norm_backward(dy: Tensor, x: Tensor, gain: Tensor, statistics: Any, size: in
 
 @_kernel
 def lookup_backward(dy: Tensor, ids: Tensor, start: int, count: int) -> Tensor:
-    """Map ids of other parts to one row more than there are, which is padding."""
+    """Return the reference's result: ids of other parts are mapped to one extra row, which ATen takes for padding."""
     if _is_half(dy):
         return NotImplemented
     local = ids - start

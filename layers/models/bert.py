@@ -1,4 +1,4 @@
-"""BERT: an encoder trained to fill in masked tokens and to tell whether one sentence follows another, and its mapping.
+"""BERT: an encoder that fills in masked tokens and predicts the next sentence, and its Hugging Face mapping.
 
 ``apps`` trains it, and checkpoints and `from_pretrained` find it in the registry. `ViT` reuses the mapping of its
 blocks onto Hugging Face directories. It is a chain of layers: nothing here communicates or knows the grid.
@@ -108,7 +108,7 @@ _CLASSES = {True: "BertForPreTraining", False: "BertForMaskedLM"}
 
 
 def _normalize(table: hf.Table) -> hf.Table:
-    """Add whether there is a head for the next sentence, which the class of the model says."""
+    """Add the key of the head for the next sentence, which depends on the class of the model."""
     named = table.get("architectures") or [_CLASSES[True]]
     return table | {"next_sentence": _CLASSES[False] not in named}
 

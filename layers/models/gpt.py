@@ -146,7 +146,7 @@ class GPT(Sequential):
     Notes
     -----
     The initial weights are normal with standard deviation `std`; weights of products into the residual stream are
-    scaled by ``1 / sqrt(2 layers)``. They depend on seed and name alone, bitwise the same on every grid.
+    scaled by ``1 / sqrt(2 layers)``. They depend on seed and name alone and are bitwise the same on every grid.
 
     References
     ----------

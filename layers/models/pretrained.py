@@ -1,4 +1,4 @@
-"""Models from Hugging Face directories and back.
+"""Functions that read models from Hugging Face directories and write models as such directories.
 
 `from_pretrained` and `save_pretrained` look up the architecture of a model in the registry, pair each parameter with
 its tensors, and copy boxes between them: each rank reads the boxes of its own blocks, rank 0 writes all.

@@ -78,14 +78,14 @@ def register_model(
     Parameters
     ----------
     name : str
-        The kind: what configuration files and checkpoints call the model.
+        The kind: the name of the model in configuration files and checkpoints.
     config : type
         The frozen dataclass of its configuration. JSON must be able to hold the fields; ``layers``, ``seed`` and
         ``dtype`` must be among them, and ``seed=None`` must make weights of zeros.
     task : str
         The training task: ``"language"``, ``"masked"``, ``"images"`` or another registered task, see `ModelKind`.
     huggingface : sequence of Architecture
-        How `from_pretrained` and `save_pretrained` map the model onto directories of Hugging Face.
+        The mappings with which `from_pretrained` and `save_pretrained` read and write directories of Hugging Face.
 
     Returns
     -------

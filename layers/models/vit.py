@@ -1,4 +1,4 @@
-"""The Vision Transformer: a classifier that reads the patches of an image as a sequence, and its mapping.
+"""The Vision Transformer: a classifier that reads the patches of an image as a sequence, and its Hugging Face mapping.
 
 ``apps`` trains it, and checkpoints and `from_pretrained` find it in the registry. It is a chain of layers: nothing here
 communicates or knows the grid.
@@ -159,7 +159,7 @@ class ViT(Sequential):
     Notes
     -----
     All initial weights, positions and class token included, are normal with standard deviation `std`. They depend on
-    seed and name alone, bitwise the same on every grid.
+    seed and name alone and are bitwise the same on every grid.
 
     References
     ----------

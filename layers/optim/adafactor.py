@@ -49,8 +49,8 @@ class Adafactor(Optimizer):
     The state of a weight of r rows and c columns has r + c elements. Each expert's matrix of W[E, H, F] has a state of
     its own.
 
-    **Communication:** that of `Optimizer.step`, and for each weight allreduces of r and of c words over the axes that
-    cut columns and rows, and of three words.
+    **Communication:** the collectives of `Optimizer.step`, and for each weight, allreduces of r and of c words over the
+    axes that cut columns and rows, and of three words.
 
     References
     ----------

@@ -42,7 +42,7 @@ class AdamW(Optimizer):
     With the moments ``m = b1 m + (1 - b1) g`` and ``v = b2 v + (1 - b2) g^2``, corrected to m' and v' for their start
     at zero, a step is ``w = (1 - lr weight_decay) w - lr m' / (sqrt(v') + eps)``.
 
-    **Communication:** that of `Optimizer.step`.
+    **Communication:** the collectives of `Optimizer.step`.
 
     References
     ----------
@@ -105,8 +105,8 @@ class LAMB(AdamW):
     -----
     With d the direction of `AdamW`, the decay of the weight included, a step is ``w = w - lr (|w| / |d|) d``.
 
-    **Communication:** that of `Optimizer.step`, and for each parameter two allreduces of one word over the axes that
-    cut it.
+    **Communication:** the collectives of `Optimizer.step`, and for each parameter, two allreduces of one word over the
+    axes that cut it.
 
     References
     ----------

@@ -1,4 +1,4 @@
-"""The base of all optimizers: groups of parameters, the norm and the clipping of gradients, the state.
+"""The base of all optimizers: groups of parameters, the norm and the clipping of gradients, and the state.
 
 The trainer calls `Optimizer.step` after the backward passes and stores `Optimizer.state` in checkpoints. A step reduces
 the gradients with `Parameter.reduce` and calls the subclass's `update` for each parameter.
@@ -189,8 +189,8 @@ class Optimizer:
     def step(self, lr: float | None = None) -> float:
         """Update all weights and clear the gradients.
 
-        If weights are of 16 bits and the norm is not finite, which all ranks see alike, the loss scale changes and
-        nothing else does.
+        If weights are of 16 bits and the norm is not finite, which all ranks see, the loss scale changes and nothing
+        else does.
 
         Parameters
         ----------
@@ -261,7 +261,7 @@ class Optimizer:
     def weights(self, parameters: Iterable[Parameter] | None = None) -> Mapping[str, DistArray]:
         """Return the weights for a checkpoint, 16-bit weights as their master weights.
 
-        Values that are read into master weights count after `refresh`.
+        Values that are read into master weights take effect after `refresh`.
 
         Parameters
         ----------

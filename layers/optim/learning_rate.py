@@ -27,7 +27,7 @@ class LearningRateKind:
     factor : callable
         ``factor(step, progress, **options)`` returns the share of the peak at a step after the warm-up.
     warmup : callable
-        ``warmup(step, steps)`` returns the share of the peak at a step of a warm-up of so many steps.
+        ``warmup(step, steps)`` returns the share of the peak at a step of a warm-up of `steps` steps.
     """
 
     name: str
@@ -74,7 +74,7 @@ def register_learning_rate(
     name : str
         Name of the schedule in configurations and on the command line.
     warmup : callable
-        ``warmup(step, steps)`` returns the share of the peak at a step of a warm-up of so many steps.
+        ``warmup(step, steps)`` returns the share of the peak at a step of a warm-up of `steps` steps.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Weights as matrices: W[H, 3, A, D] as H rows and (3, A, D) columns, the experts' W[E, H, F] as E matrices.
+"""Views of weights as matrices: W[H, 3, A, D] has H rows and (3, A, D) columns, the experts' W[E, H, F] is E matrices.
 
 Adafactor and Muon call these functions, which redistribute a weight only if its blocks are not blocks of the matrix.
 """
@@ -45,14 +45,16 @@ def as_matrix(w: DistArray, rows: int) -> DistArray:
 
 
 def from_matrix(x: DistArray, like: DistArray, rows: int) -> DistArray:
-    """Return a matrix of `as_matrix` as an array in the shape and the layout of `like`. **Communication:** as there."""
+    """Return a matrix of `as_matrix` in the shape and the layout of `like`. **Communication:** as there, in reverse."""
     if like.ndim == 2:
+        # X[R_row, C_col] -> X in the layout of `like`: redistribution
         return x.redistribute(like.layout)
     xp = backend.namespace(x.local)
     dims = [x.layout.dims[0], *[()] * (rows - 1), x.layout.dims[1], *[()] * (like.ndim - rows - 1)]
     layout = Layout(*dims).on(x.grid.axes, like.ndim)
     box = layout.box(like.shape, x.grid.axes, x.grid.coords)
     block = xp.reshape(x.local, tuple(stop - start for start, stop in box))
+    # W[H_(row,col), 3, A, D] -> W[H_row, 3, A_col, D] or the like: the inverse redistribution of `as_matrix`
     return DistArray(block, like.shape, layout, x.grid).redistribute(like.layout)
 
 

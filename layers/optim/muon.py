@@ -66,8 +66,8 @@ class Muon(AdamW):
     which are done one after the other where they lie. All other parameters (tables, heads, gains, biases) are stepped
     by AdamW, with the same learning rate if the scale is ``"rms"``.
 
-    **Communication:** that of `Optimizer.step`, and that of `newton_schulz` for each hidden weight. No rank holds a
-    whole weight that is cut.
+    **Communication:** the collectives of `Optimizer.step`, and of `newton_schulz` for each hidden weight. No rank holds
+    the whole of a weight that is cut.
 
     References
     ----------

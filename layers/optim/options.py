@@ -25,9 +25,9 @@ class Option:
     annotation : object
         Type of its values: bool, int, float, str, a literal, or a tuple or union of these.
     default : object
-        Value where none is given.
+        Value of an option that is not given.
     description : str
-        What it means, in the words of the docstring. Empty if the docstring does not say.
+        Its meaning, in the words of the docstring. Empty if the docstring has none.
     """
 
     name: str

@@ -17,7 +17,7 @@ from colossal_mpi.layers.optim.options import Option, options_of, summary
 from colossal_mpi.layers.parameter import Parameter
 
 _COMMON = frozenset({"lr", "weight_decay", "clip", "offload"})
-"""What every optimizer takes: the training configuration has a key for each already."""
+"""The options that every optimizer takes; the training configuration has a key for each already."""
 
 
 @dataclass(frozen=True)

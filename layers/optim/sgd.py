@@ -40,7 +40,7 @@ class SGD(Optimizer):
     With ``g = g + weight_decay w`` and the velocity ``v = momentum v + g``, a step is ``w = w - lr v``, or with
     Nesterov momentum ``w = w - lr (g + momentum v)``.
 
-    **Communication:** that of `Optimizer.step`.
+    **Communication:** the collectives of `Optimizer.step`.
 
     References
     ----------
@@ -95,11 +95,11 @@ class LARS(SGD):
 
     Notes
     -----
-    A gradient counts times ``trust |w| / (|g| + weight_decay |w|)``. A parameter that does not decay (a gain or a bias)
-    has the learning rate of the step, as usual.
+    A gradient is multiplied by ``trust |w| / (|g| + weight_decay |w|)``. A parameter that does not decay (a gain or a
+    bias) has the learning rate of the step, as usual.
 
-    **Communication:** that of `Optimizer.step`, and for each parameter that decays two allreduces of one word over the
-    axes that cut it.
+    **Communication:** the collectives of `Optimizer.step`, and for each parameter that decays, two allreduces of one
+    word over the axes that cut it.
 
     References
     ----------

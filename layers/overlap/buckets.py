@@ -65,7 +65,7 @@ class Bucket:
         self._moving.wait()
 
     def is_open(self) -> bool:
-        """Say whether `finish` was not called yet."""
+        """Return True until `finish` is called."""
         return bool(self._parameters)
 
     def finish(self) -> None:
@@ -91,8 +91,8 @@ class GradientBuckets:
     Enter it around all backward passes between two steps of an optimizer. A gradient joins a bucket with its last
     contribution: every layer that holds the parameter contributes once for each microbatch. With ZeRO 2 and 3 each
     contribution joins a bucket at once. The reduction of a full bucket starts, and `Parameter.reduce` waits for it.
-    `Parameter.reduce` also reduces a contribution that nobody expected, such as the one of a layer that ran twice, and
-    everything without this context.
+    `Parameter.reduce` also reduces a contribution that nobody expected, for example from a layer that ran twice, and
+    without this context it reduces everything.
 
     Parameters
     ----------
@@ -101,7 +101,7 @@ class GradientBuckets:
     microbatches : int
         Number of backward passes through each of them.
     size : int
-        Bytes of a rank's gradients from which on a bucket is full. With 0 every gradient has a bucket of its own.
+        Bytes of a rank's gradients at which a bucket is full. With 0 every gradient has its own bucket.
 
     Notes
     -----
@@ -163,7 +163,7 @@ class GradientBuckets:
         self._started, self._new = [*filter(Bucket.is_open, self._started), *self._new], []
 
     def expect(self, parameter: Parameter) -> None:
-        """Expect one contribution more that comes from no layer: the gradient of another stage.
+        """Expect one more contribution that comes from no layer: the gradient of another stage.
 
         Parameters
         ----------
@@ -201,6 +201,7 @@ class GradientBuckets:
         partial sums over ``data`` and ``seq``, else in a bucket.
         """
         if set(gradient.layout.partial).isdisjoint(parameter.parallelism.copies):
+            # dW without {U_data} -> dW in the layout of the state
             parameter.add(gradient.redistribute(parameter.owned))
         else:
             self._put(parameter, gradient)

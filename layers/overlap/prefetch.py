@@ -1,4 +1,4 @@
-"""Prefetch of weights: those of the next layer are gathered while a layer computes (ZeRO 3).
+"""Prefetch of weights: the weights of the next layer are gathered while a layer computes (ZeRO 3).
 
 `Pipeline` enters `Prefetch.over` around a step, `Sequential` tells it which layer computes, and `Parameter.use` takes
 gathered weights from it. It starts nonblocking redistributions.
@@ -45,8 +45,8 @@ class Prefetch:
 
     It works on the layers of a `Sequential`, such as the blocks of a model. The first pass of a layer, forward and
     backward, shows which weights it uses in which layout. A weight that a layer uses unexpectedly, or a second time in
-    a pass, is gathered when it is used. The weights of two layers are gathered at most: of the one that computes and
-    of the next one.
+    a pass, is gathered when it is used. At most two layers have gathered weights: the one that computes and the next
+    one.
 
     Notes
     -----
@@ -167,6 +167,7 @@ class Prefetch:
         coming = self._coming[id(parameter), layout]
         progress(parameter.value.grid)
         if not coming:
+            # W[H_(row,data), F_col] -> W[H_row, F_col]: allgather over data
             return parameter.value.redistribute(layout)
         gathered, i = coming.popleft()
         return gathered.take(i)

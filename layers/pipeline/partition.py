@@ -41,8 +41,8 @@ def partition(model: Sequential, grid: Grid, chunks: int = 1, costs: Sequence[fl
     Parameters
     ----------
     model : Sequential
-        Model that every stage constructs alike, with its layers on the grid that `stage_grid` returns. A weight is made
-        when it is first used, so that no stage makes the weights of another one.
+        Model that every stage constructs in full, with its layers on the grid that `stage_grid` returns. A weight is
+        made when it is first used, so that no stage makes the weights of another one.
     grid : Grid
         Grid of the whole model. Without an axis ``pipe`` it is one stage.
     chunks : int
@@ -54,8 +54,8 @@ def partition(model: Sequential, grid: Grid, chunks: int = 1, costs: Sequence[fl
     Returns
     -------
     list of Sequential
-        Chunks in the order of the model, contiguous layers each. The costliest chunk of all stages costs as little as
-        can be.
+        Chunks in the order of the model, each of contiguous layers. The costliest chunk of all stages costs as little
+        as possible.
 
     Raises
     ------
@@ -107,7 +107,7 @@ def _layers_of_chunks(
 
 
 def balanced_ranges(costs: list[float], parts: int) -> list[range]:
-    """Cut a list of layers into contiguous ranges, the costliest of which costs as little as can be.
+    """Cut a list of layers into contiguous ranges, the costliest of which costs as little as possible.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""A model that is cut into stages along ``pipe``: its training step, its forward pass, and weights of two stages.
+"""A model cut into stages along ``pipe``: its training step, its forward pass, and weights that two stages hold.
 
 The trainer calls `Pipeline.step` and then the optimizer; ``generate`` calls `Pipeline.forward`. The pipeline carries
 out its schedule with a `StepExecutor` and reduces gradients over ``data`` in buckets while the step goes on.
@@ -32,7 +32,7 @@ from colossal_mpi.platform import backend
 
 
 class Pipeline(Stage):
-    """A model cut along ``pipe``: this rank's stage, and how a training step goes through all stages.
+    """A model cut along ``pipe``: this rank's stage, and the training step through all stages.
 
     Parameters
     ----------
@@ -106,9 +106,10 @@ class Pipeline(Stage):
         return list(found.values())
 
     def _tie(self, given: Sequence[Sequence[str]] | None) -> list[tuple[Parameter, int]]:
-        """Tell parameters of the whole model's grid, and return those of two stages, each with the other stage."""
+        """Give parameters the whole model's grid, and return each one that two stages hold, with the other stage."""
         parameters = {q.name: q for q in self.parameters()}
         own = (self.stage, sorted(parameters))
+        # the names of each stage -> the names of all stages: allgather
         names_of = comm.collect(own, self.grid) if given is None else list(enumerate(given))
         empty = sorted({stage for stage, names in names_of if not names})
         if empty:
@@ -131,7 +132,7 @@ class Pipeline(Stage):
         """Run the forward and backward passes of all microbatches, and leave the gradients in the parameters.
 
         The reductions of the gradients over ``data`` are still under way when it returns: `Parameter.reduce` waits for
-        them. Between two steps of an optimizer nothing but one such step may add to the gradients.
+        them. Between two steps of an optimizer only one such step may add to the gradients.
 
         Parameters
         ----------

@@ -1,4 +1,4 @@
-"""Pipeline schedules as data: the instructions of each stage, in order, as a function of three numbers.
+"""Pipeline schedules as data: a schedule is a function of three numbers that gives each stage's instructions in order.
 
 The numbers are the stages, the microbatches and the chunks of the model on each stage. Chunk c of stage i, a virtual
 stage, is number ``c stages + i`` in the order of the model. An *order* yields the computations of a stage; `program`

@@ -1,4 +1,4 @@
-"""The proof and the timing of pipeline schedules, without MPI.
+"""Functions that prove and time pipeline schedules without MPI.
 
 `verify` runs the programs of all stages against one another with bounded buffers, and `simulate` gives each computation
 its time. The planner and the benchmark of schedules call them. Both see nothing but instructions.
@@ -32,7 +32,7 @@ _SEND_OF = {ReceiveActivation: SendActivation, ReceiveGradient: SendGradient}
 
 @dataclass(frozen=True)
 class Verification:
-    """What a proven schedule needs.
+    """The caches and messages that a sound schedule needs.
 
     Parameters
     ----------
@@ -140,7 +140,7 @@ class _Execution:
 
     @property
     def done(self) -> bool:
-        """Whether all stages have come to the end of their programs."""
+        """True if all stages have come to the end of their programs."""
         return all(at == len(program) for at, program in zip(self.at, self.programs, strict=True))
 
     def advance(self, stage: int) -> None:
@@ -189,7 +189,7 @@ class _Execution:
 
 
 def simulate(programs: Programs, cost: Cost, transfer: float = 0.0) -> list[Interval]:
-    """Return when each stage computes what. A message arrives `transfer` after its send, and a send takes no time.
+    """Return the interval of each computation. A message arrives `transfer` after its send, and a send takes no time.
 
     Parameters
     ----------

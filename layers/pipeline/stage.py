@@ -38,7 +38,7 @@ from colossal_mpi.platform import backend
 _TAGS = {"x": 0, "dy": 1}
 """Activations and cotangents between the same stages have different tags, so that they may overtake one another."""
 _POSTED = 2
-"""Receives that are posted before the stage waits for them, so that a message can arrive while the stage computes."""
+"""Number of receives that are posted before the stage waits for them, so that messages arrive while it computes."""
 
 ArraySpec = tuple[tuple[int, ...], Layout, Any]
 """Global shape, layout and dtype of an array."""
@@ -236,7 +236,7 @@ class StepExecutor:
     def _(self, step: BackwardInput) -> None:
         mb, c, own = step.microbatch, step.chunk, self.stage
         cache, loss_cache = self._caches.pop((mb, c))
-        # No stage waits for a stage that is alone: it does its weight products at once, which frees their operands.
+        # No stage waits for a single stage: it does its weight products at once, which frees their operands.
         later = self._weight_products.setdefault((mb, c), [])
         with ledger.span("backward", microbatch=mb, chunk=c):
             dy = self.data.loss_backward(loss_cache) if self._is_last(c) else self._received.pop(("dy", mb, c))
@@ -251,7 +251,7 @@ class StepExecutor:
                 product()
 
     def _hand_on(self, what: str, microbatch: int, chunk: int, by: int, array: DistArray) -> None:
-        """Give an array to the next chunk (`by` 1) or the one before (-1). A stage that is alone holds both."""
+        """Give an array to the next chunk (`by` 1) or the one before (-1). A single stage holds both."""
         if self.stage.stages == 1:
             self._received[what, microbatch, chunk + by] = array
         else:

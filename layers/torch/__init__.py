@@ -1,4 +1,4 @@
-"""PyTorch on either side of our layers: a layer as a ``torch.nn.Module``, and layers made of torch modules.
+"""Conversions between PyTorch and our layers: a layer as a ``torch.nn.Module``, and layers made of torch modules.
 
 User programs that keep their PyTorch training loop call `as_module`, `from_module` and `clip_grad_norm_`. Tensors share
 memory with our blocks by ``dlpack``; torch is imported when one of these names is first used.

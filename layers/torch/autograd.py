@@ -149,7 +149,7 @@ def _gradient(parameter: Parameter, *others: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _fresh_gradients(parameters: Sequence[Parameter]) -> Iterator[None]:
-    """Let the pass begin without gradients and restore the old ones after it: autograd adds up several calls itself."""
+    """Start a pass without gradients and restore the old ones after it: autograd adds up several calls itself."""
     kept = [parameter.grad for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None
@@ -228,7 +228,7 @@ def agree(
 
 
 def _require_same(facts: Sequence[TensorFacts], allowed: Sequence[str] | None, grid: Grid) -> None:
-    """Raise an error if any rank's tensor has another dtype or device than it must have."""
+    """Raise an error if any rank's tensor has a wrong dtype or device."""
     device = grid.device.partition(":")[0]
     for rank, fact in enumerate(facts):
         if fact.dtype not in (allowed or (facts[0].dtype,)) or not fact.dtype.startswith("torch."):

@@ -240,7 +240,7 @@ class LayerModule(torch.nn.Module):
         return (weights, *_IDS) if any(isinstance(part, Embedding) for part in _parts(self.wrapped)) else (weights,)
 
     def _input_layout(self, x: torch.Tensor, layout: Layout) -> Layout:
-        """Return the layout in which the layer gets x: as it is for products and tables, else as a residual stream."""
+        """Return the layout in which the layer gets x: the given one for products and tables, else the stream's."""
         first = _first(self.wrapped)
         letters = {2: "bh", 3: "sbh" if isinstance(first, SequenceFirst) else "bsh"}.get(x.ndim)
         if letters is None or not x.is_floating_point() or isinstance(first, Linear | Embedding):

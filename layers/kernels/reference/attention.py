@@ -119,7 +119,7 @@ def _shrink(left: Block, right: Block) -> tuple[Block, Block, Block]:
 
 
 def _merge(a: State | None, b: State) -> State:
-    """Return the state of the keys of both, in the memory of both."""
+    """Return the state of the keys of both states, in their memory."""
     if a is None:
         return b
     peaks, left, right = _shrink(a[1], b[1])

@@ -1,4 +1,4 @@
-"""Windows of images, as a convolution's product takes them, and pooling of windows, called by those layers."""
+"""Windows of images, as a convolution's product takes them, and pooling of windows; both layers call it."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def cross_entropy_losses(top: Block, sums: Block, valid: Block, z_loss: float = 
     sums : array
         What `cross_entropy_sums` returned, ``[2, ...]``, summed over all classes.
     valid : array
-        Bool ``[...]``: whether the label counts.
+        Bool ``[...]``: true where the label counts.
     z_loss : float
         Coefficient of the square of log Z.
 

@@ -11,7 +11,7 @@ from colossal_mpi.layers.kernels.reference.wide import like, wide
 from colossal_mpi.platform.backend import Block, namespace, sum_over
 
 Total = Callable[[Block], Block] | None
-"""Adds an array up over the ranks that cut h. None if no axis cuts h."""
+"""A function that sums an array over the ranks that cut h. None if no axis cuts h."""
 
 Statistics = tuple[Block | None, Block]
 """Mean (None if it is not subtracted) and reciprocal of the deviation, each ``[...]`` for an array ``[..., h]``."""
@@ -37,7 +37,7 @@ def norm(
     size : int
         Size of the whole of h.
     total : callable, optional
-        ``total(array)`` adds an array up over the ranks that cut h. None if no axis cuts h.
+        ``total(array)`` sums an array over the ranks that cut h. None if no axis cuts h.
 
     Returns
     -------

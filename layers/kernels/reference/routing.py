@@ -1,7 +1,7 @@
 """Top-k routing of tokens to experts, and the slots in which the experts take them, called by `MoE`.
 
-An assignment is one of the k places of a token at experts; assignment i belongs to token ``i // k``. Each assignment
-has one slot and each slot one assignment or none, so that gathering from one into the other is its own adjoint.
+An assignment is one token's choice of one of its k experts; assignment i belongs to token ``i // k``. Each assignment
+has one slot, and each slot has one assignment or none, so that gathering from one into the other is its own adjoint.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def routing_sums(chosen: Block, probabilities: Block, log: Block, valid: Block |
 
 
 def sort_by_expert(chosen: Block, experts: int) -> tuple[Block, Block]:
-    """Return the assignments in order of their experts, and where those of each expert begin.
+    """Return the assignments in order of their experts, and the index at which each expert begins.
 
     Parameters
     ----------
@@ -141,9 +141,9 @@ def sort_by_expert(chosen: Block, experts: int) -> tuple[Block, Block]:
     Returns
     -------
     order : array
-        Assignments ``[n k]`` by expert, those of one expert in order of the tokens.
+        Assignments ``[n k]``, ordered by expert and then by token.
     starts : array
-        Where each expert begins in `order`, ``[e + 1]``.
+        Index in `order` at which each expert begins, ``[e + 1]``.
     """
     xp = namespace(chosen)
     flat = xp.reshape(chosen, (-1,))

@@ -1,4 +1,4 @@
-"""Rows of a table by their numbers, and the sum of cotangents of equal rows, called by the embeddings."""
+"""Look-ups of a table's rows by number, and sums of the cotangents of equal rows, called by the embeddings."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Tiles of the scores of attention: some samples, groups of heads, queries and keys, and which keys a query sees.
+"""Tiles of the scores of attention (some samples, groups of heads, queries and keys), and the attention mask.
 
 ``attention`` works tile by tile, and the flop counts of ``layers.analysis`` call `attention_scores`. The r query heads
-of a group share its keys, so that their queries are the columns of one matrix of scores, ``k [b, g, t, d]`` times
-``q [b, g, d, r s]``. Keys are its rows, because the maxima of columns are found faster than those of rows.
+of a group share its keys, so that their queries are the columns of one matrix of scores, ``k [b, g, t, d]`` times ``q
+[b, g, d, r s]``. Keys are its rows, because maxima over columns are faster than maxima over rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Positions = tuple[Block, Block] | None
 LENGTH = 256
 """Greatest number of queries, and of keys, of a tile."""
 LEAST = 64
-"""Queries, or keys, from which on they are cut in two to skip a tile."""
+"""Number of queries, or keys, above which a causal tile is cut in two, so that one tile is skipped."""
 SCORES = 1 << 18
 """Greatest number of scores of a tile of several queries."""
 
@@ -69,12 +69,12 @@ class Tile:
 
 
 def tiles(q: Block, k: Block, causal: bool) -> tuple[Iterator[list[Tile]], list[slice]]:
-    """Return how queries ``[b, s, g, r, d]`` and keys ``[b, t, g, d]`` are cut.
+    """Return the tiles of queries ``[b, s, g, r, d]`` and the parts of keys ``[b, t, g, d]``.
 
     Returns
     -------
     iterator of list of Tile
-        The tiles of queries, those of the same samples and groups together.
+        The tiles of queries, one list for each choice of samples and groups.
     list of slice
         The parts of the keys.
     """
@@ -91,7 +91,7 @@ def tiles(q: Block, k: Block, causal: bool) -> tuple[Iterator[list[Tile]], list[
 
 
 def _groups(scores: int) -> int:
-    """Return how many groups with so many scores a tile has at most, of all samples together."""
+    """Return the greatest number of groups in a tile, over all its samples, if each group has this number of scores."""
     return max(1, SCORES // scores)
 
 
@@ -150,7 +150,7 @@ def parts(n: int, most: int) -> list[slice]:
 
 @dataclass(frozen=True)
 class AttentionMask:
-    """The attention mask: which keys a query sees, by causal order, key mask and positions."""
+    """The attention mask: it hides keys from queries by causal order, key mask and positions."""
 
     causal: bool
     mask: Block | None

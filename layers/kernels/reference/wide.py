@@ -1,4 +1,4 @@
-"""16-bit floats in formulas: computed in float32 and rounded once. Kernels and layers call these functions."""
+"""Formulas on 16-bit floats, computed in float32 and rounded once. Kernels and layers call these functions."""
 
 from __future__ import annotations
 
