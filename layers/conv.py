@@ -147,7 +147,7 @@ class Convolution(Layer):
 
 
 class Conv2d(Convolution):
-    """Two-dimensional convolution of images ``[b, c, y, x]``: a cross-correlation, as everywhere in deep learning.
+    """Two-dimensional convolution of images ``[b, c, y, x]``: a cross-correlation, as is usual in deep learning.
 
     Parameters
     ----------

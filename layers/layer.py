@@ -121,13 +121,13 @@ class Layer:
         saved : object
             What `save` returned.
         needed : function, optional
-            Makes what the backward pass needs from an input that had to be made again; by default it is the input
+            Makes what the backward pass needs from an input that had to be recomputed; by default it is the input
             itself, in the layout in which it came.
 
         Returns
         -------
         object
-            What the backward pass needs, with the same bits whether it was kept or made again.
+            What the backward pass needs, with the same bits whether it was kept or recomputed.
 
         Notes
         -----

@@ -132,8 +132,7 @@ class Parameter:
 
     @property
     def value(self) -> DistArray:
-        """The weight, made when it is first used: a pipeline stage constructs the whole model but makes its part
-        alone."""
+        """The weight, made at its first use: a pipeline stage constructs a whole model but makes only its part."""
         if self._value is None:
             whole = self._make(self._stored, "float32" if self.half else self.dtype)
             self._value = rounded(whole, self.dtype)

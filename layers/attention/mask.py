@@ -16,7 +16,7 @@ from colossal_mpi.platform import backend
 from colossal_mpi.platform.backend import Block
 
 _MOST_RUNS = 4
-"""Greatest number of runs into which a block is split; positions are compared in a block of more runs."""
+"""Greatest number of runs into which a block is split; a block of more runs compares positions instead."""
 
 
 @dataclass(frozen=True)

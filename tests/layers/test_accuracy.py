@@ -1,7 +1,7 @@
-"""In float32 the gradients are as near to the truth as PyTorch's, and near enough to it for their number of roundings.
+"""Float32 gradients are as close to the float64 gradients as PyTorch's, and within the bound of their roundings.
 
-The measure is ``||g - exact|| / ||exact||`` of each parameter, in the Frobenius norm, exact being PyTorch's gradient in
-float64 of the same float32 weights.
+The measure is ``||g - exact|| / ||exact||`` of each parameter, in the Frobenius norm. PyTorch computes the exact
+gradient in float64 from the same float32 weights.
 """
 
 import numpy as np
@@ -61,6 +61,6 @@ def test_float32_gradients_are_as_near_to_the_truth_as_those_of_pytorch(prepared
     ours, theirs = distances(mine, exact), distances(peer, exact)
     assert set(ours) == set(weights)
     assert {name: (far, theirs[name]) for name, far in ours.items() if far > 2 * theirs[name]} == {}
-    # Sums of up to k terms lie behind a gradient, whose roundings add up as a random walk does.
+    # A gradient is a sum of up to k terms, whose roundings add up like a random walk.
     k = max(BATCH * CONFIG.positions, 4 * CONFIG.hidden)
     assert max(ours.values()) <= k**0.5 * np.finfo("float32").eps

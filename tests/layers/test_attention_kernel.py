@@ -1,4 +1,4 @@
-"""Attention in tiles equals PyTorch's, in parts and in any library, too; its memory grows linearly."""
+"""Attention in tiles equals PyTorch's, also in parts of the keys and in other libraries, and needs linear memory."""
 
 import itertools
 import tracemalloc
@@ -30,14 +30,14 @@ POSITIONS = {
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Threads of BLAS that wait for one another cost more than they save in products as small as these."""
+    """Limit BLAS to one thread: in such small products, threads that wait for one another cost more than they save."""
     with threadpoolctl.threadpool_limits(1):
         yield
 
 
 @pytest.fixture(params=[(256, 1 << 18), (3, 1 << 18), (4, 7), (2, 1)], ids=lambda cut: f"{cut[0]}x{cut[1]}")
 def cut(request, monkeypatch):
-    """Tiles of at most so many queries or keys, and so many scores."""
+    """Cut attention into tiles of at most this number of queries or keys, and of scores."""
     monkeypatch.setattr(tiles, "LENGTH", request.param[0])
     monkeypatch.setattr(tiles, "SCORES", request.param[1])
     monkeypatch.setattr(tiles, "LEAST", 1)
@@ -117,7 +117,7 @@ def test_16_bit_floats_are_summed_in_32(cut, dtype):
 
 
 def test_large_scores_lose_no_digits(cut):
-    """Scores above 10^5 that float32 holds exactly and that differ by halves of small integers."""
+    """The scores are above 10^5; float32 holds them exactly, and they differ by halves of small integers."""
     q = np.full((1, 9, 1, 4), 512.0, "float32")
     k = RNG.integers(0, 3, (1, 9, 1, 4)).astype("float32") / 512 + np.float32(128.0)
     do, v = RNG.standard_normal((2, 1, 9, 1, 4)).astype("float32")
@@ -139,14 +139,14 @@ def test_tiles_above_the_diagonal_are_skipped(monkeypatch):
 
 
 def test_memory_grows_linearly():
-    """From 1k to 4k; with s x s scores the second step would be four times the first."""
+    """The length grows from 1k to 4k; with s x s scores the second step would be four times the first."""
     peaks = [peak(s) for s in (1024, 2048, 4096)]
     assert peaks[2] - peaks[1] <= 2.05 * (peaks[1] - peaks[0])
     assert peaks[2] <= 4096 * 4096 * 4
 
 
 def peak(s):
-    """Return the greatest bytes in use in forward and backward, of one head of width 32 in float32."""
+    """Return the peak of memory in bytes of forward and backward, for one head of width 32 in float32."""
     do, q, k, v = (RNG.standard_normal((1, s, 1, 32)).astype("float32") for _ in range(4))
     tracemalloc.start()
     both(do, q, k, v)

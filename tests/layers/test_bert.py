@@ -1,4 +1,4 @@
-"""BERT's two heads, its segments, and every reduction of its backward pass."""
+"""BERT's two heads and its segments give the right gradients, and each reduction of its backward pass is needed."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def forward(p):
 
 
 def gradients(p, take=(True, True), later=None, partial=()):
-    """Return the whole gradients for the cotangents that are taken, in the layout of the logits or partial."""
+    """Return the whole gradients for the cotangents in `take`, which are in the layout of the logits or partial."""
     model, _, dy, cache = forward(p)
     dy = [part.redistribute(part.layout.with_partial(*partial)) for part in dy]
     model.backward(tuple(part if taken else None for part, taken in zip(dy, take, strict=True)), cache, later)

@@ -1,8 +1,8 @@
-"""The layer cases of Colossal-AI's own tests, in every mode, at 1e-10 where those allow 1e-1 to 1e-2.
+"""The layer cases of Colossal-AI's own tests pass in every mode at a tolerance of 1e-10, where it allows 1e-1 to 1e-2.
 
-Batch 8, sequence 8, hidden 8, 8 classes, a vocabulary of 16, images of 16 x 16 in patches of 4 x 4. Its layers exist
-once per mode, and once more where the vocabulary or the classes are cut; here they are one layer, a case with either
-size. Every gradient is compared, and depth is 2 in 2.5d and 3d.
+Batch 8, sequence 8, hidden 8, 8 classes, a vocabulary of 16, images of 16 x 16 in patches of 4 x 4. Colossal-AI has
+each layer once per mode, and once more for a cut vocabulary or cut classes; here one layer has a case for either size.
+Every gradient is compared, and depth is 2 in 2.5d and 3d.
 """
 
 import numpy as np

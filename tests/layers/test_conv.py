@@ -1,4 +1,4 @@
-"""Windows of images: what does not fit is refused, and pooling takes the first of equal elements."""
+"""Convolution and pooling refuse images that do not fit, and pooling takes the first of equal elements."""
 
 import numpy as np
 import pytest

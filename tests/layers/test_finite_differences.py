@@ -1,4 +1,4 @@
-"""Every layer's backward pass against finite differences of its forward pass, on one rank and on cut arrays."""
+"""Every layer's backward pass equals finite differences of its forward pass, on one rank and on cut arrays."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""The flop of a training step are those of the products that one rank does, and PaLM's formula."""
+"""The counted flop of a training step equal the products that one rank does, and PaLM's formula."""
 
 import importlib
 import math
@@ -34,7 +34,7 @@ def trainer(name, grid, recompute="none"):
 
 
 class Counting:
-    """An array namespace whose matrix products are counted; a product with a row of ones is a sum."""
+    """An array namespace that counts its matrix products, except products with a row of ones, which are sums."""
 
     def __init__(self, xp, done):
         self.xp, self.done = xp, done
@@ -51,7 +51,7 @@ class Counting:
 
 @pytest.fixture
 def counted(monkeypatch):
-    """Return where the flop of every product of blocks, by BLAS or not, and of attention go."""
+    """Return the list that gets the flop of every product of blocks, by BLAS or not, and of attention."""
     done, cblas = [], blas._cblas
     xp = Counting(backend._NUMPY, done)
 
@@ -80,7 +80,7 @@ def test_hardware_flop_are_those_of_the_products_of_a_step(name, again, counted)
 
 @pytest.mark.parametrize(("name", "tied"), [("gpt", True), ("llama", False)])
 def test_model_flop_are_those_of_palm(name, tied):
-    """6 N + 12 L s a d of a token, N without norms, biases, positions and a table that is only looked up."""
+    """A token takes 6 N + 12 L s a d; N leaves out norms, biases, positions and a table that is only looked up."""
     run = trainer(name, Grid(MPI.COMM_SELF))
     multiplied = [p for p in run.model.parameters() if p.name.endswith(".weight") and len(p.shape) > 1]
     looked_up = {"positions.weight"} if tied else {"tokens.weight"}
@@ -101,7 +101,7 @@ def test_the_windows_of_an_image_are_no_positions():
 
 
 class Outer(Layer):
-    """A layer of a user's own, without parts."""
+    """A user's layer without parts."""
 
     def __init__(self, width):
         self.width, self.name = width, "outer"

@@ -1,4 +1,4 @@
-"""Generation with kept keys and values equals the model done anew for each token, on any grid."""
+"""Generation with a KV cache equals a run of the whole model for each token, on any grid."""
 
 import json
 
@@ -27,7 +27,7 @@ B, LENGTHS = 5, np.array([3, 1, 8, 5, 2])
 TOKENS = np.random.default_rng(6).integers(0, 37, (B, COMMON["positions"]))
 PROMPTS = [list(map(int, row[:n])) for row, n in zip(TOKENS, LENGTHS, strict=True)]
 STEPS = 3
-"""Of one token each, after the prompts."""
+"""Steps of one token each, after the prompts."""
 OPTIONS = {
     "greedy": {"temperature": 0.0},
     "plain": {"temperature": 0.7},
@@ -38,7 +38,7 @@ OPTIONS = {
     "window": {"window": 6},
 }
 COUNT = 9
-"""Tokens that are drawn: more than the positions that the longest prompt leaves."""
+"""Number of tokens that are drawn, more than the positions that the longest prompt leaves."""
 TEXTS = {"gpt": OPTIONS, "llama": {name: OPTIONS[name] for name in ("greedy", "plain")}}
 PIPES = (
     {"pipe": 2},
@@ -147,14 +147,14 @@ def test_memory_is_that_of_keys_and_values_once(grid):
         cache = step_by_step(name, grid)[1]
         heads = getattr(config, "groups", config.heads)
         cut_heads = name != "one-group" or grid.axes.get("col", 1) == 1
-        copies = 1 if cut_heads else grid.axes["col"]  # where the queries of the group are cut each rank has its keys
+        copies = 1 if cut_heads else grid.axes["col"]  # where the queries of the group are cut, each rank has its keys
         whole = 2 * config.layers * B * (LENGTHS.max() + STEPS) * heads * config.hidden // config.heads
         assert sum(comm.collect(cache.nbytes, grid)) == 8 * whole * copies
 
 
 @pytest.mark.grids({"row": 2, "col": 2}, {"data": 2, "col": 2})
 def test_words_of_a_token(grid):
-    """A pass of one token moves what one of sequences of one token does, but for the choice: no logits, no keys."""
+    """A pass of one token moves the words of sequences of one token and of the choice, but no logits and no keys."""
     model, _, p = make("llama", grid)
 
     def words(length, cache):

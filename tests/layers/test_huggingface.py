@@ -1,4 +1,4 @@
-"""Models of transformers have the same logits and gradients here, in every mode, and are saved bit for bit."""
+"""Models loaded from transformers have its logits and gradients in every mode, and are saved bit for bit."""
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ def inputs_of(name, p, dtype):
 
 
 def distance(array, which, whole):
-    """Return this rank's greatest difference to `whole`, where that counts, relative to the latter's greatest."""
+    """Return this rank's greatest difference to `whole` at elements that count, relative to the greatest of `whole`."""
     valid = np.broadcast_to(case.labels_of(which)[..., None] >= 0, whole.shape)
     difference = np.abs(host(array) - block_of(whole, array.layout, array.grid))
     return np.max(difference[block_of(valid, array.layout, array.grid)], initial=0) / abs(whole).max()
@@ -88,7 +88,7 @@ def test_float32_is_asked_for_and_near(grid, prepared):
 
 
 class Counted:
-    """A safetensors file that counts the bytes of the slices that are taken of it, and has nothing else."""
+    """A safetensors file that only hands out slices, and counts their bytes."""
 
     read = 0
 

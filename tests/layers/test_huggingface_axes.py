@@ -1,4 +1,4 @@
-"""The boxes of a weight in tensors of other names, against NumPy's reshape and transpose of the whole weight."""
+"""The boxes of a weight in Hugging Face's tensors equal NumPy's reshape and transpose of the whole weight."""
 
 import itertools
 
@@ -25,7 +25,7 @@ MAPS = [
 
 
 def theirs(weight, whole):
-    """Return their tensors by name, of the whole of ours."""
+    """Return Hugging Face's tensors by name, given our whole weight."""
     flat = "".join(weight.groups)
     stack = [x for x in weight.letters if x not in flat]
     order = [weight.letters.index(x) for x in (*stack, *flat)]

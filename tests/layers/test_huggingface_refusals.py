@@ -1,4 +1,4 @@
-"""Directories that cannot be read or written raise the same error on all ranks; it names key and value, or tensor."""
+"""Unreadable and unwritable directories raise the same error on all ranks, which names key and value, or tensor."""
 
 import builtins
 import json

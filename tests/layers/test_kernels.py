@@ -1,4 +1,4 @@
-"""The reference kernels use nothing outside the array API standard."""
+"""The reference kernels use only the array API standard and keep their digits, and each grid has its provider."""
 
 import math
 import sys
@@ -76,7 +76,7 @@ CASES = {
 
 
 def mapped(function, values):
-    """Return the arrays in nested tuples after a function of each."""
+    """Return nested tuples of arrays with a function applied to each array."""
     if isinstance(values, tuple):
         return tuple(mapped(function, value) for value in values)
     return function(values) if hasattr(values, "shape") else values
@@ -127,7 +127,7 @@ def test_normal_distribution_is_that_of_the_error_function(dtype):
     assert cdf.dtype == dtype
     assert np.all(abs(cdf - exact) <= 2 * eps)
     tail = (x < 0) & (exact > np.finfo(dtype).tiny)
-    # 2 of the 4 are for the rounding of x sqrt(1/2) in the reference itself.
+    # 2 of the 4 allow for the rounding of x sqrt(1/2) in the reference itself.
     assert np.all(abs(cdf - exact)[tail] <= 4 * eps * (1 + x[tail] ** 2 / 2) * exact[tail])
 
 

@@ -1,4 +1,4 @@
-"""Learning rates equal PyTorch's schedulers, where it has them."""
+"""Learning-rate schedules equal PyTorch's schedulers where it has them, and new ones can be registered."""
 
 import pytest
 

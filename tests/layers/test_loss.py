@@ -1,4 +1,4 @@
-"""Losses and their gradients equal PyTorch's in every mode, and move the words that they say."""
+"""Losses and their gradients equal PyTorch's in every mode, and move the words that their docstrings state."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What a rank stores falls as one over the number of ranks."""
+"""The memory of weights, optimizer state and activations on a rank falls as one over the number of ranks."""
 
 import math
 
@@ -18,7 +18,7 @@ TOKENS = [[(7 * i + 3 * j) % 256 for j in range(32)] for i in range(8)]
 
 
 def stored_bytes(grid, tensor, keep_gathered=False):
-    """Return the bytes of weights, gradients and optimizer state, and those of the saved activations."""
+    """Return the bytes of weights, gradients and optimizer state, and the bytes of the saved activations."""
     p = Parallelism(grid, tensor, keep_gathered)
     model = GPT(CONFIG, p)
     state = AdamW(model.parameters()).state()
@@ -38,7 +38,7 @@ def check(grid, tensor, copies=1):
     assert mine <= 1.05 * copies * whole / grid.size
     assert activations > 0
     assert activations <= 1.05 * all_activations / grid.size
-    # By choice, the gathered operands of the products are kept instead of the stored ones.
+    # With keep_gathered, the gathered operands of the products are kept instead of the stored ones.
     assert stored_bytes(grid, tensor, keep_gathered=True)[1] <= activations + gathered_bytes(grid, tensor)
 
 
@@ -79,7 +79,7 @@ def test_1d(grid):
 
 @pytest.mark.grids({})
 def test_attention_keeps_no_scores(grid):
-    """Of each token: the input, q, k and v, the output, two statistics a head and an angle's cosine and sine."""
+    """A token keeps its input, q, k, v and output, two statistics per head, and cosine and sine of its angles."""
     p = Parallelism(grid)
     layer = SelfAttention(8, 4, p, "attention", groups=2, rotary=Rotary())
     kept = []

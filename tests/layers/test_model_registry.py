@@ -1,4 +1,4 @@
-"""A kind is registered once and is enough for checkpoints: a model becomes a description and comes back."""
+"""A model whose kind is registered can be described and made again from the description, as checkpoints do."""
 
 import json
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ def p():
 
 @pytest.fixture
 def kinds(monkeypatch):
-    """Let a test register kinds, which are gone after it."""
+    """Let a test register kinds and remove them after it."""
     monkeypatch.setattr(registry, "MODELS", dict(registry.MODELS))
     return registry.MODELS
 

@@ -1,4 +1,4 @@
-"""Mixtures of experts equal a loop over the experts in PyTorch, in every mode."""
+"""Mixtures of experts equal PyTorch's loop over the experts in every mode, and move the words of their formulas."""
 
 import numpy as np
 import pytest
@@ -94,7 +94,7 @@ def test_words_equal_their_closed_form(grid):
     {"data": 2, "col": 2}, {"row": 2, "col": 2}, {"depth": 2, "row": 2}, {"row": 2, "depth": 2}, {"data": 2, "depth": 2}
 )
 def test_each_reduction_is_missed(grid, monkeypatch):
-    """All experts take all tokens, so that a missing reduction changes no shape."""
+    """All experts take all tokens, so that a reduction that is left out changes no shape."""
     saboteur = Saboteur(monkeypatch)
 
     def results(grid, p, victim=None):

@@ -19,7 +19,7 @@ from tests.reference.saboteur import Saboteur
 CONFIG = GPTConfig(vocabulary=257, layers=1, hidden=10, heads=5, positions=7, dtype="float64")
 TOKENS = np.random.default_rng(0).integers(
     0, 257, (5, 7)
-)  # 6 inputs: rows of the position table are not where they are used
+)  # 6 inputs: a rank does not hold the rows of the position table that it uses
 
 
 def gradients(grid, tensor, saboteur=None, victim=None):

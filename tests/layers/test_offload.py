@@ -1,4 +1,4 @@
-"""The state of an optimizer in host memory: the same bits, and nothing of it left on the device."""
+"""Offloading an optimizer's state to host memory changes no bits and leaves no state on the device."""
 
 from functools import partial
 

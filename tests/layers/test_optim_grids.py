@@ -1,4 +1,4 @@
-"""AdamW against PyTorch's, and its distributed steps, and those of Muon, against one rank's."""
+"""AdamW equals PyTorch's, and the distributed steps of AdamW and Muon equal one rank's."""
 
 import math
 
@@ -41,8 +41,8 @@ def check(grid, tensor, prepared, kind=AdamW):
     norms, model = five_steps(grid, tensor, kind)
     assert np.allclose(norms, exact.pop("norms"), rtol=1e-10, atol=0)
     mine = {p.name: case.block_and_index(p.value) for p in model.parameters()}
-    # Adam divides by the root of the second moment, which turns the noise of an exactly zero gradient, that of
-    # the key bias, into steps of its own: compared are the weights whose gradient is not zero.
+    # Adam divides by the root of the second moment, which turns the noise of a gradient that is exactly zero, as of
+    # the key bias, into steps. The test compares only weights whose gradient is not zero.
     bias = {name for name in mine if name.endswith("qkv.bias")}
     assert case.difference({n: v for n, v in mine.items() if n not in bias}, exact) <= 1e-9
     for name in bias:

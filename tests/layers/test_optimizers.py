@@ -61,7 +61,7 @@ def parameters(p):
 
 
 def whole_steps(formula, factored, clip):
-    """Return the weights after the steps of the formula, each gradient clipped by the norm of all."""
+    """Return the weights after the steps of the formula, with gradients clipped by their common norm."""
     arrays = {name: values(name, shape, 0) for name, (shape, _, _) in ALL.items()}
     states, norms = {name: {} for name in arrays}, []
     for step in range(1, STEPS + 1):
@@ -74,7 +74,7 @@ def whole_steps(formula, factored, clip):
                 matrix = w.shape[1:] if name in EXPERTS else w.shape
                 options["rows"] = None if inputs is None else math.prod(matrix[:inputs])
             g = gradients[name] * min(1.0, clip / norms[-1])
-            if factored and name in EXPERTS:  # each is a weight by itself
+            if factored and name in EXPERTS:  # each expert is a separate weight
                 each = [formula(w[e], g[e], states[name].setdefault(e, {}), step, **options) for e in range(len(w))]
                 arrays[name] = np.stack(each)
             else:

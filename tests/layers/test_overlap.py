@@ -1,4 +1,4 @@
-"""Reductions and gathers that go on while layers compute: the same numbers and words, and computation meanwhile."""
+"""Reductions and gathers that overlap with computation give the same numbers and words, and really overlap."""
 
 import math
 import weakref
@@ -23,12 +23,12 @@ from tests.reference.gpt_feed import GPTFeed
 from tests.reference.modes import mode_of
 
 MICROBATCHES = 3
-SMALL = 1 << 13  # bytes of a bucket: most matrices have one of their own
+SMALL = 1 << 13  # bytes of a bucket: most matrices have their own
 each_stage = pytest.mark.parametrize("zero", [0, 1, 2, 3])
 
 
 def at_once(p):
-    """Return the model with its gradients reduced, each when it was asked for."""
+    """Return the reduced gradients, each reduced when `Parameter.reduce` asks for it."""
     model, feed = GPT(case.CONFIG, p), GPTFeed(p, MICROBATCHES)
     for mb in range(MICROBATCHES):
         y, cache = model.forward(feed.inputs(mb), feed.context(mb))
@@ -37,7 +37,7 @@ def at_once(p):
 
 
 def on_the_way(p, size, steps=1):
-    """Return the same of a pipeline's step, and its record."""
+    """Return the gradients that a pipeline's step reduces in buckets, and the ledger's record."""
     pipeline = Pipeline([GPT(case.CONFIG, p)], p.grid, bucket=size)
     for _ in range(steps):
         with ledger.record() as moved:
@@ -78,7 +78,7 @@ def test_bits_do_not_depend_on_the_buckets(grid, zero):
 @each_stage
 @pytest.mark.grids({"data": 2}, {"data": 3})
 def test_contributions_against_expectation_are_in(grid, zero):
-    """A layer that goes twice, and one that does not go at all."""
+    """One layer runs twice, and another does not run at all."""
     p = Parallelism(grid, zero=zero)
     x = random.normal((5, 4, 10), grid, p.stream(), 0, "x")
 
@@ -134,7 +134,7 @@ def under_way(moved, axes=("data",)):
 @pytest.mark.parametrize(("zero", "d"), [(0, 2), (1, 2), (2, 2), (1, 3), (2, 3)])
 @pytest.mark.grids({"data": 2}, {"data": 3})
 def test_layers_compute_while_every_bucket_but_the_last_is_reduced(grid, zero, d):
-    """The last holds the gradient of the first layer, after whose backward pass nothing is left to do."""
+    """The last bucket holds the gradient of the first layer; after its backward pass nothing is left to compute."""
     if grid.size != d:
         pytest.skip("an allreduce of three ranks has a second phase, which begins when the first is found to be over")
     _, moved = on_the_way(Parallelism(grid, zero=zero), SMALL)
@@ -146,13 +146,13 @@ def test_layers_compute_while_every_bucket_but_the_last_is_reduced(grid, zero, d
 
 @pytest.mark.grids({"data": 2}, {"data": 3})
 def test_layers_compute_while_the_weights_of_the_next_are_gathered(grid):
-    """All but those of the first layer of the step, before which there is none."""
+    """Only the weights of the step's first layer are not prefetched, because no layer runs before it."""
     _, moved = on_the_way(Parallelism(grid, zero=3), 1 << 16, steps=2)
     gathers = [e for e in moved.events if e.axes == ("data",) and e.op in ("allgather", "all_to_all") and e.words > 1]
     ahead = [event for event in gathers if event.posted > event.begun]
     layers = len(GPT(case.CONFIG, Parallelism(grid)).layers)
     assert all(hidden(event, moved.spans) for event in ahead)
-    # Forward, and backward, of every microbatch; vectors and tables of embeddings are kept or not needed there.
+    # Forward and backward of every microbatch; vectors are kept, and the backward pass needs no embedding tables.
     assert len(ahead) >= MICROBATCHES * (layers - 1 + case.CONFIG.layers)
     first = min(ahead, key=lambda event: event.begun)
     at_once = [event for event in gathers if event.posted == event.begun]
@@ -163,7 +163,7 @@ def test_layers_compute_while_the_weights_of_the_next_are_gathered(grid):
 @pytest.mark.parametrize("zero", [0, 2])
 @pytest.mark.grids({"pipe": 2, "data": 2}, {"pipe": 3})
 def test_stages_compute_while_they_send_and_reduce(grid, schedule, zero):
-    """Every message, and every bucket but the last of a stage and that of the table that two stages share."""
+    """Every message overlaps, and every bucket except the last of a stage and the one with the shared table."""
     place = stage_grid(grid)
     p = Parallelism(place, zero=zero)
     chunks = partition(GPT(case.CONFIG, p), grid, 2 if schedule == "interleaved" else 1)
@@ -184,13 +184,13 @@ def test_stages_compute_while_they_send_and_reduce(grid, schedule, zero):
 
 @pytest.mark.grids({"data": 2}, {"data": 2, "col": 2})
 def test_at_most_two_layers_of_weights_are_there(grid, monkeypatch):
-    """Those of the layer that computes and of the next; vectors, which caches keep, left aside."""
+    """Only the layer that computes and the next one have gathered matrices; caches keep vectors, which do not count."""
     p, live, most = Parallelism(grid, mode_of(grid), zero=3), {}, [0]
     model = Sequential(*[TransformerBlock(20, 5, 40, p, f"blocks.{i}", dtype="float64") for i in range(6)])
     take, shapes = Prefetch.take, {id(q): q.shape for q in model.parameters()}
 
     def size(which, layout):
-        """Return the elements of a matrix in the layout of its use."""
+        """Return the number of elements of a matrix in the layout in which it is used."""
         shape = shapes[which]
         box = layout.on(grid.axes, len(shape)).box(shape, grid.axes, grid.coords)
         return math.prod(box_shape(box)) * (len(shape) > 1)
@@ -225,7 +225,7 @@ def test_at_most_two_layers_of_weights_are_there(grid, monkeypatch):
 @each_stage
 @pytest.mark.grids({"data": 3})
 def test_words_of_a_step_are_the_closed_forms(grid, zero):
-    """Summed over d ranks, M elements of matrices and v of vectors, as at once."""
+    """The words are summed over d ranks, for M elements of matrices and v of vectors, as without overlap."""
     p, d = Parallelism(grid, zero=zero), grid.size
     model = Sequential(TransformerBlock(10, 5, 13, p, "a", dtype="float64"), LayerNorm(10, p, "norm", dtype="float64"))
     matrix = {q: len(q.shape) > 1 and q.name.endswith("weight") for q in model.parameters()}

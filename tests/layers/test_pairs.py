@@ -1,4 +1,4 @@
-"""Every compatible pair of ways to train, on one grid or another, takes the steps of one rank."""
+"""Training with every compatible pair of parallel modes and options takes the same steps as on one rank."""
 
 import itertools
 
@@ -67,7 +67,7 @@ def train(grid, case):
         recompute(model, "full")
     chunks = partition(model, grid, 2 if case.schedule == "interleaved" else 1)
     pipeline = Pipeline(chunks, grid, case.schedule)
-    optimizer = AdamW(pipeline.parameters(), lr=1e-2, clip=0.5, eps=1e-3)  # the key bias has nothing but noise
+    optimizer = AdamW(pipeline.parameters(), lr=1e-2, clip=0.5, eps=1e-3)  # the gradient of the key bias is only noise
     numbers, first = [], {}
     for step in range(STEPS):
         loss = pipeline.step(Feed(p, step))
@@ -85,7 +85,7 @@ def prepare(path):
 
 
 def steps(cases):
-    """Parametrize by grid and way to train."""
+    """Parametrize a test by grid and case."""
     arguments = [pytest.param(dict(case.axes), case, id=str(case)) for case in cases]
     return pytest.mark.parametrize(("grid", "case"), arguments, indirect=["grid"])
 

@@ -1,4 +1,4 @@
-"""Modes, products and grids that do not fit are refused by name; weights are stored evenly."""
+"""`Parallelism` refuses modes, products and grids that do not fit, naming them, and cuts weights evenly."""
 
 import ast
 from pathlib import Path
@@ -101,7 +101,7 @@ def test_a_weight_is_stored_cut_evenly_where_it_can_be(grid):
 
 @pytest.mark.grids({"seq": 2, "ulysses": 2, "col": 2})
 def test_heads_are_cut_by_the_axes_that_are_no_ring(grid):
-    """With 4 groups ulysses cuts the groups, too; with 2, which col cuts already, it cuts the heads in them."""
+    """With 4 groups ulysses cuts the groups, too; with 2 groups, which col cuts already, it cuts the heads in them."""
     ring, heads = Parallelism(grid, "1d"), Parallelism(grid, "1d", sequence="ulysses")
     assert ring.attention("bstad", "a", "a") == Layout(None, "seq", None, ("col", "ulysses"), None)
     assert heads.attention("bstad", "a", "a") == Layout(None, None, None, ("col", "seq", "ulysses"), None)

@@ -1,4 +1,4 @@
-"""A model cut along pipe gives the loss and gradients of the whole model, by every schedule and in every mode."""
+"""A model cut along pipe has the loss and gradients of the whole model, with every schedule and in every mode."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ COSTS = [1.0, 0.5, *[4.0] * BLOCKS, 0.5, 2.0]
 
 
 def layers(p):
-    """Return what makes each layer of a small transformer."""
+    """Return the functions that make the layers of a small transformer."""
     return [
         lambda: Embedding(V, H, p, "tokens", **COMMON),
         lambda: PositionEmbedding(S, H, p, "positions", **COMMON),

@@ -1,4 +1,4 @@
-"""16-bit weights and activations: float32 sums, masters and gradients, and one loss scale on all ranks."""
+"""Training in 16 bits has float32 sums, master weights and gradients, and one loss scale on all ranks."""
 
 import math
 
@@ -29,7 +29,7 @@ MODELS = {
 TOKENS, LABELS = np.random.default_rng(6).integers(0, 13, (2, 7, 5))
 HALVES = ("float16", "bfloat16")
 ROUNDINGS = 4 + 14 * 2 * LAYERS
-"""Arrays that are rounded one after the other: some 14 in each pass of a block, and those of both ends."""
+"""Number of roundings in a row: about 14 arrays in each pass of a block, and the arrays of both ends."""
 
 
 def bound(dtype):
@@ -89,7 +89,7 @@ def snapshot(optimizer):
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.grids({"data": 3}, {"data": 2, "col": 2})
 def test_zero_and_an_overflow_on_one_rank(grid, prepared, dtype):
-    """The step of an infinite gradient is left out on all ranks, and the one after it is done."""
+    """All ranks skip the step of an infinite gradient, and do the next one."""
     for zero in range(4):
         p = Parallelism(grid, mode_of(grid), zero=zero)
         model = MODELS["gpt"](p, dtype)
@@ -216,11 +216,11 @@ def test_averages_of_16_bit_weights_are_float32():
 
 
 LONG = 70_000
-"""As a sum of ones it is more than the greatest float16."""
+"""A sum of this number of ones is more than the greatest float16."""
 
 
 def long_sums(provider):
-    """Yield by name what float16 arrays give in which 70,000 ones are summed, and what the sums must be."""
+    """Yield, by name, results of kernels that sum 70,000 float16 ones, with the right sums."""
     chosen = kernels.load(provider)
     one = np.ones((1, LONG), "float16")
     gain = np.ones(LONG, "float16")
@@ -273,7 +273,7 @@ def test_no_sum_of_arrays_and_losses_overflows():
 
 @pytest.mark.grids({}, {"data": 2, "col": 2})
 def test_experts_within_the_roundings(grid):
-    """Of float16 logits equal ones are many: the weights are those of float16, exact in float64."""
+    """Many float16 logits are equal; the reference takes the float16 weights exactly, in float64."""
     results = []
     for dtype in ("float16", "float64"):
         p = Parallelism(grid, mode_of(grid))

@@ -1,4 +1,4 @@
-"""Recomputation gives the bits of kept arrays, for the words and bytes of its closed forms."""
+"""Recomputation gives the same bits as kept arrays, and its words and bytes equal their closed forms."""
 
 from dataclasses import replace
 
@@ -50,7 +50,7 @@ def activation(p):
 
 
 def heads_activation(letters, dims):
-    """Return what makes an activation, and the inside of a block that it takes."""
+    """Return a function that makes an activation and an array inside a block that it takes."""
     inner = "a" if "a" in letters else letters[-1]
     return lambda p: (ReLU(), random.normal((4, 8, *dims), p.grid, p.inside(letters, inner), 0, "x"))
 
@@ -173,7 +173,7 @@ def test_words_equal_their_closed_form(grid, keep):
 
 @pytest.mark.grids({}, {"row": 2, "col": 2})
 def test_memory_between_the_passes_falls(grid):
-    """A block keeps 16 h for each token, with "selective" 10 h and with "full" h, besides vectors and statistics."""
+    """A token keeps 16 h in a block, 10 h with "selective" and h with "full", besides vectors and statistics."""
     b, s, h = 4, 8, 64
     held = {}
     for kinds in ("none", "selective", "full"):

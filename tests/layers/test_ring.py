@@ -1,4 +1,4 @@
-"""Attention on a cut sequence moves the words, keeps the bytes and does the work that its closed forms say."""
+"""The words, bytes and work of attention on a cut sequence equal their closed forms."""
 
 import time
 import tracemalloc
@@ -111,7 +111,7 @@ def test_zigzag_balances_what_contiguous_blocks_do_not(ranks):
 @pytest.mark.parametrize("zigzag", [True, False], ids=["zigzag", "contiguous"])
 @pytest.mark.grids({"seq": 3}, {"seq": 4})
 def test_work_is_balanced(grid, monkeypatch, zigzag):
-    """The scores that the kernel computes, forward and backward, are as many on every rank."""
+    """The kernel computes the same number of scores on every rank, forward and backward."""
     for name, value in {"LENGTH": 8, "LEAST": 8}.items():
         monkeypatch.setattr(tiles, name, value)
     done, scores = [], formulas._scores
@@ -151,7 +151,7 @@ def test_each_message_but_the_last_home_is_under_way_while_some_keys_are_attende
 
 
 class Vandal:
-    """While armed, it zeroes what one message of a ring brings; the message itself goes through."""
+    """While armed, it zeroes the blocks that one message of a ring brings; the message itself goes through."""
 
     def __init__(self, monkeypatch):
         self.armed, self.victim, self.seen = False, None, 0

@@ -1,4 +1,4 @@
-"""Rotary frequencies equal those of the package transformers; unknown scalings are refused."""
+"""Rotary frequencies equal the package transformers', and unknown scalings are refused."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Draws from logits that are cut equal NumPy's on whole rows, and have the distribution that is asked for."""
+"""Draws from cut logits equal NumPy's draws from whole rows, and follow the distribution that the options ask for."""
 
 import numpy as np
 import pytest
@@ -93,7 +93,7 @@ def test_words_of_a_draw(grid):
         return sum(comm.collect(moved.words, grid))
 
     steep = 100 * LOGITS["steep"]
-    candidates = p * (p - 1) * ROWS * 2  # each rank of p receives those of the others, logits and tokens
+    candidates = p * (p - 1) * ROWS * 2  # each of p ranks receives the others' logits and tokens
     assert words(steep, temperature=0.0) == candidates
     assert words(steep, top_k=4) == 4 * candidates
     divisors = 2 * (p - 1) * ROWS

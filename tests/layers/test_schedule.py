@@ -44,7 +44,7 @@ def test_any_number_of_stages_and_microbatches_is_sound(schedule, chunks):
 
 @pytest.mark.parametrize(("schedule", "chunks"), [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("interleaved", 4)])
 def test_the_bubble_of_whole_backward_passes(schedule, chunks):
-    """With input and weight part as one, as the papers have it; cotangents sent between them save (p - 1) W."""
+    """The papers count input and weight part as one; sending cotangents between the two saves (p - 1) W."""
     for p, m in EVEN:
         made = programs(schedule, p, m, chunks)
         whole = makespan(simulate(made, costs(F, B + W, 0, chunks)))
@@ -68,7 +68,7 @@ def test_live_caches():
 
 
 def by_ticks(made, cost, transfer):
-    """Return the makespan by stepping a clock by one, every cost a whole number of ticks."""
+    """Return the makespan by stepping a clock by one; every cost is a whole number of ticks."""
     at, busy, clock, arrivals = [0] * len(made), [0] * len(made), 0, {}
     while any(place < len(steps) for place, steps in zip(at, made, strict=True)):
         moved = True

@@ -1,4 +1,4 @@
-"""What is predicted for a step, without memory and without the other ranks, is what a step takes."""
+"""The cost of a step that a dry run predicts equals the memory and words that a real step takes."""
 
 import tracemalloc
 
@@ -36,7 +36,7 @@ def feed_of(dtype):
 
 
 def measured(grid, tensor, model, dtype, kinds="none", schedule="1f1b", chunks=1, optimizer=AdamW, **modes):
-    """Return by name what a step takes on this rank."""
+    """Return the memory and words of a real step on this rank, by name."""
     p = Parallelism(stage_grid(grid), tensor, **modes)
     pipeline = Pipeline(
         partition(recompute(MODELS[model](dtype)(p), kinds, schedule == "zero-bubble"), grid, chunks), grid, schedule
@@ -80,7 +80,7 @@ def test_memory_and_words_of_stages(grid):
 
 
 def traced_peak(model, feed, options):
-    """Return the most bytes that arrays take in a step on one rank, and Python's objects with them."""
+    """Return the peak of memory of a step on one rank in bytes, for arrays and Python's objects."""
     tracemalloc.start()
     try:
         p = Parallelism(Grid(MPI.COMM_SELF), None, options.get("keep_gathered", True))
@@ -110,7 +110,7 @@ def test_the_peak_of_a_step_is_that_of_numpy(kinds, dtype):
 
 
 def test_a_model_far_larger_than_this_machine():
-    """Blocks of Llama 3 8B on 256 ranks: weights, state and what is kept are those of closed forms."""
+    """For blocks of Llama 3 8B on 256 ranks, weights, state and saved activations equal their closed forms."""
     config, axes = LlamaConfig(layers=8, dtype="bfloat16"), {"pipe": 4, "data": 8, "col": 8}
 
     def feed(p):
@@ -123,12 +123,12 @@ def test_a_model_far_larger_than_this_machine():
     assert sum(p.weights for p in predicted) == pytest.approx(2 * total / 8, rel=1e-3)
     assert sum(p.state for p in predicted) == pytest.approx(12 * total / 64, rel=1e-3)
     assert [p.live for p in predicted] == [4, 3, 2, 1]
-    inputs = 2 * 8192 * 4096 * 2 / 8  # of two samples of a microbatch, cut over col
+    inputs = 2 * 8192 * 4096 * 2 / 8  # bytes of two samples of a microbatch, cut over col
     assert predicted[1].saved == pytest.approx(inputs * len_of_stage(predicted[1], block), rel=0.01)
 
 
 def len_of_stage(prediction, block):
-    """Return the number of blocks of a stage that has nothing but blocks."""
+    """Return the number of blocks of a stage that holds only blocks."""
     return round(prediction.weights / (2 * block / 8))
 
 

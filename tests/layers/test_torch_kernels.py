@@ -1,4 +1,4 @@
-"""PyTorch's kernels are those of the reference to rounding; what they cannot do falls back to it, to the bit."""
+"""PyTorch's kernels equal the reference to rounding, and fall back to it, bitwise, where PyTorch has no kernel."""
 
 import subprocess
 import sys
@@ -65,11 +65,11 @@ CASES = {
     "causal attention of some keys": (attention(True, SEEN), 3 * S + 5, Q, KEYS, VALUES, DO),
     "attention of some keys": (attention(False, SEEN), 3 * S + 5, Q, KEYS, VALUES, DO),
 }
-"""What a kernel and its adjoint give of either provider, the terms of their longest sum, and the arrays."""
+"""For each case, a function that calls a kernel and its adjoint, the terms of their longest sum, and the arrays."""
 
 ROUNDINGS = 20
-"""In units of eps, of the elementary functions around the sums; ATen's exponential alone may be wrong by 20 of the last
-place (SLEEF's ``exp_u20`` is named after that)."""
+"""Error of the elementary functions around the sums, in units of eps: ATen's exponential alone may be wrong by 20 units
+in the last place (SLEEF's ``exp_u20`` is named after that)."""
 
 FORMS = {
     "whole": lambda a: a,

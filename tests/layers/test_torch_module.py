@@ -1,4 +1,4 @@
-"""Layers inside PyTorch models: gradients, optimizer steps and states equal the serial model's."""
+"""A PyTorch model with our layers has the serial model's gradients, optimizer steps and states."""
 
 import copy
 import gc
@@ -112,7 +112,7 @@ def test_a_model_with_a_layer_of_ours_trains_as_the_serial_one(grid, device, mak
 
     serial = train(around(serial_of(module)), make, clip, exact, device)
     model = train(around(module), make, clip_grad_norm_, norms, device)
-    assert max(exact) > 0.5  # so that it is clipped
+    assert max(exact) > 0.5  # so that the gradients are clipped
     assert np.allclose(norms, exact, rtol=1e-10, atol=0)
     state = module.gathered_state()
     near(state["up.weight"].T, serial[2].weight.cpu(), 1e-9)
@@ -311,7 +311,7 @@ def test_writes_to_what_the_backward_pass_needs_are_noticed(grid):
 @FOUR
 def test_gradients_have_memory_of_their_own(grid):
     class Same(GELU):
-        """Hand on what comes."""
+        """Return its input."""
 
         def forward(self, x, ctx):
             return x, None

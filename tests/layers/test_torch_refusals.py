@@ -1,4 +1,4 @@
-"""A module of a layer raises the same error on all ranks, whichever rank gives a wrong tensor."""
+"""A layer's module raises the same error on all ranks, whichever rank gives a wrong tensor."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Layers made of PyTorch's modules: output and gradients are the module's, in every mode."""
+"""A layer made of a PyTorch module has the module's output and gradients in every mode."""
 
 import copy
 

@@ -65,7 +65,7 @@ def test_3d_block(grid, sizes, keep_gathered):
 @pytest.mark.parametrize("groups", [1, 3], ids=["one-group", "groups"])
 @pytest.mark.grids(*[axes for axes in GRIDS if "data" not in axes])
 def test_grouped_attention(grid, groups):
-    """The stream is gathered once for both products; a single group is on every rank, and its cotangents are summed."""
+    """The stream is gathered once for both products; every rank has a single group, whose cotangents are summed."""
     p, (b, s, h, a, d) = parallelism(grid), (7, 5, 10, 6, 2)
     layer = SelfAttention(h, a, p, "attention", groups=groups, width=d, rotary=Rotary(), dtype="float64")
     x = random.normal((b, s, h), grid, p.stream(), 0, "x")

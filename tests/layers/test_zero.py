@@ -1,4 +1,4 @@
-"""ZeRO: the state of the optimizer, the gradients and the weights are stored once among the ranks of ``data``."""
+"""ZeRO stores optimizer state, gradients and weights once among the ranks of ``data`` and takes one rank's steps."""
 
 import numpy as np
 import pytest
@@ -68,7 +68,7 @@ def test_steps_equal_one_rank(grid, prepared, zero):
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 @pytest.mark.grids({"data": 2}, {"data": 3})
 def test_words_of_a_step(grid, zero):
-    """Summed over d ranks, for M elements of matrices and v of vectors; vectors are gathered once, not twice."""
+    """Words are summed over d ranks, for M elements of matrices and v of vectors; vectors are gathered only once."""
     p, d = Parallelism(grid, zero=zero), grid.size
     block = TransformerBlock(10, 5, 13, p, "block", dtype="float64")
     sizes = [(q.value.size, q.value.ndim > 1 and q.name.endswith("weight")) for q in block.parameters()]

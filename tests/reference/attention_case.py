@@ -1,4 +1,4 @@
-"""Self-attention of every kind, nothing of which divides, and PyTorch's results."""
+"""Cases of self-attention with sizes that do not divide, and PyTorch's results for them."""
 
 import numpy as np
 
@@ -24,7 +24,7 @@ CASES = {
     "all-padded": {"causal": False, "mask": True},
     "rotary": {"rotary": {}, "out_bias": False},
     "shuffled": {"rotary": {}, "positions": "shuffled"},
-    # Of 6 heads of width 4 in groups, as many as the ranks that cut them, more or fewer; and of 2 heads.
+    # 6 heads in as many groups as the ranks that cut them, more or fewer; and 2 heads in one group.
     "groups-6": {"heads": 6, "groups": 6, "width": 4, "rotary": {}, "bias": False},
     "groups-3": {"heads": 6, "groups": 3, "width": 4, "rotary": {}, "positions": "each", "out_bias": False},
     "groups-2": {"heads": 6, "groups": 2, "width": 3, "mask": True, "causal": False},

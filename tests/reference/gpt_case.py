@@ -1,4 +1,4 @@
-"""The GPT of the exactness tests, nothing of which divides, its data and one-rank reference."""
+"""The GPT of the exactness tests, whose sizes do not divide, its data and its one-rank reference."""
 
 import numpy as np
 from mpi4py import MPI
@@ -35,7 +35,7 @@ def run(grid, tensor, keep_gathered=True, microbatches=1):
 
 
 def prepare(path):
-    """Write loss, weights and gradients of one rank, and PyTorch's loss and gradients of the same weights."""
+    """Write loss, weights and gradients of one rank, and PyTorch's loss and gradients for the same weights."""
     from tests.reference.torch_gpt import loss_and_gradients
 
     loss, model = run(Grid(MPI.COMM_SELF), None)
@@ -49,7 +49,7 @@ def prepare(path):
 def difference(mine, exact):
     """Return the greatest relative difference of blocks of gradients ``{name: (block, index)}`` to whole arrays.
 
-    Relative to a parameter's greatest gradient, or to 1e-3 of the model's if that is larger: some exact
+    It is relative to a parameter's greatest gradient, or to 1e-3 of the model's if that is larger, because some exact
     gradients are zero (the key bias).
     """
     floor = 1e-3 * max(abs(exact[name]).max() for name in mine)
@@ -60,6 +60,6 @@ def difference(mine, exact):
 
 
 def block_and_index(array):
-    """Return this rank's block of a DistArray and where it lies."""
+    """Return this rank's block of a DistArray and its index in the global array."""
     box = array.layout.box(array.shape, array.grid.axes, array.grid.coords)
     return host(array), tuple(slice(a, b) for a, b in box)

@@ -1,4 +1,4 @@
-"""Models of transformers with random weights, nothing of which divides, and its logits and gradients of them."""
+"""Models of transformers with random weights and sizes that do not divide, with their logits and gradients."""
 
 import json
 
@@ -39,7 +39,7 @@ _SCALED = {
     "original_max_position_embeddings": 64,
 }
 MODELS = ("gpt2", "llama", "bert", "vit")
-"""The cases for every mode."""
+"""The cases that tests run in every mode."""
 CASES = {
     "gpt2": ("GPT2LMHeadModel", _GPT),
     "gpt2-untied": (
@@ -69,11 +69,11 @@ CASES = {
     "bert-untied": ("BertForMaskedLM", {**_BERT, "num_hidden_layers": 1, "tie_word_embeddings": False}),
     "vit": ("ViTForImageClassification", _VIT),
 }
-"""Class and configuration of each."""
+"""Class and configuration of each case."""
 
 
 def prepare(path):
-    """Write, of each case, the directory, the same of its gradients, and the logits."""
+    """Write the directory of each case, a second one with gradients in place of weights, and the logits."""
     import torch
 
     from tests.reference.hf_float64 import double, made, randomised
@@ -101,7 +101,7 @@ def _save_gradients(model, directory):
 
 
 def _run(model):
-    """Return the logits by name and the loss, a mean over all that counts and a sum over the heads, in float64."""
+    """Return the logits by name and the loss in float64: a mean over the labels that count, summed over the heads."""
     import torch
     from torch.nn import functional
 
@@ -133,9 +133,9 @@ def labels_of(output):
 
 
 UNUSED = {"cls.predictions.bias"}
-"""What an untied BERT has and does not use; it does not come back."""
+"""The tensor that an untied BERT has but does not use; it is not saved again."""
 RESPELLED = {"mistral": {"sliding_window"}}
-"""Keys of a case that come back in another spelling."""
+"""Keys of a case that are saved in another spelling."""
 
 
 def tensors(directory):

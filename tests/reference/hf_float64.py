@@ -1,4 +1,4 @@
-"""transformers in float64: it has RMSNorm, rotary tables and some softmaxes in float32 whatever the dtype."""
+"""transformers in float64, although it computes RMSNorm, rotary tables and some softmaxes in float32."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ import transformers
 
 @contextlib.contextmanager
 def double():
-    """Make float64 of what the code of the models names float32."""
+    """Replace the float32 that the code of the models names by float64."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     with (

@@ -1,4 +1,4 @@
-"""One table of layers: how each is made and what its input is. `torch_layers` has PyTorch's of the same names."""
+"""A table of layers with their inputs. `torch_layers` has PyTorch's layers under the same names."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ CASES = {
 
 
 def layer_of(name, p, n=SIZES):
-    """Return the layer of a case with weights that no layer has of itself, gains and biases of 1 and 0 least of all."""
+    """Return the layer of a case with random weights, in place of initial ones such as gains of 1 and biases of 0."""
     layer = CASES[name].make(p, n)
     for q in layer.parameters():
         q.value = random.normal(q.value.shape, p.grid, q.value.layout, 7, q.name) * 0.5
@@ -186,7 +186,7 @@ def run(name, p, n=SIZES):
 
 
 def passes(layer, x, ctx):
-    """Return dy, and by name the output, the cotangent of the input and the gradients, of a pass there and back."""
+    """Run forward and backward, and return dy, and by name the output, the cotangent of the input and the gradients."""
     for q in layer.parameters():
         q.grad = None
     y, cache = layer.forward(x, ctx)
@@ -196,14 +196,14 @@ def passes(layer, x, ctx):
 
 
 def distance(results, exact, zeros=False):
-    """Return the greatest relative difference of results to whole arrays; infinity where one of zeros would pass."""
+    """Return the greatest relative difference of results to whole arrays; infinity if an exact array is all zeros."""
     if set(results) != set(exact) or not (zeros or min(abs(whole).max() for whole in exact.values()) > 1e-3):
         return math.inf
     return difference({key: block_and_index(array) for key, array in results.items()}, exact)
 
 
 def prepare(path, cases=None, n=SIZES):
-    """Write PyTorch's results of cases by file name, of the inputs and weights of one rank."""
+    """Write PyTorch's results of cases by file name, for the inputs and weights of one rank."""
     import torch
     from mpi4py import MPI
 

@@ -10,31 +10,31 @@ def layer_words(name, template, grid, n):
     a = template == "A"
     b, s, h, f, v = (n[x] for x in "bshfv")
 
-    def weight(size):  # gathered and its gradient reduced
+    def weight(size):  # it is gathered, and its gradient reduced
         return 2 * (r - 1) * size if a else 2 * q * (r - 1) * size + 2 * (q - 1) * size
 
     def inner_vector(size):
         return 2 * (r * q - 1) * size
 
-    def vector(size):  # of the stream, of which a dim is cut over col in A
+    def vector(size):  # a vector of the stream, of which col cuts a dim in template A
         return 2 * (r * c - 1) * size if a else inner_vector(size)
 
-    def replicated_vector(size):  # of images, which col does not cut in A
+    def replicated_vector(size):  # a vector of images, which col does not cut in template A
         return 2 * c * (r - 1) * size if a else inner_vector(size)
 
     def statistics(size):  # an allreduce over the axes that cut h
         return 2 * ((q if a else c) - 1) * size
 
-    def up(x, y, w):  # of an input, a result and a weight of so many elements
+    def up(x, y, w):  # x, y, w: numbers of elements of input, result and weight
         return 2 * (c - 1) * x + (2 * (q - 1) * y if a else 0) + weight(w)
 
     def down(x, y, w):
         return (2 * (q - 1) * x + 2 * (c - 1) * y if a else 2 * (c - 1) * x) + weight(w)
 
-    def table(rows, size):  # of which col cuts the rows in A
+    def table(rows, size):  # a table whose rows col cuts in template A
         return 2 * (r * c - 1) * rows * size if a else weight(rows * size)
 
-    def patches():  # images come replicated, and so goes their cotangent
+    def patches():  # images and their cotangents are replicated
         count, kernel = 1 + (n["y"] // n["k"]) * (n["x"] // n["k"]), n["c"] * n["k"] ** 2
         stream = 2 * (c - 1) * b * count * h if a else 0
         cotangent = ((q if a else c) - 1 + r * c * q - 1) * image * n["c"]
@@ -42,7 +42,7 @@ def layer_words(name, template, grid, n):
 
     rows, first = b * s, (c - 1) * b * h if a else 0
     classes = up(b * h, b * v, h * v) + inner_vector(v)
-    height, width = n["y"] - 2, n["x"] - 1  # of a kernel (3, 2)
+    height, width = n["y"] - 2, n["x"] - 1  # windows of a kernel (3, 2)
     strided = b * h * ((n["y"] - 1) // 2 + 1) * ((n["x"] + 1) // 3 + 1)  # kernel 3, strides (2, 3), padding (1, 2)
     image = b * n["y"] * n["x"]
     formulas = {

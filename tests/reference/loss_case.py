@@ -1,4 +1,4 @@
-"""Logits and labels that divide by nothing, and PyTorch's losses of them."""
+"""Logits and labels whose sizes do not divide, and PyTorch's losses of them."""
 
 import numpy as np
 
@@ -20,7 +20,7 @@ for _labels in LABELS.values():
 
 
 def labels_of(name, ignore=None, **_):
-    """Return labels with none outside the vocabulary but `ignore`."""
+    """Return labels, of which only `ignore` is outside the vocabulary."""
     return np.where(LABELS[name] == 255, 255 if ignore == 255 else -1, LABELS[name])
 
 

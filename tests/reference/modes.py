@@ -1,4 +1,4 @@
-"""Every mode on the grids of the layer tests; a grid's axes say its mode: depth first is 2.5d, depth last 3d."""
+"""The grids of the layer tests in every mode; a grid's axes tell its mode: depth first is 2.5d, depth last 3d."""
 
 import pytest
 
@@ -21,7 +21,7 @@ GRIDS = (
     {"data": 2, "row": 1, "col": 2, "depth": 2},
 )
 SEQUENCE = ({"seq": 3}, {"ulysses": 2, "row": 2}, {"seq": 2, "ulysses": 2, "col": 2})
-"""With the sequence cut, too."""
+"""Grids that cut the sequence, too."""
 every_mode = pytest.mark.grids(*GRIDS)
 every_cut = pytest.mark.grids(*GRIDS, *SEQUENCE)
 FEW = ({}, {"col": 2}, {"row": 2, "col": 2}, {"depth": 2, "row": 1, "col": 2}, {"col": 2, "depth": 2})

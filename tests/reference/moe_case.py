@@ -1,4 +1,4 @@
-"""Mixtures of experts, nothing of which divides, and PyTorch's results by a loop over the experts."""
+"""Mixtures of experts with sizes that do not divide, and PyTorch's results by a loop over the experts."""
 
 import numpy as np
 
@@ -20,11 +20,11 @@ CASES = {
     "one-expert": {"experts": 1, "top_k": 1, "activation": "silu", "z_loss": 0.2},
     "starved": {"experts": 5, "top_k": 1, "activation": "gelu-tanh", "balance": 0.5},
 }
-"""In "starved" expert 3 gets no token, and expert 1 gets all of those that another would have had."""
+"""In "starved" expert 3 gets no token, and expert 1 has logits three times as large."""
 
 
 def make(parallelism, case):
-    """Return the layer, its router's weights such as the case asks for."""
+    """Return the layer with the router's weights that the case needs."""
     layer = MoE(H, F, parallelism=parallelism, name="moe", std=0.5, out_std=0.5, dtype="float64", **CASES[case])
     if case == "starved":
         weight = layer.router.weight

@@ -1,11 +1,11 @@
-"""Ways to train that together use every compatible pair of what can be combined: generated, not picked by hand."""
+"""Training cases that cover every compatible pair of modes and options; they are generated, not picked by hand."""
 
 import itertools
 import math
 from dataclasses import dataclass
 
 MOST = 8
-"""Ranks."""
+"""Greatest number of ranks of a case."""
 PIPES = [({}, "1f1b"), *[({"pipe": n}, how) for n in (2, 3, 4) for how in ("1f1b", "interleaved", "zero-bubble")]]
 DATA = [{}, {"data": 2}, {"data": 3}, {"data": 4}]
 SEQUENCES = [
@@ -24,7 +24,7 @@ TENSORS = [
 
 @dataclass(frozen=True)
 class Case:
-    """One way to train."""
+    """One training case: the axes of its grid, and its modes and options."""
 
     axes: tuple[tuple[str, int], ...]
     schedule: str = "1f1b"
@@ -35,7 +35,7 @@ class Case:
 
     @property
     def parts(self):
-        """Return what is combined."""
+        """Return the names of the modes and options that the case combines."""
         named = {"pipe": "pipe", "data": "data", "seq": self.sequence, "ulysses": "ulysses"}
         found = [name for axis, name in named.items() if axis in dict(self.axes)]
         found += [name for name in (self.tensor, self.schedule) if name not in ("none", "1f1b")]
@@ -43,7 +43,7 @@ class Case:
         return sorted(set(found))
 
     def groups(self, size):
-        """Return what is combined in groups of `size`."""
+        """Return all combinations of `size` of the case's modes and options."""
         return set(itertools.combinations(self.parts, size))
 
     def __str__(self):
@@ -52,7 +52,7 @@ class Case:
 
 
 def everything():
-    """Return all ways to train on 2 to `MOST` ranks."""
+    """Return all training cases on 2 to `MOST` ranks."""
     found = []
     for (pipe, schedule), data, (seq, sequence), (axes, tensor) in itertools.product(PIPES, DATA, SEQUENCES, TENSORS):
         grid = {**pipe, **data, **seq, **axes}
@@ -64,10 +64,10 @@ def everything():
 
 
 def chosen(least):
-    """Return ways on at least so many grids that have every pair among them, and many a triple.
+    """Return cases on at least `least` grids that together cover every pair and many triples.
 
-    Greedily: those with most pairs that are new come first; among equals those on a new grid, with new triples and new
-    pairs of axes.
+    The choice is greedy: each time it takes the case with the most new pairs, and among equals the one on a new grid,
+    with the most new triples and pairs of axes.
     """
     pool, cases, seen = everything(), [], set()
     missing = set().union(*[case.groups(2) for case in pool])

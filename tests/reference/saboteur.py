@@ -1,11 +1,11 @@
-"""Reductions left out one at a time: a test of the tests."""
+"""A saboteur that leaves out one reduction at a time, to test the tests."""
 
 from colossal_mpi import comm
 from colossal_mpi.comm import transport
 
 
 class Saboteur:
-    """Log the sums over ranks while armed, and leave out the others' part in number `victim`."""
+    """While armed, it logs the sums over ranks, and leaves out the other ranks' terms in number `victim`."""
 
     def __init__(self, monkeypatch):
         self.armed, self.victim, self.inside, self.log = False, None, False, []

@@ -1,4 +1,4 @@
-"""What a cache holds, found from outside."""
+"""A function that finds the arrays in a cache."""
 
 from colossal_mpi import DistArray
 from colossal_mpi.layers import Context

@@ -1,4 +1,4 @@
-"""Small models of every kind for grids that cut the sequence, in any order of it, and their one-rank reference."""
+"""Small models of every kind for grids that cut the sequence, in any order of the tokens, and one rank's results."""
 
 import numpy as np
 from mpi4py import MPI
@@ -44,7 +44,7 @@ MODELS = {
     "vit-mean": vit("mean"),
 }
 ORDERED = [name for name in MODELS if not name.startswith("vit")]
-"""Those whose sequence has an order that a task may choose."""
+"""The models whose sequence may be in any order."""
 _rng = np.random.default_rng(3)
 TOKENS, LABELS, SEGMENTS = (_rng.integers(0, n, (B, S)) for n in (V, V, 2))
 LABELS[1, 3] = LABELS[0, S - 1] = -1
@@ -55,7 +55,7 @@ IMAGES, CLASSES, FOLLOWS = _rng.standard_normal((B, 3, 9, 7)), _rng.integers(0, 
 
 
 def batch(name, p, rows, order):
-    """Return input, labels of each output and what the context has of some samples."""
+    """Return, for some samples, the input, the labels of each output and the options of the context."""
     index = np.arange(S) if order is None else order
 
     def spread(whole):

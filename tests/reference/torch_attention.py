@@ -1,4 +1,4 @@
-"""Self-attention in PyTorch with autograd: the independent reference."""
+"""Self-attention in PyTorch with autograd, as an independent reference."""
 
 import math
 
@@ -6,7 +6,7 @@ import torch
 
 
 def rotate(x, positions, theta):
-    """Return ``[b, s, a, d]`` turned as Hugging Face's Llama does it."""
+    """Return ``[b, s, a, d]`` rotated as in Hugging Face's Llama."""
     d = x.shape[-1]
     frequencies = 1.0 / theta ** (torch.arange(0, d, 2, dtype=torch.float64) / d)
     angle = positions[..., None].to(torch.float64) * frequencies

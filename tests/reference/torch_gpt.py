@@ -1,4 +1,4 @@
-"""The same GPT in PyTorch with autograd: the independent reference."""
+"""The GPT of `gpt_case` in PyTorch with autograd, as an independent reference."""
 
 import torch
 from torch.nn import functional
@@ -7,7 +7,7 @@ from tests.reference.torch_attention import self_attention
 
 
 def loss_and_gradients(weights, tokens, labels, heads, dtype="float64"):
-    """Return the loss and every parameter's gradient, of weights given as NumPy arrays by name."""
+    """Return the loss and every parameter's gradient for weights that are NumPy arrays by name."""
     w = {name: torch.tensor(value, dtype=getattr(torch, dtype), requires_grad=True) for name, value in weights.items()}
     x = w["tokens.weight"][torch.tensor(tokens)] + w["positions.weight"][: tokens.shape[1]]
     layers = 1 + max(int(name.split(".")[1]) for name in w if name.startswith("blocks."))

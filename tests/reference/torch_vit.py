@@ -1,4 +1,4 @@
-"""The same ViT in PyTorch with autograd."""
+"""The ViT of `vit_case` in PyTorch with autograd, as an independent reference."""
 
 import torch
 from torch.nn import functional as F  # noqa: N812
@@ -8,7 +8,7 @@ from tests.reference.torch_layers import attention, layer_norm, mlp, part
 
 
 def logits(x, w, config, step):
-    """Return the logits of images ``[b, c, y, x]``; masks are those of the whole batch of a step."""
+    """Return the logits of images ``[b, c, y, x]``; dropout masks are drawn for the whole batch of a step."""
 
     def drop(y, name, rate, shape):
         kept = random.mask_block([(0, n) for n in shape], shape, config.seed, f"{name}/{step}", rate)

@@ -1,4 +1,4 @@
-"""A ViT, nothing of which divides, its images and PyTorch's loss and gradients of the same weights."""
+"""A ViT with sizes that do not divide, its images, and PyTorch's loss and gradients for the same weights."""
 
 import numpy as np
 
@@ -29,7 +29,7 @@ IMAGES, LABELS = _rng.standard_normal((BATCH, 3, 9, 7)), _rng.integers(0, 7, BAT
 
 
 def run(name, p):
-    """Return loss, logits and gradients by name, of two microbatches, and the model."""
+    """Return loss, logits and gradients by name, for two microbatches, and the model."""
     model, loss_layer, loss, first = ViT(CASES[name], p), CrossEntropy(p), 0.0, 0
     for q in model.parameters():  # no gain of 1 and no bias of 0, and outputs that differ
         q.value = random.normal(q.value.shape, p.grid, q.value.layout, 7, q.name) * 0.5
@@ -47,7 +47,7 @@ def run(name, p):
 
 
 def prepare(path):
-    """Write PyTorch's results of every case, of the weights of one rank."""
+    """Write PyTorch's results of every case, for the weights of one rank."""
     import torch
     from mpi4py import MPI
 

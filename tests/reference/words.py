@@ -20,9 +20,10 @@ def block_words(mode, sizes, b, s, h, a, d, f, keep_gathered=True):
 
 
 def recompute_words(mode, sizes, b, s, h, a, d, f, kinds, keep_gathered=True):
-    """Return the words that a block moves more if it is made again, or the outputs of its norms and activation are.
+    """Return the additional words of a block that is recomputed, or whose norms and activation are.
 
-    Again the last product's result is not reduced; its operands, if they are not kept gathered, are not gathered.
+    The recomputation does not reduce the last product's result, and gathers its operands only if they are kept
+    gathered.
     """
     r, c, q = (sizes.get(axis, 1) for axis in ("row", "col", "depth"))
     n, e, one_map = b * s, a * d, mode in ("1d", "3d")
@@ -31,14 +32,14 @@ def recompute_words(mode, sizes, b, s, h, a, d, f, kinds, keep_gathered=True):
         gathered = 2 * n * h * (c - 1) + n * f * ((q if one_map else c) - 1)
         return norms + (gathered if keep_gathered else 0)
     last = 0 if keep_gathered else n * f * ((q if one_map else c) - 1) + h * f * (1 if one_map else q) * (r - 1)
-    weights, bias = 4 * e * h + 2 * h * f, 3 * e * (r * q - 1 if one_map else q * (r - 1))  # that of heads, a matrix
+    weights, bias = 4 * e * h + 2 * h * f, 3 * e * (r * q - 1 if one_map else q * (r - 1))  # heads have a matrix bias
     if one_map:
         return norms + bias + 3 * n * h * (c - 1) + n * (4 * e + 2 * f) * (q - 1) + weights * (r - 1) - last
     return norms + bias + n * (2 * h + e + f) * (c - 1) + weights * q * (r - 1) - last
 
 
 def grouped_words(mode, sizes, b, s, h, a, g, d, cut):
-    """Return the words of self-attention of a heads in g groups, of which the letter `cut`, g or r, is cut."""
+    """Return the words of self-attention with a heads in g groups, where the letter `cut`, g or r, is cut."""
     r, c, q = (sizes.get(axis, 1) for axis in ("row", "col", "depth"))
     n, e, u = b * s, a * d, 2 * g * d
     copies = c if cut == "r" else 1
