@@ -151,6 +151,7 @@ class DistArray:
         target = layout.on(self.grid.axes, self.ndim)
         if target == self.layout:
             return self
+        # X[self.layout] -> X[target]
         block = redistribute(self.local, self.shape, self.layout, target, self.grid)
         return DistArray(block, self.shape, target, self.grid)
 
@@ -561,6 +562,7 @@ def _match(a: DistArray, b: DistArray) -> DistArray:
         raise LayoutError(f"{a} and {b} lie on different grids: make both on the same Grid object")
     if a.shape != b.shape:
         raise ShapeError(f"elementwise operation on shapes {a.shape} and {b.shape}: they must be equal")
+    # B[its layout] -> B[layout of A]
     return b.redistribute(a.layout)
 
 

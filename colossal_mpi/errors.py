@@ -1,7 +1,7 @@
 """The errors that users see.
 
-Every module raises them. An error says what was required, what was given and what would work. It is raised from
-*global* metadata, so that every rank raises the same one. An error that one rank alone can see (a token id out of
+Every module raises them. An error says which value was required, which was given and which would work. It is raised
+from *global* metadata, so that every rank raises the same one. An error that one rank alone can see (a token id out of
 range) is raised there, and ends the job unless it is caught. Start-up code prints such an error once, without a
 traceback.
 """

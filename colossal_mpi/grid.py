@@ -1,6 +1,6 @@
 """Grids: MPI ranks arranged along named axes, their communicators and their device.
 
-Every array lies on a grid. The packages above ask it for communicators and blocks, and keep what they plan for it in a
+Every array lies on a grid. The packages above ask it for communicators and blocks, and keep their plans for it in a
 `GridCache`. It calls MPI, `colossal_mpi.platform` for the device and the shared memory, and `colossal_mpi.meta` for
 grids without ranks.
 """

@@ -4,9 +4,9 @@
 `find_damage` and `require_undamaged`, and `share` splits the reading among the ranks.
 
 The parts of a file cover all of its bytes. A part belongs to one dataset and has at most `LARGEST` bytes, or it holds
-what HDF5 wrote between datasets. Damage is therefore reported with the dataset that it lies in. A checksum is written
-as its algorithm and its value, ``crc32:00c0ffee``. New checksums are CRC-32, which finds every flipped bit and every
-burst, and misses other damage once in four thousand million times. They guard against accidents: whoever wants to
+the bytes that HDF5 wrote between datasets. Damage is therefore reported with the dataset that it lies in. A checksum is
+written as its algorithm and its value, ``crc32:00c0ffee``. New checksums are CRC-32, which finds every flipped bit and
+every burst, and misses other damage once in four thousand million times. They guard against accidents: whoever wants to
 change a checkpoint can change its manifest as well. SHA-256 took more than twice as long, and longer than a fast disk
 takes to read.
 """
@@ -31,7 +31,7 @@ _AT_ONCE = 1 << 20  # bytes per read: the processor's cache still holds them whe
 
 @dataclass(frozen=True)
 class Part:
-    """A range of bytes of a file, its checksum, and its dataset (``""`` for what HDF5 wrote between datasets)."""
+    """A range of bytes of a file, its checksum, and its dataset (``""`` for bytes that HDF5 wrote between datasets)."""
 
     file: str
     offset: int
@@ -147,7 +147,7 @@ def find_damage(directory: Path, files: Mapping[str, FileRecord], parts: Iterabl
 
 
 def _size_problem(directory: Path, name: str, files: Mapping[str, FileRecord]) -> str | None:
-    """Return what is wrong with the size of a file, None if it is right."""
+    """Return a line about the wrong size of a file, None if the size is right."""
     path, expected = directory / name, files[name]["bytes"]
     if not path.is_file():
         return f"{directory} is damaged: {name} is missing{_lost_datasets(files[name], 0)}"

@@ -175,7 +175,7 @@ def load(file: str | Path, name: str, grid: Grid, layout: Layout, dtype: Any = N
         The layout of the result, independent of how the array was saved. With partial axes, coordinate 0 holds the
         values and the others hold zeros.
     dtype : dtype, optional
-        The dtype of the result; by default that of the dataset, in native byte order.
+        The dtype of the result; by default the dtype of the dataset, in native byte order.
 
     Returns
     -------

@@ -96,7 +96,8 @@ def verify(directory: str | Path, grid: Grid) -> list[str]:
 class CheckpointReader:
     """An open checkpoint. Use it as a context manager.
 
-    The constructor verifies the index and the checksums of what HDF5 wrote, but not those of the arrays: see `verify`.
+    The constructor verifies the index and the checksums of the bytes that HDF5 wrote, but not of the arrays: see
+    `verify`.
 
     Raises
     ------
@@ -149,7 +150,7 @@ class Difference:
     what : str
         The difference in words: it is only in one of them, has another shape or dtype, or has other elements.
     elements : int
-        How many elements differ.
+        The number of elements that differ.
     absolute : float
         The greatest absolute difference; infinite where one element is NaN and the other is not.
     relative : float

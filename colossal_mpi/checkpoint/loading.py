@@ -162,7 +162,7 @@ def _read_block(files: RankFiles, array: DistArray, name: str, blocks: Sequence[
 def _read_rows(files: RankFiles, array: DistArray, name: str, blocks: Sequence[SavedBlock]) -> None:
     """Read rows, which are contiguous in the files, each on one rank, and redistribute them to the array's layout.
 
-    A rank that read its block of columns would also read what lies between them, which other ranks read as well, and
+    A rank that read its block of columns would also read the bytes between them, which other ranks read as well, and
     every replica would read the same bytes again.
     """
     rows = Layout(tuple(array.grid.axes), *[None] * (array.ndim - 1))
@@ -191,7 +191,7 @@ class RankFiles:
         Raises
         ------
         CheckpointError
-            If a dataset is not what the index says.
+            If a dataset does not agree with the index.
         """
         for block in blocks:
             common = intersect(block.box, box)

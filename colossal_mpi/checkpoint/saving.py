@@ -1,7 +1,7 @@
 """Save a checkpoint: each rank writes its blocks, then rank 0 describes them and gives the directory its name.
 
 `save` does all steps at once. `colossal_mpi.checkpoint.async_checkpointer` runs the steps of `CheckpointWriter` that do
-not communicate on a thread. The module calls ``comm`` to agree on what is saved and on failures.
+not communicate on a thread. The module calls ``comm`` so that all ranks agree on the arrays and on failures.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def owned(array: DistArray) -> bool:
 
 
 class CheckpointWriter:
-    """The steps of saving one checkpoint, separated into those that communicate and those that do not.
+    """The steps of saving one checkpoint; some communicate, and the others may run on a thread.
 
     The constructor is collective: it checks what is to be saved and creates the directory. `write` and `publish` do not
     communicate and may run on a thread. Between them the caller collects the results of `write` from all ranks.

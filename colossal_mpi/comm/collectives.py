@@ -1,9 +1,10 @@
 """Blocking collectives on blocks, and the one order in which the terms of a reduction are added.
 
 With `colossal_mpi.comm.messages` this is the only module that gives buffers to MPI. `redistribution`, `linalg` and
-`layers` call it; it calls `colossal_mpi.comm.staging`, which says how a block reaches MPI, and enters what arrived into
-the ledger. Every function takes this rank's block and the grid axes that span the group, and checks that the block has
-the size that the caller's plan gives this rank: MPI either accepts a mismatch silently or overwrites the heap.
+`layers` call it; it calls `colossal_mpi.comm.staging`, which gives a block to MPI as it is or as a copy, and enters
+received words into the ledger. Every function takes this rank's block and the grid axes that span the group, and checks
+that the block has the size that the caller's plan gives this rank: MPI either accepts a mismatch silently or overwrites
+the heap.
 
 **The order of sums.** A reduction adds its terms in the order of the ranks, ((0 + 1) + 2) + ..., whether they arrive in
 small or large pieces, by nonblocking messages, or from the memory of a neighbour. MPI's own reductions add in an order
@@ -291,7 +292,7 @@ def all_to_all(
     recv_counts: Sequence[int],
     most: int | None = None,
 ) -> Block:
-    """Send a piece of this rank's block to each rank of a group and return what they sent to this one.
+    """Send a piece of this rank's block to each rank of a group and return the pieces that they sent to this one.
 
     Parameters
     ----------

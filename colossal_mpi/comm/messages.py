@@ -149,7 +149,7 @@ def start_exchange(
 
 
 def progress(grid: Grid) -> None:
-    """Let MPI progress with what is under way: many MPIs move large messages only while they are called.
+    """Let MPI progress with messages under way: many MPIs move large messages only while they are called.
 
     Parameters
     ----------
@@ -166,7 +166,7 @@ def _into(block: Block, grid: Grid) -> Block:
     if not own or backend.is_half(block.dtype):
         return recv_buffer(block, block.size, grid)
     if device is not None:
-        device.synchronize()  # a kernel may still read what lay there before
+        device.synchronize()  # a kernel may still read the previous contents
     return block
 
 
@@ -212,7 +212,7 @@ def reading(
     Notes
     -----
     **Communication:** `words` words read, and two small collectives over `axes`. **Adjoint:** a reduce_scatter of the
-    cotangents of what was read.
+    cotangents of the blocks that were read.
     """
     group, begun = grid.comm(axes), ledger.clock.now()
     memories = grid.peers(axes)

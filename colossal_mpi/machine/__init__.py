@@ -1,7 +1,7 @@
 """The model of a machine, and its measurement: rates of products and memory, overheads, links between ranks.
 
 ``linalg`` prices products with it, dry runs of ``layers.analysis`` and ``apps.planning`` take their times from its
-clock, and training runs and the doctor report what it measures. `measure` calls ``comm``, ``grid`` and the gemm of
+clock, and training runs and the doctor report its measurements. `measure` calls ``comm``, ``grid`` and the gemm of
 ``platform``.
 """
 

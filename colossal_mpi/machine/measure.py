@@ -3,7 +3,7 @@
 `measure` returns a `Machine`, whose rates hold while all ranks do the same. `measure_flops` is its rate of products
 alone, by which training runs divide their flop (MFU). `measure_pair` and `measure_allreduce` measure links while
 nothing else goes on, as the doctor shows them. All of them are collective. ``apps.planning`` calls `measure` and
-replaces the overheads by what the layers of a training step add.
+replaces the overheads by the overheads of a training step's layers.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _TAG, _MOST_MESSAGES = 11, 2000
 
 
 def measure(grid: Grid, dtype: str = "float64", flops: float = 0.0) -> Machine:
-    """Return what each rank of a grid can do while all ranks do the same.
+    """Return the rates of each rank of a grid while all ranks do the same.
 
     Parameters
     ----------
@@ -198,7 +198,7 @@ def median_seconds(grid: Grid, action: Callable[[], Any], times: int = 1) -> flo
     action : callable
         Does the action, and returns a block that is ready when the action is over.
     times : int
-        How often the action is done in a round.
+        The number of times that the action is done in a round.
 
     Returns
     -------
@@ -223,7 +223,7 @@ def median_difference(grid: Grid, action: Callable[[], Any], other: Callable[[],
     action, other : callable
         Do the actions, and return blocks that are ready when the actions are over.
     times : int
-        How often each action is done in a round.
+        The number of times that each action is done in a round.
 
     Returns
     -------

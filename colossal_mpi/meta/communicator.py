@@ -22,7 +22,7 @@ NAME = "meta"
 class Communicator:
     """A Cartesian communicator with this process as its only real rank.
 
-    It drops what is sent and delivers nothing. Where all ranks collect objects, each seems to have sent the same one.
+    It drops sent messages and delivers nothing. Where all ranks collect objects, each seems to have sent the same one.
 
     Parameters
     ----------

@@ -11,7 +11,7 @@ _SECONDS = 120  # after which this process ends, even if its parent is gone
 
 
 def main(device: int) -> None:
-    """Send arrays on a device to this same process and compare what arrives."""
+    """Send arrays on a device to this same process and compare the received values."""
     signal.alarm(_SECONDS)
     import cupy
     from mpi4py import MPI

@@ -130,7 +130,7 @@ def register(name: str, device: Device) -> None:
 
 
 def prefer(name: str) -> None:
-    """Choose what ``device="auto"`` means: ``"auto"`` (a GPU if there is one), ``"cpu"`` or another device."""
+    """Choose the meaning of ``device="auto"``: ``"auto"`` (a GPU if there is one), ``"cpu"`` or another device."""
     global _preferred
     _preferred = name
 

@@ -33,7 +33,7 @@ VARIABLE = "COLOSSAL_MPI_CUDA_AWARE"
 DEADLINE = 60.0
 """Seconds that the child may take. On a busy node most of them pass while CuPy is imported and CUDA is started."""
 _PROGRAM = Path(__file__).with_name("_probe.py")
-_EXCHANGING, _DONE = "exchanging", "done"  # what the child prints
+_EXCHANGING, _DONE = "exchanging", "done"  # printed by the child
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def _ending(status: int) -> str:
 
 
 def by_memory_kinds(comm: MPI.Comm) -> Awareness | None:
-    """Return what ``mpi_memory_alloc_kinds`` of a communicator says; None if it does not name CUDA memory.
+    """Return the answer of a communicator's ``mpi_memory_alloc_kinds``; None if it does not name CUDA memory.
 
     The info lists kinds that were asked for and are supported, so that a missing kind gives no answer.
     """
@@ -198,7 +198,7 @@ def by_query(libraries: Iterable[Any]) -> Awareness | None:
 
 
 def loaded_libraries() -> list[ctypes.CDLL]:
-    """Return the MPI libraries of this process, also those that were loaded without making their names global."""
+    """Return the MPI libraries of this process, even if they were loaded without making their names global."""
     return [ctypes.CDLL(None), *map(ctypes.CDLL, library_files())]
 
 

@@ -1,7 +1,7 @@
 """Redistributions between layouts: plans of boxes and sums, and their blocking or nonblocking execution.
 
 Distributed arrays (`colossal_mpi.distarray`) and the products of linalg call it, with a rank's block, the global shape,
-the layouts and the grid. It calls `colossal_mpi.comm` to move what a rank lacks.
+the layouts and the grid. It calls `colossal_mpi.comm` to move the elements that a rank lacks.
 """
 
 from colossal_mpi.redistribution.execute import plan_of, readable, redistribute, reduce, start

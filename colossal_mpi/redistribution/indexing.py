@@ -3,7 +3,7 @@
 `DistArray.__getitem__` calls it, and it calls `colossal_mpi.redistribution.execute`. Along a dim that no axis cuts, the
 index is applied to the block: a view, which costs nothing. Along a cut dim each rank first takes the elements that it
 holds, whose positions in the part are contiguous whatever the step. Then one all_to_all over the axes that cut the
-indexed dims balances the part again: every rank receives exactly what it lacks. Partial sums stay partial.
+indexed dims balances the part again: every rank receives exactly the elements that it lacks. Partial sums stay partial.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ product. Everything here is arithmetic on metadata that all ranks have: nothing 
 
 A redistribution reduces partial sums first: one reduce_scatter over the axes that cut the result, then one allreduce
 over the rest. Where the target cuts a dim over an axis on which the source is replicated, each sums only the elements
-that this rank needs afterwards. Then one exchange over the axes whose place changed brings each rank exactly what it
-lacks: an all_to_all, an allgather where the whole group wants the same box, or a local slice where nothing is lacking.
-Moving one axis at a time instead would cost up to 4 times the words (to swap row and col).
+that this rank needs afterwards. Then one exchange over the axes whose place changed brings each rank exactly the
+elements that it lacks: an all_to_all, an allgather where the whole group wants the same box, or a local slice where
+nothing is lacking. Moving one axis at a time instead would cost up to 4 times the words (to swap row and col).
 """
 
 from __future__ import annotations
@@ -295,7 +295,7 @@ def moved_axes(source: Layout, target: Layout, grid: Grid) -> Axes:
 
 
 def _layout_exchange(shape: Shape, source: Layout, target: Layout, grid: Grid) -> Exchange | None:
-    """Plan who sends what: along axes that replicate the source, a rank and its sender have the same coordinate."""
+    """Plan the exchange: along axes that replicate the source, a rank and its sender have the same coordinate."""
     if source.dims == target.dims:
         return None
     axes = moved_axes(source, target, grid)

@@ -175,11 +175,11 @@ def _limit_blas() -> None:
     # On 2 cores, 4 ranks with the default number of threads each were 6.5 times slower than with one thread each.
     if any(name in os.environ for name in _THREADS):
         return
-    os.environ.update(dict.fromkeys(_THREADS, "1"))  # for what is loaded from now on: scipy, torch
+    os.environ.update(dict.fromkeys(_THREADS, "1"))  # for libraries that are loaded later: scipy, torch
     import numpy  # noqa: F401
     import threadpoolctl
 
-    threadpoolctl.threadpool_limits(1, user_api="blas")  # for what was loaded before
+    threadpoolctl.threadpool_limits(1, user_api="blas")  # for libraries that are loaded already
 
 
 def _keep_freed_memory() -> None:

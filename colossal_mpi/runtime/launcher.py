@@ -1,7 +1,7 @@
 """The mpiexec that belongs to the MPI library of mpi4py: find it, and make the command and environment of a job.
 
 ``colossal-mpi run``, the test runner, the benchmarks and the doctor call `mpiexec_command`. The module asks each
-mpiexec for its version, since one of another library would start ranks that do not find one another.
+mpiexec for its version, since the mpiexec of another library would start ranks that do not find one another.
 """
 
 import functools
@@ -39,7 +39,7 @@ def mpiexec_command(
     command : sequence of str
         A program and its arguments. This Python runs a file that ends in ``.py``.
     env : mapping of str to str, optional
-        The environment of the job; by default that of this process.
+        The environment of the job; by default this process's environment.
 
     Returns
     -------

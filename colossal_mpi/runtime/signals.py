@@ -1,7 +1,7 @@
-"""Signals to a rank that may be inside MPI: Ctrl-C ends the job, SIGUSR1 asks what every rank is doing.
+"""Signals to a rank that may be inside MPI: Ctrl-C ends the job, SIGUSR1 makes every rank report its stacks.
 
-`colossal_mpi.runtime.guards` and the trainer call `listen`; ``ledger`` adds to `sources` what it is waiting for. The
-module calls `colossal_mpi.runtime.exits` to end a job.
+`colossal_mpi.runtime.guards` and the trainer call `listen`; ``ledger`` adds its last collectives to the `sources` of a
+report. The module calls `colossal_mpi.runtime.exits` to end a job.
 
 Python runs its signal handlers between byte codes, so that a rank that waits inside MPI would react to neither signal.
 The C part of Python's handler, however, writes the number of the signal to a file descriptor at once, where a thread
@@ -71,8 +71,8 @@ def _on_question(_number: int, _frame: FrameType | None) -> None:
     """Do nothing. Python writes the signal's number to the descriptor only if there is a handler."""
 
 
-# The child of a fork inherits the handlers and the descriptor, but not the thread: its parent would read what the child
-# writes. The child therefore removes them before any signal reaches it.
+# The child of a fork inherits the handlers and the descriptor, but not the thread: its parent would read the child's
+# bytes. The child therefore removes them before any signal reaches it.
 def _hold() -> None:
     _masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGUSR1))
 

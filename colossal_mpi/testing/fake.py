@@ -305,7 +305,7 @@ class FakeDevice:
     Attributes
     ----------
     allocations : int
-        How many times pinned memory was asked for.
+        The number of allocations of pinned memory.
     """
 
     def __init__(self) -> None:

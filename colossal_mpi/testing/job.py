@@ -1,7 +1,7 @@
 """One ``mpiexec`` of `colossal_mpi.testing.worker`: start it, read the files of its ranks, end it.
 
-`colossal_mpi.testing.runner` starts and ends jobs, and `colossal_mpi.testing.watch` reads what the ranks have written.
-The module calls the launcher of ``runtime``.
+`colossal_mpi.testing.runner` starts and ends jobs, and `colossal_mpi.testing.watch` reads the files of the ranks. The
+module calls the launcher of ``runtime``.
 """
 
 import contextlib
@@ -89,7 +89,7 @@ class Job:
     Parameters
     ----------
     directory : Path
-        A directory that is created; it holds the worker's input and what the ranks write.
+        A directory that is created; it holds the worker's input and the files of the ranks.
     spec : dict
         The input of the worker: ``tests`` (node ids), ``files``, ``ranks``, ``options`` (of pytest), ``prepared``.
     cwd : Path
@@ -118,7 +118,7 @@ class Job:
             )
 
     def read(self) -> None:
-        """Read what the ranks have written."""
+        """Read the new lines of all ranks."""
         for log in self.ranks.values():
             log.read()
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 Part = tuple[str, Any]
-"""A heading, and what stands below it: text, or what pytest calls a longrepr."""
+"""A heading and the part below it: text, or a longrepr of pytest."""
 # The outcome of the test is the first of these outcomes that any rank has.
 ORDER = ("failed", "xfailed", "interrupted", "xpassed strictly", "skipped", "passed")
 

@@ -1,7 +1,7 @@
 """Run multi-rank tests from the parent's ordinary run loop.
 
 `colossal_mpi.testing.plugin` registers the `Runner`. For each multi-rank test it starts a job if none runs it, waits
-for the ranks, and reports what `colossal_mpi.testing.merge` makes of their reports.
+for the ranks, and reports the merged report of `colossal_mpi.testing.merge`.
 """
 
 import math
@@ -95,7 +95,7 @@ class Runner:
         interruption = follow(self.job, item.nodeid, deadline)
         if interruption and (interruption.doubtful or (not self.job.began() and len(self.job.tests) > 1)):
             # Another rank was in a later test when the job died, or another file keeps the job from starting: run the
-            # test in a job of its own.
+            # test in a separate job.
             self._close(patience=0)
             self.job = self._start(item, [item])
             interruption = follow(self.job, item.nodeid, deadline)
@@ -145,7 +145,7 @@ class Runner:
         reports: Reports,
         interruption: Interruption | None,
     ) -> list[pytest.TestReport]:
-        """Return the reports of the phases, without that of a call which passed after a setup that did not pass."""
+        """Return the reports of the phases, except the report of a call that passed after a setup that did not pass."""
         size, broken = rank_count(item), _broken_phase(reports) if interruption else None
         of_phase = {when: {rank: phases[when] for rank, phases in reports.items() if when in phases} for when in PHASES}
         setup, call, teardown = (

@@ -130,6 +130,7 @@ def contract(
     c = c if layout is None else c.redistribute(layout)
     if target is None:
         return c if wide or c.dtype == a.dtype else c.astype(a.dtype)
+    # out = C + beta out, on each rank
     blas.blend(target.local, c.local, 1, beta)
     return target
 

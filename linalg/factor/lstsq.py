@@ -56,6 +56,7 @@ def lstsq(a: DistArray, b: DistArray, layout: Layout | None = None, method: str 
     out.on(a.grid.axes, b.ndim)
     right = b[:, None] if single else b
     x = _tall(a, right, method) if a.shape[0] >= a.shape[1] else _wide(a, right, method)
+    # X[as computed] -> X[out]
     return (x[:, 0] if single else x).redistribute(out)
 
 

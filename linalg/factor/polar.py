@@ -102,6 +102,7 @@ def newton_schulz(
         x = _converged(x, _constants(coefficients))
     else:
         for constants in schedule:
+            # X[S_row, L_col] . X^H[L_col, S] -> G[S_row, S]
             x = _step(x, herk(x), constants)
     x = x.T if flip else x
     if not in_place:

@@ -45,6 +45,7 @@ def _fill(out: Block, left: Block, right: Block, start: int, stop: int) -> None:
         return
     middle = (start + stop) // 2
     _fill(out, left, right, start, middle)
+    # C[middle:stop, start:middle] = left[middle:stop, K] . right[start:middle, K]^T
     out[middle:stop, start:middle] = gemm(left[middle:stop, :], right[start:middle, :].T)
     _fill(out, left, right, middle, stop)
 

@@ -61,6 +61,7 @@ class _Tree:
             counts[to] = flat.shape[0]
         if source is not None:
             expected[source] = size
+        # flat on this rank -> rank `to`; the vector of rank `source` -> this rank
         return comm.all_to_all(flat if to is not None else flat[:0], self.grid, self.axes, counts, expected)
 
 

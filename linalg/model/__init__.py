@@ -1,7 +1,7 @@
 """The price of a product before it runs: words, messages, flop, memory and time, and the choice that costs least.
 
 ``matmul(algorithm="auto")``, ``linalg.explain`` and ``linalg.best_grid`` call this package. It uses the maps and
-layouts of ``linalg.contraction``, so that priced words equal those of the ledger, and turns them into seconds with a
+layouts of ``linalg.contraction``, so that priced words equal the ledger's, and turns them into seconds with a
 `colossal_mpi.machine.Machine`.
 
 The *price* of a product counts the words that it moves, its flop and its memory. A training step has a *cost* instead,

@@ -26,7 +26,7 @@ from colossal_mpi.platform import backend
 
 
 def maps(sub: Subscripts, grid: Grid) -> Iterator[dict[str, str]]:
-    """Yield every map of the grid's axes to the letters of a product, also those that leave axes out."""
+    """Yield every map of the grid's axes to the letters of a product, including maps that leave axes out."""
     axes = [axis for axis, size in grid.axes.items() if size > 1]
     letters = [*dict.fromkeys(sub.a + sub.b), None]
     for choice in itertools.product(letters, repeat=len(axes)):
@@ -233,7 +233,7 @@ def explain(
     machine : Machine
         The machine whose times are predicted, such as `colossal_mpi.machine.measure` returns it.
     most : int
-        How many maps are run.
+        The number of maps that are run.
 
     Returns
     -------

@@ -1,7 +1,7 @@
 """The price of a product on a grid: words, messages, flop, memory and, on a machine, seconds.
 
 `options` prices every map with it. All of it is arithmetic on sizes and layouts, and nothing needs MPI; it asks
-``redistribution`` what each move receives, so that the words are exactly those that the ledger counts.
+``redistribution`` for the words of each move, so that they are exactly the words that the ledger counts.
 """
 
 from __future__ import annotations
@@ -287,7 +287,7 @@ def _parts(letter: str, axes: Mapping[str, str], sizes: Mapping[str, int]) -> in
 
 
 def _moved_over(have: Layout, want: Layout) -> tuple[str, ...]:
-    """Return the axes over which an array moves: those that it is reduced over, and those that cut it otherwise."""
+    """Return the axes over which an array moves: the axes of its reduction, and the axes that change their place."""
     reduced = [axis for axis in have.partial if axis not in want.partial]
     changed = [axis for axis in (*have.cut, *want.cut) if have.dims != want.dims and axis not in _kept(have, want)]
     return tuple(dict.fromkeys((*reduced, *changed)))

@@ -54,7 +54,7 @@ def test_several_go_together_in_any_mixture(grid, dtype):
 @pytest.mark.grids({"row": 3}, {"row": 5})
 @pytest.mark.parametrize("target", [Layout("row"), Layout(None)], ids=["scattered", "everywhere"])
 def test_terms_are_added_in_the_order_of_the_ranks(grid, target):
-    """The bits of a sum depend neither on what it shares messages with nor on where it is cut."""
+    """The bits of a sum depend neither on the arrays that share its messages nor on the place of the cut."""
     n = 1000
     values = np.stack([np.random.default_rng(r).normal(size=n) for r in range(grid.size)])
     exact = np.zeros(n)

@@ -178,7 +178,7 @@ def test_pinned_memory_is_not_handed_out_while_a_request_is_under_way():
     MPI.COMM_SELF.Send([np.arange(4.0), MPI.DOUBLE], 0, 9)
     request.Wait()
     del request
-    back = pool.array(4, "float64")  # its bytes are what MPI wrote, in no other buffer
+    back = pool.array(4, "float64")  # MPI wrote to it, and to no other buffer
     assert device.allocations == 4
     assert np.array_equal(back, np.arange(4.0))
     assert all(np.array_equal(other, np.ones(4)) for other in others)

@@ -33,7 +33,7 @@ def normal(shape, dtype="float64", seed=0):
 
 
 def reference(g, steps, constants, epsilon=1e-7):
-    """Return what one rank computes, by the shorter side."""
+    """Return the factor that one rank computes, with the Gram matrix of the shorter side."""
     a, b, c = constants
     x = g.conj().T if g.shape[0] > g.shape[1] else g
     x = x / (np.linalg.norm(x) + epsilon)
