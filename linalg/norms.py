@@ -224,7 +224,7 @@ def tril(a: DistArray, k: int = 0) -> DistArray:
     Returns
     -------
     DistArray, ``[m, n]``
-        In the layout of `a`.
+        The matrix in the layout of `a`.
 
     Raises
     ------
@@ -253,7 +253,7 @@ def triu(a: DistArray, k: int = 0) -> DistArray:
     Returns
     -------
     DistArray, ``[m, n]``
-        In the layout of `a`.
+        The matrix in the layout of `a`.
 
     Raises
     ------

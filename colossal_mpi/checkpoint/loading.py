@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def load(
     directory: str | Path, arrays: Mapping[str, DistArray], grid: Grid, *, besides: bool = False
 ) -> dict[str, Any]:
-    """Fill arrays from a checkpoint, in place, whatever grid and layouts it was written with.
+    """Fill arrays in place from a checkpoint that was written on any grid in any layouts.
 
     Parameters
     ----------

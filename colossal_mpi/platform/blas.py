@@ -169,7 +169,7 @@ class _Routine:
 
     def __init__(self, function: Any, index: Any, dtype: np.dtype, conjugates: bool) -> None:
         self.conjugates = conjugates
-        """Whether the library can conjugate without transposing, which is an extension of OpenBLAS."""
+        """True if the library can conjugate without transposing, which is an extension of OpenBLAS."""
         real = {4: ctypes.c_float, 8: ctypes.c_double}.get(dtype.itemsize if dtype.kind == "f" else 0)
         self._dtype, value = dtype, real or ctypes.c_void_p
         function.argtypes = [ctypes.c_int] * 3 + [index] * 3

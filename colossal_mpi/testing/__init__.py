@@ -36,15 +36,15 @@ Modules
 plugin
     Markers, parameters and fixtures, in the parent and in the ranks.
 runner
-    In the parent: runs a multi-rank item and reports it.
+    The plugin of the parent, which runs multi-rank items and reports them.
 watch
-    In the parent: decides when to stop waiting for a test.
+    The parent's wait for a test, and the decision when to stop it.
 merge
-    In the parent: makes one report of the reports of many ranks.
+    The parent's merging of the ranks' reports into one report.
 job
-    In the parent: one ``mpiexec`` and the files that its ranks write.
+    One ``mpiexec``, which the parent starts, and the files that its ranks write.
 worker
-    In a rank: runs pytest in process.
+    The program of a rank, which runs pytest in process.
 store
     The directories that the parent and its ranks share.
 fake

@@ -146,7 +146,7 @@ def test_a_cache_keeps_the_values_used_last_until_the_grid_is_freed():
         return cache.get(on, key, lambda: made.append(key) or 10 * key)
 
     assert [value(grid, key) for key in (1, 2, 1, 3, 1, 2)] == [10, 20, 10, 30, 10, 20]
-    assert made == [1, 2, 3, 2]  # 3 took the place of 2, which was used longest ago
+    assert made == [1, 2, 3, 2]  # 3 took the place of 2, the least recently used
     assert value(other, 1) == 10
     grid.free()
     assert not cache.of(grid)

@@ -22,7 +22,7 @@ def half(request, grid):
 
 
 def term(half, rank, count=7):
-    """Return one rank's numbers: whatever their order, 16 bits lose the small ones next to 512."""
+    """Return one rank's numbers; in any order, 16-bit sums lose the small ones next to 512."""
     values = np.full(count, 1.0)
     values[rank % count] = 512.0
     return values.astype(half)
