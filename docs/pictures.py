@@ -30,7 +30,7 @@ TEXT = {"ha": "center", "va": "center", "color": "white", "fontsize": 9, "fontwe
 
 
 class Plan:
-    """A grid of eight ranks without processes: the axes and sizes that layouts ask for."""
+    """A grid without processes, with the axes and sizes that layouts ask for."""
 
     def __init__(self, axes):
         self.axes = axes

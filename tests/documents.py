@@ -49,7 +49,7 @@ class Line:
 
     @property
     def can_run(self):
-        """Whether it can run as it stands, without a network, a cluster or more rights.
+        """True if it can run as it stands, without a network, a cluster or more rights.
 
         A word in capitals is a placeholder. In a sentence, the mere name of a command is no line to type. Benchmarks
         take minutes and have separate tests.

@@ -84,7 +84,7 @@ class Attention(Benchmark):
             "sequence": sequence,
             "seconds": seconds,
             "peak": peak,  # bytes beyond queries, keys, values and the gradient of the output
-            "scores": sequence**2 * self.heads * q.itemsize,  # bytes of one array of all scores
+            "scores": sequence**2 * self.heads * q.itemsize,  # bytes of an array of all scores
             "heads": self.heads,
             "groups": self.key_heads,
             "width": self.width,

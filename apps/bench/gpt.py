@@ -43,7 +43,7 @@ class GPTBenchmark(Benchmark, ABC):
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The sizes by name, as they stand in a row."""
+        """The sizes by name, as a row has them."""
         return {field.name: getattr(self, field.name) for field in fields(GPTBenchmark)}
 
     @property

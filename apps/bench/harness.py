@@ -162,7 +162,7 @@ class Competitor:
 
     @property
     def timed(self) -> bool:
-        """Whether it has a time that counts."""
+        """True if it has a time that counts."""
         return self.error is None and bool(self.seconds)
 
 
@@ -233,7 +233,7 @@ class Column:
     title: str
     text: Callable[[Row], str]
     left: bool = False
-    """Whether its texts are flush left."""
+    """True if its texts are flush left."""
 
 
 def number(title: str, key: str, form: str, absent: str = "-", scale: float = 1, unit: str = "") -> Column:
@@ -296,7 +296,7 @@ def show(title: str, columns: Sequence[Column], rows: Sequence[Row], notes: Sequ
 
 
 def write(rows: Sequence[Row], path: Path | None) -> None:
-    """Write the rows as a JSON list. A regular file has all of them, or is as it was before."""
+    """Write the rows as a JSON list. A regular file gets all of them, or stays as it was."""
     if path is None:
         return
     plain = [{key: value for key, value in row.items() if not key.startswith("_")} for row in rows]
@@ -390,7 +390,7 @@ def job_size_of(ranks: int | None) -> int:
     Raises
     ------
     ConfigError
-        If it is below 1, or the job has another number of ranks.
+        If it is below 1, or differs from the number of ranks of the job.
     """
     world = world_size()
     if ranks is not None and ranks < 1:
@@ -403,7 +403,7 @@ def job_size_of(ranks: int | None) -> int:
 
 
 def check_common(benchmark: Command, repeat: int | None = None, example: int = 5) -> None:
-    """Raise `ConfigError` if the number of rounds is below 1, or the JSON file or the plot cannot be written."""
+    """Raise `ConfigError` if the number of rounds is below 1, or if the JSON file or the plot cannot be written."""
     if repeat is not None and repeat < 1:
         raise ConfigError(f"--repeat {repeat}: at least one round has to run, for example --repeat {example}")
     for path in (getattr(benchmark, "json", None), getattr(benchmark, "plot", None)):

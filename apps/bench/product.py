@@ -24,7 +24,7 @@ from colossal_mpi.layout import Box, box_shape
 
 Indices: TypeAlias = "slice | npt.NDArray[np.intp]"
 Array: TypeAlias = "npt.NDArray[Any]"
-_CHUNK = 1 << 18  # elements to make at a time: the temporaries of the generator are several times as large
+_CHUNK = 1 << 18  # elements to make at a time; the generator's temporaries are several times as large
 _VECTORS = 10  # random vectors of the check
 TOLERANCE = 20.0
 """Greatest residual that passes, in units of eps; products of zero-mean numbers by plain BLAS come to 3 to 11."""
@@ -162,7 +162,7 @@ class Product(Competitor, ABC):
     note = ""
     """A further remark in the table."""
     recorded = True
-    """Whether the ledger records the words that it moves."""
+    """True if the ledger records the words that it moves."""
 
     def __init__(self, name: str, problem: Problem, members: int, group: MPI.Intracomm | None) -> None:
         super().__init__(name, group, members)

@@ -2,8 +2,8 @@
 
 A ScaLAPACK is built for one MPI library and asks for it by name: Debian's ``libscalapack-mpich`` asks for
 ``libmpich.so.12``, and the wheel of MPICH has the same library as ``libmpi.so.12``. `environment` gives the ranks a
-folder in which the first name links to the second one; the dynamic loader sees by the file that it has it already.
-ScaLAPACK is loaded only then, because two MPI libraries in one process would not know each other.
+folder in which the first name links to the second one; the dynamic loader sees that it has loaded this file already.
+ScaLAPACK is loaded only if the names fit, because two MPI libraries in one process would not know each other.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from colossal_mpi.apps.bench.product import Array, Indices, Part, Parts, Problem
 from colossal_mpi.errors import LaunchError, ShapeError
 
 BLOCKS = (64, 128, 256)
-"""Sizes of the blocks of the block-cyclic layout; the fastest one counts."""
+"""Block sizes of the block-cyclic layout; the fastest one counts."""
 _MPICH = "libmpich.so.12"
 # The name of ScaLAPACK and of the MPI library that it asks for, by the vendor of the MPI library in use. Intel MPI has
 # the ABI of MPICH.

@@ -16,7 +16,7 @@ from mpi4py import MPI
 from colossal_mpi.errors import ColossalError
 
 _NAP = 5e-4  # seconds between two tests of a request
-_SPIN = 0.5  # seconds after which busy threads are not BLAS threads that spin: MPI has threads, too
+_SPIN = 0.5  # seconds; threads that are busy for longer belong to MPI, not to BLAS
 _PATIENCE = 60.0  # seconds that a failed rank waits for the others, which may wait for it inside a product
 
 
@@ -77,7 +77,7 @@ def timed(work: Callable[[], object], group: MPI.Intracomm | None) -> float:
 
 
 def agreed(action: Callable[[], object]) -> None:
-    """Do something on every rank that communicates nothing, and fail on all ranks if it fails on one.
+    """Do something that communicates nothing on every rank, and fail on all ranks if it fails on one.
 
     Parameters
     ----------

@@ -83,7 +83,7 @@ class Train(GPTBenchmark):
         return math.prod(self.axes.values())
 
     def measure(self) -> Iterator[list[Row]]:
-        os.environ["OMP_NUM_THREADS"] = "1"  # PyTorch reads it when it is loaded; its own step sets what it needs
+        os.environ["OMP_NUM_THREADS"] = "1"  # PyTorch reads it at import; `threads` sets the number for its steps
         names, grid = tuple(dict.fromkeys(self.kernels)) or competitors(), Grid(None, "cpu", **self.axes)
         ours: list[Step] = [Ours(name, self, grid) for name in names if name != _PYTORCH]
         entries = ours

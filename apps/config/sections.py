@@ -35,7 +35,7 @@ from colossal_mpi.layers.optim import LEARNING_RATES, OPTIMIZERS, Option
 from colossal_mpi.layers.pipeline import PIPE, SCHEDULES
 
 _TASKS = "colossal_mpi.apps.training.tasks"
-"""The module that knows the section of each kind of model. It imports this package, and so is imported when needed."""
+"""The module with the section of each kind of model. It imports this package, and so is imported when needed."""
 
 
 class Section(BaseModel):
@@ -93,7 +93,7 @@ def _axes() -> list[str]:
 
 
 class ModelSection(Section):
-    """The keys that every kind of model has: a residual stream of some width, through some layers."""
+    """The keys that every kind of model has: the number of layers and the width of the residual stream."""
 
     reads: ClassVar[Literal["text", "images"]] = "text"
     """What the files of ``data.files`` hold for this kind of model."""
@@ -269,7 +269,7 @@ def _arguments(name: str, given: Mapping[str, Any], known: Mapping[str, Option])
 
 
 class Parallel(Section):
-    """The grid of ranks, and how model, batch and optimizer are spread over it."""
+    """The grid of ranks, and the distribution of model, batch and optimizer over it."""
 
     grid: dict[Annotated[str, Choice(_axes)], Annotated[int, Field(ge=1)]] = Field(
         {}, description="size of each axis, outermost first; empty: axis data over all ranks"
@@ -317,7 +317,7 @@ class Parallel(Section):
 
 
 class Run(Section):
-    """The run directory, what is measured, and the plugins."""
+    """The run directory, the measurements, and the plugins."""
 
     directory: str = Field("runs/run", description="folder of the configuration, metrics, report and checkpoints")
     peak_flops: float = Field(

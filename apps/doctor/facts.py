@@ -1,6 +1,6 @@
 """The facts that a rank states about itself.
 
-They are plain values, so that ranks with different versions of the library can still exchange them. `examine` gathers
+The facts are plain values, so that ranks with different versions of the library can exchange them. `examine` gathers
 them; every check reads them.
 """
 

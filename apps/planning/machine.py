@@ -34,13 +34,13 @@ _NEAR, _FAR = Link(5e-6, 150e9), Link(10e-6, 25e9)
 _RANKS_PER_NODE = 8
 
 _TINY = GPTConfig(vocabulary=8, layers=2, hidden=8, heads=2, positions=8)
-"""A model whose step takes nothing but overheads."""
+"""A model so small that its step takes only overheads."""
 _ROWS, _WIDTH = 2048, 512
 """The shape of an array whose passes take the time of its bytes."""
 _CALLS = Machine(float("inf"), float("inf"), 1.0, 0.0, FREE_LINK, FREE_LINK, 1)
 _PRODUCTS = replace(_CALLS, call=0.0, product=1.0)
 _BYTES = replace(_CALLS, call=0.0, memory=1.0)
-"""Machines on which nothing takes time but an operation, a product, or a byte of an array, which takes one second."""
+"""Machines on which only an operation, only a product, or only a byte of an array takes time, one second each."""
 
 Program = Callable[[Parallelism], Callable[[], Any]]
 """Makes an action that can be repeated."""
@@ -121,7 +121,7 @@ def calibrate(machine: Machine, grid: Grid) -> Machine:
 
     `measure` times bare operations on arrays. In a training step Python runs between them, and an activation computes
     more than an addition. The memory rate is taken from the passes of a norm and an activation, the overhead of an
-    operation from the update of a model that is too small to take any other time, and the overhead of a product from
+    operation from the update of a model so small that it takes no other time, and the overhead of a product from
     the rest of that model's step.
 
     Notes

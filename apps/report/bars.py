@@ -12,7 +12,7 @@ from colossal_mpi.apps.report.runs import Run
 from colossal_mpi.apps.report.style import NothingRecordedError, Picture, note_of_absent
 
 _BARS = 24
-"""Number of bars from which on a line replaces the bars."""
+"""A line replaces the bars from this number of bars on."""
 
 
 def memory(runs: Sequence[Run]) -> Picture:

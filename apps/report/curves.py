@@ -11,9 +11,9 @@ from colossal_mpi.apps.report.runs import Run, shares
 from colossal_mpi.apps.report.style import NothingRecordedError, Picture, note_of_absent, runs_with
 
 _SMOOTHED = 60
-"""Number of steps from which on a line is the running median, over the faint values themselves."""
+"""From this number of steps on a line is the running median, over the faint values themselves."""
 _DECADES = 30
-"""Ratio of the greatest to the least value from which on an axis is logarithmic."""
+"""From this ratio of the greatest to the least value on an axis is logarithmic."""
 
 
 def loss(runs: Sequence[Run]) -> Picture:
@@ -116,7 +116,7 @@ def rate(runs: Sequence[Run]) -> Picture:
 
 
 def gradient(runs: Sequence[Run]) -> Picture:
-    """Draw the norms of the gradients before clipping, and the norms from which on they are clipped."""
+    """Draw the norms of the gradients before clipping, and the norms above which they are clipped."""
     figure, axes = _axes(runs)
     found = runs_with(runs, "gradient_norm")
     values = [value for _, run in found for value in run.series("gradient_norm")[1]]

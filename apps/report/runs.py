@@ -64,7 +64,7 @@ class Run:
 
     @cached_property
     def gathered(self) -> list[dict[str, list[Any]]]:
-        """The figures of all ranks, each time that they were gathered."""
+        """The figures of all ranks, once for each time that the run gathered them."""
         return [row["ranks"] for row in self.rows if "ranks" in row]
 
     def words(self) -> dict[str, int]:

@@ -12,7 +12,7 @@ from colossal_mpi.apps.report.style import NothingRecordedError, Picture, note_o
 _RANKS = 32
 """Greatest number of ranks that are drawn."""
 _LABELLED = 0.02
-"""Share of the width of the picture from which on the number of a microbatch fits into its bar."""
+"""A bar of at least this share of the picture's width shows the number of its microbatch."""
 _LOWER, _FAINT = ("comm", "idle"), {"idle": 0.45}
 _NUMBER: Any = {"ha": "center", "va": "center", "color": "white", "fontsize": 7.5, "zorder": 5}
 

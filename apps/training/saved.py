@@ -40,7 +40,7 @@ def weights_by_name(parameters: Iterable[Parameter], kind: str = "weights") -> d
 
 
 def load_weights(source: Path, parameters: Iterable[Parameter], grid: Grid) -> None:
-    """Fill the weights of a model from a checkpoint: with their moving averages, where the run has kept them.
+    """Fill the weights of a model from a checkpoint: with their moving averages, if the run kept them.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""One job at a time writes a run directory, which others can read; a killed job leaves no lock behind."""
+"""One job at a time writes a run directory, which others can read; a killed job leaves it unlocked."""
 
 import errno
 import fcntl

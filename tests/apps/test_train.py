@@ -114,7 +114,7 @@ def test_a_run_resumes_on_another_grid(folder, grid, settings):
 
 
 def test_half_precision_trains_and_resumes_at_any_dtype(folder):
-    """It does so with recomputed blocks, too; a float16 run resumes bitwise, and resumes as a float32 run."""
+    """Blocks are recomputed, too. A float16 run resumes bitwise in float16, and also resumes in float32."""
     losses = {}
     for dtype in ("float32", "float16"):
         words = ["parallel.recompute=full", f"parallel.dtype={dtype}", f"run.directory={dtype}"]
