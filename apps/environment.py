@@ -1,4 +1,4 @@
-"""The environment of a run: ranks, nodes, cores or GPUs, versions of packages, and the memory that the process took.
+"""The environment of a run: ranks, nodes, cores or GPUs, versions of packages, and the greatest memory of the process.
 
 Training runs write it into ``run.json`` and the doctor compares it between ranks. ``colossal_mpi.machine`` measures the
 rates of the machine.
@@ -90,7 +90,7 @@ def processor() -> str:
 
 
 def peak_memory() -> int:
-    """Return the bytes of memory that this process has had resident at most."""
+    """Return the greatest resident memory of this process so far, in bytes."""
     import resource
 
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

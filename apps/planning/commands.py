@@ -52,7 +52,7 @@ class PlanOptions:
     memory : float
         Bytes of memory of a rank.
     given : GivenRates
-        What the user says about the machine.
+        The user's rates of the machine.
     count : int
         Configurations to show.
     rounds : int
@@ -95,7 +95,7 @@ def checked_options(
     memory : str, optional
         Memory of a rank, such as ``80GiB``; by default there is no limit.
     given : GivenRates
-        What the user says about the machine.
+        The user's rates of the machine.
     count : int
         Configurations to show.
     rounds : int
@@ -243,7 +243,7 @@ def dry_run(config: Config) -> None:
 
 
 def forecast_of_run(trainer: Trainer, flops: float) -> dict[str, Any] | None:
-    """Return the forecast of a step of a run, for the comparison with what the run has measured.
+    """Return the forecast of a step of a run, for the comparison with the run's measurements.
 
     Parameters
     ----------

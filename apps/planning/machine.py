@@ -102,7 +102,7 @@ def machine_of(config: Config, ranks: int, given: GivenRates) -> tuple[Machine, 
 
 
 def _with(machine: Machine, given: GivenRates) -> Machine:
-    """Return a machine with what the user gives in place of what was measured or assumed."""
+    """Return a machine with the user's rates in place of measured or assumed ones."""
     near, far = (
         Link(given.latency or link.latency, bandwidth or link.bandwidth)
         for link, bandwidth in ((machine.near, given.near_bandwidth), (machine.far, given.bandwidth))

@@ -41,7 +41,7 @@ class Meter:
     flop : dict of str to int
         ``model_flop`` and ``hardware_flop`` of a step; empty for a model that cannot be counted.
     peak : float
-        flop/s of all ranks together that utilisation is relative to.
+        Flop/s of all ranks together, to which utilisation is relative.
     moved : Record
         The communication of the last step.
 

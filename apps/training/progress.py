@@ -41,14 +41,14 @@ def check(config: Config) -> None:
 
 
 class Report:
-    """Shows the progress of a run, as a bar at a terminal and else as a line every few steps, and writes its metrics.
+    """Shows the progress of a run, as a bar at a terminal, elsewhere as a line every few steps, and writes its metrics.
 
     Parameters
     ----------
     trainer : Trainer
         The trainer of the run.
     directory : RunDirectory
-        Where metrics, sample and report go.
+        The directory for metrics, sample and report.
     done : int
         Number of steps that are done already.
     """
@@ -89,7 +89,7 @@ class Report:
             self._say(f"step {row['step']:5d}/{self.training.steps}  {text}  {_clock(left)} left")
 
     def finish(self, text: bytes, forecast: Mapping[str, Any] | None) -> None:
-        """Write the report and the sample; print the forecast beside the measurement, and where everything is."""
+        """Write the report and the sample; print the forecast beside the measurement, and the paths of the files."""
         self.close()
         grown = peak_memory() - self.before  # before the report loads matplotlib
         if forecast is not None:
@@ -151,7 +151,7 @@ def _validation(row: dict[str, Any]) -> str:
 
 
 def _compared(forecast: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], grown: int) -> str:
-    """Return one line with the forecast of rank 0, what the last rows of metrics say, and by how much memory grew."""
+    """Return one line with rank 0's forecast, the figures of the last rows of metrics, and the growth of memory."""
     words, seconds = rows[-1]["words_received"], median(row["seconds"] for row in rows)
     return (
         f"predicted and measured, rank 0: words of a step {forecast['words']:,} and {words:,}; step "

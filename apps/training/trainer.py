@@ -312,7 +312,7 @@ class Trainer:
         Returns
         -------
         int
-            Number of steps that the checkpoint has done.
+            Number of steps that are done in the checkpoint.
 
         Raises
         ------
