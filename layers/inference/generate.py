@@ -46,7 +46,7 @@ def generate(
         Causal model, such as a GPT or a Llama, from token ids ``[b, s]`` to logits ``[b, s, v]``, on any grid and in
         any tensor mode.
     prompts : sequence of sequences of int
-        b prompts of one token or more, the same on all ranks. Their lengths may differ, and there may be fewer of them
+        Prompts, b of them, each of one token or more, the same on all ranks. Their lengths may differ, and there may be fewer of them
         than ranks.
     count : int
         Greatest number of new tokens for each prompt.
