@@ -48,7 +48,7 @@ _attributes = {}
 
 def _keep(app, what, name, obj, options, lines):
     """Keep the lines of an attribute, because napoleon takes the text before a colon for its type."""
-    if what == "attribute":
+    if what in ("attribute", "property"):
         _attributes[name] = list(lines)
 
 

@@ -46,8 +46,8 @@ def generate(
         Causal model, such as a GPT or a Llama, from token ids ``[b, s]`` to logits ``[b, s, v]``, on any grid and in
         any tensor mode.
     prompts : sequence of sequences of int
-        Prompts, b of them, each of one token or more, the same on all ranks. Their lengths may differ, and there may be fewer of them
-        than ranks.
+        Prompts, b of them, each of one token or more, the same on all ranks. Their lengths may differ, and there may be
+        fewer of them than ranks.
     count : int
         Greatest number of new tokens for each prompt.
     temperature : float
