@@ -39,7 +39,7 @@ class Head(Linear):
 
 
 def _picked(x: DistArray, ctx: Context) -> tuple[DistArray, tuple[np.ndarray, int, Layout] | None]:
-    """Return the tokens whose logits the context asks for, and what `_unpick` needs; None where it asks for all."""
+    """Return the tokens whose logits the context asks for, and the input of `_unpick`; None where it asks for all."""
     at = None if ctx.decoding is None else ctx.decoding.logits_at
     if at is None:
         return x, None

@@ -55,7 +55,7 @@ class Layer:
         y : DistArray or tuple of DistArray
             The output, in the layout that the next layer takes.
         cache : object
-            What `backward` needs: arrays, layouts, and the caches of the layer's parts, in tuples and lists.
+            The input of `backward`: arrays, layouts, and the caches of the layer's parts, in tuples and lists.
         """
         raise NotImplementedError
 
@@ -104,12 +104,12 @@ class Layer:
         x : DistArray or tuple of DistArray
             The input of `forward`, as it came.
         needed : object
-            What the backward pass needs and `forward` made from x: x itself, x gathered, or blocks of it.
+            The form of x that the backward pass needs: x itself, x gathered, or blocks of it.
 
         Returns
         -------
         object
-            `needed`; or, if the layer before asks for its output to be recomputed, how to make x again (`Replay`).
+            `needed`; or, if the layer before wants its output to be recomputed, the `Replay` that makes x again.
         """
         return x.replay if isinstance(x, Replayable) else needed
 
@@ -121,13 +121,13 @@ class Layer:
         saved : object
             What `save` returned.
         needed : function, optional
-            Makes what the backward pass needs from an input that had to be recomputed; by default it is the input
-            itself, in the layout in which it came.
+            Makes the `needed` of `save` from an input that had to be recomputed; by default it is the input itself, in
+            the layout in which it came.
 
         Returns
         -------
         object
-            What the backward pass needs, with the same bits whether it was kept or recomputed.
+            The `needed` of `save`, with the same bits whether it was kept or recomputed.
 
         Notes
         -----

@@ -26,7 +26,7 @@ class Loss(Protocol):
     """The methods that every loss has: `CrossEntropy`, `MeanSquaredError` or a user's own class."""
 
     def forward(self, x: Arrays, target: Arrays, count: int | None) -> tuple[float, Cache]:
-        """Return the loss, the same bits on every rank, and what `backward` needs."""
+        """Return the loss, the same bits on every rank, and the cache that `backward` takes."""
 
     def backward(self, cache: Cache, scale: float = 1.0) -> Arrays:
         """Return the cotangent of x, times a loss scale."""
@@ -133,7 +133,7 @@ class CrossEntropy:
         self.ignore, self.smoothing, self.z_loss = ignore, smoothing, z_loss
 
     def forward(self, logits: DistArray, labels: DistArray, count: int | None = None) -> tuple[float, Cache]:
-        """Return the sum of the losses divided by `count`, and what `backward` needs.
+        """Return the sum of the losses divided by `count`, and the cache that `backward` takes.
 
         Parameters
         ----------
@@ -150,7 +150,7 @@ class CrossEntropy:
         loss : float
             The same bits on every rank.
         cache : object
-            What `backward` needs.
+            The input of `backward`.
 
         Raises
         ------
@@ -226,7 +226,7 @@ class MeanSquaredError:
     """
 
     def forward(self, x: DistArray, target: DistArray, count: int | None = None) -> tuple[float, Cache]:
-        """Return the sum of the squares divided by `count`, and what `backward` needs.
+        """Return the sum of the squares divided by `count`, and the cache that `backward` takes.
 
         Parameters
         ----------
@@ -242,7 +242,7 @@ class MeanSquaredError:
         loss : float
             The same bits on every rank.
         cache : object
-            What `backward` needs.
+            The input of `backward`.
 
         Raises
         ------

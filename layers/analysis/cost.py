@@ -172,7 +172,7 @@ def step_costs(
     tensor : str, optional
         The tensor mode, as `Parallelism` takes it.
     kinds : str or sequence of str
-        What is recomputed, as `recompute` takes it.
+        The kinds of layers that are recomputed, as `recompute` takes them.
     schedule : str
         The schedule of the pipeline.
     chunks : int

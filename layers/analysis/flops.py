@@ -127,7 +127,7 @@ def hardware_flop(model: Layer, samples: int, length: int) -> int:
     Raises
     ------
     OptionError
-        As `model_flop`.
+        In the cases of `model_flop`.
     """
     done = flop_of(model, StreamShape(samples, length), True)
     return done.forward + done.backward

@@ -44,7 +44,7 @@ def attend(q: Block, kv: Blocks, mask: AttentionMask) -> Blocks:
     kv : pair of array, ``[b, n, g, d]``
         This rank's keys and values, contiguous if the ring has other ranks.
     mask : AttentionMask
-        Which keys the queries see.
+        The attention mask of the queries.
 
     Returns
     -------
@@ -115,7 +115,7 @@ def attend_backward(
     statistics : array, ``[2, b, a, n, 1]``
         What `attend` returned.
     mask : AttentionMask
-        Which keys the queries see.
+        The attention mask of the queries.
 
     Returns
     -------

@@ -58,8 +58,7 @@ def generate(
         Draw from the fewest tokens whose probabilities add up to it.
     seed : int
         Seed of the random numbers. The random number of a token is a function of the seed, the number of its prompt and
-        its position, so that the tokens are the same on any grid and beside any other prompts, but for rounding
-        (`draw`).
+        its position, so that the tokens are the same on any grid and beside any other prompts, up to rounding (`draw`).
     stop : int or iterable of int
         Tokens with which a sequence ends.
     vocabulary : int, optional

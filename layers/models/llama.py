@@ -138,7 +138,7 @@ def _keys(inner: int, positions: int, groups: int | None) -> tuple[ConfigKey, ..
 
 
 def _normalize(table: Table) -> Table:
-    """Rewrite ``rope_parameters``, which has scaling and base today, as the two keys of older versions."""
+    """Rewrite ``rope_parameters``, which now has scaling and base, as the two keys of older versions."""
     rope = table.get("rope_scaling") or table.get("rope_parameters") or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise ConfigError(f"rope_parameters={rope!r} cannot be run: they must be those of all layers")

@@ -1,7 +1,7 @@
 """Functions that read models from Hugging Face directories and write models as such directories.
 
 `from_pretrained` and `save_pretrained` look up the architecture of a model in the registry, pair each parameter with
-its tensors, and copy boxes between them: each rank reads the boxes of its own blocks, rank 0 writes all.
+its tensors, and copy boxes between them: each rank reads the boxes of its own blocks, and rank 0 writes all boxes.
 """
 
 from __future__ import annotations

@@ -15,9 +15,9 @@ from colossal_mpi.platform import backend
 
 
 def unstacked(array: DistArray, batch: int) -> Iterator[DistArray]:
-    """Yield views of the arrays that the first `batch` dims count, as far as this rank has a block of them.
+    """Yield views of the arrays that the first `batch` dims count, of which this rank has a block.
 
-    Each lies on the grid of the ranks that have a block of it. **Communication:** none.
+    The grid of each view has the ranks that have a block of it. **Communication:** none.
     """
     if not batch:
         yield array

@@ -42,8 +42,7 @@ def options_of(item: Callable[..., object], without: frozenset[str] = frozenset(
     Parameters
     ----------
     item : callable
-        A class, whose constructor and base classes' constructors are read as far as they pass ``**options`` on, or a
-        function.
+        A function, or a class, whose constructor is read, and its base classes' as long as ``**options`` are passed on.
     without : frozenset of str
         Names to leave out.
 
@@ -67,7 +66,7 @@ def options_of(item: Callable[..., object], without: frozenset[str] = frozenset(
 
 
 def _constructors(item: type) -> Iterator[Callable[..., object]]:
-    """Yield the constructors that a class calls, its own first, as far as they take any keyword arguments."""
+    """Yield the constructors that a class calls, its own first, while they take any keyword arguments."""
     for owner in item.__mro__:
         if "__init__" not in vars(owner) or owner is object:
             continue

@@ -86,7 +86,7 @@ class StepData(Protocol):
         """
 
     def loss(self, y: DistArray, microbatch: int) -> tuple[float, Any]:
-        """Return the microbatch's share of the loss of the step, and what `loss_backward` needs.
+        """Return the microbatch's share of the loss of the step, and the cache that `loss_backward` takes.
 
         Parameters
         ----------
@@ -100,7 +100,7 @@ class StepData(Protocol):
         loss : float
             Share of the loss, the same on all ranks of the stage.
         cache : object
-            What `loss_backward` needs.
+            The input of `loss_backward`.
         """
 
     def loss_backward(self, cache: Any) -> Any:

@@ -46,7 +46,7 @@ def from_module(
         Prefix of the names of the parameters, unique in the model; by default the class in lower case.
     into : {"inside", "stream"}
         Where the output of a ``Linear`` goes: to the inside of a block, ``[b, s, h]`` to ``[b, s, f]``, or back to the
-        residual stream. Of two that follow one another, the first goes inside and the second to the stream.
+        residual stream. If two follow each other, the first goes inside and the second to the stream.
     causal : bool
         Whether attention is causal; torch modules get this as an argument of each call.
 

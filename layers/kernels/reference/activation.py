@@ -82,7 +82,7 @@ def gelu_backward(dy: Block, x: Block) -> Block:
 
 @in_wide
 def gelu_erf(x: Block) -> Block:
-    """Return GELU as it is defined: x times the distribution function of the standard normal.
+    """Return the exact GELU: x times the distribution function of the standard normal.
 
     Parameters
     ----------
