@@ -28,7 +28,7 @@ def binary(size: float) -> str:
     """Return a number of bytes with a binary unit: ``1.50 GiB``, ``8 B``."""
     scale, unit = bytes_unit(size)
     if scale == 1:
-        return f"{size:.0f} B"
+        return f"{size:,.0f} B"
     return f"{significant(size / scale)} {unit}"
 
 

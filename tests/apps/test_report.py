@@ -103,7 +103,7 @@ def check_track(events):
 
 def test_nodes_whose_counters_differ_are_put_on_one_clock(tmp_path):
     trace, wait = Trace(Grid(MPI.COMM_SELF), tmp_path / "trace.json"), ("wait", "comm", 66.25, 66.5, {})
-    trace._take([("a", 1.7e9, 1, 5.0, 6.0, [], []), ("b", 1.7e9 - 60, 1, 66.0, 67.0, [wait], [])])
+    trace._add_all([("a", 1.7e9, 1, 5.0, 6.0, [], []), ("b", 1.7e9 - 60, 1, 66.0, 67.0, [wait], [])])
     times = [(event["pid"], event["ts"], event["dur"]) for event in trace._events]
     assert times == [(0, 0, 1e6), (1, 1e6, 1e6), (1, 1.25e6, 0.25e6)]
 
