@@ -88,10 +88,12 @@ class Command(ABC):
         for field, _, info in _fields(type(self)):
             value = getattr(self, field.name)
             if isinstance(info, ArgumentInfo):
-                positional += _words(value)
+                positional += [] if value is None else _words(value)
             elif value != _default(field):
                 options += _option(field.name, info, value)
-        return options + positional
+        interspersed = type(self).context_settings.get("allow_interspersed_args", True)
+        after = positional if interspersed else positional[:1]  # the words that a parser would take for options
+        return options + (["--"] if any(word.startswith("-") for word in after) else []) + positional
 
 
 def _fields(command: type[Command]) -> Iterator[tuple[dataclasses.Field[Any], Any, ArgumentInfo | OptionInfo]]:

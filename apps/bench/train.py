@@ -76,7 +76,7 @@ class Train(GPTBenchmark):
     @property
     def axes(self) -> dict[str, int]:
         """The sizes of the axes of the grid: by default all ranks share the batch."""
-        return configs.parse_grid(self.grid) if self.grid else {"data": world_size()}
+        return configs.parse_grid(self.grid) if self.grid is not None else {"data": world_size()}
 
     @property
     def job_size(self) -> int:

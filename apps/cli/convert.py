@@ -7,7 +7,8 @@ other one.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +16,7 @@ import typer
 
 from colossal_mpi import checkpoint
 from colossal_mpi.apps import training
-from colossal_mpi.apps.command import Command
+from colossal_mpi.apps.command import Command, Plugins
 from colossal_mpi.errors import OptionError
 from colossal_mpi.grid import Grid, world_size
 from colossal_mpi.layers import Parallelism, models
@@ -33,14 +34,15 @@ class Convert(Command):
     source: Annotated[Path, typer.Argument(help="A Hugging Face directory, a checkpoint or a run.")]
     target: Annotated[Path, typer.Argument(help="The directory to write; it must not exist.")]
     to: Annotated[str, typer.Option(help="hf: config.json and safetensors. cm: an HDF5 checkpoint.")]
-    most: Annotated[int, typer.Option(help="Bytes of weights in one safetensors file, at most.")] = 5 * 10**9
+    most: Annotated[int, typer.Option(min=1, help="Bytes of weights in one safetensors file, at most.")] = 5 * 10**9
+    plugin: Plugins = field(default_factory=list)
 
     def run(self) -> int:
-        convert(self.source, self.target, self.to, self.most)
+        convert(self.source, self.target, self.to, self.most, self.plugin)
         return 0
 
 
-def convert(source: Path, target: Path, to: str, most: int) -> None:
+def convert(source: Path, target: Path, to: str, most: int, plugins: Sequence[str] = ()) -> None:
     """Read weights in one format and write them in the other one.
 
     Parameters
@@ -53,6 +55,8 @@ def convert(source: Path, target: Path, to: str, most: int) -> None:
         "hf" reads a checkpoint, or the latest one of a run; "cm" reads a Hugging Face directory.
     most : int
         Bytes of weights in one safetensors file, at most.
+    plugins : sequence of str
+        Files or modules to load in place of the plugins that the run had.
 
     Raises
     ------
@@ -65,7 +69,7 @@ def convert(source: Path, target: Path, to: str, most: int) -> None:
     if to == "cm":
         _to_checkpoint(source, target, parallelism)
     elif to == "hf":
-        _to_hugging_face(source, target, parallelism, most)
+        _to_hugging_face(source, target, parallelism, most, plugins)
     else:
         raise OptionError(f"convert --to {to!r}: use 'hf' or 'cm'")
 
@@ -77,9 +81,9 @@ def _to_checkpoint(source: Path, target: Path, parallelism: Parallelism) -> None
     checkpoint.save(target, training.weights_by_name(model.parameters()), metadata, parallelism.grid)
 
 
-def _to_hugging_face(source: Path, target: Path, parallelism: Parallelism, most: int) -> None:
+def _to_hugging_face(source: Path, target: Path, parallelism: Parallelism, most: int, plugins: Sequence[str]) -> None:
     source = training.checkpoint_of(source)
-    metadata = training.metadata_of(source)
+    metadata = training.metadata_of(source, plugins)
     model = models.from_description(metadata["model"], parallelism)
     training.load_weights(source, model.parameters(), parallelism.grid)
     models.save_pretrained(model, target, most=most, extra=metadata.get("huggingface"))

@@ -50,7 +50,7 @@ class Generate(Command):
         ConfigError
             If the model does not generate text, or its tokens are unknown.
         """
-        axes = configs.parse_grid(self.grid) if self.grid else {"data": world_size()}
+        axes = configs.parse_grid(self.grid) if self.grid is not None else {"data": world_size()}
         grid = Grid(None, "auto", **axes)
         kernels.use("auto", grid)
         model, pipeline, table = load_model(self.source, grid, self.tensor, self.plugin)

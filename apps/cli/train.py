@@ -48,6 +48,8 @@ class Train(Command):
     def __post_init__(self) -> None:
         if (self.config is None) == (self.resume is None):
             raise ConfigError("train: give a configuration, or --resume and the directory of a run")
+        if self.resume is not None and self.overwrite:
+            raise ConfigError("train: --resume goes on with a run and --overwrite replaces it: give one of them")
 
     def run(self) -> int:
         if self.show_config or self.dry_run:
@@ -60,10 +62,13 @@ class Train(Command):
     def settings(self) -> list[str]:
         """The settings of ``--set``, ``--plugin``, ``--tensor``, ``--kernels`` and ``--grid``."""
         given = {"tensor": self.tensor, "kernels": self.kernels}
-        found = [*self.setting, *(f'parallel.{key}="{value}"' for key, value in given.items() if value)]
+        found = [
+            *self.setting,
+            *(configs.setting(f"parallel.{key}", value) for key, value in given.items() if value is not None),
+        ]
         if self.plugin:
-            found.append(configs.plugins_setting(self.plugin))
-        return [*found, configs.grid_setting(configs.parse_grid(self.grid))] if self.grid else found
+            found.append(configs.setting("run.plugins", self.plugin))
+        return [*found, configs.grid_setting(configs.parse_grid(self.grid))] if self.grid is not None else found
 
     def _show(self) -> int:
         """Print the configuration of the run, or the cost of one of its steps."""

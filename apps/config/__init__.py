@@ -20,7 +20,7 @@ from colossal_mpi.apps.config.toml import (
     grid_setting,
     load,
     parse_grid,
-    plugins_setting,
+    setting,
     shipped,
     validate,
 )
@@ -38,8 +38,8 @@ __all__ = [
     "load_plugins",
     "model_sections",
     "parse_grid",
-    "plugins_setting",
     "problems",
+    "setting",
     "shipped",
     "validate",
 ]

@@ -16,7 +16,7 @@ from types import ModuleType
 
 from colossal_mpi.errors import ConfigError
 
-_loaded: dict[str, ModuleType] = {}
+_loaded: dict[str, ModuleType] = {}  # by the real path of the file, or by the import path
 
 
 def load_plugins(plugins: Iterable[str]) -> None:
@@ -33,19 +33,29 @@ def load_plugins(plugins: Iterable[str]) -> None:
         If a file cannot be read or its code fails. The message names the plugin.
     """
     for plugin in absolute(list(plugins)):
-        if plugin in _loaded:
+        is_file = plugin.endswith(".py")
+        one = os.path.realpath(plugin) if is_file else plugin  # a file that is given by two paths is loaded once
+        if one in _loaded:
             continue
+        if is_file:
+            _check_readable(plugin)
         try:
-            _loaded[plugin] = _executed(plugin) if plugin.endswith(".py") else importlib.import_module(plugin)
-        except OSError as problem:
-            raise ConfigError(f"run.plugins: cannot read {plugin}: {problem.strerror or problem}") from None
-        except Exception as problem:  # whatever the user's code raises
+            _loaded[one] = _executed(plugin) if is_file else importlib.import_module(plugin)
+        except (Exception, SystemExit) as problem:  # whatever the user's code raises
             raise ConfigError(f"run.plugins: {plugin} failed with {type(problem).__name__}: {problem}") from problem
 
 
 def absolute(plugins: Sequence[str]) -> list[str]:
     """Return plugins with absolute paths of their files, so that a resumed run finds them from any directory."""
     return [os.path.abspath(plugin) if plugin.endswith(".py") else plugin for plugin in plugins]
+
+
+def _check_readable(path: str) -> None:
+    try:
+        with open(path, "rb"):
+            pass
+    except OSError as problem:
+        raise ConfigError(f"run.plugins: cannot read {path}: {problem.strerror or problem}") from None
 
 
 def _executed(path: str) -> ModuleType:

@@ -82,8 +82,8 @@ def _put(table: dict[str, Any], setting: str) -> None:
     if not equals or not sections:
         raise ConfigError(f"--set {setting!r}: write section.key=value, for example training.steps=100")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        (value,) = tomllib.loads(f"value = {text}").values()
+    except ValueError:  # no TOML, or more than one value
         value = text
     for section in sections:
         table = table.setdefault(section, {})
@@ -205,7 +205,7 @@ def parse_grid(text: str) -> dict[str, int]:
     axes: dict[str, int] = {}
     for piece in text.split(","):
         axis, equals, size = piece.partition("=")
-        if not equals or not size.strip().isdigit() or not axis.strip().isidentifier() or axis.strip() in axes:
+        if not equals or not size.strip().isdecimal() or not axis.strip().isidentifier() or axis.strip() in axes:
             raise ConfigError(f"--grid {text!r}: write axis=size with commas between, for example data=2,row=2,col=2")
         axes[axis.strip()] = int(size)
     return axes
@@ -227,20 +227,27 @@ def grid_setting(axes: Mapping[str, int]) -> str:
     return f"parallel.grid={{ {', '.join(f'{axis} = {size}' for axis, size in axes.items())} }}"
 
 
-def plugins_setting(plugins: Sequence[str]) -> str:
-    """Return the setting that gives a run its plugins, for `load`.
+def setting(key: str, value: str | Sequence[str]) -> str:
+    """Return the setting that gives a key a text or texts of any characters, for `load`.
 
     Parameters
     ----------
-    plugins : sequence of str
-        Python files or modules.
+    key : str
+        Section and key, for example ``parallel.tensor`` or ``run.plugins``.
+    value : str or sequence of str
+        The value of the key.
 
     Returns
     -------
     str
-        ``run.plugins=[...]``.
+        ``section.key=value``, the value as TOML.
+
+    Examples
+    --------
+    >>> setting("run.plugins", ["mine.py"])
+    'run.plugins=["mine.py"]'
     """
-    return f"run.plugins={_inline(list(plugins))}"
+    return f"{key}={_inline(value)}"
 
 
 def dump(config: Config) -> str:

@@ -55,6 +55,8 @@ def test_the_list_of_commands_loads_no_heavy_package():
         (Gemm(size=["7,5,9", "8"], ranks=3), ["--size", "7,5,9", "--size", "8", "--ranks", "3"]),
         (Attention(causal=False, json=Path("x")), ["--no-causal", "--json", "x"]),
         (Train(config="demo", setting=["a.b=1"], dry_run=True), ["--set", "a.b=1", "--dry-run", "demo"]),
+        (Train(resume="r"), ["--resume", "r"]),
+        (Train(config="-x.toml", trace=2), ["--trace", "2", "--", "-x.toml"]),
         (Run(command=["a", "-n", "2"], ranks=4), ["-n", "4", "a", "-n", "2"]),
     ],
     ids=lambda value: " ".join(value) or "default" if isinstance(value, list) else "",
@@ -81,7 +83,16 @@ def test_run_starts_the_ranks_and_returns_their_exit_code():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["train"], ["nonsense"], ["run", "-n", "0", "python"], ["train", "demo", "--resume", "x"]]
+    "arguments",
+    [
+        ["train"],
+        ["nonsense"],
+        ["run", "-n", "0", "python"],
+        ["train", "demo", "--resume", "x"],
+        ["train", "--resume", "x", "--overwrite"],
+        ["train", "demo", "--grid", ""],
+        ["train", "demo", "--tensor", '2d" #'],
+    ],
 )
 def test_a_wrong_call_is_one_line(arguments):
     result = call(*arguments)

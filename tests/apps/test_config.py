@@ -132,7 +132,7 @@ def test_missing_file_names_the_shipped_configurations():
         configs.load("nowhere")
 
 
-@pytest.mark.parametrize("text", ["row", "row=", "row=two", "row=2,row=2", "2=row"])
+@pytest.mark.parametrize("text", ["", "row", "row=", "row=two", "row=²", "row=2,row=2", "2=row"])
 def test_malformed_grids_are_refused(text):
     with pytest.raises(ConfigError, match="write axis=size"):
         configs.parse_grid(text)

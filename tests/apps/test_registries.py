@@ -1,5 +1,6 @@
 """Names that a plugin registers train, resume and are choices everywhere; messages name wrong plugins."""
 
+import builtins
 import json
 import os
 import shutil
@@ -121,13 +122,15 @@ def test_choices_plans_and_the_demo_derive_from_the_registries(folder):
     [
         (None, r"run.plugins: cannot read .*wrong.py: No such file or directory"),
         ("import nowhere\n", r"run.plugins: .*wrong.py failed with ModuleNotFoundError: No module named 'nowhere'"),
+        ("open('/nowhere/x')\n", r"run.plugins: .*wrong.py failed with FileNotFoundError: .*'/nowhere/x'"),
+        ("raise SystemExit(3)\n", r"run.plugins: .*wrong.py failed with SystemExit: 3"),
         (
             "from colossal_mpi.layers.parallelism import MODES, Mode, register_mode\n"
             "register_mode(Mode('2d', MODES['1d'].template, ('col',), 'Another.'))\n",
             r"run.plugins: .*wrong.py failed with OptionError: tensor mode '2d' is registered already",
         ),
     ],
-    ids=["missing", "raises", "taken"],
+    ids=["missing", "raises", "lacks-a-file", "exits", "taken"],
 )
 def test_errors_of_a_plugin_name_its_file(tmp_path, text, message):
     path = tmp_path / "wrong.py"
@@ -135,3 +138,12 @@ def test_errors_of_a_plugin_name_its_file(tmp_path, text, message):
         path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         configs.load("demo", [f"run.plugins=['{path}']"])
+
+
+def test_a_plugin_that_is_given_by_two_paths_is_loaded_once(tmp_path):
+    (tmp_path / "counted.py").write_text("import builtins\nbuiltins.counted = getattr(builtins, 'counted', 0) + 1\n")
+    (tmp_path / "link.py").symlink_to("counted.py")
+    plugins = [str(tmp_path / name) for name in ("counted.py", "link.py")]
+    config = configs.load("demo", [configs.setting("run.plugins", plugins)])
+    assert config.run.plugins == plugins
+    assert vars(builtins).pop("counted") == 1
