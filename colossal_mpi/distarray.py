@@ -491,15 +491,15 @@ class PendingRedistribution:
 def start_redistribution(arrays: Sequence[DistArray], layouts: Sequence[Layout]) -> PendingRedistribution:
     """Begin to bring arrays into other layouts, and return while the messages are under way.
 
-    Arrays of one dtype that go over the same axes share their messages. Sums have the same bits as in
+    Arrays of one dtype that go over the same axes of one grid share their messages. Sums have the same bits as in
     `DistArray.redistribute`. A sum needs this rank between its two phases: call `PendingRedistribution.done` now and
     then, so that the second phase of an allreduce begins.
 
     Parameters
     ----------
     arrays : sequence of DistArray
-        Arrays on one grid. Nobody may write to them before `PendingRedistribution.wait`. Every rank of the grid begins
-        the same redistributions in the same order.
+        Arrays on one grid or on several. Nobody may write to them before `PendingRedistribution.wait`. Every rank of a
+        grid begins the same redistributions in the same order.
     layouts : sequence of Layout
         The new layout of each array.
 
@@ -532,7 +532,7 @@ def start_redistribution(arrays: Sequence[DistArray], layouts: Sequence[Layout])
             continue
         plan = plan_of(array.shape, array.layout, layout, array.grid)
         target = _Target(i, array.shape, layout, array.grid)
-        routes.setdefault((plan.route, str(array.dtype)), []).append((target, array.local, plan))
+        routes.setdefault((array.grid, plan.route, str(array.dtype)), []).append((target, array.local, plan))
     started = []
     for members in routes.values():
         targets = [target for target, _, _ in members]

@@ -212,8 +212,13 @@ class Grid:
         -------
         int
             The product of their sizes.
+
+        Raises
+        ------
+        GridError
+            If the grid has no such axis.
         """
-        return math.prod(self.axes[axis] for axis in axes)
+        return math.prod(self.axes[axis] for axis in self.ordered(axes))
 
     def comm(self, axes: Sequence[str]) -> MPI.Intracomm:
         """Return the communicator of the ranks that differ from this rank only along some axes.
@@ -231,13 +236,15 @@ class Grid:
         Raises
         ------
         GridError
-            If the grid has no such axis.
+            If the grid has no such axis or was freed.
 
         Notes
         -----
         **Communication:** collective over the grid when it is first called for these axes.
         """
         key = self.ordered(axes)
+        if self._cart == MPI.COMM_NULL:
+            raise GridError(f"{self} was freed, by free() or at the end of its with block: make another grid")
         if key not in self._subs:
             self._subs[key] = self._cart.Sub([axis in key for axis in self.axes])
         return self._subs[key]
@@ -400,6 +407,8 @@ class Grid:
         -----
         **Communication:** collective over the grid.
         """
+        if self._cart == MPI.COMM_NULL:
+            return
         self._release()
         if self.axes and not self._part:
             self._cart.Free()

@@ -110,13 +110,13 @@ def _of_experts(template: Template) -> Template:
     axes = {axis: {"b": "p", "s": "p"}.get(letter, letter) for axis, letter in template.up.items()}
     mapped = tuple(axis for axis, letter in axes.items() if letter == "p" and axis not in _DATA)
     rest = {
-        name: tuple(axis for x in "bs" for axis in place[x] if axis not in (*mapped, *_DATA))
+        name: tuple(axis for x in "bs" for axis in place.get(x, ()) if axis not in (*mapped, *_DATA))
         for name, place in (("stream", template.stream), ("inside", template.inside))
     }
     over = dict.fromkeys(_DATA, "e")
     return Template(
-        stream={"p": (*mapped, *rest["stream"], *_DATA), "h": template.stream["h"]},
-        inside={"e": _DATA, "p": mapped, "c": rest["inside"], INNER: template.inside[INNER]},
+        stream={"p": (*mapped, *rest["stream"], *_DATA), "h": template.stream.get("h", ())},
+        inside={"e": _DATA, "p": mapped, "c": rest["inside"], INNER: template.inside.get(INNER, ())},
         up={**axes, **over},
         down={axis: "p" if letter in ("b", "s") else letter for axis, letter in template.down.items()} | over,
         stored=template.stored,
@@ -578,7 +578,7 @@ class Parallelism:
         str
             The first letter with an index for each rank that cuts it, else the longest.
         """
-        ranks = self.grid.extent(self._present(self._template.inside[INNER]))
+        ranks = self.grid.extent(self._present(self._template.inside.get(INNER, ())))
         return _widest(sizes, dict.fromkeys(sizes, ranks))
 
     def spread(self, sizes: Mapping[str, int], inner: str) -> str:
@@ -596,7 +596,8 @@ class Parallelism:
         str
             The first letter with an index for each rank that cuts it, else the one with most indices for each.
         """
-        heads, ranks = self.grid.extent(self._heads), self.grid.extent(self._present(self._template.inside[INNER]))
+        heads = self.grid.extent(self._heads)
+        ranks = self.grid.extent(self._present(self._template.inside.get(INNER, ())))
         return _widest(sizes, {letter: heads * ranks if letter == inner else heads for letter in sizes})
 
     def store(self, used: Layout, shape: Sequence[int]) -> Layout:

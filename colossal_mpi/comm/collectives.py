@@ -26,7 +26,7 @@ from numpy.typing import DTypeLike
 
 from colossal_mpi import ledger
 from colossal_mpi.comm.staging import from_buffer, recv_buffer, send_buffer
-from colossal_mpi.errors import ColossalError, DTypeError, ShapeError
+from colossal_mpi.errors import ColossalError, DTypeError, GridError, OptionError, ShapeError
 from colossal_mpi.grid import Grid
 from colossal_mpi.platform import backend
 from colossal_mpi.platform.backend import Block
@@ -165,7 +165,9 @@ def _require(count: int, block: Block, what: str) -> None:
 
 
 def require_reducible(op: str, block: Block) -> None:
-    """Refuse the dtypes that have no such reduction."""
+    """Refuse an unknown reduction, and the dtypes that have no such reduction."""
+    if op not in (SUM, MAX):
+        raise OptionError(f"reduction {op!r}: use {SUM!r} or {MAX!r}")
     kind = backend.numpy_dtype(block.dtype).kind
     if kind == "b" or (op == MAX and kind == "c"):
         raise DTypeError(f"the {op} of {block.dtype} over ranks: cast it first, bool to an integer, complex to a float")
@@ -365,6 +367,8 @@ def bcast(block: Block, grid: Grid, axes: Sequence[str], root: int = 0) -> Block
     ------
     DTypeError
         If MPI has no type for the elements.
+    GridError
+        If the group has no such rank.
 
     Notes
     -----
@@ -372,6 +376,8 @@ def bcast(block: Block, grid: Grid, axes: Sequence[str], root: int = 0) -> Block
     root.
     """
     comm, begun = grid.comm(axes), ledger.clock.now()
+    if not 0 <= root < comm.size:
+        raise GridError(f"bcast(root={root}) over {grid.ordered(axes)} of {grid}: it must be from 0 to {comm.size - 1}")
     buffer = send_buffer(block, grid) if comm.rank == root else recv_buffer(block, block.size, grid)
     kind = mpi_type(buffer.dtype)
     # X[N] on the root -> X[N] on every rank: bcast over axes

@@ -208,7 +208,7 @@ def use(provider: str, grid: Grid) -> str:
     Raises
     ------
     OptionError
-        If the provider is not registered, or it is named and some rank cannot import what it requires.
+        If the provider is not registered, or it is named and some rank cannot import its module.
 
     Notes
     -----
@@ -264,8 +264,9 @@ def _require_known(provider: str, known: Iterable[str]) -> None:
 
 
 def _unavailable(provider: str, reason: str) -> str:
+    entry = PROVIDERS[provider]
     return (
-        f"kernels={provider!r}: {PROVIDERS[provider].requires} cannot be imported ({reason}): install it, "
+        f"kernels={provider!r}: {entry.requires or entry.module} cannot be imported ({reason}): install it, "
         f"or use {AUTO!r}"
     )
 
@@ -274,12 +275,10 @@ def _unavailable(provider: str, reason: str) -> str:
 def _obstacle(provider: str) -> str | None:
     """Return why a provider's kernels cannot be imported, None if they can."""
     entry = PROVIDERS[provider]
-    if entry.requires is None:
-        return None
-    if importlib.util.find_spec(entry.requires) is None:
-        return "it is not installed"
     try:
+        if entry.requires is not None and importlib.util.find_spec(entry.requires) is None:
+            return "it is not installed"
         importlib.import_module(entry.module)
-    except (ImportError, OSError) as problem:  # OSError: a library that the package is built for is absent
-        return str(problem).splitlines()[0]
+    except Exception as problem:  # any: a rank that left here would leave the others waiting in `use`
+        return next(iter(str(problem).splitlines()), type(problem).__name__)
     return None

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from colossal_mpi import DistArray, Layout, comm, from_global, ledger
+from colossal_mpi import DistArray, Grid, Layout, comm, from_global, ledger
 from colossal_mpi.distarray import start_redistribution
 from tests.cases import astray, host, integers, layouts, on, some, spread, totals
 
@@ -49,6 +49,17 @@ def test_several_go_together_in_any_mixture(grid, dtype):
     for result, other, target, value in zip(results, again, targets, wholes, strict=True):
         assert result.layout == target.on(grid.axes, 2)
         assert not astray({"": result, "other": other}, value)
+
+
+@pytest.mark.grids({"row": 2, "col": 2})
+def test_arrays_on_several_grids_go_along_the_axes_of_their_own(grid):
+    wholes = [integers((7, 5), "float64", i) for i in range(2)]
+    with Grid(row=4) as other:
+        arrays = [from_global(whole, g, Layout("row", None)) for whole, g in zip(wholes, (grid, other), strict=True)]
+        results = start_redistribution(arrays, [Layout(None, None)] * 2).wait()
+        for result, array, whole in zip(results, arrays, wholes, strict=True):
+            assert result.grid is array.grid
+            assert np.array_equal(host(result), whole)
 
 
 @pytest.mark.grids({"row": 3}, {"row": 5})

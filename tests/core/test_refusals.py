@@ -11,6 +11,7 @@ from colossal_mpi import (
     GridError,
     Layout,
     LayoutError,
+    OptionError,
     ShapeError,
     comm,
     from_global,
@@ -67,6 +68,27 @@ def test_a_root_outside_the_grid_is_refused(grid):
         full((4,), 1.0, grid, Layout("row")).gather(7)
     with pytest.raises(GridError, match="no axis 'foo'"):
         grid.at(foo=0)
+    with pytest.raises(GridError, match=r"bcast\(root=2\).*from 0 to 1"):
+        comm.bcast(grid.to_block([1.0]), grid, ("row",), root=2)
+    with pytest.raises(GridError, match="no axis 'foo'"):
+        comm.allreduce(grid.to_block([1.0]), grid, ("foo",))
+
+
+@two
+def test_an_unknown_reduction_is_refused(grid):
+    with pytest.raises(OptionError, match="reduction 'min': use 'sum' or 'max'"):
+        comm.allreduce(grid.to_block([1.0]), grid, ("row",), "min")
+
+
+@two
+def test_a_freed_grid_is_refused_and_may_be_freed_again(grid):
+    with Grid(row=2) as freed:
+        part = freed.at()
+        arrays = [full((4,), 1.0, place, Layout("row")) for place in (freed, part)]
+    for array in arrays:
+        with pytest.raises(GridError, match=r"Grid\(row=2\) was freed"):
+            array.replicated()
+    freed.free()
 
 
 @two

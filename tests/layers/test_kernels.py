@@ -168,3 +168,11 @@ def test_an_unknown_or_a_second_provider_is_refused():
         provider.use("cuda", Grid(MPI.COMM_SELF))
     with pytest.raises(OptionError, match="kernels='torch': there is already a choice of this name"):
         provider.register_provider("torch", "outside", "Another one.")
+
+
+@pytest.mark.parametrize(("name", "requires"), [("no_such_kernels", None), ("outside", "no_such.package")])
+def test_a_provider_that_cannot_be_imported_is_refused(name, requires, monkeypatch):
+    monkeypatch.setattr(provider, "PROVIDERS", dict(provider.PROVIDERS))
+    provider.register_provider(f"{name} absent", name, "Cannot be imported.", requires)
+    with pytest.raises(OptionError, match=rf"{requires or name} cannot be imported \(No module named 'no_such"):
+        provider.use(f"{name} absent", Grid(MPI.COMM_SELF))

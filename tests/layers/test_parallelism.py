@@ -17,6 +17,7 @@ from colossal_mpi.layers import (
     register_sequence_mode,
 )
 from colossal_mpi.layers.attention.self_attention import SelfAttention
+from colossal_mpi.layers.parallelism import Template
 
 
 def test_no_layer_knows_the_name_of_a_mode():
@@ -131,3 +132,14 @@ def one_rank():
     from colossal_mpi import Grid
 
     return Grid(MPI.COMM_SELF)
+
+
+@pytest.mark.grids({"row": 2})
+def test_letters_that_a_template_leaves_out_are_whole(grid, monkeypatch):
+    monkeypatch.setattr("colossal_mpi.layers.parallelism.MODES", dict(MODES))
+    rows = {"row": "b"}
+    register_mode(Mode("rows", Template({"b": ("row",)}, {"b": ("row",)}, rows, rows, ()), ("row",), "Cut samples."))
+    p = Parallelism(grid, "rows")
+    assert (p.stream(), p.inside("bsf", "f")) == (Layout("row", None, None),) * 2
+    assert p.inner({"a": 1, "g": 2}) == p.spread({"a": 1, "g": 2}, "a") == "a"
+    assert p.experts().stream("ph") == Layout("row", None)
