@@ -11,6 +11,7 @@ import typer
 from colossal_mpi.apps.command import Command
 from colossal_mpi.apps.data import show_store, write_store
 from colossal_mpi.errors import ConfigError
+from colossal_mpi.grid import world_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,8 @@ class Prepare(Command):
             raise ConfigError("data prepare: give one or more inputs and then a store to write, which ends in .h5")
 
     def run(self) -> int:
-        write_store(self.files[:-1], self.files[-1], self.tokenizer, self.end, self.key, self.overwrite)
+        if world_rank() == 0:  # the ranks of a job must not write one file
+            write_store(self.files[:-1], self.files[-1], self.tokenizer, self.end, self.key, self.overwrite)
         return 0
 
 
@@ -46,5 +48,6 @@ class Inspect(Command):
     shown: Annotated[int, typer.Option("--tokens", help="Number of tokens to show as text, from some documents.")] = 60
 
     def run(self) -> int:
-        show_store(self.store, self.shown)
+        if world_rank() == 0:
+            show_store(self.store, self.shown)
         return 0

@@ -89,6 +89,8 @@ def main() -> None:
     except typer.Abort:
         code = 130
     except _ClickException as problem:
+        if not str(problem):  # a group without a command has printed its help
+            sys.exit(2)
         _fail(ConfigError(f"{problem} (see colossal-mpi --help)"))
     except ColossalError as problem:
         _fail(problem)

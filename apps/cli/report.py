@@ -10,6 +10,7 @@ import typer
 
 from colossal_mpi.apps import report
 from colossal_mpi.apps.command import Command
+from colossal_mpi.grid import world_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,8 @@ class Report(Command):
     ] = None
 
     def run(self) -> int:
+        if world_rank() > 0:  # the ranks of a job must not write the same pictures
+            return 0
         page, lacking = report.write(self.runs, self.output)
         for picture, reason in lacking:
             typer.echo(f"not shown: {picture}: {reason}")

@@ -6,6 +6,7 @@ them: `calibrate` runs small programs of layers and divides their time by what a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -84,11 +85,11 @@ def machine_of(config: Config, ranks: int, given: GivenRates) -> tuple[Machine, 
     Raises
     ------
     ConfigError
-        If a rate is not positive.
+        If a rate is not positive and finite.
     """
     for name, value in vars(given).items():
-        if value is not None and value <= 0:
-            raise ConfigError(f"plan: --{name.replace('_', '-')} {value:g}: rates are above 0")
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"plan: --{name.replace('_', '-')} {value:g}: rates are above 0 and finite")
     if given.flops:
         assumed = Machine(given.flops, given.flops / _FLOP_PER_BYTE, _CALL, _PRODUCT, _NEAR, _FAR, _RANKS_PER_NODE)
         return _with(assumed, given), "given, the rest as of GPUs"

@@ -91,6 +91,7 @@ def test_run_starts_the_ranks_and_returns_their_exit_code():
         ["train", "demo", "--resume", "x"],
         ["train", "--resume", "x", "--overwrite"],
         ["train", "demo", "--grid", ""],
+        ["plan", "demo", "--ranks", "2", "--flops", "nan"],
         ["train", "demo", "--tensor", '2d" #'],
     ],
 )
@@ -104,3 +105,10 @@ def test_a_wrong_call_is_one_line(arguments):
 def test_help_lists_the_configurations_that_come_with_it():
     words = call("train", "--help").stdout.split()
     assert {"bert,", "demo,", "llama,", "vit."} <= set(words)
+
+
+def test_a_group_without_a_command_prints_its_help_and_no_error():
+    result = call("bench")
+    assert result.returncode == 2
+    assert "Usage: colossal-mpi bench" in result.stdout + result.stderr
+    assert "error" not in result.stderr
