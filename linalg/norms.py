@@ -49,6 +49,8 @@ def norm(a: DistArray, order: str | float = "fro") -> float:
         return a.norm()
     # A[M, N] {U_partial} -> A[M, N]
     whole = a.reduced()
+    if backend.numpy_dtype(whole.dtype).kind in "biu":
+        whole = whole.astype("float64")  # the sums, and the absolute value of the least integer, would overflow
     size = whole.like(backend.namespace(whole.local).abs(whole.local))
     if order == "max":
         return _greatest(size)

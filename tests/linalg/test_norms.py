@@ -83,3 +83,12 @@ def test_what_is_no_matrix_or_no_norm_is_refused(grid):
     for part in (linalg.diagonal, linalg.trace, linalg.tril, linalg.triu):
         with pytest.raises(ShapeError, match="it must be a matrix"):
             part(vector)
+
+
+@pytest.mark.grids({"row": 2})
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "bool"])
+def test_norms_of_small_integers_do_not_overflow(grid, dtype):
+    whole = np.full((9, 7), {"int8": -128, "uint8": 200, "bool": 1}[dtype]).astype(dtype)
+    a = from_global(whole, grid, Layout("row", None))
+    size = float(abs(whole[0, 0].astype(float)))
+    assert [linalg.norm(a, order) for order in ("max", 1, np.inf)] == [size, 9 * size, 7 * size]
