@@ -2,7 +2,7 @@
 
 A test on six ranks or more takes ten times as long as one on four where ranks share cores. By default a test function
 therefore runs one of its cases on each grid of that size, another one on each of its grids, and all its cases on the
-smaller grids. Tests that are named on the command line run as they are named.
+smaller grids; tests marked ``long`` do not run. Tests that are named on the command line run as they are named.
 """
 
 from collections import defaultdict
@@ -18,6 +18,10 @@ def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="run every case on grids of six ranks and more, too")
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: run with --all only; another test proves nearly the same in less time")
+
+
 def pytest_collection_modifyitems(config, items):
     is_rank = not config.pluginmanager.has_plugin("colossal-mpi-runner")  # a rank runs what its parent has chosen
     if is_rank or config.option.all or any("::" in argument for argument in config.args):
@@ -31,6 +35,8 @@ def _chosen(items):
     """Yield the tests to run: of the cases of a function on a large grid one, the k-th case on its k-th grid."""
     cases = defaultdict(lambda: defaultdict(list))
     for item in items:
+        if item.get_closest_marker("long"):
+            continue
         if rank_count(item) < LARGE or item.get_closest_marker("smoke"):
             yield item
         else:

@@ -39,6 +39,9 @@ words = sys.argv[1:]
 sys.argv += {small}.get(words[0], [])
 if words[0] == "train":  # a run that is resumed goes on
     sys.argv += ["--set", f"training.steps={{1 + ('--resume' in words)}}"]
+for option, value in {{"--ranks": "8", "--try": "2"}}.items() if words[0] == "plan" else ():
+    if option in words:  # a smaller search
+        sys.argv += [option, value]
 cli.main()
 """
 PYTHON = """#!/bin/sh
