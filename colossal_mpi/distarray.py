@@ -511,7 +511,7 @@ def start_redistribution(arrays: Sequence[DistArray], layouts: Sequence[Layout])
     Raises
     ------
     LayoutError
-        If a layout does not fit its array or the grid.
+        If a layout does not fit its array or the grid, or there are not as many layouts as arrays.
 
     Notes
     -----
@@ -524,6 +524,10 @@ def start_redistribution(arrays: Sequence[DistArray], layouts: Sequence[Layout])
     >>> C = A @ A  # meanwhile
     >>> A, B = pending.wait()
     """
+    if len(arrays) != len(layouts):
+        raise LayoutError(
+            f"start_redistribution: {len(arrays)} arrays and {len(layouts)} layouts; give each array one layout"
+        )
     there, routes = dict[int, DistArray](), dict[object, list[tuple[_Target, Block, Plan]]]()
     for i, (array, layout) in enumerate(zip(arrays, layouts, strict=True)):
         layout = layout.on(array.grid.axes, array.ndim)

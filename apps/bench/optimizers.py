@@ -78,6 +78,7 @@ class Optimizers(Command):
     def __post_init__(self) -> None:
         if min(self.steps, self.every) < 1:
             raise ConfigError(f"--steps {self.steps} --every {self.every}: at least 1 of each")
+        configs.load(self.config, self.setting)  # its plugins may register optimizers
         assert self.cases  # parses --optimizer
 
     @property

@@ -7,6 +7,7 @@ import pytest
 
 from colossal_mpi import DistArray, Grid, Layout, comm, from_global, ledger
 from colossal_mpi.distarray import start_redistribution
+from colossal_mpi.errors import LayoutError
 from tests.cases import astray, host, integers, layouts, on, some, spread, totals
 
 GRIDS = pytest.mark.grids({"row": 2, "col": 2}, {"row": 3}, {"row": 3, "col": 2}, {"row": 1, "col": 5})
@@ -124,3 +125,10 @@ def test_groups_of_a_sub_grid_count_on_from_their_parents(grid):
     numbers = grid.next_number(("col",)), place.next_number(("col",)), grid.next_number(("col",))
     assert numbers == tuple(range(numbers[0], numbers[0] + 3))
     assert len(set(comm.collect(numbers, grid))) == 1
+
+
+@pytest.mark.grids({"row": 2})
+def test_each_array_needs_a_layout(grid):
+    array = from_global(np.arange(6.0), grid, Layout("row"))
+    with pytest.raises(LayoutError, match="2 arrays and 1 layouts; give each array one layout"):
+        start_redistribution([array, array], [Layout(None)])
