@@ -60,7 +60,8 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	touch $@
 
 $(VENV)/.installed-lint: $(VENV)/.installed
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[mpich,lint]"
+	@# types and docstrings are checked against the optional packages, which the tests need as well
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[mpich,lint,test]"
 	touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed
