@@ -1,6 +1,6 @@
 """Options and the selection of tests: one case of each test on each large grid, or with ``--all`` every case.
 
-A test on six ranks or more takes ten times as long as one on four where ranks share cores. By default a test function
+A test on six ranks or more takes far longer than one on four where ranks share cores. By default a test function
 therefore runs one of its cases on each grid of that size, another one on each of its grids, and all its cases on the
 smaller grids; tests marked ``long`` do not run. Tests that are named on the command line run as they are named.
 """

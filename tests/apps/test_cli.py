@@ -94,6 +94,8 @@ def test_run_starts_the_ranks_and_returns_their_exit_code():
         ["train", "demo", "--grid", ""],
         ["plan", "demo", "--ranks", "2", "--flops", "nan"],
         ["train", "demo", "--tensor", '2d" #'],
+        ["train", "demo", "--set", "training.lr=1\ntraining.steps=2"],
+        ["convert", "a", "b", "--to", "hf", "--most", "0"],
     ],
 )
 def test_a_wrong_call_is_one_line(arguments):

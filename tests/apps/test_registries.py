@@ -147,3 +147,10 @@ def test_a_plugin_that_is_given_by_two_paths_is_loaded_once(tmp_path):
     config = configs.load("demo", [configs.setting("run.plugins", plugins)])
     assert config.run.plugins == plugins
     assert vars(builtins).pop("counted") == 1
+
+
+def test_the_benchmark_of_optimizers_knows_those_of_a_plugin(folder):
+    code = "from colossal_mpi.apps.bench.optimizers import Optimizers as O\n"
+    code += "print(O(config='demo', optimizer=['scaled-descent=1e-3'], setting=['run.plugins=[\"mine.py\"]']).cases)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert "scaled-descent" in done.stdout, done.stderr
