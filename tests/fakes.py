@@ -23,7 +23,7 @@ tasks=$(sed -n 's/^#SBATCH --ntasks-per-node=//p; s/^#SBATCH --ntasks=//p' "$1")
 export SLURM_JOB_ID=7 SLURM_CPUS_PER_TASK=1 SLURM_NTASKS=$((${nodes:-1} * tasks))
 exec bash "$@"
 """
-_SET = "training.batch=8 training.evaluate_batches=1 training.sample=1 run.peak_flops=1 parallel.kernels=reference"
+_SET = "training.batch=8 training.evaluate_batches=1 training.sample=1 run.peak_flops=1 run.forecast=false run.report=false parallel.kernels=reference"
 SMALL = {
     "train": [word for setting in f"model.hidden=16 {_SET}".split() for word in ("--set", setting)],
     "generate": ["-n", "2"],

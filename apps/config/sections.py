@@ -329,6 +329,8 @@ class Run(Section):
     trace_steps: list[Annotated[int, Field(ge=1)]] = Field(
         [3], description="steps whose timeline on each rank goes into trace.json"
     )
+    forecast: bool = Field(True, description="forecast a step at the end, for comparison; measures for some seconds")
+    report: bool = Field(True, description="draw the report at the end; colossal-mpi report draws it at any time")
     tensorboard: bool = Field(False, description="write the metrics as event files, too, into events/ of the directory")
     plugins: Annotated[list[str], AfterValidator(absolute)] = Field(
         [], description="Python files or modules that register modes, optimizers, schedules or models; loaded first"

@@ -63,7 +63,7 @@ class Report:
         self.task: Any
         self.bar, self.task = _bar(self.console, self.training.steps, done) if sys.stdout.isatty() else (None, None)
         self.events = _Events(directory, done) if trainer.config.run.tensorboard else None
-        self.before = trainer.before
+        self.before, self.draws = trainer.before, trainer.config.run.report
         parallel, task = trainer.config.parallel, trainer.task
         self._say(
             f"{task.name} of {trainer.parameters:,} parameters, {parallel.dtype}, tensor {parallel.tensor} on "
@@ -89,19 +89,21 @@ class Report:
             self._say(f"step {row['step']:5d}/{self.training.steps}  {text}  {_clock(left)} left")
 
     def finish(self, text: bytes, forecast: Mapping[str, Any] | None) -> None:
-        """Write the report and the sample; print the forecast beside the measurement, and the paths of the files."""
+        """Write the sample and, if asked, the report; print the forecast beside the measurement, and the paths."""
         self.close()
         grown = peak_memory() - self.before  # before the report loads matplotlib
         if forecast is not None:
             self.directory.write_facts(self.directory.facts() | {"predicted": forecast})
-        reports.write([self.directory.path])
+        if self.draws:
+            reports.write([self.directory.path])
         self.directory.sample.write_bytes(text)
         if text:
             self._say("sample: " + text.decode(errors="replace").strip("\n"))
         if forecast is not None:
             self._say(_compared(forecast, self.directory.rows(), grown))
         checkpoint = self.directory.checkpoints / self.directory.latest().name
-        self._say(f"report {self.directory.page}, metrics {self.directory.metrics}, checkpoint {checkpoint}")
+        drawn = f"report {self.directory.page}, " if self.draws else ""
+        self._say(f"{drawn}metrics {self.directory.metrics}, checkpoint {checkpoint}")
 
     def stop(self, number: int) -> None:
         """Say that a signal has stopped the run, and how to resume it."""

@@ -157,7 +157,7 @@ def _train(trainer: Trainer, directory: RunDirectory, done: int, trace: int, for
                 return CODE
             with trainer.averaged():
                 text = trainer.task.sample(training.sample) if training.sample else b""
-            expected = None if forecast is None else _forecast(forecast, trainer, meter.peak)
+            expected = _forecast(forecast, trainer, meter.peak) if forecast and trainer.config.run.forecast else None
             if report:
                 report.finish(text, expected)
             return 0

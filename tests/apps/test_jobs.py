@@ -28,6 +28,9 @@ sample = 0
 kernels = "reference"
 [run]
 directory = "run"
+peak_flops = 1e9
+forecast = false
+report = false
 """
 
 

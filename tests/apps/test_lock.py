@@ -35,6 +35,8 @@ kernels = "reference"
 [run]
 directory = "run"
 peak_flops = 1
+forecast = false
+report = false
 """
 
 

@@ -42,6 +42,7 @@ dtype = "float64"
 [run]
 directory = "run"
 peak_flops = 1e9
+report = false
 """
 
 

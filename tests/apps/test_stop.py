@@ -42,6 +42,9 @@ grid = { data = 2 }
 kernels = "reference"
 [run]
 directory = "run"
+peak_flops = 1e9
+forecast = false
+report = false
 """
 CLI = [sys.executable, "-m", "colossal_mpi.apps.cli", "train"]
 OPEN_MPI = MPI.get_vendor()[0] == "Open MPI"

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import h5py
@@ -36,6 +37,9 @@ tensor = "2d"
 kernels = "reference"
 [run]
 directory = "run"
+peak_flops = 1e9
+forecast = false
+report = false
 """
 CLI = [sys.executable, "-m", "colossal_mpi.apps.cli", "train"]
 
@@ -64,9 +68,10 @@ def rows(run):
 
 
 def test_a_run_leaves_its_files_and_resumes_bitwise(folder):
-    whole = start(4, "small.toml")
+    whole = start(4, "small.toml", "--set", "run.report=true", "--set", "run.forecast=true")
     assert whole.returncode == 0, whole.stderr
     run = folder / "run"
+    assert "predicted and measured, rank 0: words of a step " in whole.stdout
     exact, losses = final_state(run), [row["loss"] for row in rows(run)]
     assert [row["step"] for row in rows(run)] == [1, 2, 3, 4, 5, 6]
     assert rows(run)[2]["val_loss"] > 0
@@ -80,7 +85,7 @@ def test_a_run_leaves_its_files_and_resumes_bitwise(folder):
     assert re.search(r"left|\d:\d\d:\d\d", whole.stdout)  # Open MPI gives rank 0 a terminal, where it shows a bar
     (run / "checkpoints" / "latest").unlink()
     (run / "checkpoints" / "latest").symlink_to("step-0000003")
-    again = start(4, "--resume", "run")
+    again = start(4, "--resume", "run", "--set", "run.forecast=false")
     assert again.returncode == 0, again.stderr
     resumed = final_state(run)
     assert set(resumed) == set(exact)
@@ -167,25 +172,17 @@ def test_what_cannot_run_says_so_once(folder, ranks, arguments, message):
     assert seconds < 5 + startup(), result.stderr
 
 
+@cache
 def startup():
-    """Return the seconds that starting four ranks of the program takes on this machine, now."""
+    """Return the seconds that starting four ranks of the program takes on this machine."""
     begun = time.monotonic()
     start(4, "--help")
     return time.monotonic() - begun
 
 
 def test_a_run_is_not_overwritten_unless_asked(folder):
-    quick = [
-        "small.toml",
-        "--grid",
-        "data=1",
-        "--tensor",
-        "none",
-        "--set",
-        "training.steps=1",
-        "--set",
-        "training.sample=0",
-    ]
+    settings = ["training.steps=1", "training.sample=0", "run.report=true"]
+    quick = ["small.toml", "--grid", "data=1", "--tensor", "none", *(w for s in settings for w in ("--set", s))]
     assert start(1, *quick).returncode == 0
     run = folder / "run"
     (run / "notes.txt").write_text("the user's own")

@@ -48,7 +48,8 @@ PIPES = (
     {"pipe": 2, "row": 2, "col": 2},
     {"pipe": 2, "col": 2, "depth": 2},
 )
-every_grid = pytest.mark.grids(*GRIDS, *SEQUENCE, {"data": 8}, *PIPES)
+EVERY_GRID = (*GRIDS, *SEQUENCE, {"data": 8}, *PIPES)
+every_grid = pytest.mark.grids(*EVERY_GRID)
 
 
 def make(name, grid):
@@ -60,10 +61,12 @@ def make(name, grid):
     return model, Pipeline(partition(model, grid), grid) if "pipe" in grid.axes else None, p
 
 
-def texts(name, grid, **options):
+def texts(name, grid, cases=None, **options):
     model, pipeline, _ = make(name, grid)
-    cases = TEXTS[name].items()
-    return {case: generate(model, PROMPTS, COUNT, pipeline=pipeline, **some, **options) for case, some in cases}
+    chosen = {case: some for case, some in TEXTS[name].items() if cases is None or case in cases}
+    return {
+        case: generate(model, PROMPTS, COUNT, pipeline=pipeline, **some, **options) for case, some in chosen.items()
+    }
 
 
 def prepare(path):
@@ -112,11 +115,14 @@ def test_logits_with_a_cache_are_those_of_whole_texts(grid, prepared):
 @prepared_by
 @every_grid
 def test_texts_are_those_of_one_rank_without_a_cache(grid, prepared):
+    """Each grid takes a third of the options, and every option meets several grids of each kind."""
     for name, options in TEXTS.items():
-        exact, mine = json.loads((prepared / f"{name}.json").read_text()), texts(name, grid)
-        assert mine == exact, name
+        first, cases = EVERY_GRID.index(dict(grid.axes)), list(options)
+        cases = {cases[(first + i) % len(cases)] for i in range(0, len(cases), 3)}
+        exact, mine = json.loads((prepared / f"{name}.json").read_text()), texts(name, grid, cases)
+        assert mine == {case: exact[case] for case in cases}, name
         assert comm.collect(mine, grid) == [mine] * grid.size
-        assert len({json.dumps(some) for some in mine.values()}) == len(options)
+        assert len({json.dumps(some) for some in exact.values()}) == len(options)
 
 
 def test_texts_end_where_they_are_to_and_have_no_other_tokens():

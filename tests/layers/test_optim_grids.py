@@ -15,12 +15,12 @@ from tests.cases import host
 from tests.reference import gpt_case as case
 
 
-def five_steps(grid, tensor, kind=AdamW):
-    """Return the norms of the gradients and the model after five clipped steps."""
+def steps(grid, tensor, kind=AdamW):
+    """Return the norms of the gradients and the model after three clipped steps."""
     p = Parallelism(grid, tensor)
     model, loss = GPT(case.CONFIG, p), CrossEntropy(p)
     optimizer, norms = kind(model.parameters(), lr=1e-2, clip=0.5), []
-    for step in range(5):
+    for step in range(3):
         tokens = (case.TOKENS + step) % case.CONFIG.vocabulary
         ids, labels = (from_global(a, grid, p.tokens()) for a in (tokens, case.LABELS))
         logits, cache = model.forward(ids, Context(step))
@@ -31,14 +31,14 @@ def five_steps(grid, tensor, kind=AdamW):
 
 def prepare(path):
     for kind in (AdamW, Muon):
-        norms, model = five_steps(Grid(MPI.COMM_SELF), None, kind)
+        norms, model = steps(Grid(MPI.COMM_SELF), None, kind)
         weights = {p.name: host(p.value) for p in model.parameters()}
         np.savez(path / f"{kind.__name__}.npz", norms=norms, **weights)
 
 
 def check(grid, tensor, prepared, kind=AdamW):
     exact = dict(np.load(prepared / f"{kind.__name__}.npz"))
-    norms, model = five_steps(grid, tensor, kind)
+    norms, model = steps(grid, tensor, kind)
     assert np.allclose(norms, exact.pop("norms"), rtol=1e-10, atol=0)
     mine = {p.name: case.block_and_index(p.value) for p in model.parameters()}
     # Adam divides by the root of the second moment, which turns the noise of a gradient that is exactly zero, as of
@@ -55,26 +55,26 @@ def check(grid, tensor, prepared, kind=AdamW):
 @pytest.mark.prepare(prepare)
 @pytest.mark.parametrize("tensor", ["2.5d", "3d"])
 @pytest.mark.grids({"row": 2, "col": 2}, {"depth": 2, "row": 2, "col": 2})
-def test_five_steps_of_muon(grid, tensor, prepared):
+def test_steps_of_muon(grid, tensor, prepared):
     check(grid, tensor, prepared, Muon)
 
 
 @pytest.mark.prepare(prepare)
 @pytest.mark.smoke
 @pytest.mark.grids({"row": 2, "col": 2}, {"data": 2, "row": 2, "col": 2}, {"row": 2, "col": 3})
-def test_five_steps_2d(grid, prepared):
+def test_steps_2d(grid, prepared):
     check(grid, "2d", prepared)
 
 
 @pytest.mark.prepare(prepare)
 @pytest.mark.grids({"row": 2, "col": 2, "depth": 2}, {"data": 2, "col": 3})
-def test_five_steps_3d(grid, prepared):
+def test_steps_3d(grid, prepared):
     check(grid, "3d", prepared)
 
 
 @pytest.mark.prepare(prepare)
 @pytest.mark.grids({"depth": 2, "row": 2, "col": 2})
-def test_five_steps_25d(grid, prepared):
+def test_steps_25d(grid, prepared):
     check(grid, "2.5d", prepared)
 
 

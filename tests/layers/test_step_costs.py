@@ -52,9 +52,12 @@ def measured(grid, tensor, model, dtype, kinds="none", schedule="1f1b", chunks=1
     return found | {"words": moved.words}
 
 
-def check(grid, model, dtype="float32", **options):
+def check(grid, number, model, dtype="float32", **options):
+    """Compare what all ranks measure with a prediction that one of them makes, each for its own case."""
     mine = measured(grid, mode_of(stage_grid(grid)), model, dtype, **options)
     everyone = comm.collect((grid.coords.get(PIPE, 0), grid.rank, mine), grid)
+    if number % grid.size != grid.rank:
+        return
     predicted = step_costs(MODELS[model](dtype), feed_of(dtype), grid.axes, mode_of(stage_grid(grid)), **options)
     for stage, prediction in enumerate(predicted):
         _, _, first = next(told for told in everyone if told[0] == stage)
@@ -68,15 +71,15 @@ def check(grid, model, dtype="float32", **options):
 
 @pytest.mark.grids({}, {"col": 3}, {"row": 2, "col": 2}, {"depth": 2, "row": 1, "col": 2}, {"data": 2, "row": 2})
 def test_memory_and_words_of_a_step(grid):
-    for model, options in CASES:
-        check(grid, model, **options)
+    for number, (model, options) in enumerate(CASES):
+        check(grid, number, model, **options)
 
 
 @pytest.mark.grids({"pipe": 2, "data": 2}, {"pipe": 2, "row": 2, "col": 2})
 def test_memory_and_words_of_stages(grid):
-    check(grid, "gpt")
-    check(grid, "llama", schedule="zero-bubble", kinds="full", zero=1)
-    check(grid, "gpt", schedule="interleaved", chunks=2, dtype="float16", keep_gathered=False)
+    check(grid, 0, "gpt")
+    check(grid, 1, "llama", schedule="zero-bubble", kinds="full", zero=1)
+    check(grid, 2, "gpt", schedule="interleaved", chunks=2, dtype="float16", keep_gathered=False)
 
 
 def traced_peak(model, feed, options):

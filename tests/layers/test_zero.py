@@ -13,7 +13,7 @@ from tests.cases import host
 from tests.reference import gpt_case as case
 from tests.reference.modes import mode_of
 
-STEPS, MICROBATCHES = 3, 2
+STEPS, MICROBATCHES = 2, 2
 GRIDS = (
     {"data": 3},
     {"data": 2, "col": 2},
