@@ -5,7 +5,12 @@ therefore runs one of its cases on each grid of that size, another one on each o
 smaller grids; tests marked ``long`` do not run. Tests that are named on the command line run as they are named.
 """
 
+import os
 from collections import defaultdict
+
+# before NumPy is loaded; the ranks of a job have one thread each, and so do programs that tests start
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from colossal_mpi.testing.runner import rank_count
 

@@ -23,10 +23,12 @@ tasks=$(sed -n 's/^#SBATCH --ntasks-per-node=//p; s/^#SBATCH --ntasks=//p' "$1")
 export SLURM_JOB_ID=7 SLURM_CPUS_PER_TASK=1 SLURM_NTASKS=$((${nodes:-1} * tasks))
 exec bash "$@"
 """
-_SET = "training.batch=8 training.evaluate_batches=1 training.sample=1 run.peak_flops=1 run.forecast=false run.report=false parallel.kernels=reference"
+_SIZES = "model.hidden=16 training.batch=8 parallel.kernels=reference"
+_SET = f"{_SIZES} training.evaluate_batches=1 training.sample=1 run.peak_flops=1 run.forecast=false run.report=false"
 SMALL = {
-    "train": [word for setting in f"model.hidden=16 {_SET}".split() for word in ("--set", setting)],
-    "generate": ["-n", "2"],
+    "train": [word for setting in _SET.split() for word in ("--set", setting)],
+    "plan": [word for setting in _SIZES.split() for word in ("--set", setting)],
+    "generate": ["-n", "2", "--kernels", "reference"],
     "doctor": ["--seconds", "0.1"],
 }
 """Options that tests append to a command, so that it takes seconds."""
@@ -39,7 +41,7 @@ words = sys.argv[1:]
 sys.argv += {small}.get(words[0], [])
 if words[0] == "train":  # a run that is resumed goes on
     sys.argv += ["--set", f"training.steps={{1 + ('--resume' in words)}}"]
-for option, value in {{"--ranks": "8", "--try": "2"}}.items() if words[0] == "plan" else ():
+for option, value in {{"--ranks": "8", "--try": "1"}}.items() if words[0] == "plan" else ():
     if option in words:  # a smaller search
         sys.argv += [option, value]
 cli.main()

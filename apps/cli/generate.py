@@ -37,9 +37,10 @@ class Generate(Command):
     seed: Annotated[int, typer.Option(help="The same seed gives the same text on any grid.")] = 0
     grid: GridAxes = None
     tensor: Annotated[str, typer.Option(help=f"Tensor mode: {', '.join(MODES)}.")] = "none"
+    kernels: Annotated[str, typer.Option(help=f"Local kernels: {', '.join(kernels.choices())}.")] = kernels.AUTO
     plugin: Plugins = field(default_factory=list)
     tokenizer: Annotated[
-        Path | None, typer.Option(help="A tokenizer.json; by default bytes for a model that was trained here.")
+        Path | None, typer.Option(help="A tokenizer.json; by default the run's, else bytes.")
     ] = None
 
     def run(self) -> int:
@@ -52,8 +53,8 @@ class Generate(Command):
         """
         axes = configs.parse_grid(self.grid) if self.grid is not None else {"data": world_size()}
         grid = Grid(None, "auto", **axes)
-        kernels.use("auto", grid)
         model, pipeline, table = load_model(self.source, grid, self.tensor, self.plugin)
+        kernels.use(self.kernels, grid)
         generating = [kind.model for kind in MODELS.values() if issubclass(TASKS[kind.task], CausalLanguage)]
         if type(model) not in generating:
             names = ", ".join(model.__name__ for model in generating)

@@ -1,9 +1,8 @@
 """A benchmark refuses wrong options in one message, before it measures anything."""
 
-import subprocess
-import sys
-
 import pytest
+
+from tests.command_line import call
 
 
 @pytest.mark.parametrize(
@@ -35,8 +34,7 @@ import pytest
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_bad_option_is_one_message(command, arguments, message):
-    line = [sys.executable, "-m", "colossal_mpi.apps.cli", "bench", command, *arguments]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
+    done = call("bench", command, *arguments)
     assert done.returncode == 1
     assert done.stderr.count("colossal_mpi: error:") == 1
     assert message in done.stderr

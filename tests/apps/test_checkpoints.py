@@ -1,5 +1,6 @@
 """A run resumes from a checkpoint of any grid, bitwise on the same grid; old checkpoints are removed."""
 
+import time
 from contextlib import contextmanager
 
 import numpy as np
@@ -38,7 +39,9 @@ def on(axes):
     size = int(np.prod(list(axes.values()), dtype=int))
     group = MPI.COMM_WORLD.Split(0 if size > MPI.COMM_WORLD.rank else MPI.UNDEFINED)
     yield Grid(group, **axes) if group != MPI.COMM_NULL else None
-    MPI.COMM_WORLD.Barrier()
+    barrier = MPI.COMM_WORLD.Ibarrier()
+    while not barrier.Test():
+        time.sleep(0.01)
 
 
 def state_of(directory):

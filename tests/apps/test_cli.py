@@ -13,12 +13,13 @@ from colossal_mpi.apps.bench.gemm import Gemm
 from colossal_mpi.apps.cli.program import program
 from colossal_mpi.apps.cli.run import Run
 from colossal_mpi.apps.cli.train import Train
+from tests.command_line import call
 from tests.documents import command, commands
 
 CLI = [sys.executable, "-m", "colossal_mpi.apps.cli"]
 
 
-def call(*arguments):
+def start(*arguments):
     return subprocess.run([*CLI, *arguments], capture_output=True, text=True, timeout=60, check=False)
 
 
@@ -71,14 +72,14 @@ def test_a_command_is_turned_into_words_and_back(made, words, monkeypatch):
 
 
 def test_run_prints_the_plain_line():
-    result = call("run", "-n", "3", "--dry-run", "python", "-c", "print(1)")
+    result = start("run", "-n", "3", "--dry-run", "python", "-c", "print(1)")
     assert result.returncode == 0
     assert re.search(r"mpiexec( --\S+( none)?)* -n 3 \S*python -c 'print\(1\)'", result.stderr)
 
 
 def test_run_starts_the_ranks_and_returns_their_exit_code():
-    good = call("run", "-n", "2", sys.executable, "-c", "print('here')")
-    bad = call("run", "-n", "2", sys.executable, "-c", "raise SystemExit(3)")
+    good = start("run", "-n", "2", sys.executable, "-c", "print('here')")
+    bad = start("run", "-n", "2", sys.executable, "-c", "raise SystemExit(3)")
     assert (good.returncode, good.stdout.count("here")) == (0, 2)
     assert bad.returncode != 0
 
@@ -106,12 +107,12 @@ def test_a_wrong_call_is_one_line(arguments):
 
 
 def test_help_lists_the_configurations_that_come_with_it():
-    words = call("train", "--help").stdout.split()
+    words = start("train", "--help").stdout.split()
     assert {"bert,", "demo,", "llama,", "vit."} <= set(words)
 
 
 def test_a_group_without_a_command_prints_its_help_and_no_error():
-    result = call("bench")
+    result = start("bench")
     assert result.returncode == 2
     assert "Usage: colossal-mpi bench" in result.stdout + result.stderr
     assert "error" not in result.stderr

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from mpi4py import MPI
@@ -13,10 +14,12 @@ from colossal_mpi.apps.training import saved
 from colossal_mpi.apps.training.trainer import Trainer
 from colossal_mpi.layers import Parallelism, generate, models
 from colossal_mpi.runtime.launcher import mpiexec_command
+from tests import command_line
 
 CLI = [sys.executable, "-m", "colossal_mpi.apps.cli", "generate"]
 MODEL = {"layers": 2, "hidden": 20, "heads": 5, "context": 12, "vocabulary": 259, "std": 0.3}
 OPTIONS = ["--prompt", "The ", "--prompt", "An integer", "-n", "15", "--top-k", "40", "--seed", "3"]
+OPTIONS += ["--kernels", "reference"]
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +35,9 @@ def run(tmp_path_factory):
 
 
 def start(ranks, *arguments):
+    if ranks == 1:
+        done = command_line.call("generate", *arguments)
+        return replace(done, stdout=done.stdout.encode(), stderr=done.stderr.encode())
     command, env = mpiexec_command(ranks, [*CLI, *map(str, arguments)])
     return subprocess.run(command, env={**os.environ, **env}, capture_output=True, timeout=120, check=False)
 

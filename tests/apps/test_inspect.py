@@ -13,6 +13,7 @@ from colossal_mpi import CheckpointError, Grid, Layout, checkpoint, comm, from_g
 from colossal_mpi.apps.cli.inspect import inspect
 from colossal_mpi.checkpoint import checksums, inspection
 from colossal_mpi.runtime.launcher import mpiexec_command
+from tests import command_line
 
 META = {"step": 7, "config": {"training": {"lr": 0.5}}, "model": {"kind": "gpt", "sizes": None}}
 VALUES = {"training/step": (7, "steps")}
@@ -32,8 +33,10 @@ def write(path, grid, change=lambda name, array: array, values=None, skip=()):
 
 
 def call(ranks, *arguments):
-    command = [sys.executable, "-m", "colossal_mpi.apps.cli", "inspect", *map(str, arguments)]
-    command, env = mpiexec_command(ranks, command) if ranks > 1 else (command, {})
+    if ranks == 1:
+        return command_line.call("inspect", *arguments)
+    words = [sys.executable, "-m", "colossal_mpi.apps.cli", "inspect", *map(str, arguments)]
+    command, env = mpiexec_command(ranks, words)
     return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=60, check=False)
 
 

@@ -42,11 +42,11 @@ report = false
 
 @pytest.fixture
 def training(tmp_path, monkeypatch):
-    """Start an endless run of two ranks, and wait until it has saved."""
+    """Start an endless run of one rank, which leaves a core to others, and wait until it has saved."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SLURM_JOB_ID", "42")
     (tmp_path / "small.toml").write_text(SMALL)
-    command, env = mpiexec_command(2, [*CLI, "train", "small.toml"])
+    command, env = mpiexec_command(1, [*CLI, "train", "small.toml"])
     with subprocess.Popen(
         command, env={**os.environ, **env}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as job:

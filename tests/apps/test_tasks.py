@@ -25,6 +25,7 @@ TASKS = {
     "bert-pairs": {"model": {"kind": "bert", **SMALL, "context": 13, "next_sentence": True}},
     "vit": {"model": {"kind": "vit", **SMALL, "patch": 3, "dropout": 0.2, "drop_path": 0.2}, "data": {"shift": 1}},
 }
+GRIDS = (*FEW, {"seq": 3}, {"seq": 2, "ulysses": 2}, {"pipe": 2, "seq": 2})
 
 
 def trainer(name, grid, dtype="float64", **training):
@@ -51,9 +52,10 @@ def prepare(path: Path):
 
 
 @pytest.mark.prepare(prepare)
-@pytest.mark.grids(*FEW, {"seq": 3}, {"seq": 2, "ulysses": 2}, {"pipe": 2, "seq": 2})
+@pytest.mark.grids(*GRIDS)
 def test_three_steps_are_the_same_on_any_grid(grid, prepared):
-    for name in TASKS:
+    """One grid takes every other task, the next grid the others."""
+    for name in list(TASKS)[GRIDS.index(dict(grid.axes)) % 2 :: 2]:
         exact, mine = json.loads((prepared / f"{name}.json").read_text()), three_steps(name, grid)
         assert set(mine) == set(exact)
         for key in exact:
@@ -134,15 +136,15 @@ def test_the_seed_decides(name):
 LEARNS = {"patch": 4, "layers": 2, "hidden": 64, "heads": 4, "std": 0.1}
 
 
-@pytest.mark.deadline(180)
-@pytest.mark.grids({"row": 2, "col": 2})
+@pytest.mark.grids({})
 def test_a_vit_names_the_digits(grid):
     assert accuracy_on_digits(grid) >= 0.95
 
 
 @pytest.mark.long
-@pytest.mark.grids({})
-def test_a_vit_names_the_digits_on_one_rank(grid):
+@pytest.mark.deadline(180)
+@pytest.mark.grids({"row": 2, "col": 2})
+def test_a_vit_names_the_digits_on_four_ranks(grid):
     assert accuracy_on_digits(grid) >= 0.95
 
 

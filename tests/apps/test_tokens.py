@@ -15,14 +15,14 @@ from colossal_mpi.apps.data import corpus as data
 from colossal_mpi.apps.data import prepare, sampling, store
 from colossal_mpi.apps.data.corpus import Concatenated, Stretches
 from colossal_mpi.apps.training import tasks
+from tests import command_line
 
-CLI = [sys.executable, "-m", "colossal_mpi.apps.cli", "data"]
+CLI = [sys.executable, "-m", "colossal_mpi.apps.cli"]
 TEXT = "".join(f"Line {i} of a text, with naïve “quotes” and\n\n  blanks.\n" for i in range(900))
 
 
 def call(*arguments):
-    command = [*CLI, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return command_line.call("data", *arguments)
 
 
 def made(path, texts, tokenizer="bytes", end=None):
@@ -233,15 +233,16 @@ def test_a_run_on_subwords_ends_with_text(tmp_path, monkeypatch, subwords):
     made(tmp_path / "b.h5", [TEXT], str(subwords))
     settings = ["data.files=['b.h5']", "training.steps=2", "parallel.grid={ data = 1 }", "parallel.tensor=none"]
     settings += ["model.hidden=12", "model.layers=1", "model.context=8", "run.directory=run", "training.sample=5"]
-    settings += ["training.evaluate_batches=1", "training.batch=2"]
+    settings += ["training.evaluate_batches=1", "training.batch=2", "parallel.kernels=reference"]
+    settings += ["run.peak_flops=1e9", "run.forecast=false", "run.report=false"]
     words = [word for setting in settings for word in ("--set", setting)]
-    command = [*CLI[:-1], "train", "demo", *words]
+    command = [*CLI, "train", "demo", *words]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
     assert "held out of 1 documents, vocabulary 300" in result.stdout
     assert configs.load("run/config.toml").model.vocabulary == 300
     assert (tmp_path / "run" / "sample.txt").read_bytes().startswith(b"\nThe ")
-    command = [*CLI[:-1], "generate", "run", "--prompt", "Line 7", "-n", "4"]
+    command = [*CLI, "generate", "run", "--prompt", "Line 7", "-n", "4"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("Line 7")

@@ -52,34 +52,39 @@ def measured(grid, tensor, model, dtype, kinds="none", schedule="1f1b", chunks=1
     return found | {"words": moved.words}
 
 
-def check(grid, number, model, dtype="float32", **options):
-    """Compare what all ranks measure with a prediction that one of them makes, each for its own case."""
-    mine = measured(grid, mode_of(stage_grid(grid)), model, dtype, **options)
-    everyone = comm.collect((grid.coords.get(PIPE, 0), grid.rank, mine), grid)
-    if number % grid.size != grid.rank:
-        return
-    predicted = step_costs(MODELS[model](dtype), feed_of(dtype), grid.axes, mode_of(stage_grid(grid)), **options)
-    for stage, prediction in enumerate(predicted):
-        _, _, first = next(told for told in everyone if told[0] == stage)
-        for name, value in first.items():
-            allowed = 0 if name in ("words", "weights", "state") else 0.02 * value
-            assert abs(getattr(prediction, name) - value) <= allowed, (name, stage, value, prediction)
-        assert prediction.peak >= prediction.weights + prediction.state + prediction.activations
-        if options.get("kinds", "none") == "none" and grid.size == 1:
-            assert prediction.flops == hardware_flop(MODELS[model](dtype)(Parallelism(grid)), BATCH, LENGTH)
+def check(grid, cases):
+    """Compare what all ranks measure with predictions, each of which one rank makes while others make theirs."""
+    tensor, told = mode_of(stage_grid(grid)), []
+    for model, options in cases:
+        mine = measured(grid, tensor, model, options.get("dtype", "float32"), **without_dtype(options))
+        told.append(comm.collect((grid.coords.get(PIPE, 0), mine), grid))
+    for everyone, (model, options) in list(zip(told, cases, strict=True))[grid.rank :: grid.size]:
+        dtype = options.get("dtype", "float32")
+        predicted = step_costs(MODELS[model](dtype), feed_of(dtype), grid.axes, tensor, **without_dtype(options))
+        for stage, prediction in enumerate(predicted):
+            first = next(found for place, found in everyone if place == stage)
+            for name, value in first.items():
+                allowed = 0 if name in ("words", "weights", "state") else 0.02 * value
+                assert abs(getattr(prediction, name) - value) <= allowed, (name, stage, value, prediction)
+            assert prediction.peak >= prediction.weights + prediction.state + prediction.activations
+            if options.get("kinds", "none") == "none" and grid.size == 1:
+                assert prediction.flops == hardware_flop(MODELS[model](dtype)(Parallelism(grid)), BATCH, LENGTH)
+
+
+def without_dtype(options):
+    return {name: value for name, value in options.items() if name != "dtype"}
 
 
 @pytest.mark.grids({}, {"col": 3}, {"row": 2, "col": 2}, {"depth": 2, "row": 1, "col": 2}, {"data": 2, "row": 2})
 def test_memory_and_words_of_a_step(grid):
-    for number, (model, options) in enumerate(CASES):
-        check(grid, number, model, **options)
+    check(grid, CASES)
 
 
 @pytest.mark.grids({"pipe": 2, "data": 2}, {"pipe": 2, "row": 2, "col": 2})
 def test_memory_and_words_of_stages(grid):
-    check(grid, 0, "gpt")
-    check(grid, 1, "llama", schedule="zero-bubble", kinds="full", zero=1)
-    check(grid, 2, "gpt", schedule="interleaved", chunks=2, dtype="float16", keep_gathered=False)
+    cases = [("gpt", {}), ("llama", {"schedule": "zero-bubble", "kinds": "full", "zero": 1})]
+    interleaved = {"schedule": "interleaved", "chunks": 2, "dtype": "float16", "keep_gathered": False}
+    check(grid, [*cases, ("gpt", interleaved)])
 
 
 def traced_peak(model, feed, options):
@@ -137,8 +142,7 @@ def len_of_stage(prediction, block):
 
 @pytest.mark.grids({"seq": 3}, {"seq": 2, "col": 2})
 def test_memory_and_words_of_a_cut_sequence(grid):
-    for sequence in ("ring", "ulysses"):
-        check(grid, "llama", sequence=sequence)
+    check(grid, [("llama", {"sequence": sequence}) for sequence in ("ring", "ulysses")])
 
 
 def test_recomputed_blocks_keep_nothing_for_later_unless_asked_to():
