@@ -1,8 +1,10 @@
 """Options and the selection of tests: one case of each test on each large grid, or with ``--all`` every case.
 
 A test on six ranks or more takes far longer than one on four where ranks share cores. By default a test function
-therefore runs one of its cases on each grid of that size, another one on each of its grids, and all its cases on the
-smaller grids; tests marked ``long`` do not run. Tests that are named on the command line run as they are named.
+therefore runs on the first three of its grids of that size, one case on each, another one on each, and all its cases
+on the smaller grids. A test marked ``every_grid`` runs on all of them: so do the compatible pairs of parallel modes,
+which are the crosses of this suite. Tests marked ``long`` do not run. Tests that are named on the command line run as
+they are named.
 """
 
 import os
@@ -17,6 +19,8 @@ from colossal_mpi.testing.runner import rank_count
 pytest_plugins = ["colossal_mpi.testing.plugin"]
 LARGE = 6
 """Number of ranks from which on a test function runs one case on a grid."""
+_GRIDS = 3
+"""Number of such grids on which it runs."""
 
 
 def pytest_addoption(parser):
@@ -24,6 +28,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "every_grid: run on every grid, of any number of ranks")
     config.addinivalue_line("markers", "long: run with --all only; another test proves nearly the same in less time")
 
 
@@ -37,7 +42,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def _chosen(items):
-    """Yield the tests to run: of the cases of a function on a large grid one, the k-th case on its k-th grid."""
+    """Yield the tests to run: on the first large grids of a function one case each, the k-th case on the k-th grid."""
     cases = defaultdict(lambda: defaultdict(list))
     for item in items:
         if item.get_closest_marker("long"):
@@ -49,4 +54,5 @@ def _chosen(items):
             cases[item.path, item.originalname][rank_count(item), str(grid)].append(item)
     for grids in cases.values():
         for k, alike in enumerate(grids.values()):
-            yield alike[k % len(alike)]
+            if k < _GRIDS or alike[0].get_closest_marker("every_grid"):
+                yield alike[k % len(alike)]

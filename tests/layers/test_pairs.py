@@ -1,6 +1,7 @@
 """Training with every compatible pair of parallel modes and options takes the same steps as on one rank."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from tests.reference.gpt_case import block_and_index, difference
 
 STEPS, BATCH, MICROBATCHES = 2, 7, 3
 CONFIG = GPTConfig(
-    vocabulary=29, layers=6, hidden=15, heads=5, positions=11, inner=23, dropout=0.1, std=0.2, dtype="float64"
+    vocabulary=29, layers=2, hidden=15, heads=5, positions=11, inner=23, dropout=0.1, std=0.2, dtype="float64"
 )
 _rng = np.random.default_rng(7)
 TOKENS, LABELS = _rng.integers(0, CONFIG.vocabulary, (2, STEPS, BATCH, CONFIG.positions))
@@ -59,10 +60,16 @@ class Feed:
         return (stop - first, CONFIG.positions, CONFIG.hidden), self.p.stream(), "float64"
 
 
-def train(grid, case):
+def layers_of(case):
+    """Return the number of blocks: enough for the chunks of a pipeline, and no multiple of its ranks."""
+    pipe = dict(case.axes).get("pipe", 1)
+    return {1: 2, 2: 3}.get(pipe, 7)
+
+
+def train(grid, case, layers):
     """Return losses and gradient norms, the gradients of the first step and the weights after the last."""
     p = Parallelism(stage_grid(grid), case.tensor, zero=case.zero, sequence=case.sequence)
-    model = GPT(CONFIG, p)
+    model = GPT(replace(CONFIG, layers=layers), p)
     if case.recompute:
         recompute(model, "full")
     chunks = partition(model, grid, 2 if case.schedule == "interleaved" else 1)
@@ -79,26 +86,33 @@ def train(grid, case):
 
 
 def prepare(path):
-    numbers, first, weights = train(Grid(MPI.COMM_SELF), pairs.Case(()))
-    np.savez(path / "gradients.npz", **{name: block for name, (block, _) in first.items()})
-    np.savez(path / "weights.npz", numbers=numbers, **{name: block for name, (block, _) in weights.items()})
+    for layers in {layers_of(case) for case in (*CASES, *SIXTEEN)}:
+        numbers, first, weights = train(Grid(MPI.COMM_SELF), pairs.Case(()), layers)
+        np.savez(path / f"gradients{layers}.npz", **{name: block for name, (block, _) in first.items()})
+        weights = {name: block for name, (block, _) in weights.items()}
+        np.savez(path / f"weights{layers}.npz", numbers=numbers, **weights)
 
 
 def steps(cases):
     """Parametrize a test by grid and case."""
-    arguments = [pytest.param(dict(case.axes), case, id=str(case)) for case in cases]
+    arguments = [
+        pytest.param(dict(case.axes), case, id=str(case), marks=pytest.mark.long if case in SIXTEEN else ())
+        for case in cases
+    ]
     return pytest.mark.parametrize(("grid", "case"), arguments, indirect=["grid"])
 
 
 @pytest.mark.prepare(prepare)
+@pytest.mark.every_grid
 @steps([*CASES, *SIXTEEN])
 def test_steps_are_those_of_one_rank(grid, case, prepared):
-    numbers, first, weights = train(grid, case)
-    exact = dict(np.load(prepared / "weights.npz"))
+    layers = layers_of(case)
+    numbers, first, weights = train(grid, case, layers)
+    exact = dict(np.load(prepared / f"weights{layers}.npz"))
     reference = exact.pop("numbers")
     assert np.all(reference[:, 1] > 0.5), "the gradients are to be clipped"
     assert abs(numbers[0, 0] - reference[0, 0]) <= 1e-12 * reference[0, 0]
-    assert difference(first, dict(np.load(prepared / "gradients.npz"))) <= 1e-10
+    assert difference(first, dict(np.load(prepared / f"gradients{layers}.npz"))) <= 1e-10
     assert np.allclose(numbers, reference, rtol=1e-9, atol=0)
     assert difference(weights, exact) <= 1e-9
 
