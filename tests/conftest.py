@@ -47,7 +47,7 @@ def _chosen(items):
     for item in items:
         if item.get_closest_marker("long"):
             continue
-        if rank_count(item) < LARGE or item.get_closest_marker("smoke"):
+        if rank_count(item) < LARGE:
             yield item
         else:
             grid = getattr(item, "callspec", None) and item.callspec.params.get("grid")

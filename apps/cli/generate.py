@@ -32,7 +32,7 @@ class Generate(Command):
     ] = field(default_factory=lambda: ["The "])
     count: Annotated[int, typer.Option("-n", help="Tokens to draw after each prompt.")] = 160
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8
-    top_k: Annotated[int | None, typer.Option(help="Draw from this many of the likeliest tokens.")] = None
+    top_k: Annotated[int | None, typer.Option(help="Draw from this many tokens only.")] = None
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this probability together.")] = 1.0
     seed: Annotated[int, typer.Option(help="The same seed gives the same text on any grid.")] = 0
     grid: GridAxes = None
@@ -40,7 +40,7 @@ class Generate(Command):
     kernels: Annotated[str, typer.Option(help=f"Local kernels: {', '.join(kernels.choices())}.")] = kernels.AUTO
     plugin: Plugins = field(default_factory=list)
     tokenizer: Annotated[
-        Path | None, typer.Option(help="A tokenizer.json; by default the run's, else bytes.")
+        Path | None, typer.Option(help="By default the run's, else bytes.")
     ] = None
 
     def run(self) -> int:
