@@ -39,9 +39,7 @@ class Generate(Command):
     tensor: Annotated[str, typer.Option(help=f"Tensor mode: {', '.join(MODES)}.")] = "none"
     kernels: Annotated[str, typer.Option(help=f"Local kernels: {', '.join(kernels.choices())}.")] = kernels.AUTO
     plugin: Plugins = field(default_factory=list)
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="By default the run's, else bytes.")
-    ] = None
+    tokenizer: Annotated[Path | None, typer.Option(help="By default the run's, else bytes.")] = None
 
     def run(self) -> int:
         """Print each prompt and its continuation on rank 0.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -115,12 +115,13 @@ def _read(path: Path, name: str) -> Run:
         raise ConfigError(f"the run at {path} cannot be read: {problem}") from None
     if not rows:
         raise ConfigError(f"the run at {path} has done no step yet: {directory.metrics.name} has no rows")
-    return Run(name, rows, dict(_flat(config)), directory.facts(), trace)
+    return Run(name, rows, dict(flat(config)), directory.facts(), trace)
 
 
-def _flat(table: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+def flat(table: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the keys of a configuration as ``section.key``, each with its value."""
     for key, value in table.items():
         if isinstance(value, dict) and key != "grid":
-            yield from _flat(value, f"{above}{key}.")
+            yield from flat(value, f"{above}{key}.")
         else:
             yield f"{above}{key}", value

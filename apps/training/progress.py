@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from colossal_mpi.apps import report as reports
 from colossal_mpi.apps.config import Config
 from colossal_mpi.apps.environment import peak_memory
-from colossal_mpi.apps.report.runs import shares
+from colossal_mpi.apps.report.runs import flat, shares
 from colossal_mpi.apps.run_directory import RunDirectory
 from colossal_mpi.apps.text import binary, duration
 from colossal_mpi.apps.training.trainer import Trainer
@@ -69,6 +69,10 @@ class Report:
             f"{task.name} of {trainer.parameters:,} parameters, {parallel.dtype}, tensor {parallel.tensor} on "
             f"{trainer.grid}, {trainer.kernels} kernels; {task.about}"
         )
+        if done:
+            changed = changes(trainer.restored.get("config", {}), trainer.config.model_dump())
+            told = f"; changed: {', '.join(changed)}" if changed else ""
+            self._say(f"goes on after step {done} and {trainer.samples(done):,} samples{told}")
 
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False)
@@ -132,6 +136,15 @@ class _Events:
         for name, value in row.items():
             if name != "step" and isinstance(value, int | float):
                 self.writer.add_scalar(name, value, row["step"])
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return what a resumed run changes in its configuration, each change as ``section.key from old to new``.
+
+    Keys that only one of the versions of colossal_mpi has are left out.
+    """
+    old, new = dict(flat(before)), dict(flat(now))
+    return [f"{key} from {old[key]!r} to {new[key]!r}" for key in new if key in old and old[key] != new[key]]
 
 
 def _bar(console: Console, total: int, done: int) -> tuple[Any, Any]:

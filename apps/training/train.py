@@ -214,6 +214,6 @@ def _checkpoint(trainer: Trainer, directory: RunDirectory, step: int, background
 def _timed_step(trainer: Trainer, step: int, meter: Meter, stop: Stop) -> tuple[dict[str, Any], int]:
     """Do a step; return its row of the metrics, and the signal that stops the run after it, 0 if none does."""
     with meter.measure(step + 1) as measured:
-        row: dict[str, Any] = {"step": step + 1, **trainer.step(step, stop.vote)}
+        row: dict[str, Any] = {"step": step + 1, "samples": trainer.samples(step + 1), **trainer.step(step, stop.vote)}
         signal = stop.decided()
     return row | measured, signal

@@ -63,6 +63,8 @@ class Trainer:
         The learning rate as a function of the step.
     saving : AsyncCheckpointer
         The writer of background checkpoints.
+    restored : mapping of str to object
+        The metadata of the checkpoint that the trainer was restored from; empty for a new run.
 
     Raises
     ------
@@ -99,11 +101,29 @@ class Trainer:
             training.rate, training.lr, training.steps, training.warmup, **training.rate_arguments()
         )
         self.saving = checkpoint.AsyncCheckpointer(grid)
+        self.restored: Mapping[str, Any] = {}
+        self._begun_at = (0, 0)  # the steps done and the samples taken before this process began
 
     @property
     def parameters(self) -> int:
         """Number of weights of the whole model."""
         return sum(math.prod(parameter.shape) for parameter in self.model.parameters())
+
+    def samples(self, step: int) -> int:
+        """Return the number of training samples that the run takes in its first steps.
+
+        Parameters
+        ----------
+        step : int
+            Number of steps, none of them before the checkpoint that the trainer was restored from.
+
+        Returns
+        -------
+        int
+            The samples of the steps before the checkpoint, whatever batches they had, and of those after it.
+        """
+        steps, samples = self._begun_at
+        return samples + (step - steps) * self.config.training.batch
 
     def gradients(self, step: int) -> float:
         """Compute the gradients of a step and leave them in the parameters.
@@ -122,7 +142,7 @@ class Trainer:
         -----
         **Communication:** the messages of the pipeline's stages and of the layers.
         """
-        feed = StepFeed(self.task, step, self.optimizer.loss_scale)
+        feed = StepFeed(self.task, step, self.optimizer.loss_scale, self.samples(step))
         with precision.overflowing() if self.optimizer.scaling else nullcontext():
             loss = self.pipeline.step(feed)
         self.own = self._of_experts(feed.own)
@@ -295,7 +315,7 @@ class Trainer:
         scale = {} if scaling is None else {"training/loss_scale": (self.optimizer.loss_scale, "1")}
         return scale | {
             "training/step": (step, "steps"),
-            "training/samples": (step * training.batch, "samples"),
+            "training/samples": (self.samples(step), "samples"),
             "training/seed": (training.seed, "1"),
             "training/rate": (training.rate, "name of the schedule of the learning rate"),
             "training/learning_rate": (self.learning_rate(step), "of the next step"),
@@ -320,14 +340,25 @@ class Trainer:
             If the checkpoint lacks an array or is damaged, on all ranks.
         """
         metadata = checkpoint.load(directory, self._state(), self.grid)
+        self.restored, step = metadata, int(metadata["step"])
+        self._begun_at = step, self._samples_of(directory, step)
         optimizer = metadata.get("optimizer", {"steps": metadata["step"], "loss_scale": None})
         self.optimizer.steps = int(optimizer["steps"])
         if self.optimizer.scaling is not None and optimizer["loss_scale"]:
             self.optimizer.scaling.restore(optimizer["loss_scale"])
         self.optimizer.refresh()
         if self.average is not None:
-            self.average.updates = int(metadata["step"])
-        return int(metadata["step"])
+            self.average.updates = step
+        return step
+
+    def _samples_of(self, directory: Path, step: int) -> int:
+        """Return the number of samples that the steps of a checkpoint took. **Communication:** a small message."""
+        taken = None
+        with comm.agreed(self.grid):
+            if self.grid.rank == 0:
+                taken = checkpoint.read_manifest(directory)["values"].get("training/samples")
+        taken = comm.share(taken, self.grid)
+        return step * self.config.training.batch if taken is None else int(taken["value"])
 
     def _state(self, counted: bool = False) -> dict[str, Any]:
         """Return this stage's arrays by name. If `counted`, weights that another stage stores, too, are left out."""

@@ -26,7 +26,8 @@ def run(tmp_path):
     directory.create(config, overwrite=False)
     task = SimpleNamespace(name="GPT", unit="tokens", per="token", about="text")
     parts = {"task": task, "parameters": 7, "grid": "Grid()", "kernels": "torch", "before": 0}
-    return config, directory, SimpleNamespace(config=config, **parts)
+    restored = {"config": config.model_dump()}
+    return config, directory, SimpleNamespace(config=config, restored=restored, samples=lambda step: 16 * step, **parts)
 
 
 def row(step, **more):
@@ -40,8 +41,9 @@ def test_lines_come_at_the_first_step_every_few_steps_and_with_a_validation(run,
     for step in range(3, 11):
         report.step(row(step, **({"val_loss": 1.5} if step == 9 else {})))
     report.close()
-    said, *lines = capsys.readouterr().out.splitlines()
+    said, at, *lines = capsys.readouterr().out.splitlines()
     assert said.startswith("GPT of 7 parameters")
+    assert at == "goes on after step 2 and 32 samples"
     assert [line.split()[1] for line in lines] == ["3/10", "4/10", "8/10", "9/10"]
     assert lines[0].endswith("loss 1.333  1,000 tokens/s  7:00 left")
     assert lines[3].endswith("validation 1.500")

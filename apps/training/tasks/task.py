@@ -408,6 +408,9 @@ class StepFeed:
         Number of the step, from 0.
     scale : float
         Factor of the loss in the backward pass.
+    first : int, optional
+        Number of the first sample of the step, counted from the start of the run; by default every step before took as
+        many samples.
 
     Attributes
     ----------
@@ -419,16 +422,16 @@ class StepFeed:
         For each forward pass of a microbatch through some layers, the losses that those layers added, by name.
     """
 
-    def __init__(self, task: Task, step: int, scale: float = 1.0) -> None:
+    def __init__(self, task: Task, step: int, scale: float = 1.0, first: int | None = None) -> None:
         training, self.scale = task.config.training, scale
         self.task, self.step, self.size, self.microbatches = task, step, training.batch, training.microbatches
+        self.first = step * self.size if first is None else first
         self._batch = lru_cache(maxsize=1)(self._make_batch)
         self.own: list[dict[str, float]] = []
 
     def _make_batch(self, microbatch: int) -> Batch:
         low, high = self._range(microbatch)
-        first = self.step * self.size
-        return self.task.batch(first + low, first + high)
+        return self.task.batch(self.first + low, self.first + high)
 
     def _range(self, microbatch: int) -> tuple[int, int]:
         return part(self.size, self.microbatches, microbatch)
