@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import DTypeLike
 
-from colossal_mpi import comm
+from colossal_mpi import comm, dlpack
 from colossal_mpi.errors import GridError, LayoutError, ShapeError
 from colossal_mpi.grid import Grid
 from colossal_mpi.layout import Box, Layout, box_shape, index_of
@@ -589,13 +589,13 @@ def _scaled(op: Callable[[Any, Any], Any], a: DistArray, b: DistArray | Number) 
 
 
 def _scalar(op: Callable[[Any, Any], Any], a: DistArray, b: Number) -> complex:
-    """Return `b` as a Python number, which takes the dtype of the array; NumPy scalars may be refused or widen it.
+    """Return `b` as a Python number, which takes the dtype of the array; scalars of a library may widen it.
 
     An array is refused: it would be broadcast against the block, not against the global array.
     """
     if np.ndim(b):
         raise ShapeError(f"{op.__name__} of {a} and an array of shape {np.shape(b)}: make it one too, with from_global")
-    return b.item() if isinstance(b, np.generic | np.ndarray) else b
+    return b.item() if hasattr(b, "item") else b
 
 
 def from_global(
@@ -611,7 +611,8 @@ def from_global(
     ----------
     source : array_like or callable
         The global array, the same on every rank. For an array that no rank could hold, a function that takes a tuple of
-        slices, this rank's global indices, and returns its block.
+        slices, this rank's global indices, and returns its block. Both may be PyTorch tensors, which are taken without
+        their graph and in their own dtype; a lazy conjugate or negative is computed first.
     grid : Grid
         The ranks.
     layout : Layout
@@ -632,6 +633,10 @@ def from_global(
         If a callable comes without a shape, or `shape` is not the shape of `source`.
     LayoutError
         If the layout does not fit the shape or the grid.
+    DTypeError
+        If NumPy has no dtype for those of a tensor.
+    SharingError
+        If a tensor is sparse or on a device that is neither ``cpu`` nor ``cuda``.
 
     Notes
     -----
@@ -646,6 +651,7 @@ def from_global(
             raise ShapeError("from_global: a callable needs shape=, the global shape")
         shape, block_at = tuple(shape), source
     else:
+        source = dlpack.values_of(source)
         whole = source if hasattr(source, "shape") else np.asarray(source)
         if shape is not None and tuple(shape) != tuple(whole.shape):
             raise ShapeError(f"from_global: shape={tuple(shape)} for a source of {tuple(whole.shape)}: leave shape out")

@@ -1,20 +1,21 @@
 """Conversions between blocks and PyTorch tensors that share their memory.
 
-``layers.torch``, the torch kernels and users call it; it calls torch, which its first call imports. Nothing is copied:
-what one side writes the other reads, and the memory lives as long as either side does. On a GPU the exchange makes the
-stream of the side that takes the memory wait for the stream of the side that gives it (DLPack's ``stream``). From then
-on both sides must work in one stream, as they do by default, in the legacy default stream.
+``layers.torch``, the torch kernels and users call it, and so do grids and ``from_global``, which take tensors as the
+values of an array (`values_of`). It calls torch, which the first call of a user imports. Nothing that is shared is
+copied: what one side writes the other reads, and the memory lives as long as either side does. On a GPU the exchange
+makes the stream of the side that takes the memory wait for the stream of the side that gives it (DLPack's ``stream``).
+From then on both sides must work in one stream, as they do by default, in the legacy default stream.
 """
 
 from __future__ import annotations
 
+import sys
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from array_api_compat import is_cupy_array
 
-from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import DTypeError, SharingError
 from colossal_mpi.platform import backend
 from colossal_mpi.platform.backend import Block
@@ -30,7 +31,7 @@ _SHARED = {
 }
 
 
-def to_torch(array: Block | DistArray, writable: bool = True) -> torch.Tensor:
+def to_torch(array: Block, writable: bool = True) -> torch.Tensor:
     """Return a block, or this rank's block of a distributed array, as a tensor that shares its memory.
 
     Parameters
@@ -69,7 +70,7 @@ def to_torch(array: Block | DistArray, writable: bool = True) -> torch.Tensor:
     """
     import torch
 
-    block = array.local if isinstance(array, DistArray) else array
+    block: Block = array.local if hasattr(array, "local") else array
     if not (isinstance(block, np.ndarray) or is_cupy_array(block)):
         raise SharingError(f"to_torch: it takes a NumPy or CuPy array or a DistArray, not {type(block).__name__}")
     dtype, bits = _torch_dtype(block.dtype)
@@ -129,6 +130,46 @@ def from_torch(tensor: torch.Tensor) -> Block:
         raise SharingError(f"from_torch: a lazy {word} of another tensor: share .resolve_{word}(), a copy")
     dtype, bits = _numpy_dtype(tensor.dtype)
     return _exported(tensor) if bits is None else _exported(tensor.view(getattr(torch, bits))).view(dtype)
+
+
+def values_of(source: Any) -> Any:
+    """Return array-like values without PyTorch tensors: a tensor as an array, also in lists and tuples.
+
+    Parameters
+    ----------
+    source : array_like
+        Anything. A tensor is taken without its graph, in its own dtype (bfloat16 as that of ml_dtypes), and shares its
+        memory with the result unless it is a lazy conjugate or negative, which is computed first.
+
+    Returns
+    -------
+    array_like
+        The values; `source` itself where no tensor is found.
+
+    Raises
+    ------
+    DTypeError
+        If NumPy has no such dtype.
+    SharingError
+        If a tensor is sparse or on a device that is neither ``cpu`` nor ``cuda``.
+
+    Notes
+    -----
+    **Communication:** none.
+    """
+    torch = sys.modules.get("torch")  # where torch was not imported, there are no tensors
+    if torch is None:
+        return source
+    if isinstance(source, torch.Tensor):
+        plain = source.detach()
+        return from_torch(plain.resolve_conj().resolve_neg() if plain.layout == torch.strided else plain)
+    if isinstance(source, list | tuple) and any(isinstance(part, torch.Tensor | list | tuple) for part in source):
+        return [_as_host(values_of(part)) for part in source]
+    return source
+
+
+def _as_host(values: Any) -> Any:
+    return backend.to_host(values) if is_cupy_array(values) else values  # a list of arrays becomes a NumPy array
 
 
 class _Writable:

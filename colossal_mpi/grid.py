@@ -20,7 +20,7 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import ArrayLike, DTypeLike
 
-from colossal_mpi import layout
+from colossal_mpi import dlpack, layout
 from colossal_mpi.errors import GridError
 from colossal_mpi.meta import communicator
 from colossal_mpi.platform import backend, cuda_aware, shared_memory
@@ -324,7 +324,7 @@ class Grid:
         Parameters
         ----------
         block : array_like
-            The values.
+            The values: an array, lists of numbers, or a PyTorch tensor, which is taken without its graph.
         dtype : dtype or str, optional
             The dtype of the copy; by default that of the values.
 
@@ -333,6 +333,9 @@ class Grid:
         array
             The copy; a large one lies where the other ranks of the node can read it.
         """
+        block = dlpack.values_of(block)
+        if self.device == "cpu" and backend.device_of(block) is not None:
+            block = backend.to_host(block)
         if not (self.shares and self.size > 1):
             return self.xp.asarray(block, dtype=backend.dtype_of(self.xp, dtype), copy=True)
         whole = np.asarray(block)

@@ -183,6 +183,45 @@ def test_other_tensors_are_refused(make, error, words):
         dlpack.from_torch(make())
 
 
+GIVEN = {
+    "with a graph": lambda: torch.arange(6.0, dtype=torch.float64, requires_grad=True).reshape(3, 2),
+    "bfloat16": lambda: torch.arange(6).reshape(3, 2).to(torch.bfloat16),
+    "conjugate": lambda: torch.complex(torch.arange(6.0), torch.ones(6)).reshape(3, 2).conj(),
+    "negative": lambda: torch.complex(torch.arange(6.0), torch.ones(6)).reshape(3, 2).conj().imag,
+}
+WAYS = {
+    "whole": lambda tensor, grid, layout: from_global(tensor, grid, layout),
+    "by indices": lambda tensor, grid, layout: from_global(tensor.__getitem__, grid, layout, tensor.shape),
+    "rows": lambda tensor, grid, layout: from_global(list(tensor), grid, layout),
+}
+
+
+@pytest.mark.grids({"row": 1}, {"row": 2})
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("make", GIVEN.values(), ids=GIVEN)
+def test_from_global_takes_every_tensor_in_its_dtype(grid, make, way):
+    tensor = make()
+    array = way(tensor, grid, Layout("row", None))
+    wanted = tensor.detach().resolve_conj().resolve_neg()
+    assert array.dtype.name == str(tensor.dtype).removeprefix("torch.")
+    whole = array.gather()
+    assert np.array_equal(whole.astype("complex64"), wanted.to(torch.complex64).numpy())
+
+
+@pytest.mark.grids({"row": 1})
+def test_a_tensor_of_no_dims_is_a_number_for_arithmetic(grid):
+    array = from_global(np.ones(3), grid, Layout("row"))
+    assert (array * torch.tensor(2.0, requires_grad=True)).sum() == 6
+
+
+@pytest.mark.grids({"row": 1})
+@pytest.mark.parametrize("name", ["meta", "sparse", "float8"])
+def test_from_global_refuses_what_cannot_be_shared(grid, name):
+    make, error, words = REFUSED_TENSORS[name]
+    with pytest.raises(error, match=words):
+        from_global(make(), grid, Layout(*[None] * make().ndim))
+
+
 def test_on_a_gpu_the_tensor_is_shared_too():
     cupy = pytest.importorskip("cupy")
     if not torch.cuda.is_available():
