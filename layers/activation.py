@@ -20,6 +20,9 @@ from colossal_mpi.layout import Layout
 from colossal_mpi.platform import backend
 from colossal_mpi.platform.backend import Block
 
+_SIGMOID = 1.702
+"""The factor with which a sigmoid comes nearest to the distribution function of the standard normal."""
+
 
 class Activation(Layer):
     """Base of the elementwise layers, which call the kernel of their name forward and ``<name>_backward`` backward.
@@ -56,9 +59,9 @@ class GELU(Activation):
 
     Parameters
     ----------
-    approximate : {"tanh", "none"}
+    approximate : {"tanh", "none", "sigmoid"}
         ``"tanh"`` approximates Phi by the hyperbolic tangent, as GPT-2 does; ``"none"`` takes the error function, as
-        BERT and ViT do.
+        BERT and ViT do; ``"sigmoid"`` takes ``sigmoid(1.702 x)``, as CLIP does.
 
     Raises
     ------
@@ -75,9 +78,21 @@ class GELU(Activation):
     """
 
     def __init__(self, approximate: str = "tanh") -> None:
-        if approximate not in ("tanh", "none"):
-            raise OptionError(f"GELU(approximate={approximate!r}): use 'tanh' or 'none'")
-        self.kernel = "gelu" if approximate == "tanh" else "gelu_erf"
+        names = {"tanh": "gelu", "none": "gelu_erf", "sigmoid": "silu"}
+        if approximate not in names:
+            raise OptionError(f"GELU(approximate={approximate!r}): use 'tanh', 'none' or 'sigmoid'")
+        self.kernel, self.scaled = names[approximate], approximate == "sigmoid"
+
+    def value(self, x: Block, grid: Grid) -> Block:
+        if not self.scaled:
+            return super().value(x, grid)
+        # x sigmoid(1.702 x) = silu(1.702 x) / 1.702
+        return like(x, super().value(_SIGMOID * wide(x), grid) / _SIGMOID)
+
+    def cotangent(self, dy: Block, x: Block, grid: Grid) -> Block:
+        if not self.scaled:
+            return super().cotangent(dy, x, grid)
+        return like(x, super().cotangent(wide(dy), _SIGMOID * wide(x), grid))
 
 
 class SiLU(Activation):
@@ -203,11 +218,18 @@ class Softmax(Layer):
 ACTIVATIONS: dict[str, Callable[[], Activation]] = {
     "gelu-tanh": GELU,
     "gelu": lambda: GELU("none"),
+    "gelu-sigmoid": lambda: GELU("sigmoid"),
     "silu": SiLU,
     "relu": ReLU,
     "tanh": Tanh,
 }
 """The activations by the names that models give them; "gelu" is the exact one, as in PyTorch."""
 
-GATED = {"swiglu": "silu", "geglu": "gelu", "geglu-tanh": "gelu-tanh", "reglu": "relu"}
+GATED = {
+    "swiglu": "silu",
+    "geglu": "gelu",
+    "geglu-tanh": "gelu-tanh",
+    "geglu-sigmoid": "gelu-sigmoid",
+    "reglu": "relu",
+}
 """The activation of the gate, by the name of each gated form."""

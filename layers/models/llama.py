@@ -19,6 +19,7 @@ from colossal_mpi.layers.embedding import Embedding
 from colossal_mpi.layers.head import Head
 from colossal_mpi.layers.models.gpt import expert_options
 from colossal_mpi.layers.models.huggingface.architecture import (
+    GATED_ACTIVATIONS,
     Architecture,
     ConfigKey,
     Table,
@@ -113,7 +114,6 @@ class LlamaConfig:
 
 _BLOCK = "model.layers.{i}"
 _ATTENTION, _MLP = f"{_BLOCK}.self_attn", f"{_BLOCK}.mlp"
-_GATED = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu", "gelu_pytorch_tanh": "geglu-tanh", "relu": "reglu"}
 
 
 def _keys(inner: int, positions: int, groups: int | None) -> tuple[ConfigKey, ...]:
@@ -129,7 +129,7 @@ def _keys(inner: int, positions: int, groups: int | None) -> tuple[ConfigKey, ..
         integer("max_position_embeddings", "positions", positions),
         real("rope_theta", "theta", 10000.0),
         ConfigKey("rope_scaling", "scaling", kinds=(dict, type(None))),
-        ConfigKey("hidden_act", "activation", "silu", _GATED),
+        ConfigKey("hidden_act", "activation", "silu", GATED_ACTIVATIONS),
         real("rms_norm_eps", "eps", 1e-6),
         boolean("attention_bias", "bias", False),
         boolean("mlp_bias", "mlp_bias", False),

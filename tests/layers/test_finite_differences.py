@@ -37,6 +37,7 @@ TABLE = (
         "rms-norm",
         "gelu-tanh",
         "gelu",
+        "gelu-sigmoid",
         "silu",
         "relu",
         "tanh",

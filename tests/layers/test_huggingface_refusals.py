@@ -52,8 +52,8 @@ def refused(path, grid=None):
 VALUES = [
     (
         "gpt2",
-        {"activation_function": "quick_gelu"},
-        "activation_function='quick_gelu' cannot be run: it must be 'gelu_new'",
+        {"activation_function": "mish"},
+        "activation_function='mish' cannot be run: it must be 'gelu_new'",
     ),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True cannot be run"),
     ("gpt2", {"n_layer": "1"}, "n_layer='1' cannot be run: it must be int"),
@@ -64,7 +64,7 @@ VALUES = [
         {"model_type": "gpt_neo"},
         "model_type='gpt_neo' cannot be run: it must be one of bert, gpt2, llama, mistral, vit",
     ),
-    ("llama", {"hidden_act": ["silu"]}, r"hidden_act=\['silu'\] cannot be run: it must be 'silu'"),
+    ("llama", {"hidden_act": ["silu"]}, r"hidden_act=\['silu'\] cannot be run: it must be 'gelu_new' or .* 'silu'"),
     ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope.*'yarn'.*: use one of"),
     ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "rope.*it lacks low_freq_factor"),
     ("llama", {"rope_scaling": {"full_attention": {"rope_type": "default"}}}, "rope.*must be those of all layers"),

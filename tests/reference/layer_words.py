@@ -69,6 +69,6 @@ MOVED = (
     *("first-classes", "mean-classes", "convolution", "convolution-back", "patches-positions"),
 )
 LOCAL = (
-    *("gelu-tanh", "gelu", "silu", "relu", "swiglu", "dropout", "dropout-inside", "drop-path"),
+    *("gelu-tanh", "gelu", "gelu-sigmoid", "silu", "relu", "swiglu", "dropout", "dropout-inside", "drop-path"),
     *("max-pool-overlapping", "max-pool-gaps", "mean-pool"),
 )

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from colossal_mpi.errors import ConfigError
+from colossal_mpi.layers.activation import GATED
 from colossal_mpi.layout import Box, box_shape
 
 Table = dict[str, Any]
@@ -29,12 +30,23 @@ Table = dict[str, Any]
 ACTIVATIONS = {
     "gelu_new": "gelu-tanh",
     "gelu_pytorch_tanh": "gelu-tanh",
+    "gelu_fast": "gelu-tanh",
+    "gelu_accurate": "gelu-tanh",
+    "gelu_python_tanh": "gelu-tanh",
     "gelu": "gelu",
+    "gelu_python": "gelu",
+    "quick_gelu": "gelu-sigmoid",
     "relu": "relu",
     "silu": "silu",
     "swish": "silu",
+    "tanh": "tanh",
 }
-"""Our name for each activation of transformers that we implement."""
+"""Our name for each activation of transformers that we implement; of several names the first is written."""
+
+GATED_ACTIVATIONS = {
+    theirs: gated for theirs, ours in ACTIVATIONS.items() for gated, gate in GATED.items() if gate == ours
+}
+"""Our name for the gated form of each activation of transformers."""
 
 
 @dataclass(frozen=True)
