@@ -1,7 +1,7 @@
 """``colossal-mpi convert``: convert weights between Hugging Face directories and HDF5 checkpoints.
 
 `convert` builds the model on all ranks, each with a part of every matrix, loads it in one format and saves it in the
-other one.
+other one. The tokenizer and the generation settings travel with the weights.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Annotated
 
 import typer
 
-from colossal_mpi import checkpoint
+from colossal_mpi import checkpoint, comm
 from colossal_mpi.apps import training
 from colossal_mpi.apps.command import Command, Plugins
-from colossal_mpi.errors import OptionError
+from colossal_mpi.errors import CheckpointError, OptionError
 from colossal_mpi.grid import Grid, world_size
 from colossal_mpi.layers import Parallelism, models
 
@@ -43,7 +43,7 @@ class Convert(Command):
 
 
 def convert(source: Path, target: Path, to: str, most: int, plugins: Sequence[str] = ()) -> None:
-    """Read weights in one format and write them in the other one.
+    """Read weights in one format and write them in the other one, with tokenizer and generation settings.
 
     Parameters
     ----------
@@ -78,12 +78,20 @@ def _to_checkpoint(source: Path, target: Path, parallelism: Parallelism) -> None
     model = models.from_pretrained(source, parallelism)
     table = json.loads((source / "config.json").read_text(encoding="utf-8"))
     metadata = {"model": models.describe(model), "huggingface": table}
-    checkpoint.save(target, training.weights_by_name(model.parameters()), metadata, parallelism.grid)
+    files = _settings(source, parallelism.grid)
+    checkpoint.save(target, training.weights_by_name(model.parameters()), metadata, parallelism.grid, files=files)
+
+
+def _settings(source: Path, grid: Grid) -> dict[str, bytes]:
+    """Return the tokenizer and the generation settings of a model on rank 0, nothing on other ranks."""
+    with comm.agreed(grid, CheckpointError):
+        return models.read_settings(training.settings_of(source)) if grid.rank == 0 else {}
 
 
 def _to_hugging_face(source: Path, target: Path, parallelism: Parallelism, most: int, plugins: Sequence[str]) -> None:
+    settings = _settings(source, parallelism.grid)
     source = training.checkpoint_of(source)
     metadata = training.metadata_of(source, plugins)
     model = models.from_description(metadata["model"], parallelism)
     training.load_weights(source, model.parameters(), parallelism.grid)
-    models.save_pretrained(model, target, most=most, extra=metadata.get("huggingface"))
+    models.save_pretrained(model, target, most=most, extra=metadata.get("huggingface"), settings=settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -12,11 +13,11 @@ import typer
 from colossal_mpi.apps import config as configs
 from colossal_mpi.apps.command import Command, GridAxes, Plugins
 from colossal_mpi.apps.data import Bytes, Tokenizer, load_tokenizer
-from colossal_mpi.apps.training import load_model
+from colossal_mpi.apps.training import load_model, settings_of
 from colossal_mpi.apps.training.tasks import TASKS, CausalLanguage
 from colossal_mpi.errors import ConfigError
 from colossal_mpi.grid import Grid, world_size
-from colossal_mpi.layers import MODES, generate, kernels
+from colossal_mpi.layers import MODES, generate, kernels, models
 from colossal_mpi.layers.models import MODELS
 
 
@@ -57,32 +58,48 @@ class Generate(Command):
         if type(model) not in generating:
             names = ", ".join(model.__name__ for model in generating)
             raise ConfigError(f"{self.source} is a {type(model).__name__}: the models that generate text are {names}")
-        words = self._tokenizer(bool(table))
+        settings = settings_of(self.source)
+        words, stop = self._tokenizer(bool(table), settings), models.end_tokens(table, settings)
+        prompts = [words.encode([prompt.encode()], special=True)[0].tolist() for prompt in self.prompt]
         continuations = generate(
             model,
-            [words.encode([prompt.encode()], special=True)[0].tolist() for prompt in self.prompt],
+            prompts,
             self.count,
             temperature=self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,
             seed=self.seed,
-            stop=table.get("eos_token_id") or (),
+            stop=stop,
             vocabulary=words.vocabulary,
             pipeline=pipeline,
         )
         if grid.rank == 0:
-            for prompt, tokens in zip(self.prompt, continuations, strict=True):
-                _print(prompt + words.decode(tokens).decode(errors="replace"))
+            for prompt, before, drawn in zip(self.prompt, prompts, continuations, strict=True):
+                _print(_continued(words, prompt, before, drawn))
         return 0
 
-    def _tokenizer(self, foreign: bool) -> Tokenizer:
-        """Return the tokenizer of the option or of the directory; `Bytes` for a model that a run trained on a text."""
-        path = self.tokenizer or self.source / "tokenizer.json"
-        if self.tokenizer is not None or path.is_file():
+    def _tokenizer(self, foreign: bool, settings: Mapping[str, Path]) -> Tokenizer:
+        """Return the tokenizer of the option or of the settings; `Bytes` for a model that a run trained on a text."""
+        path = self.tokenizer or settings.get("tokenizer.json")
+        if path is not None:
             return load_tokenizer(str(path))
         if foreign:
-            raise ConfigError(f"{self.source} has no tokenizer.json: give the tokenizer with --tokenizer FILE")
+            raise ConfigError(f"{self.source} has no tokenizer.json: give the tokenizer with --tokenizer FILE or bytes")
         return Bytes()
+
+
+def _continued(words: Tokenizer, prompt: str, before: list[int], drawn: list[int]) -> str:
+    """Return a prompt as it was typed and the text of the tokens drawn after it.
+
+    The tokens are decoded after those of the prompt, because a decoder drops a blank at the beginning of a text.
+    """
+    start, whole = words.decode(before), words.decode([*before, *drawn])
+    if not whole.startswith(start):  # the decoder joins the last word of the prompt with the next one
+        return whole.decode(errors="replace")
+    rest, blanks = whole[len(start) :], prompt[len(prompt.rstrip()) :].encode()
+    if not start.endswith(blanks):  # blanks that have no tokens, and that the decoder puts before a word
+        rest = rest.removeprefix(blanks)
+    return prompt + rest.decode(errors="replace")
 
 
 def _print(text: str) -> None:

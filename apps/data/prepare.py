@@ -213,6 +213,6 @@ def show_store(path: Path, shown: int) -> None:
     ]
     console.print("\n".join(lines), markup=False)
     for number in np.unique(np.linspace(0, count - 1, min(count, 3)).astype(int)) if shown and count else []:
-        text = encoder.decode(store.document(number, shown)).decode(errors="replace")
+        text = encoder.decode(store.document(number, shown), special=True).decode(errors="replace")
         console.print(f"\ndocument {number}", style="bold")
         console.print(text, markup=False)

@@ -51,13 +51,15 @@ class Tokenizer:
         """
         raise NotImplementedError
 
-    def decode(self, tokens: Iterable[int]) -> bytes:
+    def decode(self, tokens: Iterable[int], special: bool = False) -> bytes:
         """Return the text of some tokens.
 
         Parameters
         ----------
         tokens : iterable of int
             Token ids.
+        special : bool
+            Whether to keep special tokens, such as the one that ends a text.
 
         Returns
         -------
@@ -75,7 +77,7 @@ class Bytes(Tokenizer):
     def encode(self, pieces: Sequence[bytes], special: bool = False) -> list[np.ndarray]:
         return [np.frombuffer(piece, np.uint8) for piece in pieces]
 
-    def decode(self, tokens: Iterable[int]) -> bytes:
+    def decode(self, tokens: Iterable[int], special: bool = False) -> bytes:
         return bytes(int(token) for token in tokens if 0 <= token < self.vocabulary)
 
 
@@ -113,8 +115,8 @@ class Subwords(Tokenizer):
         encoded = self._library.encode_batch(texts, add_special_tokens=special)
         return [np.array(one.ids, np.int64) for one in encoded]
 
-    def decode(self, tokens: Iterable[int]) -> bytes:
-        text: str = self._library.decode([int(token) for token in tokens], skip_special_tokens=False)
+    def decode(self, tokens: Iterable[int], special: bool = False) -> bytes:
+        text: str = self._library.decode([int(token) for token in tokens], skip_special_tokens=not special)
         return text.encode()
 
     def token(self, word: str) -> int | None:

@@ -9,6 +9,7 @@ from colossal_mpi.apps.training.saved import (
     load_model,
     load_weights,
     metadata_of,
+    settings_of,
     weights_by_name,
 )
 from colossal_mpi.apps.training.train import make_grid, resume, start
@@ -22,6 +23,7 @@ __all__ = [
     "make_grid",
     "metadata_of",
     "resume",
+    "settings_of",
     "start",
     "weights_by_name",
 ]

@@ -85,6 +85,29 @@ def checkpoint_of(source: Path) -> Path:
     return RunDirectory(source).latest() if (source / "checkpoints").is_dir() else source
 
 
+def settings_of(source: Path) -> dict[str, Path]:
+    """Return the tokenizer and the generation settings that belong to a model.
+
+    Parameters
+    ----------
+    source : Path
+        A run, a checkpoint, or a Hugging Face directory.
+
+    Returns
+    -------
+    dict of str to Path
+        The files by name. The checkpoint of a run has the tokenizer of the run.
+
+    Raises
+    ------
+    CheckpointError
+        If the run has no checkpoint.
+    """
+    folder = checkpoint_of(source).absolute()
+    runs = [folder.parent.parent] if folder.parent.name == "checkpoints" else []
+    return models.find_settings(source, folder, *runs)
+
+
 def metadata_of(source: Path, plugins: Sequence[str] = ()) -> dict[str, Any]:
     """Return the metadata of a checkpoint, once the plugins of its run are loaded.
 

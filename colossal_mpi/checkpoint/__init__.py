@@ -10,6 +10,7 @@ and ``linalg.load`` are its module `hdf5`, which keeps single arrays as datasets
                     layout, and single values such as the step and the learning rate.
 ``manifest.json``   Format version; shape, dtype and layout of every array; the values; the caller's
                     metadata; a checksum of every part of every file. It is written last.
+``tokenizer.json``  and other files that the caller wants to lie beside the arrays.
 ==================  ====================================================================================
 
 A checkpoint is written under a temporary name, flushed to the disk and then renamed. A directory with the final name is

@@ -39,6 +39,7 @@ def save(
     grid: Grid,
     *,
     values: Mapping[str, tuple[Any, str]] | None = None,
+    files: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write arrays and metadata as a new checkpoint.
 
@@ -57,6 +58,9 @@ def save(
     values : mapping of str to (value, units), optional
         Numbers, texts and lists of numbers that stand beside the arrays in ``index.h5``, for other tools; the same on
         all ranks. `read_manifest` returns them.
+    files : mapping of str to bytes, optional
+        Further files by name, such as ``tokenizer.json``, that the directory holds beside the arrays. Rank 0 writes
+        them, and those of other ranks are ignored. The manifest has their checksums.
 
     Raises
     ------
@@ -74,7 +78,7 @@ def save(
     --------
     >>> save("runs/x/step-7", {"weights/w": w}, {"step": 7}, grid, values={"step": (7, "1")})
     """
-    writer = CheckpointWriter(Path(directory), arrays, metadata, grid, values or {})
+    writer = CheckpointWriter(Path(directory), arrays, metadata, grid, values or {}, files or {})
     try:
         with comm.agreed(grid, CheckpointError):
             written = writer.write(writer.blocks())
@@ -126,8 +130,9 @@ class CheckpointWriter:
         metadata: Mapping[str, Any],
         grid: Grid,
         values: Mapping[str, tuple[Any, str]],
+        files: Mapping[str, bytes] | None = None,
     ) -> None:
-        self.directory, self.grid = path, grid
+        self.directory, self.grid, self._files = path, grid, dict(files or {})
         self._owned = {name: array for name, array in arrays.items() if owned(array)}
         self._arrays = _collect_arrays(arrays, grid)
         _require_names(values, self._arrays)
@@ -135,6 +140,7 @@ class CheckpointWriter:
         self._head = manifest_head(self._arrays, metadata, records)
         with comm.agreed(grid, CheckpointError):
             if grid.rank == 0:
+                _require_file_names(self._files)
                 directory.create(path)
 
     def blocks(self) -> dict[str, Block]:
@@ -154,9 +160,13 @@ class CheckpointWriter:
             return
         partial = directory.partial_directory(self.directory)
         try:
+            for name, content in self._files.items():
+                (partial / name).write_bytes(content)
+                directory.flush(partial / name)
             write_index(partial, self._arrays, self._head)
             files = dict(file for file in written if file)
-            files[directory.INDEX] = checksums.single_part(partial / directory.INDEX)
+            for name in (*self._files, directory.INDEX):
+                files[name] = checksums.single_part(partial / name)
             write_manifest(partial, {**self._head, "files": files})
             directory.publish(self.directory)
         except (OSError, RuntimeError) as problem:
@@ -208,6 +218,14 @@ def _require_names(values: Mapping[str, object], arrays: Mapping[str, object]) -
         if name in arrays:
             raise CheckpointError(f"{name!r} names an array and a value: give one of them another name")
     _require_tree({**arrays, **values})
+
+
+def _require_file_names(files: Mapping[str, bytes]) -> None:
+    for name in files:
+        if Path(name).name != name or name == directory.MANIFEST or name.endswith(".h5"):
+            raise CheckpointError(
+                f"{name!r} cannot stand beside the arrays: use a plain name other than {directory.MANIFEST} and *.h5"
+            )
 
 
 def _require_tree(names: Mapping[str, object]) -> None:

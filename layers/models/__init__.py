@@ -6,6 +6,7 @@
 
 from colossal_mpi.layers.models.bert import Bert, BertConfig
 from colossal_mpi.layers.models.gpt import GPT, GPTConfig
+from colossal_mpi.layers.models.huggingface.settings import end_tokens, find_settings, read_settings
 from colossal_mpi.layers.models.llama import Llama, LlamaConfig
 from colossal_mpi.layers.models.pretrained import from_pretrained, save_pretrained
 from colossal_mpi.layers.models.registry import MODELS, ModelKind, describe, from_description, register_model
@@ -23,8 +24,11 @@ __all__ = [
     "ViT",
     "ViTConfig",
     "describe",
+    "end_tokens",
+    "find_settings",
     "from_description",
     "from_pretrained",
+    "read_settings",
     "register_model",
     "save_pretrained",
 ]

@@ -6,7 +6,9 @@ its tensors, and copy boxes between them: each rank reads the boxes of its own b
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,15 @@ from colossal_mpi import comm
 from colossal_mpi.errors import CheckpointError, ConfigError, OptionError
 from colossal_mpi.layers.containers import Sequential
 from colossal_mpi.layers.layer import Layer
-from colossal_mpi.layers.models.huggingface.architecture import Architecture, BoxPair, WeightMap
+from colossal_mpi.layers.models.huggingface.architecture import Architecture, BoxPair, Table, WeightMap
 from colossal_mpi.layers.models.huggingface.directory import DTYPES, Reader, Tensors, Writer
+from colossal_mpi.layers.models.huggingface.settings import (
+    GENERATION,
+    SETTINGS,
+    find_settings,
+    json_object,
+    read_settings,
+)
 from colossal_mpi.layers.models.registry import MODELS, ModelConfig, ModelKind, config_of, construct, kind_of
 from colossal_mpi.layers.parallelism import Parallelism
 from colossal_mpi.layers.parameter import Parameter
@@ -26,6 +35,22 @@ from colossal_mpi.platform import backend
 
 MOST = 5 * 10**9
 """Bytes of weights in one file: the limit that transformers had for years."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The directory that a model was read from, without its weights: what `save_pretrained` writes again.
+
+    Parameters
+    ----------
+    table : dict
+        The contents of ``config.json``.
+    settings : mapping of str to bytes
+        Tokenizer and generation settings: the contents of files by name, on rank 0 of the grid; empty on other ranks.
+    """
+
+    table: Table
+    settings: Mapping[str, bytes]
 
 
 def from_pretrained(directory: str | Path, parallelism: Parallelism, dtype: str | None = None) -> Sequential:
@@ -45,7 +70,8 @@ def from_pretrained(directory: str | Path, parallelism: Parallelism, dtype: str 
     Sequential
         The model that is registered for the ``model_type``: a `GPT`, `Llama`, `Bert` or `ViT`, whose attribute
         ``config`` is the configuration in the file. Its dropout rates are 0, because the directory does not store
-        them.
+        them. Its attribute ``origin`` keeps ``config.json``, the tokenizer and the generation settings for
+        `save_pretrained`.
 
     Raises
     ------
@@ -71,10 +97,12 @@ def from_pretrained(directory: str | Path, parallelism: Parallelism, dtype: str 
     with comm.agreed(grid, CheckpointError):
         reader = Reader(directory)
         architecture, kind, config = _read_config(reader, dtype)
+        settings = read_settings(find_settings(reader.directory)) if grid.rank == 0 else {}
     model = construct(kind, config, parallelism)
     pairs = _pair(list(model.parameters()), config.layers, architecture)
     with comm.agreed(grid, CheckpointError):
         _read_weights(reader, pairs, architecture)
+    vars(model)["origin"] = Origin(reader.config, settings)
     return model
 
 
@@ -162,9 +190,17 @@ def _names_in_directory(reader: Reader, pairs: Pairs, architecture: Architecture
 
 
 def save_pretrained(
-    model: Layer, directory: str | Path, *, most: int = MOST, extra: Mapping[str, Any] | None = None
+    model: Layer,
+    directory: str | Path,
+    *,
+    most: int = MOST,
+    extra: Mapping[str, Any] | None = None,
+    settings: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write a model as a directory that transformers can load, in the dtype of its weights.
+
+    A model that `from_pretrained` has read keeps its tokenizer, its generation settings and the keys of ``config.json``
+    that do not say what is computed, such as the tokens that end a text.
 
     Parameters
     ----------
@@ -178,6 +214,11 @@ def save_pretrained(
     extra : mapping, optional
         Further keys of ``config.json``, such as ``eos_token_id``; they never replace keys that say what is computed.
         Where several values of ``model_type`` fit the model (llama and mistral), the one in `extra` is written.
+        Token ids that differ from those of the directory the model was read from, such as another ``eos_token_id``,
+        are written into ``generation_config.json``, too.
+    settings : mapping of str to bytes, optional
+        Contents of tokenizer and generation settings by the names of their files, on rank 0; by default those of the
+        directory that the model was read from.
 
     Raises
     ------
@@ -199,7 +240,10 @@ def save_pretrained(
     config = config_of(model)
     if getattr(config, "experts", 0):
         raise CheckpointError("a mixture of experts is no model of transformers here: colossal_mpi.checkpoint saves it")
-    architecture = fitting.get(str((extra or {}).get("model_type")), next(iter(fitting.values())))
+    origin = vars(model).get("origin", Origin({}, {}))
+    changed = {key: value for key, value in (extra or {}).items() if value != origin.table.get(key)}
+    extra = origin.table | dict(extra or {})
+    architecture = fitting.get(str(extra.get("model_type")), next(iter(fitting.values())))
     parameters = list(model.parameters())
     grid, dtype = parameters[0].value.grid, backend.numpy_dtype(parameters[0].value.dtype).name
     # transformers renamed the key; older versions read torch_dtype.
@@ -207,12 +251,29 @@ def save_pretrained(
     pairs, writer = _pair(parameters, config.layers, architecture), None
     with comm.agreed(grid, CheckpointError):
         if grid.rank == 0:
-            writer = Writer(directory, table, _tensors(pairs), most)
+            files = _with_ids(origin.settings, changed) if settings is None else settings
+            _require_settings(files)
+            writer = Writer(directory, table, _tensors(pairs), most, files)
     # value[layout] -> rank 0, box by box: gather to the root
     failures = [parameter.value.gather_pieces(_box_writer(writer, parameter, weight)) for parameter, weight in pairs]
     with comm.agreed(grid, CheckpointError):
         if writer is not None:
             writer.close(next((failure for failure in failures if failure is not None), None))
+
+
+def _with_ids(settings: Mapping[str, bytes], changed: Mapping[str, Any]) -> Mapping[str, bytes]:
+    """Return the settings with the changed token ids in ``generation_config.json``."""
+    ids = {key: value for key, value in changed.items() if key.endswith("_token_id")}
+    if not ids or GENERATION not in settings:
+        return settings
+    table = json_object(GENERATION, settings[GENERATION]) | ids
+    return {**settings, GENERATION: (json.dumps(table, indent=2) + "\n").encode()}
+
+
+def _require_settings(settings: Mapping[str, bytes]) -> None:
+    unknown = [name for name in settings if name not in SETTINGS]
+    if unknown:
+        raise CheckpointError(f"save_pretrained with settings {unknown[0]!r}: the names are {', '.join(SETTINGS)}")
 
 
 def _tensors(pairs: Pairs) -> Tensors:

@@ -7,6 +7,7 @@ import pytest
 from mpi4py import MPI
 
 from colossal_mpi import CheckpointError, Layout, OptionError, checkpoint, distarray
+from colossal_mpi.apps import training
 from colossal_mpi.apps.cli.convert import convert
 from colossal_mpi.apps.config import Config
 from colossal_mpi.apps.training import trainer
@@ -30,6 +31,30 @@ def test_there_and_back_is_the_same_bits(prepared, shared_path):
             before, after = case.table(source), case.table(target)
             differing = {key for key in before if before[key] != after.get(key)}
             assert differing <= case.RESPELLED.get(name, set())
+            assert models.read_settings(models.find_settings(target)) == models.read_settings(
+                models.find_settings(source)
+            )
+
+
+SETTINGS = {
+    "generation_config.json": b'{"eos_token_id": [3, 4]}',
+    "tokenizer.json": b'{"version": "1.0"}',
+    "tokenizer_config.json": b'{"tokenizer_class": "PreTrainedTokenizerFast"}',
+    "chat_template.jinja": "naïve".encode(),
+}
+
+
+def test_tokenizer_and_generation_settings_travel(tmp_path):
+    grid = Grid(MPI.COMM_SELF)
+    model = models.GPT(models.GPTConfig(vocabulary=9, layers=1, hidden=4, heads=2, positions=5), Parallelism(grid))
+    models.save_pretrained(model, tmp_path / "hf", extra={"eos_token_id": 3}, settings=SETTINGS)
+    convert(tmp_path / "hf", tmp_path / "cm", "cm", MOST)
+    convert(tmp_path / "cm", tmp_path / "back", "hf", MOST)
+    assert models.read_settings(models.find_settings(tmp_path / "back")) == SETTINGS
+    assert case.table(tmp_path / "back")["eos_token_id"] == 3
+    assert models.end_tokens({}, training.settings_of(tmp_path / "cm")) == [3, 4]
+    (tmp_path / "cm" / "tokenizer.json").write_bytes(b'{"version": "2.0"}')
+    assert "tokenizer.json is not the file that was written" in next(iter(checkpoint.verify(tmp_path / "cm", grid)))
 
 
 @pytest.mark.ranks(2)
@@ -45,8 +70,13 @@ def test_a_run_becomes_a_directory_of_hugging_face(shared_path):
     run = trainer.Trainer(config, grid)
     (shared_path / "run" / "checkpoints").mkdir(parents=True, exist_ok=True)
     (shared_path / "run" / "config.toml").touch()
+    (shared_path / "run" / "tokenizer.json").write_text("{}")
     run.save(shared_path / "run" / "checkpoints" / "step-0000003", 3)
     convert(shared_path / "run", shared_path / "hf", "hf", MOST)
+    saved = shared_path / "run" / "checkpoints" / "step-0000003"
+    for source in (shared_path / "run", saved, saved.with_name("latest")):
+        assert training.settings_of(source)["tokenizer.json"].samefile(shared_path / "run" / "tokenizer.json")
+    assert (shared_path / "hf" / "tokenizer.json").read_text() == "{}"
     back = models.from_pretrained(shared_path / "hf", Parallelism(grid, "2d"))
     for mine, theirs in zip(run.model.parameters(), back.parameters(), strict=True):
         assert np.array_equal(mine.value.local, theirs.value.local), mine.name

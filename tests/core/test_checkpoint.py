@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from colossal_mpi import CheckpointError, Grid, Layout, checkpoint, random, zeros
+from colossal_mpi import CheckpointError, Grid, Layout, checkpoint, comm, random, zeros
 from colossal_mpi.checkpoint import rank_file
 from tests.cases import host
 
@@ -31,6 +31,23 @@ def test_round_trip_is_bitwise(grid, shared_path):
     checkpoint.save(shared_path / "one", saved, {"step": 3}, grid)
     assert checkpoint.load(shared_path / "one", loaded, grid) == {"step": 3}
     assert all(np.array_equal(host(loaded[name]), host(saved[name])) for name in saved)
+
+
+@pytest.mark.grids({"row": 2})
+def test_further_files_stand_beside_the_arrays_and_are_verified(grid, shared_path):
+    saved = arrays(grid)
+    checkpoint.save(shared_path / "one", saved, {}, grid, files={"words.txt": b"one two"} if grid.rank == 0 else None)
+    checkpoint.load(shared_path / "one", saved, grid)
+    assert (shared_path / "one" / "words.txt").read_bytes() == b"one two"
+    for name in ("../words.txt", "manifest.json", "index.h5"):
+        with pytest.raises(CheckpointError, match="cannot stand beside the arrays: use a plain name"):
+            checkpoint.save(shared_path / "two", saved, {}, grid, files={name: b""})
+    comm.collect(None, grid)
+    if grid.rank == 0:
+        (shared_path / "one" / "words.txt").write_bytes(b"one too")
+    comm.collect(None, grid)
+    with pytest.raises(CheckpointError, match=r"words\.txt is not the file that was written"):
+        checkpoint.load(shared_path / "one", saved, grid)
 
 
 @pytest.mark.grids({"row": 2, "col": 2})

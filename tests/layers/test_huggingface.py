@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from colossal_mpi import Grid, Layout, comm, from_global
+from colossal_mpi import CheckpointError, Grid, Layout, comm, from_global
 from colossal_mpi.layers import Context, Parallelism, models
 from colossal_mpi.layers.loss import CrossEntropy
 from colossal_mpi.layers.models.huggingface import directory
@@ -131,6 +131,26 @@ def test_what_is_saved_in_several_files_is_the_same_bits(grid, prepared, shared_
         assert case.same_tensors(prepared / name, shared_path / name)
         again = models.from_pretrained(shared_path / name, p).parameters()
         assert all(np.array_equal(host(a.value), host(b.value)) for a, b in zip(model.parameters(), again, strict=True))
+
+
+@pytest.mark.grids({}, {"data": 2})
+def test_a_model_that_was_read_keeps_its_tokenizer_and_the_tokens_that_end_a_text(grid, shared_path):
+    p, files = Parallelism(grid), {"generation_config.json": b'{"eos_token_id": [3, 4]}', "merges.txt": b"a b"}
+    model = models.GPT(models.GPTConfig(vocabulary=9, layers=1, hidden=4, heads=2, positions=5), p)
+    models.save_pretrained(model, shared_path / "one", extra={"eos_token_id": 3}, settings=files)
+    model = models.from_pretrained(shared_path / "one", p)
+    models.save_pretrained(model, shared_path / "two")
+    models.save_pretrained(model, shared_path / "three", extra={"eos_token_id": 5})
+    models.save_pretrained(model, shared_path / "four", settings={})
+    if grid.rank == 0:
+        found = [models.find_settings(shared_path / name) for name in ("two", "three", "four")]
+        assert models.read_settings(found[0]) == files
+        assert [models.end_tokens(case.table(shared_path / "two"), paths) for paths in found] == [[3, 4], [5], [3]]
+        assert case.table(shared_path / "four")["eos_token_id"] == 3
+    with pytest.raises(
+        CheckpointError, match=r"save_pretrained with settings 'x\.txt': the names are generation_config"
+    ):
+        models.save_pretrained(model, shared_path / "five", settings={"x.txt": b""})
 
 
 @prepared_by

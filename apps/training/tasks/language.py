@@ -151,7 +151,7 @@ class CausalLanguage(Task):
             "vocabulary": self.corpus.vocabulary,
         }
         drawn = generate(self.model, [tokens], count, **options, pipeline=self.pipeline)
-        return words.decode([*tokens, *drawn[0]])
+        return words.decode([*tokens, *drawn[0]], special=True)  # it may run on into another document
 
 
 register_task("language", CausalLanguage)

@@ -20,6 +20,7 @@ import numpy as np
 
 from colossal_mpi.checkpoint import flush
 from colossal_mpi.errors import CheckpointError
+from colossal_mpi.layers.models.huggingface.settings import json_object
 from colossal_mpi.layout import Box, index_of
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -71,16 +72,12 @@ class Reader:
     def _json(self, name: str) -> dict[str, Any]:
         path = self.directory / name
         try:
-            table = json.loads(path.read_text(encoding="utf-8"))
+            content = path.read_bytes()
         except OSError as problem:
             raise CheckpointError(
                 f"{path} cannot be read: {problem.strerror}; give a directory that transformers' save_pretrained wrote"
             ) from None
-        except ValueError:
-            table = None
-        if not isinstance(table, dict):
-            raise CheckpointError(f"{path} is damaged: it is no JSON object")
-        return table
+        return json_object(path, content)
 
     def _file_of_each_tensor(self) -> dict[str, str]:
         if (self.directory / INDEX).is_file():
@@ -169,6 +166,8 @@ class Writer:
     most : int
         Bytes of weights in one file; a single larger tensor still goes into one file. With several files, an index
         maps each tensor to its file.
+    settings : mapping
+        Contents of files of settings by name.
 
     Raises
     ------
@@ -178,7 +177,14 @@ class Writer:
         If the disk has no room.
     """
 
-    def __init__(self, directory: str | Path, config: Mapping[str, Any], tensors: Tensors, most: int) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        config: Mapping[str, Any],
+        tensors: Tensors,
+        most: int,
+        settings: Mapping[str, bytes],
+    ) -> None:
         self.directory = Path(directory)
         self._partial = self.directory.with_name(f".{self.directory.name}.partial")
         if self.directory.exists() and (not self.directory.is_dir() or any(self.directory.iterdir())):
@@ -189,6 +195,8 @@ class Writer:
         self._partial.mkdir(parents=True)
         self._places: dict[str, tuple[Path, int, tuple[int, ...], np.dtype]] = {}
         (self._partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        for name, content in settings.items():
+            (self._partial / name).write_bytes(content)
         files = _divide(tensors, most)
         count = len(files)
         names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else [SINGLE]
