@@ -71,7 +71,10 @@ def write_store(inputs: Sequence[Path], out: Path, name: str, end: str | None, k
                     bar.update(task, advance=sum(taken for *_, taken in batch), tokens=writer.tokens)
     except OSError as problem:
         raise ConfigError(f"{out} cannot be written: {problem.strerror or problem}") from None
-    Console(soft_wrap=True, highlight=False).print(
+    console = Console(soft_wrap=True, highlight=False)
+    if encoder.ignored:
+        console.print(f"{name} asks for {encoder.ignored}: switched off, the texts are stored whole", markup=False)
+    console.print(
         f"{out}: {writer.tokens:,} tokens of {writer.documents:,} documents, vocabulary {encoder.vocabulary:,}, "
         f"{binary(out.stat().st_size)} from {binary(sum(sizes))}",
         markup=False,

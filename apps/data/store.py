@@ -3,13 +3,14 @@
 ``colossal-mpi data prepare`` writes a store with `Writer`, and ``corpus`` reads one with `Store`, a chunk at a time.
 
 ==============  ==================================================================================================
-``tokens``      all documents, one after the other, in the smallest dtype that holds the vocabulary, in chunks with
-                checksums (Fletcher-32)
+``tokens``      all documents, one after the other, in the smallest dtype that holds every id below ``vocabulary``, in
+                chunks with checksums (Fletcher-32)
 ``documents``   the place in ``tokens`` where each document ends, int64
 ``tokenizer``   the JSON of the tokenizer as bytes; absent where tokens are bytes
 ==============  ==================================================================================================
 
-Attributes of the file: ``format_version``, ``vocabulary``, ``tokenizer``, ``sources``.
+Attributes of the file: ``format_version``, ``vocabulary`` (one more than the greatest id of the tokenizer),
+``tokenizer``, ``sources``.
 """
 
 from __future__ import annotations
@@ -40,6 +41,13 @@ def dtype_for(vocabulary: int) -> np.dtype:
     return np.min_scalar_type(max(0, vocabulary - 1))
 
 
+def _require_ids(tokens: np.ndarray, vocabulary: int, source: str) -> None:
+    """Refuse token ids that are not from 0 to ``vocabulary - 1``."""
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocabulary:
+        wrong = int(tokens.min()) if tokens.min() < 0 else int(tokens.max())
+        raise ConfigError(f"{source} {wrong}, and the vocabulary of {vocabulary} has ids from 0 to {vocabulary - 1}")
+
+
 class Writer:
     """Writes a store, as a context manager. The file gets its name only when it is complete.
 
@@ -57,6 +65,7 @@ class Writer:
         import h5py
 
         self.path, self.tokens, self.documents = path, 0, 0
+        self._tokenizer = tokenizer
         self._partial = path.with_name(f".{path.name}.partial")
         self._file = h5py.File(self._partial, "w", libver="v110")
         self._file.attrs.update(
@@ -76,7 +85,14 @@ class Writer:
         self._count = dict.fromkeys(self._datasets, 0)
 
     def add(self, tokens: np.ndarray) -> None:
-        """Append tokens to the document that is being written."""
+        """Append tokens to the document that is being written.
+
+        Raises
+        ------
+        ConfigError
+            If an id does not fit into the vocabulary of the tokenizer.
+        """
+        _require_ids(tokens, self._tokenizer.vocabulary, f"the tokenizer {self._tokenizer.name} gave the token")
         self.tokens += len(tokens)
         self._put("tokens", tokens)
 
@@ -162,9 +178,15 @@ class Store:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that made the tokens."""
+        """The tokenizer that made the tokens; an error if the store was made for a smaller vocabulary."""
         text = bytes(self._file["tokenizer"][...]).decode() if "tokenizer" in self._file else ""
-        return from_text(self.name, text)
+        found = from_text(self.name, text)
+        if found.vocabulary > self.vocabulary:
+            raise ConfigError(
+                f"data.files: {self.path} was made for a vocabulary of {self.vocabulary}, and the ids of its tokenizer "
+                f"go to {found.vocabulary - 1}: make the store again with colossal-mpi data prepare --overwrite"
+            )
+        return found
 
     @property
     def dtype(self) -> np.dtype:
@@ -178,11 +200,12 @@ class Store:
     def _read(self, number: int) -> np.ndarray:
         try:
             chunk: np.ndarray = self.tokens[number * CHUNK : (number + 1) * CHUNK]
-            return chunk
         except OSError as problem:
             raise ConfigError(
                 f"data.files: {self.path} is damaged in the tokens from {number * CHUNK} on: {problem}"
             ) from None
+        _require_ids(chunk, self.vocabulary, f"data.files: {self.path} holds the token")
+        return chunk
 
     def __getitem__(self, places: np.ndarray) -> np.ndarray:
         # Chunks are read as a whole, and the last few are kept.

@@ -25,14 +25,17 @@ class Tokenizer:
     name : str
         Its name or file, for a reader.
     vocabulary : int
-        Number of tokens.
+        One more than the greatest token id. Ids may have holes, so this can be more than the number of entries.
     text : str
         Its definition as JSON; ``""`` where the name defines it.
+    ignored : str
+        The settings of its file that are switched off, for a reader; ``""`` where there are none.
     """
 
     name: str
     vocabulary: int
     text: str
+    ignored: str = ""
 
     def encode(self, pieces: Sequence[bytes], special: bool = False) -> list[np.ndarray]:
         """Return the tokens of some pieces of text.
@@ -84,6 +87,9 @@ class Bytes(Tokenizer):
 class Subwords(Tokenizer):
     """A tokenizer of the package tokenizers, whose tokens are parts of words.
 
+    A file that was saved after use may ask for truncation, padding or dropout. They are switched off: every text is
+    encoded whole, without tokens that it does not have, and always in the same way.
+
     Parameters
     ----------
     text : str
@@ -108,7 +114,9 @@ class Subwords(Tokenizer):
             self._library: Any = Library.from_str(text)
         except Exception as problem:  # the package raises Exception itself
             raise ConfigError(f"{name} is no file of the package tokenizers: {problem}") from None
-        self.text, self.name, self.vocabulary = text, name, int(self._library.get_vocab_size())
+        ids = self._library.get_vocab(with_added_tokens=True).values()
+        self.text, self.name, self.vocabulary = text, name, 1 + max(ids, default=-1)
+        self.ignored = _switch_off(self._library)
 
     def encode(self, pieces: Sequence[bytes], special: bool = False) -> list[np.ndarray]:
         texts = [piece.decode("utf-8", errors="replace") for piece in pieces]
@@ -123,6 +131,21 @@ class Subwords(Tokenizer):
         """Return the number of a special token, None if there is no such token."""
         number: int | None = self._library.token_to_id(word)
         return number
+
+
+def _switch_off(library: Any) -> str:
+    """Switch off what makes the tokens of a text fewer, more or random, and return the names of what was on."""
+    found = []
+    if library.truncation is not None:
+        found.append(f"truncation to {library.truncation['max_length']} tokens")
+        library.no_truncation()
+    if library.padding is not None:
+        found.append(f"padding with {library.padding['pad_token']}")
+        library.no_padding()
+    if getattr(library.model, "dropout", None):
+        found.append(f"dropout of {library.model.dropout:g}")
+        library.model.dropout = None
+    return ", ".join(found)
 
 
 def load_tokenizer(name: str) -> Tokenizer:

@@ -14,6 +14,7 @@ from colossal_mpi.apps import config as configs
 from colossal_mpi.apps.data import corpus as data
 from colossal_mpi.apps.data import prepare, sampling, store
 from colossal_mpi.apps.data.corpus import Concatenated, Stretches
+from colossal_mpi.apps.data.tokenizer import Bytes
 from colossal_mpi.apps.training import tasks
 from tests import command_line
 
@@ -78,6 +79,56 @@ def test_subwords_are_those_of_the_whole_text(tmp_path, monkeypatch, subwords, p
     ]
     assert (opened.vocabulary, opened.dtype) == (300, np.dtype(np.uint16))
     assert opened.tokenizer.decode(opened.document(0, 10**6)[:-1]).decode() == TEXT
+
+
+def test_a_tokenizer_that_truncates_pads_or_drops_out_gives_the_whole_text(tmp_path, subwords):
+    tokenizers = pytest.importorskip("tokenizers")
+    plain = tokenizers.Tokenizer.from_file(str(subwords))
+    exact = plain.encode(TEXT).ids
+    plain.enable_truncation(128)
+    plain.enable_padding(length=128, pad_id=0, pad_token="<|end|>")
+    plain.model.dropout = 0.5
+    plain.save(str(tmp_path / "used.json"))
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in (TEXT, "Line")))
+    result = call("prepare", "--tokenizer", tmp_path / "used.json", tmp_path / "a.jsonl", tmp_path / "a.h5")
+    assert "asks for truncation to 128 tokens, padding with <|end|>, dropout of 0.5: switched off" in result.stdout
+    opened = store.Store(tmp_path / "a.h5")
+    assert opened.document(0, 10**6).tolist() == exact
+    assert opened.document(1, 10**6).tolist() == tokenizers.Tokenizer.from_file(str(subwords)).encode("Line").ids
+    assert opened.tokenizer.encode([TEXT.encode()])[0].tolist() == exact
+
+
+@pytest.fixture
+def sparse(tmp_path):
+    """Write a tokenizer of three words and a special token, with the ids 0, 200, 700 and 70000."""
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {"a": 0, "b": 200, "c": 700, "<e>": 70000}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="a"))
+    made.add_special_tokens(["<e>"])
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.save(str(tmp_path / "sparse.json"))
+    return tmp_path / "sparse.json"
+
+
+def test_a_vocabulary_with_holes_goes_to_its_greatest_id(tmp_path, sparse):
+    opened = made(tmp_path / "a.h5", ["a b c b", "c"], str(sparse), end="<e>")
+    assert opened[np.arange(7)].tolist() == [0, 200, 700, 200, 70000, 700, 70000]
+    assert (opened.vocabulary, opened.dtype) == (70001, np.dtype(np.uint32))
+
+
+def test_an_id_beyond_the_vocabulary_is_refused(tmp_path, sparse):
+    import h5py
+
+    (tmp_path / "a.txt").write_text("a b c b")
+    prepare.write_store([tmp_path / "a.txt"], tmp_path / "a.h5", str(sparse), None, "text", False)
+    with h5py.File(tmp_path / "a.h5", "a") as file:
+        file.attrs["vocabulary"] = 4
+    with pytest.raises(ConfigError, match="a.h5 holds the token 700, and the vocabulary of 4 has ids from 0 to 3"):
+        store.Store(tmp_path / "a.h5")[np.arange(4)]
+    with pytest.raises(ConfigError, match=r"a vocabulary of 4, and the ids .* go to 70000: make the store again"):
+        data.read_corpus([str(tmp_path / "a.h5")], 0.5, 1, Grid(MPI.COMM_SELF))
+    with store.Writer(tmp_path / "b.h5", Bytes(), []) as writer, pytest.raises(ConfigError, match="gave the token 256"):
+        writer.add(np.array([0, 256]))
 
 
 def test_lines_of_json_are_documents(tmp_path):
