@@ -159,6 +159,9 @@ class Data(Section):
     validation: float = Field(
         0.1, gt=0, le=0.5, description="share of the data that is held out: stretches of a text, or random images"
     )
+    changed: bool = Field(
+        False, description="with --resume, this once: go on though the data are not those of the checkpoint"
+    )
 
 
 class Training(Section):

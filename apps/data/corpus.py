@@ -7,7 +7,7 @@ files stay on the disk, and each rank reads the tokens that its samples need.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TypeAlias
@@ -15,6 +15,7 @@ from typing import TypeAlias
 import numpy as np
 
 from colossal_mpi import comm
+from colossal_mpi.apps.data.digest import digest_of
 from colossal_mpi.apps.data.store import Store
 from colossal_mpi.apps.data.tokenizer import Bytes, Tokenizer
 from colossal_mpi.errors import ConfigError
@@ -41,6 +42,8 @@ class Corpus:
         The tokenizer that made the tokens.
     source : str
         For tokens on a disk, the end of the sentence that describes them to a reader; ``""`` for text in memory.
+    digest : str
+        The digest of both parts, ``""`` where a meta grid has no use for it.
     """
 
     train: Tokens
@@ -48,6 +51,7 @@ class Corpus:
     vocabulary: int = 256
     tokenizer: Tokenizer = field(default_factory=Bytes)
     source: str = ""
+    digest: str = ""
 
     @property
     def about(self) -> str:
@@ -97,7 +101,16 @@ def read_corpus(files: Sequence[str], validation: float, context: int, grid: Gri
             f"the corpus has {size} {unit}, {len(corpus.validation)} of them for validation: both parts must have more "
             f"than model.context={context}; give more text or a smaller context"
         )
-    return corpus
+    return corpus if grid.is_meta else replace(corpus, digest=_digest(corpus, grid))
+
+
+def _digest(corpus: Corpus, grid: Grid) -> str:
+    found = ""
+    with comm.agreed(grid):
+        if grid.rank == 0:
+            found = digest_of((corpus.train, corpus.validation))
+    shared: str = comm.share(found, grid)
+    return shared
 
 
 @lru_cache(maxsize=1)

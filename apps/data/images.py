@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from colossal_mpi import comm, random
+from colossal_mpi.apps.data.digest import digest_of
 from colossal_mpi.errors import ConfigError
 from colossal_mpi.grid import Grid
 
@@ -30,12 +31,15 @@ class Images:
         Held-out images ``[n, c, y, x]``, shifted and scaled as the training images.
     validation_labels : array of int64
         The class of each held-out image ``[n]``, from 0.
+    digest : str
+        The digest of all images and labels and of which are held out, ``""`` where a meta grid has no use for it.
     """
 
     train: np.ndarray
     train_labels: np.ndarray
     validation: np.ndarray
     validation_labels: np.ndarray
+    digest: str = ""
 
     @property
     def classes(self) -> int:
@@ -92,9 +96,10 @@ def read_images(files: Sequence[str], validation: float, grid: Grid) -> Images:
     held = _held_out(len(labels), validation)
     if not 0 < held.sum() < len(labels):
         raise ConfigError(f"{len(labels)} images with data.validation={validation}: some must be held out; give more")
+    found = comm.share("" if grid.rank or grid.is_meta else digest_of((images, labels, held)), grid)
     images = images.astype(np.float64)
     images = (images - images[~held].mean()) / (images[~held].std() or 1.0)
-    return Images(images[~held], labels[~held], images[held], labels[held])
+    return Images(images[~held], labels[~held], images[held], labels[held], found)
 
 
 def _held_out(count: int, share: float) -> np.ndarray:

@@ -71,6 +71,8 @@ class Report:
         )
         if done:
             changed = changes(trainer.restored.get("config", {}), trainer.config.model_dump())
+            data = trainer.data_change()
+            changed += [f"data, {data}"] if data else []
             told = f"; changed: {', '.join(changed)}" if changed else ""
             self._say(f"goes on after step {done} and {trainer.samples(done):,} samples{told}")
 

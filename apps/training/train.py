@@ -81,7 +81,7 @@ def start(config: Config, overwrite: bool = False, trace: int = 0, forecast: For
     ColossalError
         If the loss or the norm of the gradients is not finite.
     """
-    config = tasks.complete(config)
+    config = _without_consent(tasks.complete(config))
     grid = make_grid(config)
     trainer, directory = Trainer(config, grid), RunDirectory(config.run.directory)
     with comm.agreed(grid):
@@ -115,11 +115,13 @@ def resume(path: str, settings: list[str], trace: int = 0, forecast: Forecaster 
     CheckpointError
         If there is no run or no checkpoint, or it is damaged.
     ConfigError
-        If the run has done more steps already, or another job writes it.
+        If the run has done more steps already, another job writes it, or the data are not those of the checkpoint and
+        the settings do not allow that.
     """
     directory = RunDirectory(path)
     directory.latest()
     config = load(str(directory.config), settings)
+    allowed, config = config.data.changed, _without_consent(config)
     grid = make_grid(config)
     with comm.agreed(grid):
         if grid.rank == 0:
@@ -129,12 +131,23 @@ def resume(path: str, settings: list[str], trace: int = 0, forecast: Forecaster 
     done = trainer.restore(latest)
     if done > config.training.steps:
         raise ConfigError(f"{latest} has done {done} steps, and training.steps={config.training.steps}: give more")
+    change = trainer.data_change()
+    if change and not allowed:
+        raise ConfigError(
+            f"the data are not those of {latest}: {change}; give the same data.files and data.validation, or go on "
+            "with these, other samples and other held-out ones, with --set data.changed=true"
+        )
     with comm.agreed(grid):
         if grid.rank == 0:
             check(config)
             directory.rewind(done)
             directory.write_config(config)
     return _released(directory, _train(trainer, directory, done, trace, forecast))
+
+
+def _without_consent(config: Config) -> Config:
+    """Return the configuration without ``data.changed``, which is true of one resume and not of the next."""
+    return config.model_copy(update={"data": config.data.model_copy(update={"changed": False})})
 
 
 def _released(directory: RunDirectory, code: int) -> int:

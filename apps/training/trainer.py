@@ -301,6 +301,7 @@ class Trainer:
         return {
             "step": step,
             "config": self.config.model_dump(),
+            "data": {"digest": self.task.digest, "about": self.task.about},
             "model": model,
             "optimizer": {
                 "steps": self.optimizer.steps,
@@ -350,6 +351,20 @@ class Trainer:
         if self.average is not None:
             self.average.updates = step
         return step
+
+    def data_change(self) -> str:
+        """Return how the data differ from those of the checkpoint that the trainer was restored from.
+
+        Returns
+        -------
+        str
+            Both, for a reader; ``""`` if they are the same, or if one of the digests is not known.
+        """
+        saved, now = self.restored.get("data", {}), self.task
+        if not saved.get("digest") or not now.digest or saved["digest"] == now.digest:
+            return ""
+        same = saved["about"] == now.about
+        return f"as many, of other content ({now.about})" if same else f"then ({saved['about']}), now ({now.about})"
 
     def _samples_of(self, directory: Path, step: int) -> int:
         """Return the number of samples that the steps of a checkpoint took. **Communication:** a small message."""

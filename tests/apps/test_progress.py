@@ -26,8 +26,8 @@ def run(tmp_path):
     directory.create(config, overwrite=False)
     task = SimpleNamespace(name="GPT", unit="tokens", per="token", about="text")
     parts = {"task": task, "parameters": 7, "grid": "Grid()", "kernels": "torch", "before": 0}
-    restored = {"config": config.model_dump()}
-    return config, directory, SimpleNamespace(config=config, restored=restored, samples=lambda step: 16 * step, **parts)
+    parts |= {"restored": {"config": config.model_dump()}, "data_change": str}
+    return config, directory, SimpleNamespace(config=config, samples=lambda step: 16 * step, **parts)
 
 
 def row(step, **more):

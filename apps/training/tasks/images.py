@@ -60,6 +60,7 @@ class ImageClassification(Task):
         self.model, sizes = make_model(config, parallelism, **image)
         self.cross_entropy = CrossEntropy(parallelism)
         self.held, self.about = len(self.images.validation), self.images.about
+        self.digest = self.images.digest
         self.length = sizes.positions
         self.samples = parallelism.tokens().dims[0]
 

@@ -92,6 +92,7 @@ class CausalLanguage(Task):
         self.name, self.cross_entropy = type(self.model).__name__, CrossEntropy(parallelism)
         self.length, self.per_sample, self.held = self.context, self.context, training.evaluate_batches * training.batch
         self.about, self.tokenizer = self.corpus.about, self.corpus.tokenizer.text
+        self.digest = self.corpus.digest
         self.order = parallelism.order(self.context)
 
     @classmethod

@@ -66,7 +66,7 @@ class MaskedLanguage(Task):
         self.model, _ = make_model(config, parallelism, positions=m.context)
         self.cross_entropy = CrossEntropy(parallelism)
         self.length, self.per_sample, self.held = m.context, m.context, training.evaluate_batches * training.batch
-        self.about = self.corpus.about
+        self.about, self.digest = self.corpus.about, self.corpus.digest
 
     def batch(self, first: int, stop: int) -> Batch:
         seed, text = self.config.training.seed, self.corpus.train

@@ -74,6 +74,8 @@ class Task:
         Number of positions of the residual stream.
     tokenizer : str
         The JSON of the text's tokenizer, ``""`` for bytes.
+    digest : str
+        A digest of the data and of which are held out; a run is resumed only with the same one. ``""``: not known.
     held : int
         Number of samples of a validation.
     run : callable
@@ -89,6 +91,7 @@ class Task:
     unit: str
     per: str
     tokenizer: str = ""
+    digest: str = ""
     per_sample: int
     length: int
     held: int
