@@ -2,9 +2,10 @@
 
 *Model flop* are the operations that the mathematics asks for, whatever a program does: PaLM's ``6 N + 12 L s a d`` for
 a token, where N is the number of weights that the token is multiplied with and L s a d are the scores of a heads of
-width d in L layers. Scores that a mask hides count as well. *Hardware flop* are the operations that the ranks do: they
-include hidden scores only where these share a tile with a visible one, and they include the probabilities that the
-backward pass recomputes and everything that `recompute` repeats.
+width d in L layers; with a window of w positions they are L w a d. Other scores that a mask hides count as well.
+*Hardware flop* are the operations that the ranks do: they include hidden scores only where these share a tile with a
+visible one, and they include the probabilities that the backward pass recomputes and everything that `recompute`
+repeats.
 
 In both conventions a product of m x k and k x n counts 2 m k n, and only products count: biases, norms, activations,
 softmax, losses and the optimizer are left out. A product that several ranks do redundantly counts once.
@@ -265,7 +266,9 @@ def _(layer: SelfAttention, shape: StreamShape, hardware: bool) -> Flop:
     *heads, width, _ = out.weight.shape
     causal = any(getattr(part, "causal", False) for part in before)
     count, s = shape.samples * math.prod(heads) * width, shape.length
-    pairs = attention_scores(s, s, heads[-1] if len(heads) > 1 else 1, causal) if hardware else s * s
+    window = next((part.window for part in before if isinstance(part, Attention | GroupedAttention)), None)
+    seen = s if window is None else min(s, window)
+    pairs = attention_scores(s, s, heads[-1] if len(heads) > 1 else 1, causal, window) if hardware else s * seen
     # Forward Q . K^T and P . V; backward dQ, dK, dV, dP and, since P is not kept, the scores once more.
     core = Flop(2 * 2 * pairs * count, 2 * (5 if hardware else 4) * pairs * count)
     products = [part for part in before if not isinstance(part, Attention | GroupedAttention)]

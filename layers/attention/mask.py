@@ -33,8 +33,10 @@ class Tile:
     """True if a query sees only the keys at its own position and lower ones; otherwise it sees all."""
     padding: Block | None = None
     """Bool ``[b, keys]``, true for a key that counts; None: all count."""
-    positions: tuple[Block, Block] | None = None
+    positions: tuple[Block, Block] | tuple[range, range] | None = None
     """Positions of queries and keys for a causal tile; None: their indices in the tile."""
+    window: int | None = None
+    """Number of positions, up to its own, whose keys a query of a causal tile sees; None: all."""
 
 
 class AttentionMask:
@@ -42,7 +44,7 @@ class AttentionMask:
 
     The runs of the sequence that two ranks hold are equal or disjoint. In causal attention a run of queries therefore
     sees all keys of another run or none of them, and in its own run the keys up to its position. No score is computed
-    in vain, and positions are compared only if the context gives them.
+    in vain, and positions are compared only if the context gives them, or at the edge of a window.
 
     Parameters
     ----------
@@ -52,13 +54,16 @@ class AttentionMask:
         Whether a query sees only the keys of its own position and lower ones.
     ctx : Context
         Padding mask, positions and order of the sequence.
+    window : int, optional
+        Number of positions, up to its own, whose keys a causal query sees; None: all.
 
     Notes
     -----
     **Communication:** the padding mask is gathered over the axes that cut s: ``b s`` bytes on each rank.
     """
 
-    def __init__(self, x: DistArray, causal: bool, ctx: Context) -> None:
+    def __init__(self, x: DistArray, causal: bool, ctx: Context, window: int | None = None) -> None:
+        self.window = window
         self.grid, self.axes, self.causal = x.grid, x.grid.ordered(x.layout.dims[1]), causal
         sizes = {axis: x.grid.axes[axis] for axis in self.axes}
         self.rank, self.ranks = rank_of({axis: x.grid.coords[axis] for axis in sizes}, sizes), x.grid.extent(self.axes)
@@ -87,11 +92,26 @@ class AttentionMask:
         if not self._split:
             return self._whole(queries[0], keys[0], padding, source)
         return [
-            Tile(i, queries[i], keys[j], low == first, None if padding is None else padding[:, keys[j]])
-            for i, (first, end) in enumerate(self._runs[self.rank])
-            for j, (low, high) in enumerate(self._runs[source])
-            if first < end and low < min(high, end)
+            Tile(i, queries[i], keys[j], *self._order(run, of_keys, None if padding is None else padding[:, keys[j]]))
+            for i, run in enumerate(self._runs[self.rank])
+            for j, of_keys in enumerate(self._runs[source])
+            if self._sees(run, of_keys)
         ]
+
+    def _sees(self, queries: tuple[int, int], keys: tuple[int, int]) -> bool:
+        """Return whether some query of a run sees some key of a run, by causal order and window."""
+        (first, end), (low, high) = queries, keys
+        return first < end and low < min(high, end) and (self.window is None or high > first - self.window + 1)
+
+    def _order(
+        self, queries: tuple[int, int], keys: tuple[int, int], padding: Block | None
+    ) -> tuple[bool, Block | None, tuple[range, range] | None, int | None]:
+        """Return the fields `causal`, `padding`, `positions` and `window` of a tile of two runs."""
+        if keys[0] == queries[0]:
+            return True, padding, None, self.window
+        if self.window is None or keys[0] > queries[1] - 1 - self.window:
+            return False, padding, None, None
+        return True, padding, (range(*queries), range(*keys)), self.window
 
     def _whole(self, queries: slice, keys: slice, padding: Block | None, source: int) -> list[Tile]:
         """Return one tile of two whole blocks, or none if all its keys are hidden."""
@@ -100,7 +120,9 @@ class AttentionMask:
         q, k = (self._positions[..., slice(*self.ranges[rank])] for rank in (self.rank, source))
         xp = backend.namespace(q)
         hidden = 0 in (*q.shape, *k.shape) or bool(xp.min(k) > xp.max(q))
-        return [] if hidden else [Tile(0, queries, keys, True, padding, (q, k))]
+        if self.window is not None and not hidden:
+            hidden = bool(int(xp.max(k)) <= int(xp.min(q)) - self.window)
+        return [] if hidden else [Tile(0, queries, keys, True, padding, (q, k), self.window)]
 
     def _padding_of(self, source: int) -> Block | None:
         return None if self._padding is None else self._padding[:, slice(*self.ranges[source])]

@@ -74,7 +74,7 @@ def _attend_tile(q: Block, kv: Blocks, tile: Tile, grid: Grid) -> Blocks:
     """Return the attention of a tile's queries to its keys alone."""
     k, v = (x[:, tile.keys, ...] for x in kv)
     attention = kernels.of(grid).attention
-    return attention(q[:, tile.queries, ...], k, v, tile.causal, tile.padding, tile.positions)
+    return attention(q[:, tile.queries, ...], k, v, tile.causal, tile.padding, tile.positions, tile.window)
 
 
 def _merge(before: Blocks | None, part: Blocks, grid: Grid) -> Blocks:
@@ -140,7 +140,7 @@ def attend_backward(
             rows, known = (slice(None), tile.queries, ...), _take_rows((out, statistics), tile.queries)
             k, v = (x[:, tile.keys, ...] for x in block)
             x, y, z = kernels.of(mask.grid).attention_backward(
-                do[rows], q[rows], k, v, *known, tile.causal, tile.padding, tile.positions
+                do[rows], q[rows], k, v, *known, tile.causal, tile.padding, tile.positions, tile.window
             )
             dq = _add_rows(dq, tile.queries, x, q)
             dk, dv = _add_rows(dk, tile.keys, y, block[0]), _add_rows(dv, tile.keys, z, block[1])

@@ -12,7 +12,7 @@ from typing import Any
 from numpy.typing import DTypeLike
 
 from colossal_mpi.distarray import DistArray
-from colossal_mpi.errors import ShapeError
+from colossal_mpi.errors import OptionError, ShapeError
 from colossal_mpi.layers.attention import ring
 from colossal_mpi.layers.attention.mask import AttentionMask
 from colossal_mpi.layers.attention.rotary import Rotary, Rotation
@@ -35,9 +35,13 @@ class Attention(Layer):
         The mode, which chooses the layout.
     causal : bool
         Whether a query sees only the keys of its own position and lower ones.
+    window : int, optional
+        Number of positions, up to its own, whose keys a causal query sees (sliding-window attention); None: all.
 
     Raises
     ------
+    OptionError
+        If the window is below 1, or given without `causal`.
     ShapeError
         From `forward`, if the mask of the context is not ``[b, s]``, or its positions are neither ``[s]`` nor
         ``[b, s]``.
@@ -47,7 +51,7 @@ class Attention(Layer):
     Notes
     -----
     Batch, heads and sequence may be cut, the head dim d may not. Keys count where `Context.mask` is true; a query that
-    sees no key gives zeros. The causal order compares `Context.positions`.
+    sees no key gives zeros. The causal order and the window compare `Context.positions`.
 
     The probabilities are not kept: the backward pass recomputes them, tile by tile, from the peaks and sums of the
     scores. Memory grows linearly with s and falls with the ranks that cut it.
@@ -60,11 +64,13 @@ class Attention(Layer):
 
     References
     ----------
-    Jacobs et al.: DeepSpeed Ulysses, 2023 (heads). Liu, Zaharia, Abbeel: Ring attention, 2023.
+    Jacobs et al.: DeepSpeed Ulysses, 2023 (heads). Liu, Zaharia, Abbeel: Ring attention, 2023. Beltagy, Peters, Cohan:
+    Longformer, 2020 (windows).
     """
 
-    def __init__(self, parallelism: Parallelism, *, causal: bool = True) -> None:
+    def __init__(self, parallelism: Parallelism, *, causal: bool = True, window: int | None = None) -> None:
         self.layout, self.causal = parallelism.attention("bstad", "a", "a"), causal
+        self.window = _checked_window(window, causal)
 
     def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Cache]:
         # X[B, S_(seq,ulysses), 3, A_col, D] -> X[B, S_seq, 3, A_(col,ulysses), D]: all_to_all over ulysses
@@ -72,7 +78,7 @@ class Attention(Layer):
         cache = _kv_cache(ctx)
         if cache is not None:
             return cache.attend(self, packed[:, :, 0], packed[:, :, 1:], ctx), None
-        mask, (q, k, v) = AttentionMask(packed, self.causal, ctx), self._heads(packed)
+        mask, (q, k, v) = AttentionMask(packed, self.causal, ctx, self.window), self._heads(packed)
         out, statistics = ring.attend(q, (k, v), mask)
         dims, saved = self.layout.dims, (self.save(x, (q, k, v)), out, statistics, mask)
         return DistArray(out, (b, s, a, d), Layout(*dims[:2], *dims[3:]), x.grid), (saved, x.layout.with_partial())
@@ -92,6 +98,13 @@ class Attention(Layer):
         block = backend.namespace(do).stack(ring.attend_backward(do, q, (k, v), out, statistics, mask), axis=2)
         # dX[B, S_seq, 3, A_(col,ulysses), D] -> dX[B, S_(seq,ulysses), 3, A_col, D]: all_to_all over ulysses
         return DistArray(block, (b, s, 3, a, d), self.layout, dy.grid).redistribute(layout)
+
+
+def _checked_window(window: int | None, causal: bool) -> int | None:
+    """Return a window; raise OptionError if attention cannot have it."""
+    if window is not None and (window < 1 or not causal):
+        raise OptionError(f"window={window} with causal={causal}: use a window of 1 or more, with causal=True, or None")
+    return window
 
 
 def _kv_cache(ctx: Context) -> KeyValueCache | None:
@@ -117,9 +130,13 @@ class GroupedAttention(Layer):
         The letter that is cut inside attention by the axes that cut s outside it and form no ring.
     causal : bool
         Whether a query sees only the keys of its own position and lower ones.
+    window : int, optional
+        Number of positions, up to its own, whose keys a causal query sees (sliding-window attention); None: all.
 
     Raises
     ------
+    OptionError
+        If the window is below 1, or given without `causal`.
     ShapeError
         From `forward`, if the mask of the context is not ``[b, s]``, or its positions are neither ``[s]`` nor
         ``[b, s]``.
@@ -141,9 +158,11 @@ class GroupedAttention(Layer):
     Ainslie et al.: GQA: training generalized multi-query transformer models, 2023.
     """
 
-    def __init__(self, parallelism: Parallelism, inner: str, spread: str, *, causal: bool = True) -> None:
+    def __init__(
+        self, parallelism: Parallelism, inner: str, spread: str, *, causal: bool = True, window: int | None = None
+    ) -> None:
         self.q, self.kv = (parallelism.attention(letters, inner, spread) for letters in ("bsgrd", "bstgd"))
-        self.causal = causal
+        self.causal, self.window = causal, _checked_window(window, causal)
 
     def forward(self, x: tuple[DistArray, DistArray], ctx: Context) -> tuple[DistArray, Cache]:
         # Q[B, S_(seq,ulysses), G_col, R, D] -> Q[B, S_seq, G_col, R_ulysses, D]: all_to_all over ulysses, where it cuts
@@ -152,7 +171,11 @@ class GroupedAttention(Layer):
         cache = _kv_cache(ctx)
         if cache is not None:
             return cache.attend(self, q, kv, ctx), None
-        mask, heads, (k, v) = AttentionMask(q, self.causal, ctx), _merged_heads(q), (_own(kv, 0), _own(kv, 1))
+        mask, heads, (k, v) = (
+            AttentionMask(q, self.causal, ctx, self.window),
+            _merged_heads(q),
+            (_own(kv, 0), _own(kv, 1)),
+        )
         out, statistics = ring.attend(heads, (k, v), mask)
         saved = self.save(x[0], heads), self.save(x[1], (k, v)), out, statistics, mask
         y = q.like(backend.namespace(out).reshape(out, q.local.shape))
@@ -211,6 +234,8 @@ class SelfAttention(Sequential):
         Rotates queries and keys by their positions; None: attention does not depend on positions.
     causal : bool
         Whether a query sees only the keys of its own position and lower ones.
+    window : int, optional
+        Number of positions, up to its own, whose keys a causal query sees (sliding-window attention); None: all.
     bias : bool
         Whether the input products have biases.
     out_bias : bool, optional
@@ -228,6 +253,8 @@ class SelfAttention(Sequential):
 
     Raises
     ------
+    OptionError
+        If the window is below 1, or given without `causal`.
     ShapeError
         If `heads` does not divide `hidden` and no width is given, if `groups` does not divide `heads`, or if the width
         is odd and `rotary` is given.
@@ -262,6 +289,7 @@ class SelfAttention(Sequential):
         groups: int | None = None,
         rotary: Rotary | None = None,
         causal: bool = True,
+        window: int | None = None,
         bias: bool = True,
         out_bias: bool | None = None,
         width: int | None = None,
@@ -277,22 +305,33 @@ class SelfAttention(Sequential):
         sizes = {"h": hidden, "a": heads, "g": groups, "r": heads // groups, "d": width}
         common: dict[str, Any] = {"bias": bias, "std": std, "seed": seed, "dtype": dtype}
         parts = _multi_head if groups == heads else _grouped
-        heads_of, subscripts, inner = parts(sizes, parallelism, name, rotary, causal, common)
+        order: dict[str, Any] = {"causal": causal, "window": window}
+        heads_of, subscripts, inner = parts(sizes, parallelism, name, rotary, order, common)
         common |= {"bias": bias if out_bias is None else out_bias, "std": out_std}
         super().__init__(*heads_of, Linear(subscripts, sizes, inner, parallelism, f"{name}.out", **common))
 
 
 def _multi_head(
-    sizes: dict[str, int], p: Parallelism, name: str, rotary: Rotary | None, causal: bool, common: dict[str, Any]
+    sizes: dict[str, int],
+    p: Parallelism,
+    name: str,
+    rotary: Rotary | None,
+    order: dict[str, Any],
+    common: dict[str, Any],
 ) -> tuple[list[Layer], str, str]:
     """Return the layers before the output product, and the subscripts and the inner letter of that product."""
     turn = [] if rotary is None else [Rotation(rotary, 2)]
     qkv = Linear("bsh,htad->bstad", {**sizes, "t": 3}, "a", p, f"{name}.qkv", **common)
-    return [qkv, *turn, Attention(p, causal=causal)], "bsad,adh->bsh", "a"
+    return [qkv, *turn, Attention(p, **order)], "bsad,adh->bsh", "a"
 
 
 def _grouped(
-    sizes: dict[str, int], p: Parallelism, name: str, rotary: Rotary | None, causal: bool, common: dict[str, Any]
+    sizes: dict[str, int],
+    p: Parallelism,
+    name: str,
+    rotary: Rotary | None,
+    order: dict[str, Any],
+    common: dict[str, Any],
 ) -> tuple[list[Layer], str, str]:
     """Return the layers before the output product, and the subscripts and the inner letter of that product."""
     heads = {letter: sizes[letter] for letter in "gr"}
@@ -302,7 +341,7 @@ def _grouped(
         Linear("bsh,hgrd->bsgrd", sizes, inner, p, f"{name}.q", **common),
         Linear("bsh,htgd->bstgd", {**sizes, "t": 2}, inner, p, f"{name}.kv", replicate="r", **common),
     )
-    return [products, *turn, GroupedAttention(p, inner, spread, causal=causal)], "bsgrd,grdh->bsh", inner
+    return [products, *turn, GroupedAttention(p, inner, spread, **order)], "bsgrd,grdh->bsh", inner
 
 
 def head_width(hidden: int, heads: int, groups: int, width: int | None = None) -> int:

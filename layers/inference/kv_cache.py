@@ -63,7 +63,7 @@ class KVCache:
         Parameters
         ----------
         layer : object
-            Attention layer that the keys and values belong to.
+            Attention layer that the keys and values belong to. A query sees the slots in its ``window``, if it has one.
         q : DistArray
             Queries ``[b, s, ..., d]`` of the new tokens, the heads between s and d, in order of their groups.
         kv : DistArray
@@ -100,10 +100,11 @@ class KVCache:
         else:
             filled = _put(array, self._checked(_greatest(positions)), pairs.local, positions, own)
         keys, x = array[:, : own.count(filled), ...], new.local
+        window = getattr(layer, "window", None)
         heads = backend.namespace(x).reshape(x, (*x.shape[:2], math.prod(x.shape[2:-1]), x.shape[-1]))
         order = positions, own.positions(keys)
         # q[B_data, S, A_col, D] . k[B_data, T_seq, G_col, D] -> out[B_data, S, A_col, D], of this rank's slots T_seq
-        local = kernels.of(q.grid).attention(heads, keys[:, :, 0, ...], keys[:, :, 1, ...], True, None, order)
+        local = kernels.of(q.grid).attention(heads, keys[:, :, 0, ...], keys[:, :, 1, ...], True, None, order, window)
         return q.like(_merged(local, q, new))
 
     def _array(self, layer: object, kv: DistArray, own: _Slots) -> Block:

@@ -15,10 +15,14 @@ from colossal_mpi.platform.backend import Block, is_half, namespace
 _scores = lru_cache(attention_scores)
 
 
-def _products(q: Block, k: Block, causal: bool) -> int:
+def _products(q: Block, k: Block, causal: bool, positions: Any, window: int | None) -> int:
     """Return the multiplications of one product of queries and keys, over the tiles in which some key is seen."""
     (b, s, a, d), (_, t, g, _) = q.shape, k.shape
-    return b * a * d * _scores(s, t, a // g, causal) if b * s * a * t * g else 0
+    if not b * s * a * t * g:
+        return 0
+    ranges = positions if positions and isinstance(positions[0], range) else (range(s), range(t))
+    scores: int = _scores(s, t, a // g, causal, window, ranges[0].start - ranges[1].start)
+    return int(b * a * d) * scores
 
 
 def _tile(q: Block, k: Block, causal: bool, arrays: int) -> None:
@@ -28,9 +32,17 @@ def _tile(q: Block, k: Block, causal: bool, arrays: int) -> None:
         xp.empty((arrays, largest(b, s, g, a // g, t, causal)), dtype=xp.float32 if is_half(q.dtype) else q.dtype)
 
 
-def attention(q: Block, k: Block, v: Block, causal: bool = True, mask: Any = None, positions: Any = None) -> Any:
+def attention(
+    q: Block,
+    k: Block,
+    v: Block,
+    causal: bool = True,
+    mask: Any = None,
+    positions: Any = None,
+    window: int | None = None,
+) -> Any:
     xp, (b, s, a, _) = namespace(q), q.shape
-    work(2 * 2 * _products(q, k, causal), q, k, v)
+    work(2 * 2 * _products(q, k, causal, positions, window), q, k, v)
     statistics = xp.empty((2, b, a, s, 1), dtype=xp.float32 if is_half(q.dtype) else q.dtype)
     out = xp.empty(q.shape, dtype=q.dtype)
     _tile(q, k, causal, 2)  # scores and their exponentials
@@ -47,8 +59,9 @@ def attention_backward(
     causal: bool = True,
     mask: Any = None,
     positions: Any = None,
+    window: int | None = None,
 ) -> Any:
-    work(5 * 2 * _products(q, k, causal), do, q, k, v, o)
+    work(5 * 2 * _products(q, k, causal, positions, window), do, q, k, v, o)
     made = tuple(namespace(x).empty(x.shape, dtype=x.dtype) for x in (q, k, v))
     _tile(q, k, causal, 3)  # scores, probabilities and their cotangents
     return made

@@ -144,9 +144,15 @@ def lookup_backward(dy: Tensor, ids: Tensor, start: int, count: int) -> Tensor:
 
 @_kernel
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool = True, mask: Tensor | None = None, positions: Any = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool = True,
+    mask: Tensor | None = None,
+    positions: Any = None,
+    window: int | None = None,
 ) -> Any:
-    if not _flash(q, k, causal, positions):
+    if not _flash(q, k, causal, positions, window):
         return NotImplemented
     bias = _bias(mask, q.dtype)
     out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(*_heads(q, k, v), 0.0, causal, attn_mask=bias)
@@ -164,8 +170,9 @@ def attention_backward(
     causal: bool = True,
     mask: Tensor | None = None,
     positions: Any = None,
+    window: int | None = None,
 ) -> Any:
-    if not _flash(q, k, causal, positions):
+    if not _flash(q, k, causal, positions, window):
         return NotImplemented
     (peaks, sums), heads = statistics[..., 0], _heads(q, k, v)
     lse = torch.where(sums > 0, peaks + sums.log(), torch.inf)  # infinity makes all probabilities 0
@@ -176,9 +183,10 @@ def attention_backward(
     return dq.transpose(1, 2), *(_grouped(d, k).transpose(1, 2) for d in rest)
 
 
-def _flash(q: Tensor, k: Tensor, causal: bool, positions: Any) -> bool:
+def _flash(q: Tensor, k: Tensor, causal: bool, positions: Any, window: int | None) -> bool:
     """Say whether the flash kernel for CPUs covers the case. An empty array would crash the process."""
-    order = not causal or (positions is None and q.shape[1] == k.shape[1])
+    whole = window is None or window >= k.shape[1]
+    order = not causal or (positions is None and q.shape[1] == k.shape[1] and whole)
     return q.device.type == "cpu" and order and q.numel() > 0 and k.numel() > 0
 
 

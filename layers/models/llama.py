@@ -1,7 +1,7 @@
 """Llama: a decoder with rotary positions, RMSNorm, grouped queries and a gated MLP, and its mapping onto directories.
 
-``apps`` trains it, and checkpoints and `from_pretrained` find it in the registry. Mistral has the same architecture
-unless its attention window slides, and with experts the model is Mixtral's. It is a chain of layers: nothing here
+``apps`` trains it, and checkpoints and `from_pretrained` find it in the registry. Mistral is the same architecture with
+a sliding attention window, and with experts the model is Mixtral's. It is a chain of layers: nothing here
 communicates or knows the grid.
 """
 
@@ -24,7 +24,6 @@ from colossal_mpi.layers.models.huggingface.architecture import (
     ConfigKey,
     Table,
     boolean,
-    fixed,
     integer,
     linear,
     optional_integer,
@@ -60,6 +59,10 @@ class LlamaConfig:
         The longest sequence that the model is meant for, in tokens. No memory depends on it.
     theta : float
         Base of the rotary frequencies.
+    sliding_window : int, optional
+        Number of positions, up to its own, whose keys a query sees; None: all lower ones.
+    sliding_layers : tuple of int, optional
+        Numbers of the blocks that have the window; None: all.
     scaling : mapping, optional
         Scaling of the rotary frequencies, see `Rotary`.
     activation : str
@@ -97,6 +100,8 @@ class LlamaConfig:
     inner: int = 14336
     positions: int = 8192
     theta: float = 500000.0
+    sliding_window: int | None = None
+    sliding_layers: tuple[int, ...] | None = None
     scaling: Mapping[str, Any] | None = None
     activation: str = "swiglu"
     eps: float = 1e-5
@@ -187,24 +192,28 @@ LLAMA = Architecture(
 
 
 def _normalize_mistral(table: Table) -> Table:
-    """Replace a sliding window that is at least as long as the longest sequence by none."""
-    window, longest = table.get("sliding_window", 4096), table.get("max_position_embeddings", 131072)
-    covers_all = isinstance(window, int) and isinstance(longest, int) and window >= longest
-    return _normalize(table | {"sliding_window": None if covers_all else window})
+    """Refuse a mixture of layers with and without the window: the window of a Mistral slides in all of them."""
+    kinds, window = table.get("layer_types") or [], table.get("sliding_window", 4096)
+    if any(kind != ("full_attention" if window is None else "sliding_attention") for kind in kinds):
+        raise ConfigError(
+            f"layer_types={kinds!r} cannot be run with sliding_window={window!r}: every layer of a mistral has the "
+            "sliding window, or none has"
+        )
+    return _normalize(table)
 
 
 MISTRAL = replace(
     LLAMA,
     model_type="mistral",
     classes=("MistralForCausalLM",),
-    keys=(*_keys(inner=14336, positions=131072, groups=8), fixed("sliding_window", 4096, None)),
+    keys=(*_keys(inner=14336, positions=131072, groups=8), optional_integer("sliding_window", "sliding_window", 4096)),
     normalize=_normalize_mistral,
 )
 
 
 @register_model("llama", LlamaConfig, task="language", huggingface=[LLAMA, MISTRAL])
 class Llama(Sequential):
-    """Llama: token ids ``[b, s]`` to logits ``[b, s, v]``. Mistral is the same model, Mixtral the one with experts.
+    """Llama: token ids ``[b, s]`` to logits ``[b, s, v]``. With a sliding window it is Mistral, with experts Mixtral.
 
     Parameters
     ----------
@@ -229,6 +238,8 @@ class Llama(Sequential):
         initial: dict[str, Any] = {"std": c.std, "seed": c.seed, "dtype": c.dtype}
         tokens = Embedding(c.vocabulary, c.hidden, parallelism, "tokens", **initial)
         rotary = Rotary(c.theta, c.scaling)
+        sliding = range(c.layers) if c.sliding_layers is None else c.sliding_layers
+        attention: dict[str, Any] = {"groups": c.groups, "width": c.width, "rotary": rotary, "bias": c.bias}
         sizes, shared = {"v": c.vocabulary, "h": c.hidden}, tokens.table if c.tied else None
         super().__init__(
             tokens,
@@ -243,7 +254,7 @@ class Llama(Sequential):
                     eps=c.eps,
                     activation=c.activation,
                     bias=c.mlp_bias,
-                    attention={"groups": c.groups, "width": c.width, "rotary": rotary, "bias": c.bias},
+                    attention=attention | {"window": c.sliding_window if i in sliding else None},
                     out_std=c.std,
                     experts=expert_options(c.experts, c.experts_per_token, c.expert_balance, c.expert_z_loss),
                     **initial,

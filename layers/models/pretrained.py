@@ -213,7 +213,8 @@ def save_pretrained(
         Bytes of weights in one file; a larger model goes into several files with an index.
     extra : mapping, optional
         Further keys of ``config.json``, such as ``eos_token_id``; they never replace keys that say what is computed.
-        Where several values of ``model_type`` fit the model (llama and mistral), the one in `extra` is written.
+        Where several values of ``model_type`` fit the model (llama and mistral), the one in `extra` is written, and
+        else the first that has a place for the whole configuration.
         Token ids that differ from those of the directory the model was read from, such as another ``eos_token_id``,
         are written into ``generation_config.json``, too.
     settings : mapping of str to bytes, optional
@@ -234,7 +235,7 @@ def save_pretrained(
     most 32 MiB of float64, and holds no more than one message at a time. A tied weight is written once.
     """
     kind = kind_of(model)
-    fitting = {architecture.model_type: architecture for architecture in (kind.huggingface if kind else ())}
+    fitting = kind.huggingface if kind else ()
     if not fitting:
         raise CheckpointError(f"a {type(model).__name__} is no model of transformers: colossal_mpi.checkpoint saves it")
     config = config_of(model)
@@ -243,7 +244,7 @@ def save_pretrained(
     origin = vars(model).get("origin", Origin({}, {}))
     changed = {key: value for key, value in (extra or {}).items() if value != origin.table.get(key)}
     extra = origin.table | dict(extra or {})
-    architecture = fitting.get(str(extra.get("model_type")), next(iter(fitting.values())))
+    architecture = _choose(fitting, config, extra.get("model_type"))
     parameters = list(model.parameters())
     grid, dtype = parameters[0].value.grid, backend.numpy_dtype(parameters[0].value.dtype).name
     # transformers renamed the key; older versions read torch_dtype.
@@ -274,6 +275,18 @@ def _require_settings(settings: Mapping[str, bytes]) -> None:
     unknown = [name for name in settings if name not in SETTINGS]
     if unknown:
         raise CheckpointError(f"save_pretrained with settings {unknown[0]!r}: the names are {', '.join(SETTINGS)}")
+
+
+def _choose(fitting: Sequence[Architecture], config: ModelConfig, wanted: object) -> Architecture:
+    """Return the architecture of the wanted ``model_type``, else the first that has a place for a configuration."""
+    named = [architecture for architecture in fitting if architecture.model_type == wanted]
+    for architecture in named or fitting:
+        try:
+            architecture.write_config(config)
+        except ConfigError:
+            continue
+        return architecture
+    return (named or list(fitting))[0]  # whose message says what it lacks
 
 
 def _tensors(pairs: Pairs) -> Tensors:

@@ -55,10 +55,10 @@ def both(do, q, k, v, *seen):
     return out, *kernels.attention_backward(do, q, k, v, out, statistics, *seen)
 
 
-def exact(do, q, k, v, causal=True, mask=None, positions=None):
+def exact(do, q, k, v, causal=True, mask=None, positions=None, window=None):
     leaves = [torch.tensor(x.astype("float64"), requires_grad=True) for x in (q, k, v)]
     at = None if positions is None else [torch.tensor(x) for x in positions]
-    y = attend(*leaves, causal, None if mask is None else torch.tensor(mask), at)
+    y = attend(*leaves, causal, None if mask is None else torch.tensor(mask), at, window)
     y.backward(torch.tensor(do.astype("float64")))
     return y.detach().numpy(), *(x.grad.numpy() for x in leaves)
 
@@ -78,6 +78,18 @@ def test_tiles_equal_torch(cut, size, causal):
             mine = both(*arrays, *seen)
         assert [x.shape for x in mine] == [x.shape for x in (arrays[1], *arrays[1:])]
         assert error(mine, exact(*arrays, *seen)) <= 64 * np.finfo("float64").eps
+
+
+@pytest.mark.parametrize("window", [1, 3, 20])
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: "-".join(map(str, size)))
+def test_a_window_hides_the_keys_before_it(cut, size, window):
+    s, t = size[:2]
+    ranges = range(4, 4 + s), range(2, 2 + t)
+    unsigned = tuple(RNG.integers(0, 9, n).astype("u1") for n in (s, t))
+    for mask, positions in itertools.product(MASKS.values(), [None, ranges, unsigned, POSITIONS["each"](s, t)]):
+        arrays, seen = operands(*size), (True, mask and mask(t), positions, window)
+        at = positions and tuple(np.asarray(x, "i8") for x in positions)
+        assert error(both(*arrays, *seen), exact(*arrays, *seen[:2], at, window)) <= 64 * np.finfo("float64").eps
 
 
 def test_keys_may_come_in_parts(cut):
@@ -136,6 +148,18 @@ def test_tiles_above_the_diagonal_are_skipped(monkeypatch):
     zigzag = np.concatenate([np.arange(16), np.arange(112, 128)])
     both(*operands(32, 32, 1, 1), True, None, (zigzag, zigzag))
     assert sum(done) == 2 * 64 * (4 * 5 // 2)
+
+
+def test_tiles_before_the_window_are_skipped(monkeypatch):
+    monkeypatch.setattr(tiles, "LENGTH", 8)
+    monkeypatch.setattr(tiles, "LEAST", 8)
+    done, scores = [], formulas._scores
+    monkeypatch.setattr(formulas, "_scores", lambda q, k: done.append(k.shape[2] * q.shape[2]) or scores(q, k))
+    both(*operands(64, 64, 1, 1), True, None, None, 9)
+    assert sum(done) == 2 * 64 * (8 + 7) == 2 * tiles.attention_scores(64, 64, window=9)
+    done.clear()
+    both(*operands(64, 64, 1, 1), True, None, (range(64, 128), range(64)), 9)
+    assert sum(done) == 2 * 64 == 2 * tiles.attention_scores(64, 64, window=9, offset=64)
 
 
 def test_memory_grows_linearly():

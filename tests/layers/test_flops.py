@@ -14,12 +14,23 @@ from colossal_mpi.errors import OptionError
 from colossal_mpi.layers import Layer, Parallelism, Residual
 from colossal_mpi.layers.analysis import flops
 from colossal_mpi.layers.conv import Conv2d
+from colossal_mpi.layers.models import Llama, LlamaConfig
 from colossal_mpi.platform import backend, blas
 
 WIDE = {"layers": 2, "hidden": 20, "heads": 4}
+SIZES = {"vocabulary": 13, "layers": 1, "hidden": 20, "heads": 10, "groups": 2, "inner": 7}
 MODELS = {
     "gpt": {**WIDE, "context": 150},
     "llama": {"kind": "llama", **WIDE, "heads": 10, "groups": 5, "inner": 7, "context": 70},
+    "llama-window": {
+        "kind": "llama",
+        **WIDE,
+        "heads": 10,
+        "groups": 2,
+        "inner": 7,
+        "context": 530,
+        "sliding_window": 20,
+    },
     "bert": {"kind": "bert", **WIDE, "context": 67},
     "bert-pairs": {"kind": "bert", **WIDE, "context": 13, "next_sentence": True},
     "vit": {"kind": "vit", **WIDE, "patch": 3},
@@ -92,6 +103,14 @@ def test_model_flop_are_those_of_palm(name, tied):
     again = trainer(name, Grid(MPI.COMM_SELF), "full").model
     assert flops.model_flop(again, 5, s) == flops.model_flop(run.model, 5, s)
     assert flops.hardware_flop(again, 5, s) > flops.hardware_flop(run.model, 5, s)
+
+
+def test_a_window_takes_the_place_of_the_length_in_the_scores():
+    sizes = MODELS["llama-window"]
+    models = [Llama(LlamaConfig(**SIZES, sliding_window=w), Parallelism(Grid(MPI.COMM_SELF))) for w in (None, 20, 900)]
+    every, some, covered = (flops.model_flop(model, 5, sizes["context"]) for model in models)
+    assert covered == every == some + 5 * sizes["context"] * 12 * (sizes["context"] - 20) * SIZES["hidden"]
+    assert flops.hardware_flop(models[1], 5, 530) < flops.hardware_flop(models[0], 5, 530)
 
 
 def test_the_windows_of_an_image_are_no_positions():

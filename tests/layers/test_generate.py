@@ -21,6 +21,12 @@ COMMON = {"layers": 2, "positions": 13, "dtype": "float64", "std": 0.4}
 MODELS = {
     "gpt": (GPT, GPTConfig(vocabulary=37, hidden=20, heads=5, **COMMON)),
     "llama": (Llama, LlamaConfig(vocabulary=41, hidden=24, heads=6, groups=3, inner=11, **COMMON)),
+    "sliding": (
+        Llama,
+        LlamaConfig(
+            vocabulary=41, hidden=24, heads=6, groups=3, inner=11, sliding_window=4, sliding_layers=(1,), **COMMON
+        ),
+    ),
     "one-group": (Llama, LlamaConfig(vocabulary=41, hidden=24, heads=6, groups=1, inner=11, **COMMON)),
 }
 B, LENGTHS = 5, np.array([3, 1, 8, 5, 2])

@@ -9,7 +9,7 @@ from colossal_mpi.layers.loss import CrossEntropy
 from colossal_mpi.layers.models.huggingface import directory
 from tests.cases import block_of, host
 from tests.reference import hf_case as case
-from tests.reference.modes import every_mode, few, parallelism
+from tests.reference.modes import FEW, SEQUENCE, every_mode, parallelism
 
 prepared_by = pytest.mark.prepare(case.prepare)
 
@@ -54,7 +54,7 @@ def test_logits_and_every_gradient_are_those_of_transformers(grid, prepared, nam
 
 
 @prepared_by
-@few
+@pytest.mark.grids(*FEW, *SEQUENCE)
 @pytest.mark.parametrize("name", [name for name in case.CASES if name not in case.MODELS])
 def test_variants_are_those_of_transformers(grid, prepared, name):
     check(parallelism(grid), prepared, name)
@@ -167,5 +167,4 @@ def test_transformers_loads_what_is_saved(prepared, tmp_path, name):
     assert set().union(*loading.values()) <= case.UNUSED
     assert all(torch.equal(w, weights[key]) for key, w in before.state_dict().items() if key not in case.UNUSED)
     was, now = before.config.to_dict(), after.config.to_dict()
-    respelled = case.RESPELLED.get(name, set()) | {"_name_or_path"}
-    assert {key for key in was if was[key] != now[key]} <= respelled
+    assert {key for key in was if was[key] != now[key]} <= {"_name_or_path"}

@@ -62,7 +62,7 @@ CASES = {
     ),
     "mistral": (
         "MistralForCausalLM",
-        {**_LLAMA, "num_hidden_layers": 1, "num_key_value_heads": 3, "sliding_window": 11},
+        {**_LLAMA, "num_hidden_layers": 2, "num_key_value_heads": 3, "sliding_window": 4},
     ),
     "bert": ("BertForPreTraining", _BERT),
     "bert-masked": ("BertForMaskedLM", {**_BERT, "num_hidden_layers": 1, "hidden_act": "gelu_new"}),
@@ -134,8 +134,6 @@ def labels_of(output):
 
 UNUSED = {"cls.predictions.bias"}
 """The tensor that an untied BERT has but does not use; it is not saved again."""
-RESPELLED = {"mistral": {"sliding_window"}}
-"""Keys of a case that are saved in another spelling."""
 
 
 def tensors(directory):

@@ -38,6 +38,8 @@ MODELS = {
     "llama": lambda p: Llama(LlamaConfig(**SIZES, heads=6, groups=3, width=4), p),
     "llama-shared": lambda p: Llama(LlamaConfig(**SIZES, heads=4, groups=1, width=2), p),
     "llama-positions": lambda p: Llama(LlamaConfig(**SIZES, heads=4, groups=2, width=2), p),
+    "llama-window": lambda p: Llama(LlamaConfig(**SIZES, heads=4, groups=2, width=2, sliding_window=3), p),
+    "llama-window-positions": lambda p: Llama(LlamaConfig(**SIZES, heads=3, groups=3, width=2, sliding_window=4), p),
     "experts": experts,
     "bert": lambda p: Bert(BertConfig(**SIZES, heads=5, positions=S + 2), p),
     "vit": vit("first"),
@@ -72,7 +74,7 @@ def batch(name, p, rows, order):
         return spread(TOKENS), [spread(LABELS), each(FOLLOWS)], known
     if name == "gpt-positions":
         known |= {"positions": POSITIONS[0][index], "mask": spread(MASK)}
-    if name == "llama-positions":
+    if name.startswith("llama") and name.endswith("positions"):
         known |= {"positions": spread(POSITIONS)}
     return spread(TOKENS), [spread(LABELS)], known
 

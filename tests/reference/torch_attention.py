@@ -14,13 +14,14 @@ def rotate(x, positions, theta):
     return x * cos + torch.cat([-x[..., d // 2 :], x[..., : d // 2]], -1) * sin
 
 
-def attend(q, k, v, causal=True, mask=None, positions=None):
+def attend(q, k, v, causal=True, mask=None, positions=None, window=None):
     """Return attention of ``[b, s, a, d]`` to ``[b, t, g, d]``; a query that sees no key gives zeros."""
     k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
     scores = torch.einsum("bqad,bkad->baqk", q, k) / math.sqrt(q.shape[-1])
     at = [torch.arange(x.shape[1]) for x in (q, k)] if positions is None else positions
     of_q, of_k = (x.expand(q.shape[0], x.shape[-1]) for x in at)
-    seen = (of_k[:, None, None, :] <= of_q[:, None, :, None]) | torch.tensor(not causal)
+    distance = of_q[:, None, :, None] - of_k[:, None, None, :]
+    seen = ((distance >= 0) & (distance < (window or math.inf))) | torch.tensor(not causal)
     seen = (seen if mask is None else seen & mask[:, None, None, :]).expand(scores.shape)
     hidden = ~seen & seen.any(-1, keepdim=True)
     return torch.einsum("baqk,bkad->bqad", scores.masked_fill(hidden, -math.inf).softmax(-1) * seen, v)

@@ -53,6 +53,9 @@ class LlamaSection(_MixtureSection):
 
     groups: int = Field(2, ge=1, description="groups of heads that share keys and values; must divide heads")
     inner: int = Field(352, ge=1, description="width of the gated MLP; Llama has 8/3 x hidden")
+    sliding_window: int | None = Field(
+        None, ge=1, description="positions, up to its own, whose keys a query sees, as in Mistral; by default all"
+    )
     theta: float = Field(10000.0, gt=0, allow_inf_nan=False, description="base of the rotary frequencies")
 
 

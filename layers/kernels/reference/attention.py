@@ -22,7 +22,13 @@ State = tuple[Block, Block, Block]
 
 
 def attention(
-    q: Block, k: Block, v: Block, causal: bool = True, mask: Block | None = None, positions: Positions = None
+    q: Block,
+    k: Block,
+    v: Block,
+    causal: bool = True,
+    mask: Block | None = None,
+    positions: Positions = None,
+    window: int | None = None,
 ) -> tuple[Block, Block]:
     """Return softmax attention of queries to keys, and the peaks and sums of its scores.
 
@@ -42,9 +48,11 @@ def attention(
         Whether a query sees only keys at its own position and lower ones.
     mask : array, optional
         Bool ``[b, t]``, true for keys that may be seen.
-    positions : pair of array, optional
-        Integer positions of the queries, ``[s]`` or ``[b, s]``, and of the keys, ``[t]`` or ``[b, t]``. By default both
-        are 0, 1, 2, ... They count only if `causal` is true.
+    positions : pair of array or range, optional
+        Integer positions of the queries, ``[s]`` or ``[b, s]``, and of the keys, ``[t]`` or ``[b, t]``, or two ranges
+        of step 1. By default both are 0, 1, 2, ... They count only if `causal` is true.
+    window : int, optional
+        Number of positions, up to its own, whose keys a query sees; None: all. It counts only if `causal` is true.
 
     Returns
     -------
@@ -62,7 +70,7 @@ def attention(
     xp, (b, s, a, d), g = namespace(q), q.shape, k.shape[2]
     if 0 in q.shape or 0 in k.shape:
         return xp.zeros_like(q), _nothing(q, (b, a, s, 1))
-    q, visible = xp.reshape(q, (b, s, g, a // g, d)), AttentionMask(causal, mask, positions)
+    q, visible = xp.reshape(q, (b, s, g, a // g, d)), AttentionMask(causal, mask, positions, window)
     out, statistics = xp.zeros_like(q), _nothing(q, (b, g, a // g, s))
     rows, keys = tiles(q, k, causal)
     for tile in itertools.chain.from_iterable(rows):
@@ -174,6 +182,7 @@ def attention_backward(
     causal: bool = True,
     mask: Block | None = None,
     positions: Positions = None,
+    window: int | None = None,
 ) -> tuple[Block, Block, Block]:
     """Return the cotangents of queries, keys and values. The probabilities are recomputed from the statistics.
 
@@ -195,9 +204,11 @@ def attention_backward(
         Whether a query sees only keys at its own position and lower ones.
     mask : array, optional
         Bool ``[b, t]``, true for keys that may be seen.
-    positions : pair of array, optional
-        Integer positions of the queries, ``[s]`` or ``[b, s]``, and of the keys, ``[t]`` or ``[b, t]``. By default both
-        are 0, 1, 2, ... They count only if `causal` is true.
+    positions : pair of array or range, optional
+        Integer positions of the queries, ``[s]`` or ``[b, s]``, and of the keys, ``[t]`` or ``[b, t]``, or two ranges
+        of step 1. By default both are 0, 1, 2, ... They count only if `causal` is true.
+    window : int, optional
+        Number of positions, up to its own, whose keys a query sees; None: all. It counts only if `causal` is true.
 
     Returns
     -------
@@ -214,7 +225,7 @@ def attention_backward(
         return xp.zeros_like(q), dk, dv
     do, q, o = (xp.reshape(x, (b, s, g, a // g, d)) for x in (do, q, o))
     statistics, dq = xp.reshape(statistics, (2, b, g, a // g, s)), xp.zeros_like(q)
-    visible, (rows, keys) = AttentionMask(causal, mask, positions), tiles(q, k, causal)
+    visible, (rows, keys) = AttentionMask(causal, mask, positions, window), tiles(q, k, causal)
     for some in rows:
         sums: dict[int, list[Block]] = {}
         for tile in some:

@@ -8,15 +8,16 @@ of a group share its keys, so that their queries are the columns of one matrix o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from colossal_mpi.layers.kernels.reference.wide import wide
 from colossal_mpi.layout import part
 from colossal_mpi.platform.backend import Block, namespace
 
-Positions = tuple[Block, Block] | None
-"""Positions of the queries, ``[s]`` or ``[b, s]``, and of the keys, ``[t]`` or ``[b, t]``. None: 0, 1, 2, ..."""
+Positions = tuple[Block, Block] | tuple[range, range] | None
+"""Positions of the queries, ``[s]`` or ``[b, s]``, and of the keys, ``[t]`` or ``[b, t]``, or the two ranges of
+consecutive positions. None: 0, 1, 2, ..."""
 
 LENGTH = 256
 """Greatest number of queries, and of keys, of a tile."""
@@ -101,8 +102,10 @@ def largest(b: int, s: int, g: int, r: int, t: int, causal: bool) -> int:
     return min(b * g, _groups(r * height * width)) * r * height * width
 
 
-def attention_scores(s: int, t: int, r: int = 1, causal: bool = True) -> int:
-    """Return how many scores of a head attention computes, at positions 0, 1, 2, ...
+def attention_scores(
+    s: int, t: int, r: int = 1, causal: bool = True, window: int | None = None, offset: int = 0
+) -> int:
+    """Return how many scores of a head attention computes, at consecutive positions.
 
     A tile is computed whole if one of its queries sees one of its keys.
 
@@ -116,6 +119,10 @@ def attention_scores(s: int, t: int, r: int = 1, causal: bool = True) -> int:
         Query heads of a group.
     causal : bool
         Whether a query sees only keys at its own position and lower ones.
+    window : int, optional
+        Number of positions, up to its own, whose keys a causal query sees; None: all.
+    offset : int
+        Position of the first query less the position of the first key.
 
     Returns
     -------
@@ -127,7 +134,7 @@ def attention_scores(s: int, t: int, r: int = 1, causal: bool = True) -> int:
     return sum(
         (rows.stop - rows.start) * (keys.stop - keys.start)
         for rows, keys in pairs
-        if not causal or keys.start < rows.stop
+        if not causal or _seen((rows.start + offset, rows.stop + offset - 1), (keys.start, keys.stop - 1), window)
     )
 
 
@@ -148,17 +155,26 @@ def parts(n: int, most: int) -> list[slice]:
     return [slice(*part(n, count, i)) for i in range(count)]
 
 
+def _seen(queries: tuple[int, int], keys: tuple[int, int], window: int | None) -> bool:
+    """Return whether a causal query may see a key, given the least and the greatest position of queries and of keys."""
+    return keys[0] <= queries[1] and (window is None or keys[1] > queries[0] - window)
+
+
 @dataclass(frozen=True)
 class AttentionMask:
-    """The attention mask: it hides keys from queries by causal order, key mask and positions."""
+    """The attention mask: it hides keys from queries by causal order, window, key mask and positions."""
 
     causal: bool
     mask: Block | None
     positions: Positions
+    window: int | None
 
     def ranges(self, tile: Tile, keys: Sequence[slice]) -> list[slice]:
         """Return the ranges of keys in which some query of a tile may see some key."""
-        return [x for x in keys if not self.causal or self._ends(1, tile, x)[0] <= self._ends(0, tile, tile.queries)[1]]
+        if not self.causal:
+            return list(keys)
+        queries = self._ends(0, tile, tile.queries)
+        return [x for x in keys if _seen(queries, self._ends(1, tile, x), self.window)]
 
     def hide(self, scores: Block, tile: Tile, keys: slice) -> Block:
         """Set scores ``[b, g, t, r s]`` to minus infinity where the key is hidden, in place, and return them."""
@@ -173,23 +189,38 @@ class AttentionMask:
         """Yield terms to add to scores ``[b, g, t, r, s]``, each of fewer elements."""
         xp = namespace(scores)
         shown, hidden = (xp.asarray(value, dtype=scores.dtype) for value in (0.0, -math.inf))
-        if self.causal and self._ends(1, tile, keys)[1] > self._ends(0, tile, tile.queries)[0]:
+        for later in self._orders(tile, keys):
             q, k = (self._at(side, tile, which, scores) for side, which in enumerate((tile.queries, keys)))
-            yield xp.where(k[:, :, None] > q[:, None, :], hidden, shown)[:, None, :, None, :]
+            yield xp.where(later(k[:, :, None], q[:, None, :]), hidden, shown)[:, None, :, None, :]
         if self.mask is not None:
             yield xp.where(self.mask[tile.samples, keys], shown, hidden)[:, None, :, None, None]
 
+    def _orders(self, tile: Tile, keys: slice) -> Iterator[Callable[[Block, Block], Block]]:
+        """Yield the comparisons of key and query positions that hide some key of a tile: its future, its past."""
+        if not self.causal:
+            return
+        (first, last), (low, high) = self._ends(0, tile, tile.queries), self._ends(1, tile, keys)
+        if high > first:
+            yield lambda k, q: k > q
+        window = self.window
+        if window is not None and low <= last - window:
+            yield lambda k, q: k <= q - window
+
     def _ends(self, side: int, tile: Tile, which: slice) -> tuple[int, int]:
         """Return the least and the greatest position of some queries (side 0) or keys (1)."""
-        if self.positions is None:
-            return which.start, which.stop - 1
-        at = self._at(side, tile, which, self.positions[side])
+        positions = range(which.stop) if self.positions is None else self.positions[side]
+        if isinstance(positions, range):
+            return positions[which.start], positions[which.stop - 1]
+        at = self._at(side, tile, which, positions)
         xp = namespace(at)
         return int(xp.min(at)), int(xp.max(at))
 
     def _at(self, side: int, tile: Tile, which: slice, beside: Block) -> Block:
         """Return positions ``[1 or b, n]``."""
-        if self.positions is None:
-            return namespace(beside).arange(which.start, which.stop)[None, :]
-        positions = self.positions[side]
+        positions = range(which.stop) if self.positions is None else self.positions[side]
+        xp = namespace(beside)
+        if isinstance(positions, range):
+            return xp.arange(positions[which.start], positions[which.stop - 1] + 1)[None, :]
+        # positions may be unsigned, and a window goes below 0
+        positions = xp.astype(positions, xp.int64, copy=False)
         return positions[tile.samples, which] if positions.ndim == 2 else positions[None, which]
