@@ -5,6 +5,7 @@ from docutils.statemachine import StringList
 
 from colossal_mpi.layers import kernels
 from colossal_mpi.layers.models import MODELS
+from colossal_mpi.layers.models.pretrained import LACKING
 from colossal_mpi.layers.optim import LEARNING_RATES, OPTIMIZERS
 from colossal_mpi.layers.parallelism import MODES, SEQUENCE_MODES
 from colossal_mpi.layers.pipeline import SCHEDULES
@@ -27,10 +28,17 @@ def _options(options):
     return f"Options: {defaults}."
 
 
+def _families():
+    known = [(one.model_type, kind) for kind in MODELS.values() for one in kind.huggingface]
+    works = [(name, f"It is read and written as a ``{kind.model.__name__}``.") for name, kind in known]
+    return [*works, *((name, f"It is refused: {reason}.") for name, reason in LACKING.items())]
+
+
 TABLES = {
     "tensor modes": lambda: _modes(MODES),
     "sequence modes": lambda: _modes(SEQUENCE_MODES),
     "models": lambda: [(kind.name, kind.model.__doc__.splitlines()[0]) for kind in MODELS.values()],
+    "families": _families,
     "schedules": lambda: [(kind.name, kind.description) for kind in SCHEDULES.values()],
     "optimizers": lambda: _with_options(OPTIMIZERS),
     "learning rates": lambda: _with_options(LEARNING_RATES),

@@ -7,7 +7,7 @@ mode is a choice of layouts.
 """
 
 from colossal_mpi.layers.activation import GELU, Gated, ReLU, SiLU, Softmax
-from colossal_mpi.layers.attention import Attention, GroupedAttention, Rotary, Rotation, SelfAttention
+from colossal_mpi.layers.attention import Attention, GroupedAttention, HeadNorm, Rotary, Rotation, SelfAttention
 from colossal_mpi.layers.block import TransformerBlock
 from colossal_mpi.layers.containers import FanOut, Parallel, Residual, Sequential
 from colossal_mpi.layers.context import AuxiliaryLosses, Context, Decoding
@@ -64,6 +64,7 @@ __all__ = [
     "FirstPool",
     "Gated",
     "GroupedAttention",
+    "HeadNorm",
     "Layer",
     "LayerNorm",
     "Linear",

@@ -69,13 +69,21 @@ class RMSNorm(Layer):
     def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Cache]:
         if x.shape[-1:] != (self.size,):
             raise ShapeError(f"{self.name} normalises over {self.size}; its input is {x.shape}")
-        given, x = x, x.reduced()
+        given, x = x, self._normalised(x)
         # X[B_row, S, H_col] * gain[H_col]
         gain, bias = self._vector(self.gain, x), None if self.bias is None else self._vector(self.bias, x)
         # mean over h: M[B_row, S] {U_col} -> M[B_row, S]: allreduce over col
         norm = kernels.of(x.grid).norm
         y, statistics = norm(x.local, gain, bias, self.centred, self.eps, self.size, self._sum_over_h(x))
         return x.like(y), (self.save(given, x), gain, statistics)
+
+    def _normalised(self, x: DistArray) -> DistArray:
+        """Return the array that is normalised: the input, without partial sums."""
+        return x.reduced()
+
+    def _cotangent_layout(self, dy: DistArray, x: DistArray) -> Layout:
+        """Return the layout in which the backward pass takes the cotangent: that of the normalised array."""
+        return x.layout
 
     def _vector(self, parameter: Parameter, x: DistArray) -> Block:
         """Return the gain or the bias, cut as the last dim of x."""
@@ -89,18 +97,18 @@ class RMSNorm(Layer):
 
     def backward(self, dy: DistArray, cache: Cache, later: Later = None) -> DistArray:
         saved, gain, statistics = cache
-        x: DistArray = self.load(saved, DistArray.reduced)
+        x: DistArray = self.load(saved, self._normalised)
         # dY -> dY[B_row, S, H_col], the layout of X
-        dy = dy.redistribute(x.layout)
+        dy = dy.redistribute(self._cotangent_layout(dy, x))
         norm_backward = kernels.of(dy.grid).norm_backward
         dx, *sums = norm_backward(dy.local, x.local, gain, statistics, self.size, self._sum_over_h(x))
         # dY[B_row, S, H_col] summed over b and s -> dgain[H_col] {U_row}
         *rows, last = x.layout.dims
-        layout = Layout(last, partial=[axis for axes in rows for axis in axes])
+        layout = Layout(last, partial=[*(axis for axes in rows for axis in axes), *dy.layout.partial])
         for parameter, local in zip((self.gain, self.bias), sums, strict=True):
             if parameter is not None:
                 parameter.accumulate(DistArray(local, (self.size,), layout, x.grid))
-        return x.like(dx)
+        return dy.like(dx)
 
 
 class LayerNorm(RMSNorm):

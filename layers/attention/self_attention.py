@@ -14,6 +14,7 @@ from numpy.typing import DTypeLike
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import OptionError, ShapeError
 from colossal_mpi.layers.attention import ring
+from colossal_mpi.layers.attention.head_norm import HeadNorm
 from colossal_mpi.layers.attention.mask import AttentionMask
 from colossal_mpi.layers.attention.rotary import Rotary, Rotation
 from colossal_mpi.layers.containers import Parallel, Sequential
@@ -236,6 +237,9 @@ class SelfAttention(Sequential):
         Whether a query sees only the keys of its own position and lower ones.
     window : int, optional
         Number of positions, up to its own, whose keys a causal query sees (sliding-window attention); None: all.
+    qk_norm : float, optional
+        Normalise the queries and the keys of each head by `RMSNorm` with this epsilon, before they are rotated; None:
+        they are taken as they are. The gains are ``q_norm.gain [d]`` and ``k_norm.gain [d]``.
     bias : bool
         Whether the input products have biases.
     out_bias : bool, optional
@@ -290,6 +294,7 @@ class SelfAttention(Sequential):
         rotary: Rotary | None = None,
         causal: bool = True,
         window: int | None = None,
+        qk_norm: float | None = None,
         bias: bool = True,
         out_bias: bool | None = None,
         width: int | None = None,
@@ -306,21 +311,28 @@ class SelfAttention(Sequential):
         common: dict[str, Any] = {"bias": bias, "std": std, "seed": seed, "dtype": dtype}
         parts = _multi_head if groups == heads else _grouped
         order: dict[str, Any] = {"causal": causal, "window": window}
-        heads_of, subscripts, inner = parts(sizes, parallelism, name, rotary, order, common)
+        norms: dict[str, Any] | None = None if qk_norm is None else {"eps": qk_norm, "dtype": dtype}
+        heads_of, subscripts, inner = parts(sizes, parallelism, name, (norms, rotary, order), common)
         common |= {"bias": bias if out_bias is None else out_bias, "std": out_std}
         super().__init__(*heads_of, Linear(subscripts, sizes, inner, parallelism, f"{name}.out", **common))
+
+
+_Core = tuple[dict[str, Any] | None, Rotary | None, dict[str, Any]]
+"""Options of the norms of queries and keys, the rotation, and the options of attention."""
 
 
 def _multi_head(
     sizes: dict[str, int],
     p: Parallelism,
     name: str,
-    rotary: Rotary | None,
-    order: dict[str, Any],
+    core: _Core,
     common: dict[str, Any],
 ) -> tuple[list[Layer], str, str]:
     """Return the layers before the output product, and the subscripts and the inner letter of that product."""
-    turn = [] if rotary is None else [Rotation(rotary, 2)]
+    norms, rotary, order = core
+    turn: list[Layer] = [] if rotary is None else [Rotation(rotary, 2)]
+    if norms is not None:
+        turn = [HeadNorm(sizes["d"], p, f"{name}.{x}_norm", t, **norms) for t, x in enumerate("qk")] + turn
     qkv = Linear("bsh,htad->bstad", {**sizes, "t": 3}, "a", p, f"{name}.qkv", **common)
     return [qkv, *turn, Attention(p, **order)], "bsad,adh->bsh", "a"
 
@@ -329,14 +341,17 @@ def _grouped(
     sizes: dict[str, int],
     p: Parallelism,
     name: str,
-    rotary: Rotary | None,
-    order: dict[str, Any],
+    core: _Core,
     common: dict[str, Any],
 ) -> tuple[list[Layer], str, str]:
     """Return the layers before the output product, and the subscripts and the inner letter of that product."""
     heads = {letter: sizes[letter] for letter in "gr"}
     spread = p.spread(heads, inner := p.inner(heads))
-    turn = [] if rotary is None else [Parallel(Rotation(rotary), Rotation(rotary, 1))]
+    norms, rotary, order = core
+    turn: list[Layer] = [] if rotary is None else [Parallel(Rotation(rotary), Rotation(rotary, 1))]
+    if norms is not None:
+        both = HeadNorm(sizes["d"], p, f"{name}.q_norm", **norms), HeadNorm(sizes["d"], p, f"{name}.k_norm", 0, **norms)
+        turn = [Parallel(*both), *turn]
     products = Linears(
         Linear("bsh,hgrd->bsgrd", sizes, inner, p, f"{name}.q", **common),
         Linear("bsh,htgd->bstgd", {**sizes, "t": 2}, inner, p, f"{name}.kv", replicate="r", **common),

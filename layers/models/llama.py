@@ -1,7 +1,8 @@
 """Llama: a decoder with rotary positions, RMSNorm, grouped queries and a gated MLP, and its mapping onto directories.
 
 ``apps`` trains it, and checkpoints and `from_pretrained` find it in the registry. Mistral is the same architecture with
-a sliding attention window, and with experts the model is Mixtral's. It is a chain of layers: nothing here
+a sliding attention window, Qwen2 with biases of queries, keys and values, Qwen3 with norms of queries and keys, and
+with experts the model is Mixtral's. It is a chain of layers: nothing here
 communicates or knows the grid.
 """
 
@@ -71,6 +72,10 @@ class LlamaConfig:
         Added to the mean square in the norms.
     bias : bool
         Whether the products of attention have biases.
+    out_bias : bool, optional
+        Whether the output product of attention has a bias; by default as `bias`.
+    qk_norm : bool
+        Whether each head's queries and keys are normalised, by RMSNorm with `eps`.
     mlp_bias : bool
         Whether the products of the MLP have biases.
     tied : bool
@@ -106,6 +111,8 @@ class LlamaConfig:
     activation: str = "swiglu"
     eps: float = 1e-5
     bias: bool = False
+    out_bias: bool | None = None
+    qk_norm: bool = False
     mlp_bias: bool = False
     tied: bool = False
     experts: int = 0
@@ -128,7 +135,7 @@ def _keys(inner: int, positions: int, groups: int | None) -> tuple[ConfigKey, ..
         integer("num_hidden_layers", "layers", 32),
         integer("hidden_size", "hidden", 4096),
         integer("num_attention_heads", "heads", 32),
-        optional_integer("num_key_value_heads", "groups", groups),
+        optional_integer("num_key_value_heads", "groups", groups, missing=lambda config: config.heads),
         optional_integer("head_dim", "width", None),
         integer("intermediate_size", "inner", inner),
         integer("max_position_embeddings", "positions", positions),
@@ -176,6 +183,7 @@ LLAMA = Architecture(
         *linear("blocks.{i}.attention.qkv", "htad", [f"{_ATTENTION}.{x}_proj" for x in "qkv"], "(ad)h"),
         *linear("blocks.{i}.attention.q", "hgrd", [f"{_ATTENTION}.q_proj"], "(grd)h"),
         *linear("blocks.{i}.attention.kv", "htgd", [f"{_ATTENTION}.{x}_proj" for x in "kv"], "(gd)h"),
+        *(tensor(f"blocks.{{i}}.attention.{x}_norm.gain", "d", f"{_ATTENTION}.{x}_norm.weight") for x in "qk"),
         *linear("blocks.{i}.attention.out", "adh", [f"{_ATTENTION}.o_proj"], "h(ad)", "ad"),
         tensor("blocks.{i}.attention.out.weight", "grdh", f"{_ATTENTION}.o_proj.weight", "h(grd)"),
         tensor("blocks.{i}.norm2.gain", "h", f"{_BLOCK}.post_attention_layernorm.weight"),
@@ -211,9 +219,70 @@ MISTRAL = replace(
 )
 
 
-@register_model("llama", LlamaConfig, task="language", huggingface=[LLAMA, MISTRAL])
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+
+
+def _normalize_qwen(table: Table) -> Table:
+    """Rewrite the keys of the sliding window as a window and the numbers of the layers that have it."""
+    window = table.get("sliding_window", 4096) if table.get("use_sliding_window", False) else None
+    layers, first, kinds = (table.get(k, d) for k, d in _LAYERS_OF_QWEN.items())
+    if kinds is None and isinstance(layers, int) and isinstance(first, int):
+        kinds = [_FULL if window is None or i < first else _SLIDING for i in range(layers)]
+    allowed = (_FULL,) if window is None else (_FULL, _SLIDING)
+    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in allowed for kind in kinds):
+        raise ConfigError(
+            f"layer_types={kinds!r} cannot be run: with sliding_window={window!r} it must name one of "
+            f"{', '.join(allowed)} for each of {layers} layers"
+        )
+    sliding = tuple(i for i, kind in enumerate(kinds) if kind == _SLIDING)
+    window = window if sliding else None
+    return _normalize(table | {"sliding_window": window, "layer_types": sliding if 0 < len(sliding) < layers else None})
+
+
+_LAYERS_OF_QWEN = {"num_hidden_layers": 32, "max_window_layers": 28, "layer_types": None}
+"""The keys that say which layers have the window, with their defaults."""
+
+
+def _denormalize_qwen(table: Table, extra: Table) -> Table:
+    """Write the kind of each layer by its name."""
+    layers, sliding = range(table["num_hidden_layers"]), table["layer_types"]
+    window = table["sliding_window"]
+    sliding = () if window is None else layers if sliding is None else sliding
+    kinds = {"layer_types": [_SLIDING if i in sliding else _FULL for i in layers]}
+    return _denormalize(table | kinds | {"use_sliding_window": window is not None}, extra)
+
+
+def _width(config: LlamaConfig) -> int:
+    """Return the width of a head."""
+    return config.hidden // config.heads if config.width is None else config.width
+
+
+_QWEN = (
+    *(key for key in _keys(22016, 32768, 32) if key.theirs not in ("head_dim", "attention_bias", "mlp_bias")),
+    optional_integer("sliding_window", "sliding_window", 4096),
+    ConfigKey("layer_types", "sliding_layers", kinds=(tuple, type(None))),
+)
+QWEN2 = replace(
+    LLAMA,
+    model_type="qwen2",
+    classes=("Qwen2ForCausalLM",),
+    keys=(*_QWEN, optional_integer("head_dim", "width", None, missing=_width)),
+    implied={"bias": True, "out_bias": False},
+    normalize=_normalize_qwen,
+    denormalize=_denormalize_qwen,
+)
+QWEN3 = replace(
+    QWEN2,
+    model_type="qwen3",
+    classes=("Qwen3ForCausalLM",),
+    keys=(*_QWEN, optional_integer("head_dim", "width", 128, missing=_width), boolean("attention_bias", "bias", False)),
+    implied={"qk_norm": True},
+)
+
+
+@register_model("llama", LlamaConfig, task="language", huggingface=[LLAMA, MISTRAL, QWEN2, QWEN3])
 class Llama(Sequential):
-    """Llama: token ids ``[b, s]`` to logits ``[b, s, v]``. With a sliding window it is Mistral, with experts Mixtral.
+    """Llama: token ids ``[b, s]`` to logits ``[b, s, v]``. Mistral, Qwen2 and Qwen3 are options of it.
 
     Parameters
     ----------
@@ -225,7 +294,7 @@ class Llama(Sequential):
     References
     ----------
     Touvron et al.: LLaMA, 2023. Llama team: The Llama 3 herd of models, 2024. Jiang et al.: Mistral 7B, 2023. Jiang et
-    al.: Mixtral of experts, 2024.
+    al.: Mixtral of experts, 2024. Qwen team: Qwen2 technical report, 2024. Qwen team: Qwen3 technical report, 2025.
 
     Examples
     --------
@@ -239,7 +308,10 @@ class Llama(Sequential):
         tokens = Embedding(c.vocabulary, c.hidden, parallelism, "tokens", **initial)
         rotary = Rotary(c.theta, c.scaling)
         sliding = range(c.layers) if c.sliding_layers is None else c.sliding_layers
-        attention: dict[str, Any] = {"groups": c.groups, "width": c.width, "rotary": rotary, "bias": c.bias}
+        attention: dict[str, Any] = {
+            **{"groups": c.groups, "width": c.width, "rotary": rotary, "bias": c.bias, "out_bias": c.out_bias},
+            "qk_norm": c.eps if c.qk_norm else None,
+        }
         sizes, shared = {"v": c.vocabulary, "h": c.hidden}, tokens.table if c.tied else None
         super().__init__(
             tokens,

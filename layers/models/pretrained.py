@@ -53,6 +53,19 @@ class Origin:
     settings: Mapping[str, bytes]
 
 
+LACKING = {
+    "mixtral": "its experts are not mapped onto those of a llama",
+    "qwen2_moe": "its experts, one of them shared, are not mapped onto those of a llama",
+    "qwen3_moe": "its experts are not mapped onto those of a llama",
+    "gemma": "there are no norms of gain 1 + w and no scaled embeddings",
+    "gemma2": "there are no norms of gain 1 + w, no norms after the branches and no capped scores",
+    "gemma3_text": "there are no norms of gain 1 + w and no norms after the branches",
+    "phi": "there are no blocks whose attention and MLP share one norm",
+    "phi3": "its packed products qkv_proj and gate_up_proj are not mapped",
+}
+"""What is missing for the directories of each ``model_type`` that is like a llama and cannot be run."""
+
+
 def from_pretrained(directory: str | Path, parallelism: Parallelism, dtype: str | None = None) -> Sequential:
     """Return the model that a Hugging Face directory holds: ``config.json`` and one or several safetensors files.
 
@@ -119,8 +132,9 @@ def _read_config(reader: Reader, dtype: str | None) -> tuple[Architecture, Model
                 # The widest dtype of the weights, and float32 at least: a CPU computes slowly with 16 bits.
                 widest = "float64" if any(reader.code(name) == "F64" for name in reader) else "float32"
                 return architecture, kind, kind.config(**values, seed=None, dtype=dtype or widest)
+    lacks = f" ({LACKING[wanted]})" if isinstance(wanted, str) and wanted in LACKING else ""
     known = sorted(architecture.model_type for kind in MODELS.values() for architecture in kind.huggingface)
-    raise ConfigError(f"{path}: model_type={wanted!r} cannot be run: it must be one of {', '.join(known)}")
+    raise ConfigError(f"{path}: model_type={wanted!r} cannot be run{lacks}: it must be one of {', '.join(known)}")
 
 
 Pairs = list[tuple[Parameter, WeightMap]]

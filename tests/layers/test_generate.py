@@ -18,15 +18,11 @@ from tests.cases import host, inner, totals
 from tests.reference.modes import GRIDS, SEQUENCE, mode_of
 
 COMMON = {"layers": 2, "positions": 13, "dtype": "float64", "std": 0.4}
+QWEN = {"sliding_window": 4, "sliding_layers": (1,), "qk_norm": True, "bias": True, "out_bias": False}
 MODELS = {
     "gpt": (GPT, GPTConfig(vocabulary=37, hidden=20, heads=5, **COMMON)),
     "llama": (Llama, LlamaConfig(vocabulary=41, hidden=24, heads=6, groups=3, inner=11, **COMMON)),
-    "sliding": (
-        Llama,
-        LlamaConfig(
-            vocabulary=41, hidden=24, heads=6, groups=3, inner=11, sliding_window=4, sliding_layers=(1,), **COMMON
-        ),
-    ),
+    "qwen": (Llama, LlamaConfig(vocabulary=41, hidden=24, heads=6, groups=3, inner=11, **QWEN, **COMMON)),
     "one-group": (Llama, LlamaConfig(vocabulary=41, hidden=24, heads=6, groups=1, inner=11, **COMMON)),
 }
 B, LENGTHS = 5, np.array([3, 1, 8, 5, 2])

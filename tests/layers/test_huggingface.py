@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from colossal_mpi import CheckpointError, Grid, Layout, comm, from_global
-from colossal_mpi.layers import Context, Parallelism, models
+from colossal_mpi.layers import Context, Parallelism, generate, models
 from colossal_mpi.layers.loss import CrossEntropy
 from colossal_mpi.layers.models.huggingface import directory
 from tests.cases import block_of, host
@@ -73,6 +73,20 @@ def check(p, prepared, name):
     for mine, theirs in zip(model.parameters(), gradients.parameters(), strict=True):
         scale = max(largest[mine.name], floor)
         assert np.max(abs(host(mine.reduce()) - host(theirs.value)), initial=0) <= 1e-10 * scale, mine.name
+
+
+@prepared_by
+@pytest.mark.parametrize("name", ["mistral", "qwen2-window", "qwen3"])
+def test_greedy_texts_are_those_of_transformers(prepared, name):
+    import torch
+    import transformers
+
+    theirs, ids = getattr(transformers, case.CASES[name][0]).from_pretrained(prepared / name), case.TOKENS[:, :4]
+    texts = torch.tensor(ids)
+    for _ in range(6):
+        texts = torch.cat([texts, theirs(texts).logits[:, -1:].argmax(-1)], 1)
+    model = models.from_pretrained(prepared / name, Parallelism(Grid()))
+    assert generate(model, ids.tolist(), 6, temperature=0.0) == texts[:, 4:].tolist()
 
 
 @prepared_by

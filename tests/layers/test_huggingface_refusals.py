@@ -62,7 +62,7 @@ VALUES = [
     (
         "gpt2",
         {"model_type": "gpt_neo"},
-        "model_type='gpt_neo' cannot be run: it must be one of bert, gpt2, llama, mistral, vit",
+        "model_type='gpt_neo' cannot be run: it must be one of bert, gpt2, llama, mistral, qwen2, qwen3, vit",
     ),
     ("llama", {"hidden_act": ["silu"]}, r"hidden_act=\['silu'\] cannot be run: it must be 'gelu_new' or .* 'silu'"),
     ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope.*'yarn'.*: use one of"),
@@ -77,6 +77,13 @@ VALUES = [
         r"layer_types=\['full_attention'\] cannot be run with sliding_window=4096: every layer",
     ),
     ("llama", {"model_type": "mistral"}, None),
+    ("llama", {"model_type": "mixtral"}, r"model_type='mixtral' cannot be run \(its experts are not mapped"),
+    ("llama", {"model_type": "phi"}, r"model_type='phi' cannot be run \(there are no blocks whose attention and MLP"),
+    (
+        "llama",
+        {"model_type": "qwen2", "layer_types": ["sliding_attention"]},
+        r"layer_types=\['sliding_attention'\] cannot be run: with sliding_window=None it must name one",
+    ),
     ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key' cannot be run"),
     ("bert", {"is_decoder": True}, "is_decoder=True cannot be run: it must be False"),
     ("vit", {"qkv_bias": False}, "qkv_bias=False cannot be run: it must be True"),

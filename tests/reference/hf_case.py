@@ -30,6 +30,7 @@ _LLAMA = {
     "intermediate_size": 23,
     "max_position_embeddings": 11,
 }
+_SLIDES = {"use_sliding_window": True, "sliding_window": 3}
 _SCALED = {
     "rope_type": "llama3",
     "rope_theta": 100.0,
@@ -63,6 +64,19 @@ CASES = {
     "mistral": (
         "MistralForCausalLM",
         {**_LLAMA, "num_hidden_layers": 2, "num_key_value_heads": 3, "sliding_window": 4},
+    ),
+    "qwen2": ("Qwen2ForCausalLM", {k: v for k, v in {**_LLAMA, "hidden_size": 24}.items() if k != "head_dim"}),
+    "qwen2-window": (
+        "Qwen2ForCausalLM",
+        {**_LLAMA, **_SLIDES, "num_hidden_layers": 2, "num_key_value_heads": 6, "max_window_layers": 1},
+    ),
+    "qwen3": ("Qwen3ForCausalLM", {**_LLAMA, "num_hidden_layers": 2, "num_key_value_heads": 1}),
+    "qwen3-heads": (
+        "Qwen3ForCausalLM",
+        {
+            **{**_LLAMA, **_SLIDES, "num_hidden_layers": 2, "num_key_value_heads": 6, "attention_bias": True},
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
     ),
     "bert": ("BertForPreTraining", _BERT),
     "bert-masked": ("BertForMaskedLM", {**_BERT, "num_hidden_layers": 1, "hidden_act": "gelu_new"}),

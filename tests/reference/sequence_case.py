@@ -40,6 +40,7 @@ MODELS = {
     "llama-positions": lambda p: Llama(LlamaConfig(**SIZES, heads=4, groups=2, width=2), p),
     "llama-window": lambda p: Llama(LlamaConfig(**SIZES, heads=4, groups=2, width=2, sliding_window=3), p),
     "llama-window-positions": lambda p: Llama(LlamaConfig(**SIZES, heads=3, groups=3, width=2, sliding_window=4), p),
+    "llama-norms": lambda p: Llama(LlamaConfig(**SIZES, heads=4, groups=1, width=2, qk_norm=True), p),
     "experts": experts,
     "bert": lambda p: Bert(BertConfig(**SIZES, heads=5, positions=S + 2), p),
     "vit": vit("first"),

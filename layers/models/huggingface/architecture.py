@@ -105,9 +105,11 @@ def integer(theirs: str, ours: str, default: int, missing: Callable[[Any], objec
     return ConfigKey(theirs, ours, default, missing=missing)
 
 
-def optional_integer(theirs: str, ours: str, default: int | None) -> ConfigKey:
+def optional_integer(
+    theirs: str, ours: str, default: int | None, missing: Callable[[Any], object] | None = None
+) -> ConfigKey:
     """Return the key of an integer that may be null."""
-    return ConfigKey(theirs, ours, default, kinds=(int, type(None)))
+    return ConfigKey(theirs, ours, default, kinds=(int, type(None)), missing=missing)
 
 
 def real(theirs: str, ours: str, default: float) -> ConfigKey:
@@ -279,6 +281,8 @@ class Architecture:
         Patterns of the names of tensors that do not enter the result.
     tied : mapping of str to str
         From the name of a tensor to the name of its copy, which a directory with tied weights may store, too.
+    implied : mapping
+        Fields of our configuration that are the same in every directory, with their values.
     normalize : callable
         A function from a table as it is in the file to one with the `keys`.
     denormalize : callable
@@ -292,6 +296,7 @@ class Architecture:
     weights: tuple[WeightMap, ...]
     ignored: tuple[str, ...] = ()
     tied: Mapping[str, str] = field(default_factory=dict)
+    implied: Table = field(default_factory=dict)
     normalize: Callable[[Table], Table] = _unchanged
     denormalize: Callable[[Table, Table], Table] = _unchanged
 
@@ -305,7 +310,7 @@ class Architecture:
         """
         table = self.normalize(dict(table))
         values = [(key.ours, key.read(table)) for key in self.keys]
-        return {ours: value for ours, value in values if ours is not None}
+        return {ours: value for ours, value in values if ours is not None} | self.implied
 
     def write_config(self, config: Any, extra: Mapping[str, Any] | None = None) -> Table:
         """Return the ``config.json`` of a configuration of ours, the inverse of `read_config`, and the `extra` keys.
@@ -318,6 +323,11 @@ class Architecture:
         known, extra = {key.ours for key in self.keys}, dict(extra or {})
         for ours in fields(config):
             value = getattr(config, ours.name)
+            if value != self.implied.get(ours.name, value):
+                need = self.implied[ours.name]
+                raise ConfigError(f"{ours.name}={value!r} has no place in a {self.model_type}: it must be {need!r}")
+            if ours.name in self.implied:
+                continue
             if ours.name not in (*known, *_TRAINING_ONLY) and value != ours.default:
                 raise ConfigError(f"{ours.name}={value!r} has no place in a {self.model_type} of Hugging Face")
         table = {"architectures": [self.classes[0]], "model_type": self.model_type}
