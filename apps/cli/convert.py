@@ -76,7 +76,7 @@ def convert(source: Path, target: Path, to: str, most: int, plugins: Sequence[st
 
 def _to_checkpoint(source: Path, target: Path, parallelism: Parallelism) -> None:
     model = models.from_pretrained(source, parallelism)
-    table = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    table = json.loads((source / "config.json").read_text(encoding="utf-8-sig"))
     metadata = {"model": models.describe(model), "huggingface": table}
     files = _settings(source, parallelism.grid)
     checkpoint.save(target, training.weights_by_name(model.parameters()), metadata, parallelism.grid, files=files)

@@ -178,7 +178,7 @@ def load_model(
         if grid.axes.get(PIPE, 1) > 1:
             raise GridError(f"{source} on {grid}: only a checkpoint is cut into stages; make one with convert --to cm")
         model = models.from_pretrained(source, parallelism)  # it refuses a damaged table
-        return model, None, json.loads((source / "config.json").read_text(encoding="utf-8"))
+        return model, None, json.loads((source / "config.json").read_text(encoding="utf-8-sig"))
     source = checkpoint_of(source)
     metadata = metadata_of(source, plugins)
     model = models.from_description(metadata["model"], parallelism)

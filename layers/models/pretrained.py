@@ -7,6 +7,7 @@ its tensors, and copy boxes between them: each rank reads the boxes of its own b
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from colossal_mpi import comm
 from colossal_mpi.errors import CheckpointError, ConfigError, OptionError
 from colossal_mpi.layers.containers import Sequential
 from colossal_mpi.layers.layer import Layer
-from colossal_mpi.layers.models.huggingface.architecture import Architecture, BoxPair, Table, WeightMap
+from colossal_mpi.layers.models.huggingface.architecture import Architecture, BoxPair, Table, WeightMap, unwrapped
 from colossal_mpi.layers.models.huggingface.directory import DTYPES, Reader, Tensors, Writer
 from colossal_mpi.layers.models.huggingface.settings import (
     GENERATION,
@@ -66,7 +67,9 @@ LACKING = {
 """What is missing for the directories of each ``model_type`` that is like a llama and cannot be run."""
 
 
-def from_pretrained(directory: str | Path, parallelism: Parallelism, dtype: str | None = None) -> Sequential:
+def from_pretrained(
+    directory: str | Path, parallelism: Parallelism, dtype: str | None = None, *, strict: bool = False
+) -> Sequential:
     """Return the model that a Hugging Face directory holds: ``config.json`` and one or several safetensors files.
 
     Parameters
@@ -77,6 +80,9 @@ def from_pretrained(directory: str | Path, parallelism: Parallelism, dtype: str 
         The grid and the tensor mode of the model.
     dtype : str, optional
         Dtype of the weights; by default the dtype in the file, or float32 where that has 16 bits.
+    strict : bool
+        Whether tensors that do not enter the model are refused, such as other heads or adapters. Otherwise they are
+        left aside, and rank 0 warns with their names.
 
     Returns
     -------
@@ -94,10 +100,20 @@ def from_pretrained(directory: str | Path, parallelism: Parallelism, dtype: str 
     OptionError
         If `dtype` is no dtype of weights.
     CheckpointError
-        If files or tensors are missing, damaged or of another shape, or the package safetensors is not installed.
+        If files or tensors are missing, damaged or of another shape, or the package safetensors is not installed; with
+        `strict`, if there are further tensors.
+
+    Warns
+    -----
+    UserWarning
+        On rank 0, if tensors are left aside. The masks and indices that older versions stored are none of them.
 
     Notes
     -----
+    Tensors are known by their names in transformers, with or without the prefix of the body, by older names of norms,
+    and by names into which torch.compile, DataParallel, FSDP or peft have put parts such as ``_orig_mod.`` and
+    ``module.``. A tied tensor may be stored under the name of its copy alone.
+
     **Communication:** small messages only, for errors. Each rank reads the bytes of its own blocks from disk.
 
     Examples
@@ -114,9 +130,22 @@ def from_pretrained(directory: str | Path, parallelism: Parallelism, dtype: str 
     model = construct(kind, config, parallelism)
     pairs = _pair(list(model.parameters()), config.layers, architecture)
     with comm.agreed(grid, CheckpointError):
-        _read_weights(reader, pairs, architecture)
+        surplus = _read_weights(reader, pairs, architecture, strict)
     vars(model)["origin"] = Origin(reader.config, settings)
+    if surplus and grid.rank == 0:
+        adapters = any("lora_" in name for name in surplus)
+        remedy = " (adapters are not added to the weights: merge them with peft before)" if adapters else ""
+        warnings.warn(
+            f"{directory}: {len(surplus)} tensors do not enter the {type(model).__name__} and are left aside{remedy}: "
+            f"{_listed(surplus)}; strict=True refuses them",
+            stacklevel=2,
+        )
     return model
+
+
+def _listed(names: Sequence[str], most: int = 3) -> str:
+    """Return the first names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _read_config(reader: Reader, dtype: str | None) -> tuple[Architecture, ModelKind, ModelConfig]:
@@ -150,29 +179,33 @@ def _pair(parameters: Sequence[Parameter], layers: int, architecture: Architectu
     return [(parameter, maps[key]) for parameter, key in zip(parameters, keys, strict=True)]
 
 
-def _read_weights(reader: Reader, pairs: Pairs, architecture: Architecture) -> None:
-    """Fill the parameters: each rank reads the bytes of its own blocks and the headers of the files.
+def _read_weights(reader: Reader, pairs: Pairs, architecture: Architecture, strict: bool) -> list[str]:
+    """Fill the parameters, and return the names of the tensors that enter none of them.
 
-    Missing tensors, other shapes and tensors without a parameter raise CheckpointError before any parameter changes;
-    tied tensors that differ raise it afterwards.
+    Each rank reads the bytes of its own blocks and the headers of the files. Missing tensors, other shapes and, with
+    `strict`, tensors without a parameter raise CheckpointError before any parameter changes; tied tensors that differ
+    raise it afterwards.
     """
-    names = _names_in_directory(reader, pairs, architecture)
+    names, copies, surplus = _names_in_directory(reader, pairs, architecture)
+    if strict and surplus:
+        raise CheckpointError(
+            f"{reader.directory} holds more than its model: it has {_listed(surplus)} besides; strict=False leaves "
+            "such tensors aside"
+        )
     for parameter, weight in pairs:
         value = parameter.value
         block = np.empty(box_shape(value.box), backend.numpy_dtype(value.dtype))
         for pair in weight.box_pairs(value.shape, value.box):
             values = reader.read(names[pair.name], pair.theirs)
-            _require_equal_copy(reader, architecture.tied.get(pair.name), names, pair, values)
+            if pair.name in copies:
+                _require_equal_copy(reader, copies[pair.name], pair, values)
             block[slices(pair.ours, value.box)] = pair.from_theirs(values)
         value.local[...] = backend.to_block(block, value.local)
+    return surplus
 
 
-def _require_equal_copy(
-    reader: Reader, copy: str | None, names: dict[str, str], pair: BoxPair, values: np.ndarray
-) -> None:
+def _require_equal_copy(reader: Reader, copy: str, pair: BoxPair, values: np.ndarray) -> None:
     """Raise CheckpointError if the directory stores a tied tensor a second time with other values."""
-    if copy is None or copy in names or copy not in reader:
-        return
     if not np.array_equal(reader.read(copy, pair.theirs), values):
         raise CheckpointError(
             f"{reader.directory}: {copy} is not {pair.name}, to which tie_word_embeddings ties it: if it is meant "
@@ -180,18 +213,35 @@ def _require_equal_copy(
         )
 
 
-def _names_in_directory(reader: Reader, pairs: Pairs, architecture: Architecture) -> dict[str, str]:
-    """Return the name in the directory of each tensor that is needed, after checking that its shape is right."""
+def _names_in_directory(
+    reader: Reader, pairs: Pairs, architecture: Architecture
+) -> tuple[dict[str, str], dict[str, str], list[str]]:
+    """Return the names in the directory of the tensors that are needed, of their tied copies, and of the others.
+
+    Missing tensors and other shapes raise CheckpointError.
+    """
+    stored: dict[str, list[str]] = {}
+    for name in sorted(reader, key=len):  # a name that no wrapper has lengthened comes first
+        stored.setdefault(unwrapped(name), []).append(name)
     needed = [theirs for _, weight in pairs for theirs in weight.theirs]
-    found = {name: [known for known in architecture.spellings(name) if known in reader] for name in needed}
-    missing, used = [name for name in needed if not found[name]], {name for names in found.values() for name in names}
-    surplus = [name for name in reader if name not in used and not architecture.is_ignored(name)]
-    if missing or surplus:
+    tied = {name: copy for name, copy in architecture.tied.items() if copy not in needed}
+    names, copies, missing = {}, {}, []
+    for name in needed:
+        known = [n for spelling in architecture.spellings(name) for n in stored.get(spelling, [])]
+        twins = stored.get(tied.get(name, ""), [])
+        if known and twins:
+            copies[name] = twins[0]
+        if known or twins:
+            names[name] = (known or twins)[0]
+        else:
+            missing.append(name)
+    used = set(names.values())
+    surplus = [name for name in reader if name not in used and not architecture.is_ignored(unwrapped(name))]
+    if missing:
         raise CheckpointError(
             f"{reader.directory} does not hold a {architecture.classes[0]} of its configuration: it lacks "
-            f"{', '.join(missing[:3]) or 'nothing'} and has {', '.join(surplus[:3]) or 'nothing'} besides"
+            f"{_listed(missing)} and has {_listed(surplus) or 'nothing'} besides"
         )
-    names = {name: known[0] for name, known in found.items()}
     for parameter, weight in pairs:
         shape = weight.shape(parameter.value.shape)
         for name in (names[theirs] for theirs in weight.theirs):
@@ -200,7 +250,7 @@ def _names_in_directory(reader: Reader, pairs: Pairs, architecture: Architecture
                     f"{reader.directory}: {name} is of shape {reader.shape(name)}; its configuration makes it {shape}"
                 )
             reader.dtype(name)
-    return names
+    return names, copies, surplus
 
 
 def save_pretrained(

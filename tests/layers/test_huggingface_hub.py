@@ -1,13 +1,21 @@
 """Directories as other people publish them are read: their activations, heads, wrapped names and tensors besides."""
 
+import json
+import re
+import shutil
+import warnings
+
 import numpy as np
 import pytest
+from mpi4py import MPI
+from safetensors.numpy import load_file, save_file
 
-from colossal_mpi import Grid, Layout, from_global
-from colossal_mpi.layers import Context
+from colossal_mpi import CheckpointError, Grid, Layout, from_global
+from colossal_mpi.layers import Context, Parallelism, models
 from colossal_mpi.layers.activation import ACTIVATIONS, GATED, Gated
 from colossal_mpi.layers.models.huggingface import architecture
-from tests.cases import host
+from tests.cases import host, refusal
+from tests.reference.modes import parallelism
 
 
 @pytest.mark.parametrize("theirs", architecture.ACTIVATIONS)
@@ -26,3 +34,114 @@ def test_activations_are_those_of_transformers_plain_and_gated(theirs):
 
 def result(layer, x):
     return host(layer.forward(from_global(x, Grid(), Layout(*[None] * x.ndim)), Context())[0])
+
+
+C = {"vocab_size": 37, "n_embd": 24, "n_head": 3, "n_layer": 2, "n_positions": 16, "initializer_range": 0.3}
+IDS = np.random.default_rng(1).integers(0, 37, (2, 9))
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    """Return a directory that transformers wrote in float64, its tensors and its logits."""
+    import torch
+
+    from tests.reference.hf_float64 import double, made, randomised
+
+    path = tmp_path_factory.mktemp("gpt2") / "hf"
+    torch.manual_seed(0)
+    with double(), torch.no_grad():
+        model = randomised(made("GPT2LMHeadModel", C))
+        exact = model(torch.tensor(IDS)).logits.numpy()
+    model.save_pretrained(path)
+    return path, load_file(path / "model.safetensors"), exact
+
+
+def written(source, target, tensors, **changes):
+    """Return a copy of a directory with other tensors and changed keys of its config.json."""
+    shutil.copytree(source, target)
+    save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, target / "model.safetensors")
+    table = json.loads((target / "config.json").read_text()) | changes
+    (target / "config.json").write_text(json.dumps(table), encoding="utf-8-sig")
+    return target
+
+
+def logits(path, **options):
+    p = Parallelism(Grid())
+    model = models.from_pretrained(path, p, **options)
+    y, _ = model.forward(from_global(IDS, p.grid, p.tokens()), Context(train=False))
+    return y.gather()
+
+
+def near(y, exact):
+    return np.max(abs(y - exact)) <= 1e-10 * abs(exact).max()
+
+
+def _without(tensors, name):
+    return {key: tensor for key, tensor in tensors.items() if key != name}
+
+
+_WTE, _ADAPTER = "transformer.wte.weight", "transformer.h.0.attn.c_attn.lora_A.weight"
+WHOLE = {
+    "compiled": lambda t: {f"_orig_mod.{name}": tensor for name, tensor in t.items()},
+    "distributed": lambda t: {f"module.{name}": tensor for name, tensor in t.items()},
+    "both": lambda t: {f"module._orig_mod.{name}": tensor for name, tensor in t.items()},
+    "blocks-wrapped": lambda t: {
+        re.sub(r"(h\.\d+)\.", r"\1._checkpoint_wrapped_module._orig_mod.", name): tensor for name, tensor in t.items()
+    },
+    "body": lambda t: {name.removeprefix("transformer."): tensor for name, tensor in t.items()},
+    "head-alone": lambda t: _without(t, _WTE) | {"lm_head.weight": t[_WTE]},
+    "head-wrapped": lambda t: t | {"module.lm_head.weight": t[_WTE]},
+}
+BESIDES = {
+    "score-head": (lambda t: t | {"score.weight": np.zeros((2, 24))}, "1 tensors .*: score.weight; strict=True"),
+    "adapter": (
+        lambda t: t | {_ADAPTER: np.zeros((2, 24))},
+        r"GPT .*\(adapters are not added .*\): transformer.h.0.attn.c_attn.lora_A.weight",
+    ),
+    "peft": (
+        lambda t: (
+            {f"base_model.model.{name.replace('c_attn.', 'c_attn.base_layer.')}": tensor for name, tensor in t.items()}
+            | {f"base_model.model.{_ADAPTER}": np.zeros((2, 24))}
+        ),
+        f"base_model.model.{_ADAPTER}",
+    ),
+    "many": (
+        lambda t: t | {f"value.{i}": np.zeros(1) for i in range(5)},
+        "5 tensors .*value.0, value.1, value.2 and 2",
+    ),
+    "twice": (lambda t: t | {f"module.{_WTE}": np.zeros((37, 24))}, f"1 tensors .*module.{_WTE}"),
+}
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_names_with_prefixes_of_wrappers_are_those_of_the_model(tmp_path, gpt2, case, recwarn):
+    path, tensors, exact = gpt2
+    assert near(logits(written(path, tmp_path / "hf", WHOLE[case](tensors)), strict=True), exact)
+    assert not [w for w in recwarn if w.category is UserWarning]
+
+
+@pytest.mark.parametrize("case", BESIDES)
+def test_what_does_not_enter_the_model_is_said_and_refused_by_strict(tmp_path, gpt2, case):
+    (path, tensors, exact), (change, message) = gpt2, BESIDES[case]
+    hub = written(path, tmp_path / "hf", change(tensors))
+    with pytest.warns(UserWarning, match=message):
+        assert near(logits(hub), exact)
+    with pytest.raises(CheckpointError, match="hf holds more than its model: it has .* strict=False leaves such"):
+        logits(hub, strict=True)
+
+
+@pytest.mark.grids({"col": 2})
+def test_rank_0_alone_warns(grid, shared_path):
+    p = parallelism(grid)
+    if grid.rank == 0:
+        p0 = Parallelism(Grid(MPI.COMM_SELF))
+        models.save_pretrained(models.GPT(models.GPTConfig(7, 1, 4, 2, 5), p0), shared_path / "a")
+        tensors = load_file(shared_path / "a" / "model.safetensors")
+        written(shared_path / "a", shared_path / "hf", tensors | {"score.weight": np.zeros(3)})
+    MPI.COMM_WORLD.barrier()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        models.from_pretrained(shared_path / "hf", p)
+    assert len([w for w in said if "score.weight" in str(w.message)]) == (grid.rank == 0)
+    message = "holds more than its model: it has score.weight"
+    assert message in refusal(lambda: models.from_pretrained(shared_path / "hf", p, strict=True), grid)[1]

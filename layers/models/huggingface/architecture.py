@@ -342,11 +342,29 @@ class Architecture:
                 yield weight
 
     def is_ignored(self, name: str) -> bool:
-        """Return whether a tensor need not have a counterpart in the model."""
-        return name in self.tied.values() or any(fnmatchcase(name, pattern) for pattern in self.ignored)
+        """Return whether a tensor need not have a counterpart in the model; the body's prefix may be left out."""
+        names = (name, f"{self.base}.{name}")
+        return name in self.tied.values() or any(fnmatchcase(n, pattern) for n in names for pattern in self.ignored)
 
     def spellings(self, name: str) -> list[str]:
         """Return the names that a tensor may have: its own, the one without the body's prefix, and older ones."""
         names = [name, name.removeprefix(f"{self.base}.")]
         old = [("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")]
         return names + [n.replace(new, was) for n in names for new, was in old if new in n]
+
+
+_WRAPPERS = re.compile(
+    r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer)\."
+)
+"""What torch.compile, DataParallel, FSDP, recomputation and peft put into the names of the modules that they wrap."""
+
+
+def unwrapped(name: str) -> str:
+    """Return the name of a tensor without what wrappers of its modules have put into it.
+
+    Examples
+    --------
+    >>> unwrapped("module._orig_mod.transformer.wte.weight")
+    'transformer.wte.weight'
+    """
+    return _WRAPPERS.sub("", name.removeprefix("base_model.model."))
