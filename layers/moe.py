@@ -48,9 +48,13 @@ class Routing:
     slots: Block
     """The slot of each assignment."""
     pull: Block | None
-    """The cotangent of the probabilities from the balancing loss."""
+    """The cotangent ``[b, s, e]`` of the probabilities from the balancing loss."""
     push: Block | None
-    """The cotangent of ``log(sum exp(logits))`` from the z-loss."""
+    """The cotangent ``[b, s]`` of ``log(sum exp(logits))`` from the z-loss."""
+
+
+BALANCE_OVER = ("sequence", "microbatch")
+"""The choices of the tokens over which the balancing loss of a mixture of experts is formed."""
 
 
 class MoE(Layer):
@@ -83,10 +87,14 @@ class MoE(Layer):
         single weight would be 1 and teach the router nothing.
     balance : float
         Coefficient of the load-balancing loss ``e sum_i(f_i p_i)``, where f_i is the number of assignments to expert i
-        per token and p_i its mean probability, over all tokens of all ranks but padding. The loss is `top_k` at perfect
-        balance.
+        per token and p_i its mean probability; padding does not count. The loss is `top_k` at perfect balance.
+    balance_over : str
+        The tokens over which f and p are means: ``"sequence"``, those of one sequence, and the loss is the mean over
+        the sequences, whatever microbatches they are in; or ``"microbatch"``, those of all sequences that `forward` is
+        given, on all ranks, and the loss then depends on how a step is cut into microbatches.
     z_loss : float
-        Coefficient of the mean of ``log(sum exp(logits))^2`` over the same tokens.
+        Coefficient of the mean of ``log(sum exp(logits))^2``, over the tokens of a sequence but padding, and then over
+        the sequences.
     bias : bool
         Whether the experts' products have biases.
     std : float
@@ -101,7 +109,7 @@ class MoE(Layer):
     Raises
     ------
     OptionError
-        If `top_k` is not from 1 to `experts`, or a coefficient is negative.
+        If `top_k` is not from 1 to `experts`, a coefficient is negative, or `balance_over` is neither choice.
     ShapeError
         From `forward`, if the mask of the context is not ``[b, s]``.
     DTypeError
@@ -118,8 +126,10 @@ class MoE(Layer):
     **Communication:** with N slots in all and d ranks along ``data``, summed over ranks: the words of an `MLP` of N
     tokens whose weights are not replicated over ``data``, and ``N h (1 - 1/d)`` words each way between the d ranks,
     forward and backward. Over the axes that cut h, the router's logits ``[b, s, e]`` are reduced forward and the
-    cotangents of the weights ``[b, s, k]`` backward. One word and, with losses, ``2 e + 2`` words are reduced over the
-    blocks of tokens. Gradients of experts do not cross ``data``.
+    cotangents of the weights ``[b, s, k]`` backward. One word is reduced over the blocks of tokens. With losses,
+    ``2 e + 2`` words of each sequence are reduced over the axes that cut s; over the axes that cut b, ``e + 1`` words
+    if the balance is over the microbatch, and two if the losses are reported. Gradients of experts do not cross
+    ``data``.
 
     **Adjoint:** the cotangents take the way of the tokens in reverse, in the same slots.
 
@@ -127,6 +137,8 @@ class MoE(Layer):
     ----------
     Shazeer et al.: Outrageously large neural networks, 2017. Lepikhin et al.: GShard, 2020. Fedus, Zoph, Shazeer:
     Switch transformers, 2021 (balancing). Zoph et al.: ST-MoE, 2022 (z-loss). Jiang et al.: Mixtral of experts, 2024.
+    DeepSeek-AI: DeepSeek-V3 technical report, 2024 (balance in each sequence). Qiu et al.: Demons in the detail, 2025
+    (balance in a microbatch and in a step).
     """
 
     def __init__(
@@ -141,6 +153,7 @@ class MoE(Layer):
         top_k: int = 2,
         renormalise: bool | None = None,
         balance: float = 0.0,
+        balance_over: str = "sequence",
         z_loss: float = 0.0,
         bias: bool = False,
         std: float = 0.02,
@@ -153,7 +166,10 @@ class MoE(Layer):
                 f"{name}: top_k={top_k} of {experts} experts, balance={balance}, z_loss={z_loss}: top_k must be from "
                 "1 to the number of experts, the coefficients 0 or more"
             )
+        if balance_over not in BALANCE_OVER:
+            raise OptionError(f"{name}: balance_over={balance_over!r} must be one of {', '.join(BALANCE_OVER)}")
         self.name, self.top_k, self.balance, self.z_loss = name, top_k, balance, z_loss
+        self.balance_over = balance_over
         self.renormalise = top_k > 1 if renormalise is None else renormalise
         common: dict[str, Any] = {"std": std, "seed": seed, "dtype": dtype}
         inside = parallelism.experts()
@@ -231,24 +247,36 @@ class MoE(Layer):
         self, logits: DistArray, chosen: Block, probabilities: Block, log: Block, ctx: Context
     ) -> tuple[Block, Block]:
         """Report the two losses, and return the cotangents of the probabilities and of ``log(sum exp(logits))``."""
-        xp, e = backend.namespace(log), logits.shape[-1]
-        mask = ctx.mask_of(logits)
+        xp, grid, e = backend.namespace(log), logits.grid, logits.shape[-1]
+        shape: tuple[int, int] = logits.local.shape[:2]
+        over_b, over_s = logits.layout.dims[:2]
+        mask, samples = ctx.mask_of(logits), max(logits.shape[0], 1)
         valid = None if mask is None else xp.reshape(mask, (-1,))
-        # assignments[E], probabilities[E], tokens and squares, each {U_(b,s)}: an allreduce over the axes of b and s
-        sums = kernels.of(logits.grid).routing_sums(chosen, probabilities, log, valid)
-        sums = comm.allreduce(sums, logits.grid, logits.layout.cut)
-        assigned, mass, (count, squares) = sums[:e], sums[e : 2 * e], backend.to_host(sums[2 * e :])
-        count, values = max(float(count), 1.0), ctx.auxiliary.values
+        sums = kernels.of(grid).routing_sums(chosen, probabilities, log, valid, shape)
+        # assignments[B_x, E], probabilities[B_x, E], tokens[B_x], squares[B_x] {U_s}: an allreduce over the axes of s
+        sums = comm.allreduce(sums, grid, over_s)
+        mass, squares = sums[:, e : 2 * e], sums[:, 2 * e + 1]
+        assigned, tokens, means = sums[:, :e], sums[:, 2 * e : 2 * e + 1], samples
+        z = self.z_loss / (samples * xp.clip(tokens, min=1.0))
+        if self.balance_over == "microbatch":
+            both = xp.sum(xp.concat([assigned, tokens], axis=1), axis=0, keepdims=True)
+            # assignments[1, E], tokens[1] {U_b}: an allreduce over the axes of b
+            both = comm.allreduce(both, grid, over_b)
+            assigned, tokens, means = both[:, :e], both[:, e:], 1
+        # the loss is the sum over tokens and experts of pull[B, E] probabilities[B, S, E]; pull has no gradient
+        pull = self.balance * e / means * assigned / xp.clip(tokens, min=1.0) ** 2
+        share, values = ctx.auxiliary.share, ctx.auxiliary.values
         if values is not None:
-            balance = e * float(backend.to_host(xp.sum(assigned * mass))) / count**2
-            values[f"{self.name}.balance"] = ctx.auxiliary.share * self.balance * balance
-            values[f"{self.name}.z_loss"] = ctx.auxiliary.share * self.z_loss * float(squares) / count
-        share = ctx.auxiliary.share * ctx.scale
-        pull = xp.astype(share * self.balance * e / count**2 * assigned, log.dtype)
-        pull, push = xp.broadcast_to(pull, probabilities.shape), 2 * share * self.z_loss / count * log
-        if valid is not None:
-            factor = xp.astype(valid, log.dtype)
-            pull, push = pull * factor[:, None], push * factor
+            # losses[2] {U_b}: an allreduce over the axes of b
+            losses = xp.stack([xp.sum(pull * mass), xp.sum(z[:, 0] * squares)])
+            losses = backend.to_host(comm.allreduce(losses, grid, over_b))
+            values[f"{self.name}.balance"], values[f"{self.name}.z_loss"] = (share * float(x) for x in losses)
+        share *= ctx.scale
+        pull = xp.broadcast_to(xp.astype(share * pull, log.dtype)[:, None, :], (*shape, e))
+        push = 2 * xp.astype(share * z, log.dtype) * xp.reshape(log, shape)
+        if mask is not None:
+            factor = xp.astype(mask, log.dtype)
+            pull, push = pull * factor[:, :, None], push * factor
         return pull, push
 
     def _dlogits(self, dy: DistArray, routing: Routing, rows: Block) -> DistArray:
@@ -258,16 +286,16 @@ class MoE(Layer):
         # dY[n, H_x] . rows[k, n, H_x] -> dweights[n, k] {U_x} -> dweights[n, k]: allreduce over the axes x that cut h
         dweights = xp.stack([xp.sum(d * rows[j, ...], axis=-1) for j in range(self.top_k)], axis=-1)
         dweights = comm.allreduce(dweights, dy.grid, dy.layout.dims[-1])
+        n, e = routing.probabilities.shape
         block = kernels.of(dy.grid).route_backward(
             dweights,
             routing.chosen,
             routing.weights,
             routing.probabilities,
             self.renormalise,
-            routing.pull,
-            routing.push,
+            None if routing.pull is None else xp.reshape(routing.pull, (n, e)),
+            None if routing.push is None else xp.reshape(routing.push, (n,)),
         )
-        e = block.shape[1]
         block = like(dy.local, xp.reshape(block, (*dy.local.shape[:2], e)))
         return DistArray(block, (*dy.shape[:2], e), Layout(*dy.layout.dims[:2], None), dy.grid)
 

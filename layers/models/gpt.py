@@ -65,6 +65,8 @@ class GPTConfig:
         Experts that each token is routed to.
     expert_balance : float
         Coefficient of the loss that balances the experts.
+    expert_balance_over : str
+        The tokens over which this loss is formed: ``"sequence"`` or ``"microbatch"``, see `MoE`.
     expert_z_loss : float
         Coefficient of the loss that keeps the router's logits small.
     std : float
@@ -88,6 +90,7 @@ class GPTConfig:
     experts: int = 0
     experts_per_token: int = 2
     expert_balance: float = 0.01
+    expert_balance_over: str = "sequence"
     expert_z_loss: float = 0.0
     std: float = 0.02
     seed: int | None = 0
@@ -163,6 +166,8 @@ class GPT(Sequential):
         tokens = Embedding(c.vocabulary, hidden, parallelism, "tokens", **initial)
         inner = 4 * hidden if c.inner is None else c.inner
         sizes, shared = {"v": c.vocabulary, "h": hidden}, tokens.table if c.tied else None
+        balancing = c.expert_balance, c.expert_balance_over, c.expert_z_loss
+        experts = expert_options(c.experts, c.experts_per_token, *balancing)
         super().__init__(
             tokens,
             PositionEmbedding(c.positions, hidden, parallelism, "positions", **initial),
@@ -178,7 +183,7 @@ class GPT(Sequential):
                     activation=c.activation,
                     dropout=c.dropout,
                     out_std=c.std / math.sqrt(2 * c.layers),
-                    experts=expert_options(c.experts, c.experts_per_token, c.expert_balance, c.expert_z_loss),
+                    experts=experts,
                     **initial,
                 )
                 for i in range(c.layers)
@@ -188,6 +193,9 @@ class GPT(Sequential):
         )
 
 
-def expert_options(experts: int, per_token: int, balance: float, z_loss: float) -> dict[str, Any] | None:
+def expert_options(
+    experts: int, per_token: int, balance: float, balance_over: str, z_loss: float
+) -> dict[str, Any] | None:
     """Return the options of `MoE` in each block, None if there are no experts."""
-    return {"experts": experts, "top_k": per_token, "balance": balance, "z_loss": z_loss} if experts else None
+    options = {"experts": experts, "top_k": per_token, "balance": balance, "balance_over": balance_over}
+    return {**options, "z_loss": z_loss} if experts else None

@@ -86,6 +86,8 @@ class LlamaConfig:
         Experts that each token is routed to.
     expert_balance : float
         Coefficient of the loss that balances the experts.
+    expert_balance_over : str
+        The tokens over which this loss is formed: ``"sequence"`` or ``"microbatch"``, see `MoE`.
     expert_z_loss : float
         Coefficient of the loss that keeps the router's logits small.
     std : float
@@ -118,6 +120,7 @@ class LlamaConfig:
     experts: int = 0
     experts_per_token: int = 2
     expert_balance: float = 0.01
+    expert_balance_over: str = "sequence"
     expert_z_loss: float = 0.0
     std: float = 0.02
     seed: int | None = 0
@@ -313,6 +316,8 @@ class Llama(Sequential):
             "qk_norm": c.eps if c.qk_norm else None,
         }
         sizes, shared = {"v": c.vocabulary, "h": c.hidden}, tokens.table if c.tied else None
+        balancing = c.expert_balance, c.expert_balance_over, c.expert_z_loss
+        experts = expert_options(c.experts, c.experts_per_token, *balancing)
         super().__init__(
             tokens,
             *[
@@ -328,7 +333,7 @@ class Llama(Sequential):
                     bias=c.mlp_bias,
                     attention=attention | {"window": c.sliding_window if i in sliding else None},
                     out_std=c.std,
-                    experts=expert_options(c.experts, c.experts_per_token, c.expert_balance, c.expert_z_loss),
+                    experts=experts,
                     **initial,
                 )
                 for i in range(c.layers)

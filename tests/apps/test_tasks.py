@@ -12,6 +12,7 @@ from colossal_mpi.apps import config as configs
 from colossal_mpi.apps.training.trainer import Trainer
 from colossal_mpi.layers.pipeline import stage_grid
 from tests.cases import host
+from tests.reference.gpt_case import block_and_index, difference
 from tests.reference.modes import FEW, mode_of
 
 TRAINING = {"steps": 6, "batch": 5, "microbatches": 2, "warmup": 2, "evaluate_batches": 2, "lr": 1e-2}
@@ -28,8 +29,9 @@ TASKS = {
 GRIDS = (*FEW, {"seq": 3}, {"seq": 2, "ulysses": 2}, {"pipe": 2, "seq": 2})
 
 
-def trainer(name, grid, dtype="float64", **training):
+def trainer(name, grid, dtype="float64", zero=0, **training):
     parallel = {
+        "zero": zero,
         "grid": dict(grid.axes),
         "tensor": mode_of(stage_grid(grid)) or "none",
         "dtype": dtype,
@@ -84,6 +86,37 @@ def test_what_experts_add_to_the_loss_is_reported_and_optimised(grid, prepared):
         assert row["expert_z_loss"] > 0
 
 
+def expert_gradients(grid, **options):
+    """Return the losses and the gradients of a step of a GPT with experts."""
+    run = trainer("experts", grid, **options)
+    loss = run.gradients(0)
+    gradients = {q.name: block_and_index(q.reduce()) for q in run.optimizer.parameters}
+    return {"loss": loss, **run.own}, gradients
+
+
+def prepare_expert_gradients(path: Path):
+    losses, gradients = expert_gradients(Grid(MPI.COMM_SELF), microbatches=1)
+    (path / "losses.json").write_text(json.dumps(losses))
+    np.savez(path / "gradients.npz", **{name: block for name, (block, _) in gradients.items()})
+
+
+@pytest.mark.prepare(prepare_expert_gradients)
+@pytest.mark.parametrize("zero", [0, 1, 3])
+@pytest.mark.grids(
+    {"data": 2},
+    {"pipe": 2},
+    {"pipe": 2, "data": 2},
+    {"data": 2, "col": 2},
+    {"row": 2, "col": 2},
+    {"row": 1, "col": 2, "depth": 2},
+)
+def test_experts_have_the_gradients_of_one_rank_and_one_microbatch(grid, prepared, zero):
+    exact = json.loads((prepared / "losses.json").read_text())
+    losses, gradients = expert_gradients(grid, microbatches=3, zero=zero)
+    assert losses == pytest.approx(exact, rel=1e-12)
+    assert difference(gradients, dict(np.load(prepared / "gradients.npz"))) <= 1e-10
+
+
 @pytest.mark.grids({"data": 2, "col": 2}, {"pipe": 2, "row": 2})
 def test_averages_are_validated_and_saved(grid, shared_path):
     whole, plain = trainer("gpt", grid, average=0.5), trainer("gpt", grid)
@@ -118,7 +151,7 @@ def test_a_resumed_run_is_bitwise_the_run_that_never_stopped(grid, name, shared_
         assert np.array_equal(host(mine.value), host(other.value)), mine.name
 
 
-@pytest.mark.parametrize("name", sorted(TASKS.keys() - {"experts"}))  # experts balance the tokens of each microbatch
+@pytest.mark.parametrize("name", TASKS)
 def test_microbatches_change_nothing(name):
     grid = Grid(MPI.COMM_SELF)
     one, three = three_steps(name, grid, microbatches=1), three_steps(name, grid, microbatches=3)

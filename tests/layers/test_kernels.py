@@ -49,7 +49,7 @@ CASES = {
     "lookup_backward": (kernels.lookup_backward, RNG.standard_normal((2, 3, 4)), IDS, 2, 5),
     "route": (kernels.route, X[0], 2, True),
     "route_backward": (kernels.route_backward, DY[0, :, :2], *ROUTES[:3], True, DY[0], DY[0, :, 0]),
-    "routing_sums": (kernels.routing_sums, ROUTES[0], *ROUTES[2:], X[0, :, 0] > 0),
+    "routing_sums": (kernels.routing_sums, ROUTES[0], *ROUTES[2:], X[0, :, 0] > 0, (1, 5)),
     "sort_by_expert": (kernels.sort_by_expert, ROUTES[0], 3),
     "match_slots": (kernels.match_slots, ROUTES[0], *ORDER, 6),
     "fill_slots": (kernels.fill_slots, X[0], SOURCE, 2, ROUTES[1]),

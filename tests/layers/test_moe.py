@@ -8,7 +8,7 @@ from colossal_mpi import DTypeError, Grid, Layout, OptionError, ShapeError, comm
 from colossal_mpi.layers import AuxiliaryLosses, Context, Parallelism, backpropagate
 from colossal_mpi.layers.block import TransformerBlock
 from colossal_mpi.layers.loss import MeanSquaredError
-from colossal_mpi.layers.moe import MoE
+from colossal_mpi.layers.moe import BALANCE_OVER, MoE
 from colossal_mpi.layers.optim import AdamW
 from tests.cases import host, indices
 from tests.layers.test_finite_differences import slope
@@ -49,10 +49,29 @@ def test_mixture_on_more_ranks_than_experts_equals_pytorch(grid, prepared):
         check(grid, prepared, name, Parallelism(grid, mode, keep_gathered=False))
 
 
+@prepared_by
+@every_cut
+def test_microbatches_change_no_gradient(grid, prepared):
+    """The sequences have different numbers of tokens, and one has none."""
+    exact = dict(np.load(prepared / "masked.npz"))
+    gradients, losses = case.run_in_microbatches(grid, parallelism(grid), "masked", 3)
+    wanted = {name: exact[name] for name in gradients}
+    assert difference({name: block_and_index(a) for name, a in gradients.items()}, wanted) <= 1e-10
+    assert losses == pytest.approx({name: float(exact[f"loss/{name}"]) for name in losses}, rel=1e-12)
+
+
+def test_a_balance_over_the_microbatch_depends_on_its_size():
+    grid = Grid(MPI.COMM_SELF)
+    (_, whole), (_, cut) = (case.run_in_microbatches(grid, Parallelism(grid), "microbatch", n) for n in (1, 3))
+    assert abs(cut["moe.balance"] - whole["moe.balance"]) > 1e-3 * whole["moe.balance"]
+    assert cut["moe.z_loss"] == pytest.approx(whole["moe.z_loss"], rel=1e-12)
+
+
 @few
-def test_losses_have_their_gradients(grid):
+@pytest.mark.parametrize("name", case.MASKED)
+def test_losses_have_their_gradients(grid, name):
     p = parallelism(grid)
-    layer, ctx = case.make(p, "masked"), case.context(grid, p, "masked")
+    layer, ctx = case.make(p, name), case.context(grid, p, name)
     x, dy = (from_global(a, grid, p.stream()) for a in (case.X, case.DY))
 
     def value():
@@ -76,18 +95,20 @@ def slots_of(grid, layer, whole, router):
 
 
 @every_cut
-def test_words_equal_their_closed_form(grid):
+@pytest.mark.parametrize("over", BALANCE_OVER)
+def test_words_equal_their_closed_form(grid, over):
     p, sizes = parallelism(grid), {"b": case.B, "s": case.S, "h": case.H, "f": case.F, "experts": 5, "top_k": 2}
-    layer = MoE(case.H, case.F, 5, p, "moe", balance=1.0, std=0.5, dtype="float64")
+    layer = MoE(case.H, case.F, 5, p, "moe", balance=1.0, balance_over=over, std=0.5, dtype="float64")
     x = from_global(case.X, grid, p.stream())
     with ledger.record() as moved:
-        y, cache = layer.forward(x, Context())
+        y, cache = layer.forward(x, Context(auxiliary=AuxiliaryLosses(values={})))
         layer.backward(y, cache)
     left = {axis for q in layer.experts.parameters() for axis in q.grad.layout.partial}
     assert left <= {"seq", "ulysses"}  # nothing is left to reduce over data
     slots = slots_of(grid, layer, case.X, layer.router.weight.value.gather())
     template = "B" if mode_of(grid) in ("2d", "2.5d") else "A"
-    assert sum(comm.collect(moved.words, grid)) == moe_words(template, grid.axes, **sizes, slots=slots, pairs=2)
+    words = moe_words(template, grid.axes, **sizes, slots=slots, pairs=2, balance_over=over)
+    assert sum(comm.collect(moved.words, grid)) == words
 
 
 @pytest.mark.grids(
@@ -164,6 +185,8 @@ def test_options_that_do_not_fit_are_refused():
     for options in ({"top_k": 4}, {"top_k": 0}, {"balance": -1.0}, {"z_loss": -1.0}):
         with pytest.raises(OptionError, match="top_k must be from 1 to the number of experts"):
             MoE(4, 4, 3, p, "moe", **options)
+    with pytest.raises(OptionError, match="balance_over='step' must be one of sequence, microbatch"):
+        MoE(4, 4, 3, p, "moe", balance_over="step")
 
 
 @few

@@ -69,5 +69,5 @@ def test_heads_may_be_cut_instead_of_a_ring(grid, prepared):
 @pytest.mark.grids({"seq": 3}, {"data": 2, "seq": 2, "ulysses": 2}, {"seq": 2, "row": 2})
 def test_zero_and_microbatches_and_stored_operands(grid, prepared, zero, keep):
     p = case.parallelism(grid, zero=zero, keep_gathered=keep)
-    for name in ("gpt", "llama", "bert"):
+    for name in ("gpt", "llama", "bert", "experts"):
         assert off(prepared, name, p, order=p.order(case.S), microbatches=3) <= 1, name

@@ -17,10 +17,12 @@ CASES = {
     "switch": {"experts": 3, "top_k": 1, "activation": "gelu-tanh", "bias": True, "balance": 0.5, "z_loss": 0.1},
     "plain-weights": {"experts": 5, "top_k": 3, "renormalise": False, "activation": "gelu-tanh", "balance": 0.3},
     "masked": {"experts": 5, "top_k": 2, "activation": "geglu", "balance": 2.0, "z_loss": 0.2},
+    "microbatch": {"experts": 5, "top_k": 2, "balance": 2.0, "balance_over": "microbatch", "z_loss": 0.2},
     "one-expert": {"experts": 1, "top_k": 1, "activation": "silu", "z_loss": 0.2},
     "starved": {"experts": 5, "top_k": 1, "activation": "gelu-tanh", "balance": 0.5},
 }
 """In "starved" expert 3 gets no token, and expert 1 has logits three times as large."""
+MASKED = ("masked", "microbatch")
 
 
 def make(parallelism, case):
@@ -41,7 +43,7 @@ def make(parallelism, case):
 
 
 def context(grid, parallelism, case):
-    mask = from_global(MASK, grid, parallelism.tokens()) if case == "masked" else None
+    mask = from_global(MASK, grid, parallelism.tokens()) if case in MASKED else None
     return Context(mask=mask, auxiliary=AuxiliaryLosses(SHARE, {}))
 
 
@@ -55,6 +57,19 @@ def run(grid, parallelism, case):
     for work in later:
         work()
     return {"y": y, "dx": dx, **{q.name: q.reduce() for q in layer.parameters()}}, ctx.auxiliary.values, layer
+
+
+def run_in_microbatches(grid, parallelism, case, microbatches):
+    """Return the gradients by name and the losses of a masked step that is cut into microbatches."""
+    layer, losses = make(parallelism, case), {}
+    for rows in np.array_split(np.arange(B), microbatches):
+        x, dy = (from_global(a[rows], grid, parallelism.stream()) for a in (X, DY))
+        mask = from_global(MASK[rows], grid, parallelism.tokens())
+        ctx = Context(mask=mask, auxiliary=AuxiliaryLosses(SHARE * len(rows) / B, {}))
+        layer.backward(dy, layer.forward(x, ctx)[1])
+        for name, value in ctx.auxiliary.values.items():
+            losses[name] = losses.get(name, 0) + value
+    return {q.name: q.reduce() for q in layer.parameters()}, losses
 
 
 def prepare(path):
@@ -71,7 +86,7 @@ def prepare(path):
         layer = make(Parallelism(grid), case)
         w = {q.name: torch.tensor(host(q.value), requires_grad=True) for q in layer.parameters()}
         x = torch.tensor(X, requires_grad=True)
-        mask = torch.tensor(MASK if case == "masked" else np.ones_like(MASK))
+        mask = torch.tensor(MASK if case in MASKED else np.ones_like(MASK))
         y, losses = mixture(x, w, mask, **options)
         total = (y * torch.tensor(DY)).sum() + SHARE * sum(losses.values())
         total.backward()
@@ -80,7 +95,19 @@ def prepare(path):
         np.savez(path / f"{case}.npz", **{name: v.numpy() for name, v in exact.items()})
 
 
-def mixture(x, w, mask, experts, top_k, activation, renormalise=None, balance=0.0, z_loss=0.0, bias=False):
+def mixture(
+    x,
+    w,
+    mask,
+    experts,
+    top_k,
+    activation="swiglu",
+    renormalise=None,
+    balance=0.0,
+    balance_over="sequence",
+    z_loss=0.0,
+    bias=False,
+):
     """Return the output and the losses, expert by expert."""
     import torch
 
@@ -97,12 +124,20 @@ def mixture(x, w, mask, experts, top_k, activation, renormalise=None, balance=0.
         taken = activate(taken, activation) @ w["moe.down.weight"][e]
         taken = taken + (w["moe.down.bias"][e] if bias else 0)
         y = y.index_put((b, s), taken * weights[b, s, place, None], accumulate=True)
-    hits = torch.nn.functional.one_hot(chosen, experts).sum(-2).double()[mask]
-    shares, means = hits.mean(0), probabilities[mask].mean(0)
-    log = logits.logsumexp(-1)[mask]
     if not balance and not z_loss:
         return y, {}
-    return y, {"balance": balance * experts * (shares * means).sum(), "z_loss": z_loss * (log**2).mean()}
+    hits = torch.nn.functional.one_hot(chosen, experts).sum(-2).double()
+    squares = logits.logsumexp(-1) ** 2
+
+    def product_of_means(*index):
+        return (hits[index].mean(0) * probabilities[index].mean(0)).sum()
+
+    filled = [i for i in range(len(x)) if mask[i].any()]  # a sequence of padding adds 0 to both losses
+    z = sum(squares[i, mask[i]].mean() for i in filled) / len(x)
+    over = sum(product_of_means(i, mask[i]) for i in filled) / len(x)
+    if balance_over == "microbatch":
+        over = product_of_means(mask)
+    return y, {"balance": balance * experts * over, "z_loss": z_loss * z}
 
 
 def activate(x, name):

@@ -53,11 +53,15 @@ def grouped_words(mode, sizes, b, s, h, a, g, d, cut):
     return 2 * once + moved + shared_weight + 2 * (q - 1) * h * (2 * e + u) + 2 * h * (r * q - 1)
 
 
-def moe_words(template, sizes, b, s, h, f, experts, top_k, slots, pairs):
-    """Return the words of a mixture of experts with losses, forward and backward, `slots` for each expert and block."""
+def moe_words(template, sizes, b, s, h, f, experts, top_k, slots, pairs, balance_over):
+    """Return the words of a mixture of experts with losses, forward and backward, `slots` for each expert and block.
+
+    The losses are reported.
+    """
     d, r, c, q = (sizes.get(axis, 1) for axis in ("data", "row", "col", "depth"))
     t = sizes.get("seq", 1) * sizes.get("ulysses", 1)  # weights are replicated over both
-    blocks, over_h = (d * t * r * c, q) if template == "A" else (d * t * q * r, c)
+    over_b, over_s, over_h = (d * r, t * c, q) if template == "A" else (d * q * r, t, c)
+    blocks = over_b * over_s
     n, everything = b * s, experts * blocks * slots
     up, down = pairs * f, f
     weights, router = t * experts * h * (up + down), t * d * h * experts
@@ -68,5 +72,7 @@ def moe_words(template, sizes, b, s, h, f, experts, top_k, slots, pairs):
     else:
         inside = 2 * (dispatch + back + everything * down * (c - 1) + q * weights * (r - 1)) + 2 * (q - 1) * weights
         once = 2 * q * router * (r - 1) + 2 * (q - 1) * router
-    agreed = 2 * (blocks - 1) * over_h * (1 + 2 * experts + 2)
-    return inside + once + 2 * n * (experts + top_k) * (over_h - 1) + agreed
+    capacity = 2 * (blocks - 1) * over_h
+    sums = 2 * b * (2 * experts + 2) * (over_s - 1) * over_h
+    together = 2 * (over_b - 1) * over_s * over_h * (2 + (experts + 1 if balance_over == "microbatch" else 0))
+    return inside + once + 2 * n * (experts + top_k) * (over_h - 1) + capacity + sums + together

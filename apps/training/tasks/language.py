@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -30,6 +30,11 @@ class _MixtureSection(LanguageSection, TransformerSection):
     experts_per_token: int = Field(2, ge=1, description="experts that a token goes through")
     expert_balance: float = Field(
         0.01, ge=0, allow_inf_nan=False, description="coefficient of the loss that balances the experts"
+    )
+    expert_balance_over: Literal["sequence", "microbatch"] = Field(
+        "sequence",
+        description="form this loss over the tokens of each sequence, the same for any microbatches, "
+        "or over the tokens of each microbatch",
     )
     expert_z_loss: float = Field(
         0.0, ge=0, allow_inf_nan=False, description="coefficient of the loss that keeps the router's logits small"

@@ -98,8 +98,8 @@ def route_backward(
     return dp
 
 
-def routing_sums(chosen: Block, probabilities: Block, log: Block, valid: Block | None) -> Block:
-    """Return the sums over tokens that the balancing loss and the z-loss need.
+def routing_sums(chosen: Block, probabilities: Block, log: Block, valid: Block | None, shape: tuple[int, int]) -> Block:
+    """Return the sums over the tokens of each sequence that the balancing loss and the z-loss need.
 
     Parameters
     ----------
@@ -110,22 +110,25 @@ def routing_sums(chosen: Block, probabilities: Block, log: Block, valid: Block |
     log : array
         Logarithms ``[n]`` that `route` returned.
     valid : array, optional
-        Bool ``[n]``: the tokens that count. By default all do.
+        Bool ``[n]``: the tokens that count. None: all do.
+    shape : (int, int)
+        The number b of sequences and the number s of tokens of each; the n = b s tokens are in this order.
 
     Returns
     -------
     array
-        Sums ``[2 e + 2]`` in float64: assignments of each expert, its probabilities, the number of tokens, and the
+        Sums ``[b, 2 e + 2]`` in float64: assignments of each expert, its probabilities, the number of tokens, and the
         squares of the logarithms.
     """
     xp = namespace(log)
     n, e = probabilities.shape
     count = xp.ones((n,), dtype=xp.float64) if valid is None else xp.astype(valid, xp.float64)
     hits = xp.astype(chosen[:, :, None] == xp.arange(e), xp.float64)
-    assigned = xp.sum(xp.sum(hits, axis=1) * count[:, None], axis=0)
-    mass = xp.sum(xp.astype(probabilities, xp.float64) * count[:, None], axis=0)
-    squares = xp.sum(xp.astype(log, xp.float64) ** 2 * count)
-    return xp.concat([assigned, mass, xp.stack([xp.sum(count), squares])])
+    assigned = xp.sum(hits, axis=1) * count[:, None]
+    mass = xp.astype(probabilities, xp.float64) * count[:, None]
+    squares = xp.astype(log, xp.float64) ** 2 * count
+    terms = xp.concat([assigned, mass, xp.stack([count, squares], axis=1)], axis=1)
+    return xp.sum(xp.reshape(terms, (*shape, 2 * e + 2)), axis=1)
 
 
 def sort_by_expert(chosen: Block, experts: int) -> tuple[Block, Block]:
