@@ -151,9 +151,15 @@ class Data(Section):
 
     files: list[str] = Field(
         [],
-        description="text files, or token stores (.h5, of `colossal-mpi data prepare`) and arrays of tokens (.npy); "
+        description="texts, or token stores (.h5, of `colossal-mpi data prepare`) or other files of tokens; "
         "for a vit .npz files with arrays images and labels. Without any: CPython's own documentation "
         "(pydoc_data.topics), or scikit-learn's digits",
+    )
+    format: Literal["auto", "text", "jsonl"] = Field(
+        "auto", description="auto: by name and content; text: the bytes as they are; jsonl: a document in each line"
+    )
+    dtype: Literal["", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"] = Field(
+        "", description="dtype of the tokens of files without a header, little-endian: uint16 for those of nanoGPT"
     )
     shift: int = Field(0, ge=0, description="greatest number of pixels that an image is moved by before each use")
     validation: float = Field(
@@ -162,6 +168,12 @@ class Data(Section):
     changed: bool = Field(
         False, description="with --resume, this once: go on though the data are not those of the checkpoint"
     )
+
+    @model_validator(mode="after")
+    def _one_reading(self) -> Data:
+        if self.dtype and self.format != "auto":
+            raise ValueError(f"dtype={self.dtype} is for tokens, and format={self.format} for text: give one of them")
+        return self
 
 
 class Training(Section):

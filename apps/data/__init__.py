@@ -7,11 +7,11 @@ samples from ``random`` by their global number, so that they are the same on eve
 from colossal_mpi.apps.data.corpus import (
     Corpus,
     Tokens,
-    is_stored,
     read_corpus,
     require_vocabulary,
     stored_vocabulary,
 )
+from colossal_mpi.apps.data.formats import FORMATS
 from colossal_mpi.apps.data.images import Images, draw, read_images, shifted
 from colossal_mpi.apps.data.masked import BYTE_VALUES, MaskedFormat, MaskedRows
 from colossal_mpi.apps.data.prepare import show_store, write_store
@@ -20,6 +20,7 @@ from colossal_mpi.apps.data.tokenizer import Bytes, Tokenizer, load_tokenizer
 
 __all__ = [
     "BYTE_VALUES",
+    "FORMATS",
     "Bytes",
     "Corpus",
     "Images",
@@ -29,7 +30,6 @@ __all__ = [
     "Tokens",
     "draw",
     "even_starts",
-    "is_stored",
     "load_tokenizer",
     "random_shifts",
     "random_starts",

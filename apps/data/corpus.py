@@ -1,7 +1,8 @@
 """The corpus of a run: token ids in memory or on a disk, split into tokens to train on and held-out tokens.
 
 Tasks that read text call `read_corpus`. Text files are read by rank 0 and broadcast; token stores (``store``) and NumPy
-files stay on the disk, and each rank reads the tokens that its samples need.
+files and other binaries of tokens stay on the disk, and each rank reads the tokens that its samples need. ``formats``
+tells which is which.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import numpy as np
 
 from colossal_mpi import comm
 from colossal_mpi.apps.data.digest import digest_of
+from colossal_mpi.apps.data.formats import BINARY, STORE, Format, is_store, recognize
 from colossal_mpi.apps.data.store import Store
+from colossal_mpi.apps.data.texts import pieces
 from colossal_mpi.apps.data.tokenizer import Bytes, Tokenizer
 from colossal_mpi.errors import ConfigError
 from colossal_mpi.grid import Grid
@@ -25,7 +28,6 @@ _STRETCH = 4096
 """Number of consecutive tokens that are held out together."""
 _SCANNED = 1 << 22
 """Number of tokens of a NumPy file that are read at a time to find the greatest."""
-_SUFFIXES = (".h5", ".npy")
 
 
 @dataclass(frozen=True)
@@ -64,20 +66,26 @@ class Corpus:
         return f"{size}; entropy of a byte {entropy:.2f} nats"
 
 
-def read_corpus(files: Sequence[str], validation: float, context: int, grid: Grid) -> Corpus:
+def read_corpus(
+    files: Sequence[str], validation: float, context: int, grid: Grid, choice: str = "auto", dtype: str = ""
+) -> Corpus:
     """Return the corpus that some files hold.
 
     Parameters
     ----------
     files : sequence of str
-        Text files, in order, or token stores (``.h5``) and NumPy files of tokens (``.npy``). Without any, the corpus is
-        CPython's own documentation, which every Python carries.
+        Text files, in order, or token stores (``.h5``), NumPy files (``.npy``) and other files of tokens. Without any,
+        the corpus is CPython's own documentation, which every Python carries.
     validation : float
         Share of the tokens that is held out.
     context : int
         Tokens of a sequence; both parts must hold one and its next token.
     grid : Grid
         All ranks of the run.
+    choice : str
+        ``text`` or ``jsonl`` where files are to be taken as such; ``auto`` goes by name and content.
+    dtype : str
+        The dtype of the tokens of files without a header; ``""`` if they are texts.
 
     Returns
     -------
@@ -87,14 +95,17 @@ def read_corpus(files: Sequence[str], validation: float, context: int, grid: Gri
     Raises
     ------
     ConfigError
-        On all ranks, if a file cannot be read or the corpus is too short.
+        On all ranks, if a file cannot be read, is in no format that is known, or the corpus is too short.
 
     Notes
     -----
     **Communication:** for text files, one bcast of the corpus from rank 0 over the grid, in bytes; for stores and NumPy
     files, messages of a few bytes.
     """
-    corpus = _meta_corpus(tuple(files), validation) if grid.is_meta else _open(files, validation, grid)
+    if grid.is_meta:
+        corpus = _meta_corpus(tuple(files), validation, choice, dtype)
+    else:
+        corpus = _open(files, validation, grid, choice, dtype)
     if min(len(corpus.train), len(corpus.validation)) <= context:
         size, unit = len(corpus.train) + len(corpus.validation), "tokens" if corpus.source else "bytes"
         raise ConfigError(
@@ -114,20 +125,41 @@ def _digest(corpus: Corpus, grid: Grid) -> str:
 
 
 @lru_cache(maxsize=1)
-def _meta_corpus(files: tuple[str, ...], validation: float) -> Corpus:
+def _meta_corpus(files: tuple[str, ...], validation: float, choice: str, dtype: str) -> Corpus:
     """Return the corpus of meta grids: hundreds of dry runs of a plan read it once."""
-    return _open(files, validation, Grid.meta())
+    return _open(files, validation, Grid.meta(), choice, dtype)
 
 
-def _open(files: Sequence[str], validation: float, grid: Grid) -> Corpus:
-    return _read_stored(files, validation, grid) if is_stored(files) else _read_texts(files, validation, grid)
+def _open(files: Sequence[str], validation: float, grid: Grid, choice: str, dtype: str) -> Corpus:
+    formats: list[Format] = []
+    with comm.agreed(grid):
+        if grid.rank == 0:
+            formats = _formats(files, choice, dtype)
+    formats = comm.share(formats, grid)
+    stored = any(not one.is_text for one in formats)
+    return (_read_stored if stored else _read_texts)(files, formats, validation, grid)
 
 
-def _read_texts(files: Sequence[str], validation: float, grid: Grid) -> Corpus:
+def _formats(files: Sequence[str], choice: str, dtype: str) -> list[Format]:
+    try:
+        formats = [recognize(Path(name), choice, dtype) for name in files]
+    except ConfigError as problem:
+        raise ConfigError(f"data.files: {problem}") from None
+    texts = [name for name, one in zip(files, formats, strict=True) if one.is_text]
+    stored = [name for name in files if name not in texts]
+    if texts and stored:
+        raise ConfigError(
+            f"data.files: {stored[0]} holds tokens and {texts[0]} text: put the texts into a store with colossal-mpi "
+            "data prepare"
+        )
+    return formats
+
+
+def _read_texts(files: Sequence[str], formats: Sequence[Format], validation: float, grid: Grid) -> Corpus:
     text = b""
     with comm.agreed(grid):
         if grid.rank == 0:
-            text = _text_of(files)
+            text = _text_of(files, formats)
     size = comm.share(len(text), grid)
     tokens = np.frombuffer(text, np.uint8) if grid.rank == 0 else np.empty(size, np.uint8)
     # tokens[n] on rank 0  ->  tokens[n] on every rank: bcast over all axes
@@ -135,18 +167,23 @@ def _read_texts(files: Sequence[str], validation: float, grid: Grid) -> Corpus:
     return split(tokens, validation)
 
 
-def _text_of(files: Sequence[str]) -> bytes:
+def _text_of(files: Sequence[str], formats: Sequence[Format]) -> bytes:
     if not files:
         from pydoc_data.topics import topics
 
         return "\n".join(topics[name] for name in sorted(topics)).encode()
-    texts = []
-    for name in files:
-        try:
-            texts.append(Path(name).read_bytes())
-        except OSError as problem:
-            raise ConfigError(f"data.files: cannot read {name}: {problem.strerror}") from None
-    return b"\n".join(texts)
+    documents: list[bytes] = []
+    parts: list[bytes] = []
+    try:
+        for name, one in zip(files, formats, strict=True):
+            for part, ends, _ in pieces(Path(name), one):
+                parts.append(part)
+                if ends:
+                    documents.append(b"".join(parts))
+                    parts = []
+    except ConfigError as problem:
+        raise ConfigError(f"data.files: {problem}") from None
+    return b"\n".join(documents)
 
 
 def split(tokens: np.ndarray, validation: float) -> Corpus:
@@ -189,43 +226,15 @@ def require_vocabulary(corpus: Corpus, most: int, remedy: str) -> None:
         raise ConfigError(f"data.files: tokens of a vocabulary of {corpus.vocabulary}, and {remedy}")
 
 
-def is_stored(files: Sequence[str]) -> bool:
-    """Say whether files are stores or NumPy files of tokens, and not texts.
-
-    Parameters
-    ----------
-    files : sequence of str
-        The files of ``data.files``.
-
-    Returns
-    -------
-    bool
-        False for texts and for no files.
-
-    Raises
-    ------
-    ConfigError
-        If there are both.
-    """
-    stored = [name for name in files if Path(name).suffix in _SUFFIXES]
-    if stored and len(stored) < len(files):
-        texts = [name for name in files if name not in stored]
-        raise ConfigError(
-            f"data.files: {stored[0]} holds tokens and {texts[0]} text: put the texts into a store with colossal-mpi "
-            "data prepare"
-        )
-    return bool(stored)
-
-
 def stored_vocabulary(files: Sequence[str], default: int) -> int:
     """Return the largest vocabulary of some stores.
 
     Parameters
     ----------
     files : sequence of str
-        Stores and NumPy files of tokens.
+        The files of ``data.files``.
     default : int
-        The result where no file is a store: NumPy files do not know their vocabulary.
+        The result where no file is a store: other files do not know their vocabulary.
 
     Returns
     -------
@@ -237,12 +246,13 @@ def stored_vocabulary(files: Sequence[str], default: int) -> int:
     ConfigError
         If a store cannot be read.
     """
-    return max((Store(name).vocabulary for name in files if name.endswith(".h5")), default=default)
+    return max((Store(name).vocabulary for name in files if is_store(Path(name))), default=default)
 
 
-def _read_stored(files: Sequence[str], validation: float, grid: Grid) -> Corpus:
+def _read_stored(files: Sequence[str], formats: Sequence[Format], validation: float, grid: Grid) -> Corpus:
     with comm.agreed(grid, ConfigError):
-        opened = [Store(name) if name.endswith(".h5") else NumpyTokens(name) for name in files]
+        pairs = zip(files, formats, strict=True)
+        opened = [Store(name) if one.name == STORE else NumpyTokens(name, one) for name, one in pairs]
     arrays = 0
     with comm.agreed(grid, ConfigError):
         if grid.rank == 0:
@@ -313,12 +323,14 @@ class Stretches:
 
 
 class NumpyTokens:
-    """The tokens of a NumPy file, which is mapped into memory and not read.
+    """The tokens of a NumPy file or of another binary file, which is mapped into memory and not read.
 
     Parameters
     ----------
     path : str
-        A ``.npy`` file.
+        A ``.npy`` file, or a file of tokens.
+    kind : Format
+        The format of the file.
 
     Raises
     ------
@@ -326,9 +338,15 @@ class NumpyTokens:
         If the file cannot be read, or holds something else than integers in one dim.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, kind: Format) -> None:
+        self._array: np.ndarray
         try:
-            self._array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+            if kind.name != BINARY:
+                self._array = np.load(path, mmap_mode="r", allow_pickle=False)
+            elif Path(path).stat().st_size > kind.offset:
+                self._array = np.memmap(path, np.dtype(kind.dtype), "r", kind.offset)
+            else:
+                self._array = np.empty(0, kind.dtype)
         except OSError as problem:
             raise ConfigError(f"data.files: cannot read {path}: {problem.strerror or problem}") from None
         except ValueError as problem:

@@ -1,13 +1,11 @@
 """Make token stores from texts of any size, and show what a store holds.
 
-The commands ``data prepare`` and ``data inspect`` call it. It reads texts in pieces, encodes them with a tokenizer and
-writes them with ``store``.
+The commands ``data prepare`` and ``data inspect`` call it. It takes the pieces of ``texts``, encodes them with a
+tokenizer and writes them with ``store``.
 """
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,26 +13,24 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from colossal_mpi.apps.data.formats import Format, recognize
 from colossal_mpi.apps.data.store import Store, Writer
+from colossal_mpi.apps.data.texts import PIECE, Piece, pieces
 from colossal_mpi.apps.data.tokenizer import Subwords, Tokenizer, load_tokenizer
 from colossal_mpi.apps.text import binary
 from colossal_mpi.errors import ConfigError
 
-PIECE = 1 << 20
-"""Bytes of text that are read and encoded together."""
-
 _MOST = 1000
 """Pieces of text that are encoded together."""
 
-Piece = tuple[bytes, bool, int]
-"""Some text, whether a document ends after it, and the number of bytes of the file that it took."""
 
-
-def write_store(inputs: Sequence[Path], out: Path, name: str, end: str | None, key: str, overwrite: bool) -> None:
+def write_store(
+    inputs: Sequence[Path], out: Path, name: str, end: str | None, key: str, overwrite: bool, choice: str = "auto"
+) -> None:
     """Write a token store.
 
-    A file is a document; in a ``.jsonl`` file each line is one. Texts are read in pieces, so that no file needs to fit
-    into memory; a tokenizer of subwords gets pieces that begin with a line.
+    A file is a document; in a file of JSON lines each line is one. Texts are read in pieces, so that no file needs to
+    fit into memory; a tokenizer of subwords gets pieces that begin with a line.
 
     Parameters
     ----------
@@ -50,23 +46,26 @@ def write_store(inputs: Sequence[Path], out: Path, name: str, end: str | None, k
         The key of the text in a line of JSON.
     overwrite : bool
         Whether to replace `out`.
+    choice : str
+        ``text`` or ``jsonl`` where the inputs are to be taken as such; ``auto`` goes by name and content.
 
     Raises
     ------
     ConfigError
-        If an input cannot be read, `out` exists or cannot be written, or `end` is no token.
+        If an input cannot be read or is no text, `out` exists or cannot be written, or `end` is no token.
     """
     if out.exists() and not overwrite:
         raise ConfigError(f"{out} exists: replace it with --overwrite, or choose another name")
-    sizes = [_size(path) for path in inputs]
+    formats = [_text_format(path, choice) for path in inputs]
+    sizes = [path.stat().st_size for path in inputs]
     encoder = load_tokenizer(name)
     last = _end(encoder, end)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with Writer(out, encoder, [str(path) for path in inputs]) as writer, _progress() as bar:
             task = bar.add_task("tokens", total=sum(sizes), tokens=0)
-            for path in inputs:
-                for batch in _batches(pieces(path, key)):
+            for path, kind in zip(inputs, formats, strict=True):
+                for batch in _batches(pieces(path, kind, key)):
                     _add(writer, encoder, batch, last)
                     bar.update(task, advance=sum(taken for *_, taken in batch), tokens=writer.tokens)
     except OSError as problem:
@@ -101,12 +100,11 @@ def _batches(found: Iterator[Piece]) -> Iterator[list[Piece]]:
         yield batch
 
 
-def _size(path: Path) -> int:
-    try:
-        with path.open("rb"):
-            return path.stat().st_size
-    except OSError as problem:
-        raise ConfigError(f"cannot read {path}: {problem.strerror}") from None
+def _text_format(path: Path, choice: str) -> Format:
+    found = recognize(path, choice)
+    if not found.is_text:
+        raise ConfigError(f"{path} holds tokens already: name it in data.files of a run, and prepare texts")
+    return found
 
 
 def _end(encoder: Tokenizer, end: str | None) -> np.ndarray:
@@ -130,63 +128,6 @@ def _progress() -> Progress:
     )
     console = Console(stderr=True)
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-
-
-def pieces(path: Path, key: str = "text") -> Iterator[Piece]:
-    """Yield the text of a file in pieces.
-
-    Raises
-    ------
-    ConfigError
-        If a line of a ``.jsonl`` file is no JSON object with a text under the key.
-    """
-    yield from _lines(path, key) if path.suffix == ".jsonl" else _document(path)
-
-
-def _document(path: Path) -> Iterator[Piece]:
-    with path.open("rb") as file:
-        rest = b""
-        while read := file.read(PIECE):
-            text = rest + read
-            cut = _cut(text) if len(text) >= PIECE else 0
-            yield text[:cut], False, len(read)
-            rest = text[cut:]
-        yield rest, True, 0
-
-
-_BORDER = re.compile(rb"(?<=\S)\n(?=\S)")
-
-
-def _cut(text: bytes) -> int:
-    """Return where to cut a piece: at a line in its second half with no blank beside it, so that words stay whole."""
-    half = len(text) // 2
-    borders = [match.end() for match in _BORDER.finditer(text, half)]
-    blank = text.rfind(b" ", half)
-    return borders[-1] if borders else blank if blank > 0 else _whole_characters(text)
-
-
-def _whole_characters(text: bytes) -> int:
-    """Return the end of the last complete character of UTF-8."""
-    for back in range(1, min(4, len(text)) + 1):
-        byte = text[-back]
-        if byte & 0xC0 != 0x80:
-            need = 1 if byte < 0x80 else 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
-            return len(text) if need <= back else len(text) - back
-    return len(text)
-
-
-def _lines(path: Path, key: str) -> Iterator[Piece]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.isspace():
-                continue
-            try:
-                text = json.loads(line)[key]
-            except (ValueError, KeyError, TypeError):
-                text = None
-            if not isinstance(text, str):
-                raise ConfigError(f"{path}, line {number}: it must be a JSON object with a text {key!r}; see --key")
-            yield text.encode("utf-8", errors="replace"), True, len(line)
 
 
 def show_store(path: Path, shown: int) -> None:

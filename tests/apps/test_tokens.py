@@ -12,7 +12,7 @@ from mpi4py import MPI
 from colossal_mpi import ConfigError, Grid, Layout, comm
 from colossal_mpi.apps import config as configs
 from colossal_mpi.apps.data import corpus as data
-from colossal_mpi.apps.data import prepare, sampling, store
+from colossal_mpi.apps.data import prepare, sampling, store, texts
 from colossal_mpi.apps.data.corpus import Concatenated, Stretches
 from colossal_mpi.apps.data.tokenizer import Bytes
 from colossal_mpi.apps.training import tasks
@@ -26,10 +26,10 @@ def call(*arguments):
     return command_line.call("data", *arguments)
 
 
-def made(path, texts, tokenizer="bytes", end=None):
+def made(path, parts, tokenizer="bytes", end=None):
     """Write a store of some documents."""
-    inputs = [path.with_suffix(f".{i}.txt") for i in range(len(texts))]
-    for name, text in zip(inputs, texts, strict=True):
+    inputs = [path.with_suffix(f".{i}.txt") for i in range(len(parts))]
+    for name, text in zip(inputs, parts, strict=True):
         name.write_text(text)
     prepare.write_store(inputs, path, tokenizer, end, "text", False)
     return store.Store(path)
@@ -52,14 +52,14 @@ def subwords(tmp_path_factory):
 
 @pytest.mark.parametrize("piece", [1 << 20, 700], ids=["whole", "pieces"])
 def test_bytes_of_documents_come_out_as_they_went_in(tmp_path, monkeypatch, piece):
-    monkeypatch.setattr(prepare, "PIECE", piece)
+    monkeypatch.setattr(texts, "PIECE", piece)
     monkeypatch.setattr(store, "_BUFFER", 5000)
-    texts = [TEXT, "", "short", "x" * 3000]
-    opened = made(tmp_path / "a.h5", texts, end="\n")
-    whole = b"".join(text.encode() + b"\n" for text in texts)
+    parts = [TEXT, "", "short", "x" * 3000]
+    opened = made(tmp_path / "a.h5", parts, end="\n")
+    whole = b"".join(text.encode() + b"\n" for text in parts)
     assert (len(opened), opened.vocabulary, opened.dtype) == (len(whole), 256, np.dtype(np.uint8))
     assert opened[np.arange(len(opened))].tobytes() == whole
-    assert opened.documents[...].tolist() == np.cumsum([len(text.encode()) + 1 for text in texts]).tolist()
+    assert opened.documents[...].tolist() == np.cumsum([len(text.encode()) + 1 for text in parts]).tolist()
     assert bytes(opened.document(2, 99)) == b"short\n"
     assert not list(tmp_path.glob(".*"))
 
@@ -67,7 +67,7 @@ def test_bytes_of_documents_come_out_as_they_went_in(tmp_path, monkeypatch, piec
 @pytest.mark.parametrize("piece", [1 << 20, 900], ids=["whole", "pieces"])
 def test_subwords_are_those_of_the_whole_text(tmp_path, monkeypatch, subwords, piece):
     tokenizers = pytest.importorskip("tokenizers")
-    monkeypatch.setattr(prepare, "PIECE", piece)
+    monkeypatch.setattr(texts, "PIECE", piece)
     opened = made(tmp_path / "a.h5", [TEXT, "Line 7"], str(subwords), "<|end|>")
     library = tokenizers.Tokenizer.from_file(str(subwords))
     end = [library.token_to_id("<|end|>")]

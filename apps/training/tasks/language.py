@@ -93,7 +93,8 @@ class CausalLanguage(Task):
         super().__init__(config, parallelism)
         assert isinstance(config.model, LanguageSection)
         self.context, training = config.model.context, config.training
-        self.corpus = data.read_corpus(config.data.files, config.data.validation, self.context, self.grid)
+        d = config.data
+        self.corpus = data.read_corpus(d.files, d.validation, self.context, self.grid, d.format, d.dtype)
         vocabulary = config.model.vocabulary
         data.require_vocabulary(self.corpus, vocabulary, f"model.vocabulary={vocabulary}: give it that many")
         self.model, _ = make_model(config, parallelism, positions=self.context)
@@ -106,9 +107,9 @@ class CausalLanguage(Task):
     @classmethod
     def complete(cls, config: Config) -> Config:
         section = config.model
-        if "vocabulary" in section.model_fields_set or not data.is_stored(config.data.files):
-            return config
         assert isinstance(section, LanguageSection)
+        if "vocabulary" in section.model_fields_set:
+            return config
         vocabulary = data.stored_vocabulary(config.data.files, section.vocabulary)
         return config.model_copy(update={"model": section.model_copy(update={"vocabulary": vocabulary})})
 

@@ -56,7 +56,8 @@ class MaskedLanguage(Task):
         super().__init__(config, parallelism)
         assert isinstance(config.model, MaskedSection)
         m, training = config.model, config.training
-        self.corpus = data.read_corpus(config.data.files, config.data.validation, m.context, self.grid)
+        d = config.data
+        self.corpus = data.read_corpus(d.files, d.validation, m.context, self.grid, d.format, d.dtype)
         data.require_vocabulary(
             self.corpus,
             data.BYTE_VALUES,
