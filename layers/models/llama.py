@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from colossal_mpi.errors import ConfigError, OptionError
-from colossal_mpi.layers.attention.rotary import Rotary
+from colossal_mpi.layers.attention.rotary import ORIGINAL, SCALINGS, Rotary
 from colossal_mpi.layers.block import TransformerBlock
 from colossal_mpi.layers.containers import Sequential
 from colossal_mpi.layers.embedding import Embedding
@@ -159,12 +159,18 @@ def _normalize(table: Table) -> Table:
         raise ConfigError(f"rope_parameters={rope!r} cannot be run: they must be those of all layers")
     rope = {key: table[key] for key in ("partial_rotary_factor",) if key in table} | rope
     base = {key: rope[key] for key in ("rope_theta",) if key in rope}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if ORIGINAL in (SCALINGS[kind].needed if isinstance(kind, str) and kind in SCALINGS else ()):
+        # transformers takes the key beside the mapping before the one in it, and the longest sequence if there is none.
+        found = [
+            part.get(key) for part, key in ((table, ORIGINAL), (rope, ORIGINAL), (table, "max_position_embeddings"))
+        ]
+        rope[ORIGINAL] = next((value for value in found if value is not None), None)
     try:
-        Rotary(None, rope)
+        Rotary(base.get("rope_theta", table.get("rope_theta")), rope)
     except OptionError as problem:
         raise ConfigError(f"rope_parameters={rope} cannot be run: {problem}") from None
-    plain = rope.get("rope_type", rope.get("type", "default")) == "default"
-    scaling = None if plain else {key: value for key, value in rope.items() if key != "rope_theta"}
+    scaling = None if kind == "default" else {key: value for key, value in rope.items() if key != "rope_theta"}
     return table | base | {"rope_scaling": scaling}
 
 

@@ -65,7 +65,12 @@ VALUES = [
         "model_type='gpt_neo' cannot be run: it must be one of bert, gpt2, llama, mistral, qwen2, qwen3, vit",
     ),
     ("llama", {"hidden_act": ["silu"]}, r"hidden_act=\['silu'\] cannot be run: it must be 'gelu_new' or .* 'silu'"),
-    ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope.*'yarn'.*: use one of"),
+    ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope.*'dynamic'.*: use one of"),
+    (
+        "llama",
+        {"rope_scaling": {"type": "yarn", "factor": "2"}},
+        "rope.*'yarn': factor='2': it must be a number above 0",
+    ),
     ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "rope.*it lacks low_freq_factor"),
     ("llama", {"rope_scaling": {"full_attention": {"rope_type": "default"}}}, "rope.*must be those of all layers"),
     ("llama", {"partial_rotary_factor": 0.5}, "rope.*partial_rotary_factor=0.5: heads are turned whole"),

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from colossal_mpi import Grid, OptionError, ShapeError
+from colossal_mpi import Grid, Layout, OptionError, ShapeError, zeros
 from colossal_mpi.layers import Parallelism
 from colossal_mpi.layers.attention.rotary import Rotary
 from colossal_mpi.layers.attention.self_attention import SelfAttention
+from colossal_mpi.layers.models.llama import LLAMA
 
 SCALINGS = {
     "default": {"rope_type": "default"},
@@ -20,6 +21,54 @@ SCALINGS = {
         "original_max_position_embeddings": 64,
     },
 }
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+YARNS = {
+    "default": {},
+    "exact-limits": {"truncate": False, "beta_fast": 20, "beta_slow": 2},
+    "magnitude": {"attention_factor": 1.5},
+    "mscale": {"mscale": 1.0, "mscale_all_dim": 0.7},
+    "a-step": {"beta_fast": 8.0, "beta_slow": 8.0, "truncate": False},
+    "null": {"attention_factor": None, "beta_fast": None, "mscale": None, "truncate": None},
+    "no-factor": {"factor": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", YARNS)
+def test_yarn_is_that_of_transformers_in_float64(name):
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    from tests.reference.hf_float64 import double
+
+    scaling = {**YARN, "rope_theta": 500.0, **YARNS[name]}
+    with double():
+        theirs = LlamaRotaryEmbedding(LlamaConfig(hidden_size=96, num_attention_heads=2, rope_parameters=dict(scaling)))
+    mine, eps = Rotary(scaling=scaling), np.finfo("float64").eps
+    assert abs(mine.frequencies(48) / theirs.inv_freq.numpy() - 1).max() <= 64 * eps
+    assert abs(mine._magnitude - theirs.attention_scaling) <= 4 * eps
+
+
+def test_given_positions_are_scaled_as_those_that_are_counted():
+    rotary, x = Rotary(500.0, YARN), zeros((2, 5, 3, 48), Grid(MPI.COMM_SELF), Layout(None, None, None, None))
+    counted, given = rotary.angles(x, None), rotary.angles(x, np.arange(5))
+    assert all(np.array_equal(a, b) for a, b in zip(counted, given, strict=True))
+    assert np.allclose(counted[0] ** 2 + counted[1] ** 2, (0.1 * np.log(4) + 1) ** 2, rtol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("table", "length"),
+    [
+        ({"max_position_embeddings": 128}, 128),
+        ({"max_position_embeddings": 128, "original_max_position_embeddings": 32}, 32),
+        ({"max_position_embeddings": 128, "rope_scaling": YARN}, 64),
+        ({"rope_scaling": None, "rope_parameters": YARN, "original_max_position_embeddings": 32}, 32),
+    ],
+)
+def test_the_original_length_of_yarn_stands_where_transformers_looks(table, length):
+    config = LLAMA.read_config({"rope_scaling": {"type": "yarn", "factor": 4.0}, **table})
+    assert config["scaling"]["original_max_position_embeddings"] == length
 
 
 @pytest.mark.parametrize("name", SCALINGS)
@@ -48,7 +97,16 @@ def test_llama3_keeps_blends_and_divides():
 @pytest.mark.parametrize(
     ("scaling", "message"),
     [
-        ({"rope_type": "yarn"}, "rotary scaling 'yarn': use one of 'default', 'linear', 'llama3'"),
+        ({"rope_type": "dynamic"}, "rotary scaling 'dynamic': use one of 'default', 'linear', 'llama3', 'yarn'"),
+        ({"rope_type": ["yarn"]}, r"rotary scaling \['yarn'\]: use one of"),
+        (
+            {"rope_type": "yarn", "factor": 2.0},
+            "needs factor, original_max.*; it lacks original_max_position_embeddings",
+        ),
+        ({**YARN, "factor": 0}, "rotary scaling 'yarn': factor=0: it must be a number above 0"),
+        ({**YARN, "beta_fast": -1.0}, "rotary scaling 'yarn': beta_fast=-1.0: it must be a number of 0 or more"),
+        ({**YARN, "rope_theta": 1.0}, "rotary scaling 'yarn' needs rope_theta above 1; it is 1.0"),
+        ({"rope_theta": "big"}, "rope_theta='big': it must be a number above 0"),
         ({"type": "linear"}, "rotary scaling 'linear' needs factor; it lacks factor"),
         ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5: heads are turned whole"),
     ],

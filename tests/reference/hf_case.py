@@ -39,6 +39,7 @@ _SCALED = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+_YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 64}
 MODELS = ("gpt2", "llama", "bert", "vit")
 """The cases that tests run in every mode."""
 CASES = {
@@ -61,6 +62,7 @@ CASES = {
             "rope_parameters": _SCALED,
         },
     ),
+    "llama-yarn": ("LlamaForCausalLM", {**_LLAMA, "num_hidden_layers": 1, "rope_parameters": _YARN}),
     "mistral": (
         "MistralForCausalLM",
         {**_LLAMA, "num_hidden_layers": 2, "num_key_value_heads": 3, "sliding_window": 4},
