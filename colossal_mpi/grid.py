@@ -20,7 +20,7 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import ArrayLike, DTypeLike
 
-from colossal_mpi import dlpack, layout
+from colossal_mpi import dlpack, layout, runtime
 from colossal_mpi.errors import GridError
 from colossal_mpi.meta import communicator
 from colossal_mpi.platform import backend, cuda_aware, shared_memory
@@ -28,13 +28,13 @@ from colossal_mpi.platform.backend import Block
 
 
 def world_size() -> int:
-    """Return the number of ranks that the launcher started."""
-    return MPI.COMM_WORLD.Get_size()
+    """Return the number of ranks that the launcher started; 1 in a process that is no rank, such as a rank's child."""
+    return MPI.COMM_WORLD.Get_size() if MPI.Is_initialized() and not MPI.Is_finalized() else 1
 
 
 def world_rank() -> int:
-    """Return this process's rank among those that the launcher started."""
-    return MPI.COMM_WORLD.Get_rank()
+    """Return this process's rank among those that the launcher started; 0 in a process that is no rank."""
+    return MPI.COMM_WORLD.Get_rank() if MPI.Is_initialized() and not MPI.Is_finalized() else 0
 
 
 class Grid:
@@ -70,6 +70,8 @@ class Grid:
     ------
     GridError
         If a size is not a positive integer or the product is not the number of ranks.
+    LaunchError
+        If this process is no rank: a rank started it, or MPI is not initialised.
 
     Notes
     -----
@@ -86,6 +88,7 @@ class Grid:
     """The grid of which `at` made this sub-grid; None for other grids."""
 
     def __init__(self, comm: MPI.Intracomm | None = None, device: str = "auto", **axes: int) -> None:
+        runtime.require_mpi()
         comm = MPI.COMM_WORLD if comm is None else comm
         _check(axes, comm.Get_size())
         self._cart: Any = comm.Create_cart(list(axes.values()), reorder=False) if axes else comm

@@ -29,6 +29,7 @@ from colossal_mpi.apps.files import check_writable
 from colossal_mpi.apps.text import binary
 from colossal_mpi.errors import ColossalError, ConfigError
 from colossal_mpi.grid import world_rank, world_size
+from colossal_mpi.runtime import require_mpi
 
 Row: TypeAlias = dict[str, Any]
 """The result of one competitor. Keys that begin with an underscore are not written to the JSON file."""
@@ -372,6 +373,7 @@ class Benchmark(Command):
             command = [sys.executable, "-m", "colossal_mpi.apps.cli", "bench", self.name, *self.arguments()]
             with self.environment() as settings:
                 return launch.run(self.job_size, command, settings=settings)
+        require_mpi()
         rows, json_file, picture = list[Row](), getattr(self, "json", None), getattr(self, "plot", None)
         with threadpoolctl.threadpool_limits(1, user_api="blas"):
             for found in self.measure():

@@ -30,6 +30,11 @@ def diagnose(directory: Path, seconds: float, json: bool) -> int:
     int
         1 if a finding is bad, else 0; the same on all ranks.
 
+    Raises
+    ------
+    LaunchError
+        If this process is no rank: a rank started it, or MPI is not initialised.
+
     Notes
     -----
     **Communication:** an allgather of small objects, barriers while files are written, and the messages that are
@@ -39,6 +44,7 @@ def diagnose(directory: Path, seconds: float, json: bool) -> int:
     --------
     >>> code = diagnose(Path("runs"), seconds=4.0, json=False)
     """
+    guards.require_mpi()
     world = MPI.COMM_WORLD
     if guards.mismatch() and guards.launched()[1] != 0:
         return 0  # each process is its own job: only the launcher's rank 0 prints, and fails

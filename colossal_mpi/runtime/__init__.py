@@ -17,7 +17,7 @@ exits
 """
 
 from colossal_mpi.runtime import exits, guards, launcher, signals
-from colossal_mpi.runtime.guards import install, launched, library, mismatch
+from colossal_mpi.runtime.guards import install, launched, library, mismatch, require_mpi
 from colossal_mpi.runtime.launcher import JOB_ID_VARIABLES, can_start, child_environment, cpus, mpiexec_command
 
 __all__ = [
@@ -33,5 +33,6 @@ __all__ = [
     "library",
     "mismatch",
     "mpiexec_command",
+    "require_mpi",
     "signals",
 ]

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from colossal_mpi.errors import ConfigError, LaunchError
-from colossal_mpi.runtime.guards import launched
+from colossal_mpi.runtime import guards
 
 # Words in the output of `mpiexec --version`, for each library that it can start. Intel MPI and MPICH share one ABI.
 _VERSION_WORDS = {
@@ -23,8 +23,7 @@ _VERSION_WORDS = {
 }
 JOB_ID_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID", "FLUX_JOB_ID")
 """Environment variables in which schedulers put the number of a job."""
-_RANK_PREFIXES = ("PMI_", "PMIX_", "OMPI_COMM_WORLD_", "HYDI_", "MPI_LOCAL")
-_SETTING_PREFIXES = ("PMIX_MCA_",)
+_HOST_VARIABLES = ("SLURM_JOBID", "SLURM_NODELIST", "PBS_NODEFILE", "PE_HOSTFILE", "LSB_HOSTS", "LSB_MCPU_HOSTS")
 
 
 def mpiexec_command(
@@ -53,7 +52,8 @@ def mpiexec_command(
     ConfigError
         If there is nothing to run, the program does not exist, or n is below 1.
     LaunchError
-        If this process is itself a rank of a job, or no mpiexec belongs to the MPI library.
+        If this process is itself a rank of a job or the child of one, no mpiexec belongs to the MPI library, several
+        ranks would read their program from standard input, or the nodes of an allocation cannot be reached.
 
     Examples
     --------
@@ -65,15 +65,78 @@ def mpiexec_command(
     env = os.environ if env is None else env
     if n < 1:
         raise ConfigError(f"-n {n}: a job has at least one rank, for example -n 4")
-    size, rank = launched()
+    size, rank = guards.launched()
     if size > 1:
         raise LaunchError(
-            f"this is rank {rank} of {size} of a job, and each would start a job of its own: run this "
+            guards.stray()
+            or f"this is rank {rank} of {size} of a job, and each would start a job of its own: run this "
             "outside of mpiexec and srun, or the command itself under them"
         )
-    vendor = MPI.get_vendor()[0]
-    options, extra = _open_mpi(n, env) if vendor == "Open MPI" else ([], {})
-    return [_mpiexec(vendor, env), *options, "-n", str(n), *_program(command, env)], extra
+    program, vendor = _program(command, env), MPI.get_vendor()[0]
+    if n > 1:
+        _refuse_standard_input(program)
+    mpiexec = _mpiexec(vendor, env)
+    if vendor == "Open MPI":
+        options, extra = _open_mpi(n, env)
+    else:
+        options, extra = _hydra(env) if "HYDRA" in _version(mpiexec) else [], {}
+    return [mpiexec, *options, "-n", str(n), *program], extra
+
+
+def _refuse_standard_input(program: Sequence[str]) -> None:
+    if not os.path.basename(program[0]).startswith("python"):
+        return
+    # python [options] - [arguments]; -W and -X have an argument, and -c and -m end the options
+    words = iter(program[1:])
+    for word in words:
+        if word in ("-W", "-X"):
+            next(words, None)
+        elif word in ("-", "/dev/stdin"):
+            break
+        elif not word.startswith("-") or word.startswith(("--", "-c", "-m", "-V", "-h", "-?")):
+            return
+    raise LaunchError(guards.STANDARD_INPUT)
+
+
+def _hydra(env: Mapping[str, str]) -> list[str]:
+    """Return the options with which MPICH's mpiexec starts ranks on this node although a scheduler's variables are set.
+
+    By itself it starts srun inside an allocation of Slurm, and waits for ever where there is none; and it fails without
+    the file of hosts that the variables of PBS name.
+    """
+    if any(name in env for name in ("HYDRA_LAUNCHER", "HYDRA_BOOTSTRAP", "HYDRA_RMK")):
+        return []  # the user has decided
+    if not any(name in env for name in (*JOB_ID_VARIABLES, *_HOST_VARIABLES)):
+        return []
+    local = ["-rmk", "user", "-launcher", "fork"]
+    hosts = _hosts(env)
+    if hosts <= {"localhost", os.uname().nodename.partition(".")[0]}:
+        return local
+    if "SLURM_JOB_ID" in env and shutil.which("srun", path=env.get("PATH", os.defpath)) is None:
+        raise LaunchError(
+            f"SLURM_JOB_ID says that the ranks belong on {', '.join(sorted(hosts))}, and MPICH's mpiexec needs srun, "
+            "which is not on PATH: load Slurm's programs, or `HYDRA_LAUNCHER=fork HYDRA_RMK=user colossal-mpi run "
+            "...` to start the ranks on this node"
+        )
+    return []
+
+
+def _hosts(env: Mapping[str, str]) -> set[str]:
+    """Return the hosts that a scheduler's variables name, without domains; none where they name none that exist."""
+    names: list[str] = []
+    if "SLURM_JOB_ID" in env:
+        # compressed, as in n[1-3,7]: only a single host is a name
+        names = [env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST", "")]
+    elif "LSB_JOBID" in env:
+        names = env.get("LSB_HOSTS", "").split() or env.get("LSB_MCPU_HOSTS", "").split()[::2]
+    for variable in ("PBS_NODEFILE", "PE_HOSTFILE"):
+        if "SLURM_JOB_ID" not in env and env.get(variable):
+            try:
+                lines = Path(env[variable]).read_text().splitlines()
+            except OSError:  # a left-over variable
+                continue
+            names += [line.split()[0] for line in lines if line.strip()]
+    return {name if "[" in name else name.partition(".")[0] for name in names if name}
 
 
 def _open_mpi(n: int, env: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
@@ -176,7 +239,7 @@ def child_environment(env: Mapping[str, str]) -> dict[str, str]:
     """Return an environment without the variables that would make a child process a rank of this process's job.
 
     If this process was started as the only rank of a job (``srun -n 1``), its variables would make every child a rank
-    of that job. The MPI_Init of ``import colossal_mpi`` leaves no such variables.
+    of that job; and so would those of any rank. The MPI_Init of ``import colossal_mpi`` leaves no such variables.
 
     Parameters
     ----------
@@ -188,6 +251,4 @@ def child_environment(env: Mapping[str, str]) -> dict[str, str]:
     dict of str to str
         The environment for a child process.
     """
-    return {
-        name: env[name] for name in env if name.startswith(_SETTING_PREFIXES) or not name.startswith(_RANK_PREFIXES)
-    }
+    return {name: value for name, value in env.items() if not guards.makes_rank(name)}

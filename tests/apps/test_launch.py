@@ -139,6 +139,63 @@ def test_open_mpi_gets_only_what_it_needs(monkeypatch, uid, cores, env, expected
     assert launcher._open_mpi(4, env) == expected
 
 
+HERE = os.uname().nodename
+LOCAL = ["-rmk", "user", "-launcher", "fork"]
+SLURM = {"SLURM_JOB_ID": "7", "PATH": "/nonexistent"}
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({}, []),
+        (SLURM, LOCAL),
+        (SLURM | {"SLURM_JOB_NODELIST": HERE}, LOCAL),
+        (SLURM | {"SLURM_NODELIST": "localhost"}, LOCAL),
+        (SLURM | {"SLURM_JOB_NODELIST": "n[1-3]", "HYDRA_LAUNCHER": "ssh"}, []),
+        ({"PBS_JOBID": "1", "PBS_NODEFILE": "/nonexistent"}, LOCAL),
+        ({"PBS_JOBID": "1", "PBS_NODEFILE": "FILE"}, []),
+        ({"LSB_JOBID": "1", "LSB_HOSTS": f"{HERE} {HERE}"}, LOCAL),
+        ({"LSB_JOBID": "1", "LSB_MCPU_HOSTS": f"{HERE} 2 other 2"}, []),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_mpich_starts_ranks_on_this_node_under_any_scheduler(tmp_path, env, expected):
+    hosts = tmp_path / "hosts"
+    hosts.write_text(f"{HERE}\nother.site.org\n")
+    assert launcher._hydra({name: value.replace("FILE", str(hosts)) for name, value in env.items()}) == expected
+
+
+def test_nodes_that_cannot_be_reached_are_refused():
+    with pytest.raises(LaunchError, match=r"belong on n\[1-3\].*srun.*HYDRA_LAUNCHER=fork"):
+        launcher._hydra(SLURM | {"SLURM_JOB_NODELIST": "n[1-3]"})
+
+
+@pytest.mark.skipif(MPI.get_vendor()[0] != "MPICH", reason="the mpiexec of MPICH asks the scheduler")
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost", "SLURM_NODELIST": "localhost", "SLURM_NNODES": "1"},
+        {"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},
+        {"PBS_JOBID": "1", "PBS_NODEFILE": "/nonexistent"},
+    ],
+    ids=["salloc", "srun-pty", "pbs"],
+)
+def test_a_job_starts_under_the_variables_of_a_scheduler(script, variables):
+    out, err = start(script(HELLO), **variables).communicate(timeout=30)
+    assert out == "[2][2]", err
+
+
+@pytest.mark.parametrize(
+    "command", [["python", "-"], ["python3"], ["python", "-X", "dev", "-u"], ["python", "/dev/stdin"]]
+)
+def test_a_program_from_standard_input_is_refused(command):
+    with pytest.raises(LaunchError, match="the program comes from standard input, which mpiexec gives to rank 0 alone"):
+        launch.mpiexec_command(2, command)
+    for allowed in (["python", "-c", "1"], ["python", "-m", "this", "-"], ["python", "-V"]):
+        launch.mpiexec_command(2, allowed)
+    launch.mpiexec_command(1, command)
+
+
 @pytest.mark.parametrize(
     ("n", "command", "message"),
     [

@@ -259,6 +259,73 @@ def test_batch_script_of_slurm_is_no_launcher():
     assert (done.returncode, done.stderr) == (0, "")
 
 
+CHILDREN = """
+import subprocess
+from colossal_mpi.runtime import child_environment
+ASK = "from colossal_mpi.grid import Grid, world_rank, world_size; print(world_rank(), world_size(), flush=True); "
+def child(make="", **how):
+    done = subprocess.run([sys.executable, "-c", ASK + make], capture_output=True, text=True, **how)
+    return done.returncode, done.stdout, done.stderr
+if rank == 1:
+    assert child() == child(close_fds=False) == (0, "0 1\\n", "")  # without and with the connection of this rank
+    code, _, err = child("Grid(data=1)", close_fds=False)
+    assert code == 1 and f"LaunchError: this process is no rank of a job: rank 1 of 2 started it" in err, err
+    assert "-u PMI_" in err or "-u PMIX_" in err, err
+    alone = child_environment(os.environ)
+    assert child("print(Grid(data=1))", env=alone) == (0, "0 1\\nGrid(data=1)\\n", "")
+    pid = os.fork()
+    if pid == 0:
+        try:
+            guards.require_mpi()
+        except guards.LaunchError as problem:
+            os._exit(7 if "was forked from process" in str(problem) else 1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+world.Barrier()
+"""
+
+
+def test_children_of_a_rank_are_no_ranks_and_leave_the_job_alone(tmp_path):
+    assert job(tmp_path, 2, CHILDREN)[:3] == (0, "", "")
+
+
+def test_the_child_of_the_only_rank_is_alone(tmp_path):
+    body = "import subprocess\nfrom colossal_mpi import Grid\nprint(Grid(data=1), flush=True)\n"
+    body += "if len(sys.argv) == 1: sys.exit(subprocess.run([sys.executable, __file__, 'child']).returncode)"
+    code, out, err, _ = job(tmp_path, 1, body)
+    assert (code, out, err) == (0, "Grid(data=1)\n" * 2, "")
+
+
+ODD = [
+    {"PMI_SIZE": "b", "PMI_RANK": "a"},
+    {"PMI_SIZE": "", "PMI_RANK": "", "PMI_FD": "", "PMI_PORT": "", "PMIX_RANK": ""},
+    {"OMPI_COMM_WORLD_SIZE": "", "OMPI_COMM_WORLD_RANK": "x"},
+    {"SLURM_STEP_NUM_TASKS": "", "SLURM_PROCID": "", "SLURM_JOB_ID": ""},
+    {"PMI_SIZE": "1", "PMI_RANK": "0", "PMI_FD": "987"},
+]
+
+
+@pytest.mark.parametrize("variables", ODD, ids=lambda variables: "-".join(variables))
+def test_odd_variables_are_no_launcher(variables):
+    code = "import colossal_mpi.runtime.guards as g; g.install(); g.require_mpi(); print(g.launched())"
+    done = alone(code, **variables)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "(1, 0)\n", "")
+
+
+def test_a_program_from_standard_input_is_refused_in_a_job(tmp_path):
+    argv, extra = mpiexec_command(2, ["python3", "-c", ""])
+    done = subprocess.run(
+        [*argv[:-2], "-"],
+        input="import colossal_mpi\n",
+        env=environment(**extra),
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("colossal_mpi: error: the program comes from standard input") == 1
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the signal of a parent's death is Linux's")
 def test_no_rank_outlives_a_killed_mpiexec(tmp_path):
     process = start(tmp_path, 2, "sys.stdout.write(f'{os.getpid()}\\n'); sys.stdout.flush()\ntime.sleep(60)")
