@@ -365,16 +365,15 @@ class DistArray:
         Returns
         -------
         int, float or complex
-            The sum, the same bits on every rank; 16-bit floats are summed in float32.
+            The sum, the same bits on every rank; 16-bit floats are summed in float32, integers and bools in 64 bits.
 
         Notes
         -----
         **Communication:** one allreduce of a single word over the axes that cut the array or hold partial sums.
         **Adjoint:** the cotangent on every element.
         """
-        xp = backend.namespace(self.local)
-        dtype = backend.wide_dtype(self.local) if backend.is_half(self.dtype) else None
-        return _total(self, xp.sum(self.local, dtype=dtype), (*self.layout.cut, *self.layout.partial))
+        local = backend.namespace(self.local).sum(self.local, dtype=backend.sum_dtype(self.local))
+        return _total(self, local, (*self.layout.cut, *self.layout.partial))
 
     def sum_over(self, dims: Sequence[int]) -> DistArray:
         """Return the sum over some dims, as partial sums over the axes that cut them.
@@ -387,7 +386,8 @@ class DistArray:
         Returns
         -------
         DistArray
-            The array without these dims; 16-bit floats are summed in float32, which is then its dtype.
+            The array without these dims. 16-bit floats are summed in float32, integers and bools in int64 and unsigned
+            integers in uint64, which is then its dtype.
 
         Notes
         -----
@@ -405,14 +405,18 @@ class DistArray:
         Returns
         -------
         float
-            The norm, the same bits on every rank.
+            The norm, the same bits on every rank; NaN if any element is NaN. It is right to rounding wherever float64
+            holds it, even if the squares of the elements overflow or vanish.
 
         Notes
         -----
-        **Communication:** one allreduce of a single word, after the reduction of partial sums.
+        **Communication:** one allreduce of a single word, after the reduction of partial sums; a second one if the sum
+        of squares is 0, infinite or near the ends of float64's range.
         """
         whole = self.reduced()
-        return math.sqrt(_total(whole, squares(whole), whole.layout.cut))
+        return root_of_squares(
+            lambda factor: _total(whole, squares(whole, factor), whole.layout.cut), scaled=not self.grid.is_meta
+        )
 
     def __matmul__(self, other: DistArray) -> DistArray:
         if _matmul is None or not isinstance(other, DistArray):
@@ -545,12 +549,51 @@ def start_redistribution(arrays: Sequence[DistArray], layouts: Sequence[Layout])
     return PendingRedistribution(there, started)
 
 
-def squares(array: DistArray) -> Block:
-    """Return the sum of the squares of the elements of this rank's block, in float64 whatever its dtype."""
+_LEAST_SQUARES, _MOST_SQUARES = 2.0**-900, 2.0**900
+"""The sums of squares to which squares that vanish add nothing that counts, and of which 2^120 do not overflow."""
+_SCALE = 2.0**600
+"""It brings the square of any float64 beyond these sums into the range of float64."""
+
+
+def root_of_squares(total: Callable[[float], float], scaled: bool = True) -> float:
+    """Return the root of a sum of squares, right to rounding even if the squares overflow or vanish.
+
+    Parameters
+    ----------
+    total : callable
+        ``total(factor)`` returns the sum, over all ranks, of the squares of the elements times `factor`, in float64.
+        All ranks get the same sum, so that all take a second one or none does.
+    scaled : bool
+        Whether to sum again with elements scaled by a power of two if the sum is 0, infinite or near the ends of the
+        range. A dry run, which has no values, does not.
+
+    Returns
+    -------
+    float
+        The root; NaN if the sum is NaN.
+
+    References
+    ----------
+    Anderson: Algorithm 978: safe scaling in the level 1 BLAS, ACM TOMS 44, 2017.
+    """
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        square = total(1.0)
+        if _LEAST_SQUARES <= square <= _MOST_SQUARES or math.isnan(square) or not scaled:
+            return math.sqrt(square)
+        factor = 1 / _SCALE if square > _MOST_SQUARES else _SCALE
+        return math.sqrt(total(factor)) / factor
+
+
+def squares(array: DistArray, factor: float = 1.0) -> Block:
+    """Return the sum of the squares of this rank's elements times a factor, in float64 whatever their dtype."""
     xp, block = backend.namespace(array.local), array.local
-    size = xp.abs(block) if backend.numpy_dtype(block.dtype).kind == "c" else block
-    flat = xp.reshape(xp.astype(size, xp.float64, copy=False), (-1,))
-    return xp.vecdot(flat, flat)
+    is_complex = backend.numpy_dtype(block.dtype).kind == "c"
+    square = None
+    for part in (xp.real(block), xp.imag(block)) if is_complex else (block,):
+        flat = xp.reshape(xp.astype(part, xp.float64, copy=False), (-1,))
+        flat = flat if factor == 1.0 else flat * factor
+        square = xp.vecdot(flat, flat) if square is None else square + xp.vecdot(flat, flat)
+    return square
 
 
 def _total(array: DistArray, local: Block, axes: Sequence[str]) -> Any:
@@ -582,10 +625,36 @@ def _linear(op: Callable[[Any, Any], Any], a: DistArray, b: DistArray | Number) 
 def _scaled(op: Callable[[Any, Any], Any], a: DistArray, b: DistArray | Number) -> DistArray:
     """Multiply or divide. Partial sums may be scaled by a number, not by an array."""
     if not isinstance(b, DistArray):
-        return a.like(op(a.local, _scalar(op, a, b)))
+        block = a.local
+        for factor in factors_within(_scalar(op, a, b), backend.numpy_dtype(a.dtype).name):
+            block = op(block, factor)
+        return a.like(block)
     if a.layout.partial or b.layout.partial:
         raise LayoutError(f"{op.__name__} of {a} and {b}: not linear in partial sums; redistribute them first")
     return a.like(op(a.local, _match(a, b).local))
+
+
+_EXPONENT = {"float16": 14, "bfloat16": 126, "float32": 126, "complex64": 126}
+"""The greatest e for which 2^e and 2^-e are normal numbers, of the dtypes that do not hold every Python number."""
+
+
+def factors_within(number: complex, dtype: str) -> list[complex]:
+    """Return factors within the range of a dtype whose product is the number, as a rule the number alone.
+
+    A gradient in float32 of the norm 1e40 is clipped by a factor of 1e-40, which float32 does not hold: 2^-126 and a
+    second factor do it. Multiply or divide by them one after the other. All but the last are powers of two.
+    """
+    most = _EXPONENT.get(dtype)
+    if most is None or not isinstance(number, float) or not math.isfinite(number):
+        return [number]
+    exponent = math.frexp(number)[1]  # 2^(exponent - 1) <= |number| < 2^exponent
+    # three powers span the range of each of these dtypes: beyond, the product is 0 or infinite
+    count = min(3, (exponent - 1) // most if exponent > 0 else -exponent // most)
+    power = math.ldexp(1.0, most if exponent > 0 else -most)
+    rest = number / power**count
+    if count == 3:  # within the range: 0 times any finite number is 0
+        rest = math.copysign(min(max(abs(rest), 2.0**-most), 2.0**most), rest)
+    return [*[power] * count, rest]
 
 
 def _scalar(op: Callable[[Any, Any], Any], a: DistArray, b: Number) -> complex:

@@ -33,7 +33,8 @@ def norm(a: DistArray, order: str | float = "fro") -> float:
     Returns
     -------
     float
-        The norm, or NaN if any element is NaN.
+        The norm, or NaN if any element is NaN. Sums are made in float64, and squares that would overflow or vanish are
+        scaled, so that the norm of any dtype is right wherever float64 holds it.
 
     Raises
     ------
@@ -42,15 +43,17 @@ def norm(a: DistArray, order: str | float = "fro") -> float:
 
     Notes
     -----
-    **Communication:** ``fro`` and ``max``: an allreduce of one or two words over the axes that cut `a`. 1 and inf: also
-    an allreduce of the n column sums or m row sums over the axes that cut the other dim.
+    **Communication:** ``fro`` and ``max``: an allreduce of one or two words over the axes that cut `a`; ``fro`` takes a
+    second one where the sum of squares is 0 or beyond the range of float64. 1 and inf: also an allreduce of the n
+    column sums or m row sums over the axes that cut the other dim.
     """
     if order == "fro":
         return a.norm()
     # A[M, N] {U_partial} -> A[M, N]
-    whole = a.reduced()
-    if backend.numpy_dtype(whole.dtype).kind in "biu":
-        whole = whole.astype("float64")  # the sums, and the absolute value of the least integer, would overflow
+    whole, dtype = a.reduced(), backend.numpy_dtype(a.dtype)
+    if dtype.name != "float64":
+        # the sums, the absolute value of the least integer and that of great complex numbers would overflow
+        whole = whole.astype("complex128" if dtype.kind == "c" else "float64")
     size = whole.like(backend.namespace(whole.local).abs(whole.local))
     if order == "max":
         return _greatest(size)
@@ -84,17 +87,18 @@ def dot(a: DistArray, b: DistArray) -> complex:
     Returns
     -------
     number
-        A Python scalar of the kind of the dtype.
+        A Python scalar of the kind of the dtype. Products are formed and summed in float32 if the dtype has 16-bit
+        floats, in 64 bits if it is an integer or bool.
 
     Notes
     -----
     **Communication:** an allreduce of a single word, after `b` has moved to the layout of `a`.
     """
-    xp = backend.namespace(a.local)
     whole = a.reduced()
-    left = whole.like(xp.conj(whole.local)) if backend.numpy_dtype(a.dtype).kind == "c" else whole
     # B[its layout] -> B[layout of A]; then sum of A * B {U_axes that cut A} -> allreduce of one word
-    product: complex = (left * b.redistribute(whole.layout)).sum()
+    other = b.redistribute(whole.layout)
+    left, right = (x.like(backend.summable(x.local)) for x in (whole.conj(), other))
+    product: complex = (left * right).sum()
     return product
 
 
@@ -202,14 +206,16 @@ def trace(a: DistArray) -> complex:
     Returns
     -------
     number
-        A Python scalar of the kind of the dtype.
+        A Python scalar of the kind of the dtype; the sum of `DistArray.sum`.
 
     Notes
     -----
     **Communication:** an allreduce of a single word, and the allgather of `diagonal` if m > n.
     """
+    # the ranks' parts of a diagonal are added, and bools cannot be
+    countable = a.astype("int8") if backend.numpy_dtype(a.dtype).kind == "b" else a
     # d[M_row] {U_col} -> one word: allreduce
-    total: complex = diagonal(a).sum()
+    total: complex = diagonal(countable).sum()
     return total
 
 

@@ -242,13 +242,32 @@ def zeros_like(block: Block, shape: Sequence[int], dtype: Any = None) -> Block:
 def sum_over(block: Block, dims: Sequence[int]) -> Block:
     """Return the sum over some dims, given as numbers that are not negative.
 
-    The sum has the dtype of the block, or float32 if the block has 16-bit floats. It is made one dim after the other:
-    NumPy adds the rows of a block one by one, and shorter sums lose fewer digits.
+    The sum has the dtype of `summable`. It is made one dim after the other: NumPy adds the rows of a block one by one,
+    and shorter sums lose fewer digits.
     """
-    block = namespace(block).astype(block, wide_dtype(block)) if is_half(block.dtype) else block
+    block = summable(block)
     for d in sorted(dims, reverse=True):
         block = namespace(block).sum(block, axis=d, dtype=block.dtype)
     return block
+
+
+def summable(block: Block) -> Block:
+    """Return a block in the dtype of `sum_dtype`, itself if it has it."""
+    return namespace(block).astype(block, sum_dtype(block), copy=False)
+
+
+def sum_dtype(block: Block) -> Any:
+    """Return the dtype in which the elements of a block, or products of them, are summed.
+
+    It is float32 for 16-bit floats, int64 for integers and bools, uint64 for unsigned integers, as ``numpy.sum`` has
+    it, and the dtype of the block for all others.
+    """
+    xp, dtype = namespace(block), numpy_dtype(block.dtype)
+    if is_half(dtype):
+        return xp.float32
+    if dtype.kind not in "biu":
+        return block.dtype
+    return xp.uint64 if dtype.kind == "u" else xp.int64
 
 
 def contiguous(block: Block) -> Block:

@@ -120,5 +120,4 @@ class LAMB(AdamW):
         direction += options["weight_decay"] * w.local
         # |d|, |w| of arrays in the layout of the state: sums of squares, allreduce over the axes that cut them
         length, weight = w.like(direction).norm(), w.norm()
-        direction *= lr * (weight / length if weight > 0 and length > 0 else 1.0)
-        w.local[...] -= direction
+        w.local[...] -= (w.like(direction) * (lr * (weight / length if weight > 0 and length > 0 else 1.0))).local

@@ -6,13 +6,12 @@ the gradients with `Parameter.reduce` and calls the subclass's `update` for each
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from colossal_mpi import comm
-from colossal_mpi.distarray import DistArray, squares
+from colossal_mpi.distarray import DistArray, root_of_squares, squares
 from colossal_mpi.errors import OptionError
 from colossal_mpi.grid import Grid
 from colossal_mpi.layers.parameter import Parameter
@@ -38,13 +37,27 @@ def gradient_norm(gradients: Sequence[DistArray], grid: Grid | None = None) -> f
 
     Notes
     -----
-    **Communication:** one allreduce of a single word over the whole grid.
+    **Communication:** one allreduce of a single word over the whole grid; a second one if the sum of squares is 0,
+    infinite or near the ends of float64's range (`root_of_squares`).
     """
-    grid = gradients[0].grid if grid is None else grid
-    # sum of dW[...]^2 of this rank's elements {U_all} -> sum on all ranks: allreduce of a word over the whole grid
+    world = gradients[0].grid if grid is None else grid
     owned = [g for g in gradients if g.layout.owner(g.grid.axes, g.grid.coords)]
-    local = sum((squares(g) for g in owned), start=grid.xp.zeros((), dtype=grid.xp.float64))
-    return math.sqrt(float(backend.to_host(comm.allreduce(grid.xp.asarray(local), grid, tuple(grid.axes)))))
+
+    def total(factor: float) -> float:
+        local = sum((squares(g, factor) for g in owned), start=world.xp.zeros((), dtype=world.xp.float64))
+        # sum of dW[...]^2 of this rank's elements {U_all} -> sum on all ranks: allreduce of a word over the whole grid
+        return float(backend.to_host(comm.allreduce(world.xp.asarray(local), world, tuple(world.axes))))
+
+    return root_of_squares(total, scaled=not world.is_meta)
+
+
+def require_clip(name: str, clip: float | None) -> None:
+    """Require that the greatest norm of a gradient, of this name in errors, is None or above 0."""
+    # 0 would erase every gradient, a negative number would turn it around, and no norm is above NaN
+    if clip is not None and not clip > 0:
+        raise OptionError(
+            f"{name}={clip!r}: the greatest norm must be above 0; without clipping it is None or infinite"
+        )
 
 
 class Group:
@@ -103,7 +116,7 @@ class Optimizer:
     Raises
     ------
     OptionError
-        If a group has an option that the optimizer does not have, or a parameter comes twice.
+        If a group has an option that the optimizer does not have, a parameter comes twice, or `clip` is not above 0.
 
     References
     ----------
@@ -129,6 +142,7 @@ class Optimizer:
         plain = [item for item in given if isinstance(item, Parameter)]
         self.groups = [Group(plain), *[item for item in given if isinstance(item, Group)]]
         self.parameters = [parameter for group in self.groups for parameter in group.parameters]
+        require_clip(f"{type(self).__name__}: clip", clip)
         self.lr, self.clip, self.decays, self.steps = lr, clip, decays, 0
         self.options = {"weight_decay": weight_decay, **options}
         self._require_options()
@@ -204,8 +218,8 @@ class Optimizer:
 
         Notes
         -----
-        **Communication:** the deferred reductions of the gradients (`Parameter.reduce`), one allreduce of a single word
-        over the whole grid, what `update` needs, and with ZeRO an allgather of the weights over the axes that cut the
+        **Communication:** the deferred reductions of the gradients (`Parameter.reduce`), the allreduce of a single word
+        in `gradient_norm`, what `update` needs, and with ZeRO an allgather of the weights over the axes that cut the
         state (`Parameter.refresh`).
         """
         # dW {U_data} -> dW in the layout of the state: allreduce, with ZeRO reduce_scatter, over the deferred axes

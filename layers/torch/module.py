@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from colossal_mpi import dlpack
-from colossal_mpi.distarray import DistArray
+from colossal_mpi.distarray import DistArray, factors_within, root_of_squares
 from colossal_mpi.errors import LayoutError, OptionError, ShapeError, SharingError
 from colossal_mpi.grid import Grid
 from colossal_mpi.layers.containers import Residual, Sequential
@@ -30,6 +30,7 @@ from colossal_mpi.layers.embedding import Embedding
 from colossal_mpi.layers.layer import Layer
 from colossal_mpi.layers.linear import Linear
 from colossal_mpi.layers.optim import gradient_norm
+from colossal_mpi.layers.optim.base import require_clip
 from colossal_mpi.layers.parallelism import Parallelism
 from colossal_mpi.layers.parameter import Parameter
 from colossal_mpi.layers.torch.autograd import Call, agree
@@ -311,9 +312,14 @@ def clip_grad_norm_(model: torch.nn.Module, max_norm: float) -> float:
     float
         The norm before scaling.
 
+    Raises
+    ------
+    OptionError
+        If `max_norm` is not above 0.
+
     Notes
     -----
-    **Communication:** an allreduce of a single word for each grid of the model's modules.
+    **Communication:** the allreduce of a single word in `gradient_norm` for each grid of the model's modules.
 
     Examples
     --------
@@ -321,23 +327,32 @@ def clip_grad_norm_(model: torch.nn.Module, max_norm: float) -> float:
     >>> norm = clip_grad_norm_(model, 1.0)
     >>> optimizer.step()
     """
+    require_clip("clip_grad_norm_: max_norm", max_norm)
     ours = {id(slot.tensor): slot for m in model.modules() if isinstance(m, LayerModule) for slot in m._slots}
     grads = {id(p): p.grad for p in model.parameters() if p.grad is not None}
-    square = sum((float(g.abs().double().square().sum()) for key, g in grads.items() if key not in ours), start=0.0)
+    theirs = [g for key, g in grads.items() if key not in ours]
     blocks: dict[Grid, list[DistArray]] = {}
     for key, slot in ours.items():
         if key in grads:
             value = slot.parameter.value
             blocks.setdefault(value.grid, []).append(value.like(dlpack.from_torch(grads[key])))
-    for arrays in blocks.values():
-        # squares of this rank's blocks -> their sum over the grid: allreduce of one word
-        square += gradient_norm(arrays) ** 2
-    norm = math.sqrt(square)
+    # squares of this rank's blocks -> their sum over each grid: allreduce of one word
+    norms = [gradient_norm(arrays) for arrays in blocks.values()]
+    norms.append(root_of_squares(lambda factor: sum(_squares(g, factor) for g in theirs)))
+    # math.hypot is infinite where a norm is infinite and another one NaN
+    norm = math.nan if any(map(math.isnan, norms)) else math.hypot(*norms)
     scale = max_norm / (norm + 1e-6)
     if scale < 1:
         for grad in grads.values():
-            grad.mul_(scale)
+            for factor in factors_within(scale, str(grad.dtype).removeprefix("torch.")):
+                grad.mul_(factor)
     return norm
+
+
+def _squares(gradient: torch.Tensor, factor: float) -> float:
+    """Return the sum of the squares of a tensor's elements times a factor, in float64."""
+    parts = torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient
+    return float((parts.double() * factor).square().sum())
 
 
 def _first(layer: Layer) -> Layer:

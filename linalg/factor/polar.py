@@ -14,7 +14,6 @@ from colossal_mpi.errors import DTypeError, LayoutError, OptionError, ShapeError
 from colossal_mpi.linalg.contraction.contract import contract
 from colossal_mpi.linalg.contraction.subscripts import layout_map
 from colossal_mpi.linalg.factor.syrk import herk
-from colossal_mpi.linalg.norms import norm
 from colossal_mpi.platform import backend
 
 Coefficients = tuple[float, float, float]
@@ -93,11 +92,15 @@ def newton_schulz(
     whole = g.reduced()
     flip = _long(whole)
     x = whole.T if flip else whole
-    size = x.norm()
-    if math.isinf(size):  # the squares overflow: divide by the greatest element first
-        x = x * (1 / norm(x, "max"))
-        size = x.norm()
-    x = x / (size + epsilon or 1.0)
+    size, scale = x.norm() + epsilon, 1.0
+    if math.isinf(size):  # the norm is beyond the range of float64
+        scale = 2.0**-64
+    elif size < 2.0**-960:  # so near the end of the range it has few digits
+        scale = 2.0**600
+    if scale != 1.0:
+        x = x * scale
+        size = x.norm() + epsilon * scale
+    x = x / (size or 1.0)
     if schedule is None:
         x = _converged(x, _constants(coefficients))
     else:

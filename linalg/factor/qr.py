@@ -18,6 +18,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+
 from colossal_mpi import comm
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import DTypeError, OptionError, ShapeError, SingularError
@@ -78,10 +80,12 @@ def qr(a: DistArray, method: str = "auto") -> QR:
     Notes
     -----
     **Communication:** summed over the p ranks that cut the rows, ``cholesky`` receives ``n(n+1)(p - 1)`` words in each
-    pass, by an allreduce: two passes as a rule, one if the columns are orthonormal already. ``tsqr`` receives
-    ``(p - 1) n(n+1)/2`` words up the tree, ``(p - 1) n^2`` down the tree and ``(p - 1) n(n+1)/2`` in the bcast of R, if
-    every rank has n rows or more; a rank of h < n rows sends hn - h(h-1)/2 words and receives hn. If c ranks cut the
-    columns, one all_to_all moves ``mn (1 - 1/c)`` words first. All ranks agree on whether to shift or to give up.
+    pass, by an allreduce: two passes as a rule, one if the columns are orthonormal already. If that fails, an allreduce
+    of n words finds the greatest element of each column. If squares overflow or vanish, the passes begin anew with
+    scaled columns. ``tsqr`` receives ``(p - 1) n(n+1)/2`` words up the tree, ``(p - 1) n^2`` down the tree and
+    ``(p - 1) n(n+1)/2`` in the bcast of R, if every rank has n rows or more; a rank of h < n rows sends hn - h(h-1)/2
+    words and receives hn. If c ranks cut the columns, one all_to_all moves ``mn (1 - 1/c)`` words first. All ranks
+    agree on whether to shift or to give up.
 
     Examples
     --------
@@ -91,7 +95,11 @@ def qr(a: DistArray, method: str = "auto") -> QR:
     (rows, columns), grid = a.layout.dims, a.grid
     # A[M_rows, N_columns] -> A[M_(rows,columns), N]: all_to_all over the columns' axes
     a = a.redistribute(Layout((*rows, *columns), None))
-    factors = None if method == "tsqr" else _cholesky_qr(a)
+    factors = None
+    if method != "tsqr":
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # found by _scaled_cholesky_qr
+            factors = _cholesky_qr(a)
+        factors = factors or _scaled_cholesky_qr(a)
     if factors is None and method == "cholesky":
         raise SingularError(
             f"qr of shape {a.shape} by method='cholesky': the columns are dependent to rounding of {a.dtype}; "
@@ -131,6 +139,33 @@ def _cholesky_qr(a: DistArray) -> tuple[DistArray, Block] | None:
         if all(comm.collect(bool(near), a.grid)):
             return q, r
     return None
+
+
+def _scaled_cholesky_qr(a: DistArray) -> tuple[DistArray, Block] | None:
+    """Return Q and R by CholeskyQR of columns scaled to about 1, None if no column needs that.
+
+    The squares of columns beyond the scale overflow or vanish in the Gram matrix.
+    """
+    scales = _scales(a)
+    if scales is None or (factors := _cholesky_qr(a.like(a.local / scales))) is None:
+        return None
+    q, r = factors
+    # A[M_rows, N] = Q[M_rows, N] . R[N, N] . diag(scales[N]), on each rank
+    return q, r * scales
+
+
+def _scales(a: DistArray) -> Block | None:
+    """Return the power of two below the greatest element of each column, None if all squares are within the range."""
+    xp, (m, n) = backend.namespace(a.local), a.local.shape
+    parts = [xp.real(a.local), xp.imag(a.local)] if backend.numpy_dtype(a.dtype).kind == "c" else [a.local]
+    tops = [xp.max(xp.abs(x), axis=0) if m else xp.zeros((n,), dtype=x.dtype) for x in parts]
+    # greatest of the columns[N] {max over the rows' axes} -> greatest[N]: allreduce
+    greatest = comm.allreduce(xp.max(xp.stack(tops), axis=0), a.grid, a.layout.dims[0], comm.MAX)
+    top = backend.to_host(greatest)
+    exponents = np.frexp(np.where((top > 0) & np.isfinite(top), top, 1))[1]
+    if np.all(abs(exponents) <= np.finfo(top.dtype).maxexp // 3):
+        return None
+    return xp.astype(backend.to_block(np.ldexp(np.ones_like(top), exponents - 1), greatest), a.dtype)
 
 
 def _factor(gramian: Block, q: DistArray) -> Block | None:

@@ -72,7 +72,8 @@ def syrk(
     Returns
     -------
     DistArray, ``[n, n]``
-        The product; the two triangles have the same bits.
+        The product; the two triangles have the same bits. Integers and bools are multiplied and summed in 64 bits, and
+        the product has that dtype.
 
     Raises
     ------
@@ -117,7 +118,8 @@ def herk(
     Returns
     -------
     DistArray, ``[n, n]``
-        The product; the two triangles have the same bits.
+        The product; the two triangles have the same bits. Integers and bools are multiplied and summed in 64 bits, and
+        the product has that dtype.
 
     Raises
     ------
@@ -162,7 +164,8 @@ def gram(
     Returns
     -------
     DistArray, ``[n, n]``
-        The product; the two triangles have the same bits.
+        The product; the two triangles have the same bits. Integers and bools are multiplied and summed in 64 bits, and
+        the product has that dtype.
 
     Raises
     ------
@@ -224,6 +227,9 @@ class _Task:
 def _product(task: _Task, x: DistArray, conj_left: bool) -> DistArray:
     """Return X X^T, X X^H or, with `conj_left`, conj(X) X^T of an ``[n, k]`` array."""
     task.check(x)
+    if backend.numpy_dtype(x.dtype).kind in "biu":
+        x = x.reduced()
+        x = x.like(backend.summable(x.local))
     # X[its layout] -> X[N_rows, K_summed]
     x = x.redistribute(x.layout.with_partial() if task.axes is None else map_layout("nk", task.axes))
     rows, summed = x.layout.dims

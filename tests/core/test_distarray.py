@@ -283,3 +283,17 @@ def test_copy_astype_and_like(grid):
 def test_repr_says_shape_dtype_layout_and_grid(grid):
     array = zeros(SHAPE, grid, Layout("row", ("col",)))
     assert repr(array) == "DistArray(shape=(7, 5), dtype=float64, Layout('row', 'col'), Grid(row=2, col=2))"
+
+
+@pytest.mark.grids({})
+@pytest.mark.parametrize(
+    ("dtype", "small", "great", "factor"), [("float16", 1e-4, 6e4, 1e6), ("float32", 1e-30, 3e38, 1e40)]
+)
+def test_a_dtype_is_scaled_by_numbers_that_it_does_not_hold(grid, dtype, small, great, factor):
+    for value, change in ((small, factor), (great, 1 / factor)):
+        whole = np.array([0.0, value], dtype)
+        a, exact = from_global(whole, grid, Layout(None)), whole.astype("float64") * change
+        for made in (a * change, a / (1 / change)):
+            assert made.dtype == whole.dtype
+            assert np.allclose(made.gather().astype("float64"), exact, rtol=2 * np.finfo(dtype).eps, atol=0)
+    assert not (zeros((2,), grid, Layout(None), dtype) * 1e300 / 1e-300).gather().any()

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from colossal_mpi import Grid, Layout, from_global
+from colossal_mpi import Grid, Layout, OptionError, from_global
 from colossal_mpi.layers import Context, Parallelism, Parameter
 from colossal_mpi.layers.loss import CrossEntropy
 from colossal_mpi.layers.models import GPT
-from colossal_mpi.layers.optim import AdamW, Muon, gradient_norm
+from colossal_mpi.layers.optim import SGD, AdamW, Muon, gradient_norm
 from tests.cases import host
 from tests.reference import gpt_case as case
 
@@ -119,3 +119,27 @@ def test_norm_counts_each_global_element_once(grid):
     gradients = [from_global(values[p.name], grid, p.value.layout) for p in (matrix, vector)]
     exact = math.sqrt(sum((v**2).sum() for v in values.values()))
     assert gradient_norm(gradients) == pytest.approx(exact, rel=1e-15)
+
+
+@pytest.mark.grids({}, {"data": 2})
+@pytest.mark.parametrize(
+    ("size", "dtype"), [(1e200, "float64"), (1e-200, "float64"), (3e307, "float64"), (3e38, "float32")]
+)
+def test_gradients_of_any_size_are_clipped_to_the_norm(grid, size, dtype):
+    p = Parallelism(grid)
+    w = Parameter("w", (4, 9), Layout(None, None), p, std=1.0, dtype=dtype)
+    before, whole = host(w.value).astype("float64"), np.arange(36.0).reshape(4, 9) / 36
+    clip = min(1.0, size)
+    optimizer = SGD([w], lr=1.0, momentum=0.0, clip=clip)
+    # every rank of data has an equal part of the gradient
+    w.accumulate(from_global((whole * size).astype(dtype), grid, Layout(None, None, partial=tuple(grid.axes))))
+    assert optimizer.step() == pytest.approx(size * np.linalg.norm(whole), rel=1e-6 if dtype == "float32" else 1e-14)
+    step = (before - host(w.value).astype("float64")) / clip
+    bound = 1e-6 if dtype == "float32" else 1e-14
+    assert np.allclose(step, whole / np.linalg.norm(whole), rtol=0, atol=bound) or clip < 1e-20
+
+
+@pytest.mark.parametrize("clip", [0.0, -1.0, math.nan])
+def test_a_greatest_norm_that_would_erase_or_turn_gradients_is_refused(clip):
+    with pytest.raises(OptionError, match="AdamW: clip=.* the greatest norm must be above 0"):
+        AdamW(parameters(Grid(MPI.COMM_SELF), [(3, 4)]), clip=clip)

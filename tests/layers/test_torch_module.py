@@ -353,3 +353,17 @@ def test_a_compiled_model_calls_the_layer_as_it_is(grid):
     exact = model(x)
     assert torch.equal(torch.compile(model, backend="eager")(x), exact)
     exact.sum().backward()
+
+
+@ONE
+@pytest.mark.parametrize(("size", "dtype"), [(1e200, torch.float64), (1e-200, torch.float64), (3e38, torch.float32)])
+def test_clipping_takes_gradients_of_any_size(grid, size, dtype):
+    model = torch.nn.Sequential(as_module(linear(grid)), torch.nn.Linear(4, 5, dtype=dtype))
+    for p in model.parameters():
+        p.grad = torch.full_like(p, size)
+    exact = size * sum(p.numel() for p in model.parameters()) ** 0.5
+    assert clip_grad_norm_(model, 2.0) == pytest.approx(exact, rel=1e-6)
+    for p in model.parameters():
+        near(p.grad, torch.full_like(p, 2.0 * size / exact if size > 1 else size), 1e-6)
+    with pytest.raises(OptionError, match="clip_grad_norm_: max_norm=-1: the greatest norm must be above 0"):
+        clip_grad_norm_(model, -1)

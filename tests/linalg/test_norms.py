@@ -85,10 +85,66 @@ def test_what_is_no_matrix_or_no_norm_is_refused(grid):
             part(vector)
 
 
+EXTREMES = {
+    "great": np.full((4, 3), 1e200),
+    "small": np.full((4, 3), -1e-200),
+    "denormal": np.full((4, 3), 5e-321),
+    "near the greatest": np.full((4, 3), 4e307),
+    "mixed": np.array([[1e200, 1.0, 0.0], [1e-200, 3.0, -2e200], [0.0, 1e180, 1.0]]),
+    "mixed small": np.array([[1e-160, 0.0, 3e-170], [1e-300, -4e-163, 0.0]]),
+    "float32": np.full((4, 3), 3e38, "float32"),
+    "float16": np.full((400, 3), 6e4, "float16"),
+    "complex64": np.full((4, 3), 3e38 + 3e38j, "complex64"),
+    "complex128": np.full((4, 3), 1e200 - 1e200j),
+    "small complex128": np.full((4, 3), 1e-200 - 3e-200j),
+    "int8": np.full((9, 7), -128, "int8"),
+    "int16": np.full((9, 7), -32768, "int16"),
+    "int64": np.full((9, 7), np.iinfo("int64").min),
+    "uint8": np.full((9, 7), 200, "uint8"),
+    "bool": np.ones((9, 7), "bool"),
+}
+
+
+@pytest.mark.grids({}, {"row": 2, "col": 2})
+@pytest.mark.parametrize("name", EXTREMES)
+def test_norms_are_right_wherever_float64_holds_them(grid, name):
+    whole = EXTREMES[name]
+    axes = [*grid.axes, None, None][:2]
+    a = from_global(whole, grid, Layout(*axes))
+    size = abs(whole.astype("clongdouble" if whole.dtype.kind == "c" else "longdouble"))
+    exact = {"fro": np.sqrt((size**2).sum()), "max": size.max(), 1: size.sum(0).max(), math.inf: size.sum(1).max()}
+    for order, expected in exact.items():
+        assert math.isclose(linalg.norm(a, order), float(expected), rel_tol=4e-15, abs_tol=5e-324), order
+
+
 @pytest.mark.grids({"row": 2})
-@pytest.mark.parametrize("dtype", ["int8", "uint8", "bool"])
-def test_norms_of_small_integers_do_not_overflow(grid, dtype):
-    whole = np.full((9, 7), {"int8": -128, "uint8": 200, "bool": 1}[dtype]).astype(dtype)
-    a = from_global(whole, grid, Layout("row", None))
-    size = float(abs(whole[0, 0].astype(float)))
-    assert [linalg.norm(a, order) for order in ("max", 1, np.inf)] == [size, 9 * size, 7 * size]
+def test_only_a_norm_beyond_the_range_takes_a_second_word(grid):
+    for value, words in ((1.0, 2), (1e130, 2), (1e-130, 2), (1e200, 4), (1e-200, 4), (0.0, 4), (math.nan, 2)):
+        a = from_global(np.full((4, 3), value), grid, Layout("row", None))
+        with ledger.record() as moved:
+            a.norm()
+        assert sum(comm.collect(moved.words, grid)) == words, value
+
+
+@pytest.mark.grids({"row": 2, "col": 2})
+@pytest.mark.parametrize("dtype", ["int8", "int16", "uint8", "bool", "int64"])
+def test_sums_of_integers_do_not_wrap(grid, dtype):
+    whole = np.full((9, 7), {"int8": -128, "int16": 32767, "uint8": 200, "bool": 1, "int64": 2**40}[dtype]).astype(
+        dtype
+    )
+    a, exact = from_global(whole, grid, Layout("row", "col")), whole.astype("int64")
+    assert a.sum() == exact.sum()
+    assert np.array_equal(a.sum_over([0]).gather(), whole.sum(0))
+    assert a.sum_over([1]).dtype == whole.sum(1).dtype
+    assert linalg.trace(a) == np.trace(exact)
+    if dtype != "int64":
+        assert linalg.dot(a, a) == np.vdot(exact, exact)
+        for made, product in ((linalg.gram(a), exact.T @ exact), (linalg.syrk(a), exact @ exact.T)):
+            assert np.array_equal(made.gather(), product)
+            assert made.dtype == whole.sum(0).dtype
+
+
+@pytest.mark.grids({"row": 2})
+def test_the_inner_product_of_16_bit_floats_is_formed_in_float32(grid):
+    a = from_global(np.full((4, 3), 6e4, "float16"), grid, Layout("row", None))
+    assert linalg.dot(a, a) == pytest.approx(12 * 6e4**2, rel=1e-6)

@@ -131,6 +131,22 @@ def test_blocks_need_not_be_numpy(grid):
             assert type(made.local) is type(x.local)
 
 
+@pytest.mark.grids(ONE, SQUARE)
+@pytest.mark.parametrize(
+    ("scale", "dtype"),
+    [(2.0**1022, "float64"), (2.0**664, "float64"), (2.0**-664, "float64"), (2.0**-1022, "float64"),
+     (2.0**125, "float32"), (2.0**-120, "float32"), (2.0**13, "float16"), (2.0**-14, "float16")],
+)  # fmt: skip
+def test_the_factor_does_not_depend_on_the_scale(grid, scale, dtype):
+    g = (normal((6, 9)) / 2).astype(dtype)
+    layout = Layout(*[*grid.axes, None, None][:2])
+    made, expected = (
+        assemble(linalg.newton_schulz(from_global(x, grid, layout), 5, "quintic", 0.0)).astype("float64")
+        for x in ((g * np.asarray(scale, "float64")).astype(dtype), g)
+    )
+    assert np.max(abs(made - expected)) <= 40 * np.finfo(dtype).eps
+
+
 @pytest.mark.grids(LINE, SQUARE)
 def test_zeros_stay_zeros_and_have_no_polar_factor(grid):
     zeros = from_global(np.zeros((4, 6)), grid, Layout(None, list(grid.axes)[-1]))
