@@ -74,8 +74,12 @@ MODELS = (
     lambda p: GPT(GPTConfig(**SIZES, dropout=0.2), p),
     lambda p: Llama(LlamaConfig(**SIZES, groups=3), p),
     lambda p: Bert(BertConfig(**SIZES, dropout=0.1, next_sentence=False), p),
+    lambda p: Llama(LlamaConfig(**SIZES, groups=1, qk_norm=True, sliding_window=3), p),
+    lambda p: Llama(LlamaConfig(**SIZES, groups=6, qk_norm=True), p),
 )
 CHOICES = ("full", "selective", ("attention", "mlp", "norm"), ("block", "norm", "activation"))
+KEEP = True, False, True, True, False
+TRIED = CHOICES, CHOICES[:2], CHOICES[2:], CHOICES[::2], CHOICES[:2]
 TOKENS, LABELS = np.random.default_rng(6).integers(0, 13, (2, 7, 5))
 
 
@@ -101,7 +105,7 @@ def decoder(make, p, kinds):
     {}, {"col": 3}, {"row": 2, "col": 2}, {"depth": 2, "row": 1, "col": 2}, {"row": 2, "col": 1, "depth": 2}
 )
 def test_models_with_dropout_have_the_same_bits(grid):
-    for make, keep, choices in zip(MODELS, (True, False, True), (CHOICES, CHOICES[:2], CHOICES[2:]), strict=True):
+    for make, keep, choices in zip(MODELS, KEEP, TRIED, strict=True):
         p = Parallelism(grid, mode_of(grid), keep)
         exact = decoder(make, p, "none")
         for kinds in choices:
