@@ -6,9 +6,11 @@ blocks onto Hugging Face directories. It is a chain of layers: nothing here comm
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
+from colossal_mpi.errors import ConfigError, OptionError
 from colossal_mpi.layers.activation import ACTIVATIONS, Tanh
 from colossal_mpi.layers.block import TransformerBlock
 from colossal_mpi.layers.containers import FanOut, Sequential
@@ -51,6 +53,11 @@ class BertConfig:
         Whether the head for masked tokens multiplies with the embedding table.
     next_sentence : bool
         Whether the model has a head for the next sentence. Without it the output is the logits of the tokens alone.
+    head : {"pretraining", "classes", "none"}
+        ``"pretraining"`` has the head for masked tokens and, with `next_sentence`, the one for the next sentence;
+        ``"classes"`` classifies the sequence by its first token; ``"none"`` returns the stream of the last block.
+    classes : int
+        Number of classes that the head ``"classes"`` tells apart.
     dropout : float
         Rate at which elements of the embedded tokens and of the outputs of attention and MLP are dropped.
     std : float
@@ -72,6 +79,8 @@ class BertConfig:
     eps: float = 1e-12
     tied: bool = True
     next_sentence: bool = True
+    head: str = "pretraining"
+    classes: int = 2
     dropout: float = 0.0
     std: float = 0.02
     seed: int | None = 0
@@ -104,23 +113,44 @@ def block_weights(prefix: str, attention: str, norms: tuple[str, str]) -> tuple[
 
 
 _BODY, _BLOCK, _HEAD = "bert.embeddings", "bert.encoder.layer.{i}", "cls.predictions"
-_CLASSES = {True: "BertForPreTraining", False: "BertForMaskedLM"}
+_HEADS: dict[str, hf.Table] = {
+    "BertForPreTraining": {"head": "pretraining", "next_sentence": True},
+    "BertForMaskedLM": {"head": "pretraining", "next_sentence": False},
+    "BertForSequenceClassification": {"head": "classes", "next_sentence": True},
+    "BertModel": {"head": "none", "next_sentence": True},
+}
+"""The keys of the head of each class of transformers."""
 
 
 def _normalize(table: hf.Table) -> hf.Table:
-    """Add the key of the head for the next sentence, which depends on the class of the model."""
-    named = table.get("architectures") or [_CLASSES[True]]
-    return table | {"next_sentence": _CLASSES[False] not in named}
+    return table | {"labels": hf.count_labels(table)}
+
+
+def _choose(table: hf.Table, names: Container[str]) -> hf.Table:
+    """Add the keys of the head of the first class that the table names or, if it names none, of the tensors."""
+    named = table.get("architectures") or []
+    known = [name for name in named if name in _HEADS]
+    if named and not known:
+        raise ConfigError(f"architectures={named!r} cannot be run: one must be {' or '.join(map(repr, _HEADS))}")
+    if not known:
+        classifies = "classifier.weight" in names and "bert.pooler.dense.weight" in names
+        known = ["BertForSequenceClassification"] if classifies else ["BertModel"]
+    if not named and f"{_HEAD}.transform.dense.weight" in names:
+        known = ["BertForPreTraining"] if "cls.seq_relationship.weight" in names else ["BertForMaskedLM"]
+    return table | _HEADS[known[0]]
 
 
 def _denormalize(table: hf.Table, extra: hf.Table) -> hf.Table:
-    pooled = table.pop("next_sentence")
-    return table | {"architectures": [_CLASSES[pooled]]}
+    keys, labels = {key: table.pop(key) for key in ("head", "next_sentence")}, table.pop("labels")
+    if keys["head"] != "pretraining":
+        keys["next_sentence"] = True  # it does not matter to the other heads
+    name = next(name for name, theirs in _HEADS.items() if theirs == keys)
+    return table | {"architectures": [name]} | (hf.label_names(labels, extra) if keys["head"] == "classes" else {})
 
 
 BERT = hf.Architecture(
     model_type="bert",
-    classes=tuple(_CLASSES.values()),
+    classes=tuple(_HEADS),
     base="bert",
     keys=(
         hf.integer("vocab_size", "vocabulary", 30522),
@@ -128,7 +158,9 @@ BERT = hf.Architecture(
         hf.integer("type_vocab_size", "segments", 2),
         *block_keys(),
         hf.boolean("tie_word_embeddings", "tied", True),
+        hf.ConfigKey("head", "head", "pretraining", {head: head for head in ("pretraining", "classes", "none")}),
         hf.boolean("next_sentence", "next_sentence", True),
+        hf.integer("labels", "classes", 2),
         hf.fixed("position_embedding_type", "absolute", "absolute"),
         hf.fixed("is_decoder", False, False),
         hf.fixed("add_cross_attention", False, False),
@@ -145,11 +177,14 @@ BERT = hf.Architecture(
         *hf.linear("decoder", "vh", [f"{_HEAD}.decoder"], "vh"),
         *hf.linear("pooler", "fh", ["bert.pooler.dense"], "hf", "f"),
         *hf.linear("next_sentence", "hv", ["cls.seq_relationship"], "vh"),
+        *hf.linear("classifier", "hv", ["classifier"], "vh"),
     ),
     normalize=_normalize,
+    choose=_choose,
     denormalize=_denormalize,
     ignored=(f"{_HEAD}.bias", "*position_ids"),  # a bias that an untied decoder does not use, and indices
     tied={f"{_BODY}.word_embeddings.weight": f"{_HEAD}.decoder.weight", f"{_HEAD}.bias": f"{_HEAD}.decoder.bias"},
+    doubled={f"{_HEAD}.decoder.bias": f"{_HEAD}.bias"},  # one parameter in older versions
 )
 
 
@@ -160,6 +195,7 @@ class Bert(Sequential):
     `forward` returns a tuple: the logits ``[b, s, v]`` of the masked tokens and the logits ``[b, 2]`` that say whether
     the second segment follows the first (index 0: it does). `backward` takes a tuple of their cotangents, one of which
     may be None if the loss does not use that output. Without ``next_sentence``, output and cotangent are single arrays.
+    So they are with another `head`: the logits ``[b, v]`` of v classes, or the stream ``[b, s, h]`` of the last block.
     The context's `segments` assign tokens to sentences, its `mask` marks padding.
 
     Parameters
@@ -169,8 +205,16 @@ class Bert(Sequential):
     parallelism : Parallelism
         The grid and the tensor mode.
 
+    Raises
+    ------
+    OptionError
+        If there is no such head or activation.
+
     Notes
     -----
+    With the heads of pre-training the model is Hugging Face's ``BertForPreTraining`` or ``BertForMaskedLM``, with
+    classes its ``BertForSequenceClassification``, without a head its ``BertModel`` without the pooler.
+
     The blocks normalise after the residual sums, and every position attends to all others. The pooler and the first
     product of the head for masked tokens map the residual stream to itself; they run as the down-projection of a block.
 
@@ -188,7 +232,6 @@ class Bert(Sequential):
         initial: dict[str, Any] = {"std": c.std, "seed": c.seed, "dtype": c.dtype}
         inner = 4 * hidden if c.inner is None else c.inner
         tokens = Embedding(c.vocabulary, hidden, parallelism, "tokens", **initial)
-        predictions = _prediction_head(c, parallelism, tokens, initial)
         super().__init__(
             tokens,
             SegmentEmbedding(c.segments, hidden, parallelism, "segments", **initial),
@@ -212,8 +255,20 @@ class Bert(Sequential):
                 )
                 for i in range(c.layers)
             ],
-            FanOut(predictions, _next_sentence_head(c, parallelism, initial)) if c.next_sentence else predictions,
+            *_heads(c, parallelism, tokens, initial),
         )
+
+
+def _heads(c: BertConfig, p: Parallelism, tokens: Embedding, initial: dict[str, Any]) -> list[Layer]:
+    """Return the layer after the blocks, or none."""
+    if c.head not in ("pretraining", "classes", "none"):
+        raise OptionError(f"a Bert of head={c.head!r}: use 'pretraining', 'classes' or 'none'")
+    if c.head == "none":
+        return []
+    if c.head == "classes":
+        return [_pooled_head(c, p, "classifier", c.classes, initial)]
+    predictions = _prediction_head(c, p, tokens, initial)
+    return [FanOut(predictions, _pooled_head(c, p, "next_sentence", 2, initial)) if c.next_sentence else predictions]
 
 
 def _prediction_head(c: BertConfig, p: Parallelism, tokens: Embedding, initial: dict[str, Any]) -> Layer:
@@ -228,12 +283,12 @@ def _prediction_head(c: BertConfig, p: Parallelism, tokens: Embedding, initial: 
     )
 
 
-def _next_sentence_head(c: BertConfig, p: Parallelism, initial: dict[str, Any]) -> Layer:
-    """Return the head for the next sentence: x[b, s, h] to logits[b, 2], from the first token."""
-    sizes = {"h": c.hidden, "f": c.hidden, "v": 2}
+def _pooled_head(c: BertConfig, p: Parallelism, name: str, classes: int, initial: dict[str, Any]) -> Layer:
+    """Return the head for the next sentence or for classes: x[b, s, h] to logits[b, v], from the first token."""
+    sizes = {"h": c.hidden, "f": c.hidden, "v": classes}
     return Sequential(
         FirstPool(p),
         Linear("bf,fh->bh", sizes, "f", p, "pooler", replicate="s", **initial),
         Tanh(),
-        Linear("bh,hv->bv", sizes, "v", p, "next_sentence", replicate="s", **initial),
+        Linear("bh,hv->bv", sizes, "v", p, name, replicate="s", **initial),
     )

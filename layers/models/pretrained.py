@@ -155,7 +155,7 @@ def _read_config(reader: Reader, dtype: str | None) -> tuple[Architecture, Model
         for architecture in kind.huggingface:
             if wanted == architecture.model_type:
                 try:
-                    values = architecture.read_config(reader.config)
+                    values = architecture.read_config(reader.config, set(map(unwrapped, reader)))
                 except ConfigError as problem:
                     raise ConfigError(f"{path}: {problem}") from None
                 # The widest dtype of the weights, and float32 at least: a CPU computes slowly with 16 bits.
@@ -231,6 +231,7 @@ def _names_in_directory(
         twins = stored.get(tied.get(name, ""), [])
         if known and twins:
             copies[name] = twins[0]
+        twins = twins or stored.get(architecture.doubled.get(name, ""), [])
         if known or twins:
             names[name] = (known or twins)[0]
         else:
@@ -239,7 +240,7 @@ def _names_in_directory(
     surplus = [name for name in reader if name not in used and not architecture.is_ignored(unwrapped(name))]
     if missing:
         raise CheckpointError(
-            f"{reader.directory} does not hold a {architecture.classes[0]} of its configuration: it lacks "
+            f"{reader.directory} does not hold the {architecture.model_type} of its configuration: it lacks "
             f"{_listed(missing)} and has {_listed(surplus) or 'nothing'} besides"
         )
     for parameter, weight in pairs:
@@ -318,9 +319,12 @@ def save_pretrained(
         if grid.rank == 0:
             files = _with_ids(origin.settings, changed) if settings is None else settings
             _require_settings(files)
-            writer = Writer(directory, table, _tensors(pairs), most, files)
+            writer = Writer(directory, table, _tensors(pairs, architecture.doubled), most, files)
     # value[layout] -> rank 0, box by box: gather to the root
-    failures = [parameter.value.gather_pieces(_box_writer(writer, parameter, weight)) for parameter, weight in pairs]
+    failures = [
+        parameter.value.gather_pieces(_box_writer(writer, parameter, weight, architecture.doubled))
+        for parameter, weight in pairs
+    ]
     with comm.agreed(grid, CheckpointError):
         if writer is not None:
             writer.close(next((failure for failure in failures if failure is not None), None))
@@ -353,21 +357,30 @@ def _choose(fitting: Sequence[Architecture], config: ModelConfig, wanted: object
     return (named or list(fitting))[0]  # whose message says what it lacks
 
 
-def _tensors(pairs: Pairs) -> Tensors:
+def _tensors(pairs: Pairs, doubled: Mapping[str, str]) -> Tensors:
     """Return shape and dtype of every tensor that stores the parameters."""
     return {
         name: (weight.shape(parameter.value.shape), backend.numpy_dtype(parameter.value.dtype))
         for parameter, weight in pairs
-        for name in weight.theirs
+        for theirs in weight.theirs
+        for name in _names_of(theirs, doubled)
     }
 
 
-def _box_writer(writer: Writer | None, parameter: Parameter, weight: WeightMap) -> Callable[[Box, np.ndarray], None]:
+def _names_of(name: str, doubled: Mapping[str, str]) -> list[str]:
+    """Return the names under which a tensor is written."""
+    return [name, doubled[name]] if name in doubled else [name]
+
+
+def _box_writer(
+    writer: Writer | None, parameter: Parameter, weight: WeightMap, doubled: Mapping[str, str]
+) -> Callable[[Box, np.ndarray], None]:
     """Return the function that rank 0 calls with every box of a parameter."""
 
     def write(box: Box, values: np.ndarray) -> None:
         assert writer is not None
         for pair in weight.box_pairs(parameter.value.shape, box):
-            writer.write(pair.name, pair.theirs, pair.to_theirs(values[slices(pair.ours, box)]))
+            for name in _names_of(pair.name, doubled):
+                writer.write(name, pair.theirs, pair.to_theirs(values[slices(pair.ours, box)]))
 
     return write

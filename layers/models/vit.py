@@ -92,18 +92,14 @@ class ViTConfig:
 
 
 def _normalize(table: hf.Table) -> hf.Table:
-    """Count the labels, of which transformers assumes two if none are named."""
+    """Count the labels, and write sizes as pairs."""
     pairs = {key: tuple(table[key]) for key in ("image_size", "patch_size") if isinstance(table.get(key), list)}
-    return table | pairs | {"labels": len(table.get("id2label") or range(2))}
+    return table | pairs | {"labels": hf.count_labels(table)}
 
 
 def _denormalize(table: hf.Table, extra: hf.Table) -> hf.Table:
     """Keep the names of the labels if there are any, and number the labels otherwise."""
-    count, named = table.pop("labels"), extra.get("id2label") or {}
-    if len(named) == count:
-        return table
-    names = {str(i): f"LABEL_{i}" for i in range(count)}
-    return table | {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}}
+    return table | hf.label_names(table.pop("labels"), extra)
 
 
 _BODY = "vit.embeddings"

@@ -10,7 +10,7 @@ import pytest
 from mpi4py import MPI
 from safetensors.numpy import load_file, save_file
 
-from colossal_mpi import CheckpointError, Grid, Layout, from_global
+from colossal_mpi import CheckpointError, ConfigError, Grid, Layout, OptionError, from_global
 from colossal_mpi.layers import Context, Parallelism, models
 from colossal_mpi.layers.activation import ACTIVATIONS, GATED, Gated
 from colossal_mpi.layers.models.huggingface import architecture
@@ -145,3 +145,102 @@ def test_rank_0_alone_warns(grid, shared_path):
     assert len([w for w in said if "score.weight" in str(w.message)]) == (grid.rank == 0)
     message = "holds more than its model: it has score.weight"
     assert message in refusal(lambda: models.from_pretrained(shared_path / "hf", p, strict=True), grid)[1]
+
+
+BERT = {
+    **{"vocab_size": 37, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4},
+    **{"intermediate_size": 48, "max_position_embeddings": 16, "num_labels": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    """Return a directory of BERT with the heads of pre-training, its tensors, its logits and its hidden states."""
+    import torch
+
+    from tests.reference.hf_float64 import double, made, randomised
+
+    path = tmp_path_factory.mktemp("bert") / "hf"
+    torch.manual_seed(0)
+    with double(), torch.no_grad():
+        model = randomised(made("BertForPreTraining", BERT))
+        ids = torch.tensor(IDS)
+        exact = {
+            "tokens": model(ids).prediction_logits.numpy(),
+            "follows": model(ids).seq_relationship_logits.numpy(),
+            "stream": model.bert(ids).last_hidden_state.numpy(),
+        }
+    model.save_pretrained(path)
+    return path, load_file(path / "model.safetensors"), exact
+
+
+def _old(tensors):
+    """Return tensors under their older names, as the first directories of BERT have them."""
+    return {n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t
+            for n, t in tensors.items()}  # fmt: skip
+
+
+def _body(tensors):
+    return {name.removeprefix("bert."): t for name, t in tensors.items() if not name.startswith("cls.")}
+
+
+HUB = {
+    "masked": (["BertForMaskedLM"], lambda t: t, "tokens", "4 tensors .*: bert.pooler.dense.bias"),
+    "masked-old-names": (["BertForMaskedLM"], _old, "tokens", "4 tensors do not enter the Bert"),
+    "both-named": (["BertForPreTraining", "BertForMaskedLM"], _old, ("tokens", "follows"), None),
+    "none-named": (None, _old, ("tokens", "follows"), None),
+    "body": (["BertModel"], _body, "stream", "2 tensors .*: pooler.dense.bias, pooler.dense.weight"),
+    "body-none-named": (None, _body, "stream", "2 tensors .*: pooler.dense.bias, pooler.dense.weight"),
+    "body-and-heads": (["BertModel"], lambda t: t, "stream", " tensors .*: bert.pooler.dense.bias"),
+}
+
+
+@pytest.mark.parametrize("case", HUB)
+def test_the_class_that_a_bert_names_chooses_its_head(tmp_path, bert, case):
+    (path, tensors, exact), (named, change, outputs, message) = bert, HUB[case]
+    hub, p = written(path, tmp_path / "hf", change(tensors), architectures=named), Parallelism(Grid())
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UserWarning)
+        model = models.from_pretrained(hub, p)
+    assert [bool(re.search(message, str(w.message))) for w in said] == ([True] if message else [])
+    y, _ = model.forward(from_global(IDS, p.grid, p.tokens()), Context(train=False))
+    names, y = (outputs, y) if isinstance(y, tuple) else ([outputs], [y])
+    assert all(near(part.gather(), exact[name]) for name, part in zip(names, y, strict=True))
+
+
+def test_a_class_of_bert_that_we_lack_is_named(tmp_path, bert):
+    hub = written(bert[0], tmp_path / "hf", bert[1], architectures=["BertForTokenClassification"])
+    with pytest.raises(ConfigError, match=r"\['BertForTokenClassification'\] cannot be run: one must be 'BertForPre"):
+        models.from_pretrained(hub, Parallelism(Grid()))
+    with pytest.raises(OptionError, match="a Bert of head='first': use 'pretraining', 'classes' or 'none'"):
+        models.Bert(models.BertConfig(head="first"), Parallelism(Grid()))
+
+
+@pytest.mark.filterwarnings("ignore:.*left aside")
+def test_transformers_loads_a_body_that_is_saved(tmp_path, bert):
+    import torch
+    import transformers
+
+    from tests.reference.hf_float64 import double
+
+    hub = written(bert[0], tmp_path / "hf", _body(bert[1]), architectures=["BertModel"])
+    models.save_pretrained(models.from_pretrained(hub, Parallelism(Grid())), tmp_path / "saved")
+    with double(), torch.no_grad():
+        model = transformers.BertModel.from_pretrained(tmp_path / "saved").eval()
+        assert near(model(torch.tensor(IDS)).last_hidden_state.numpy(), bert[2]["stream"])
+
+
+def test_an_untied_bert_has_both_of_its_biases_and_needs_one(tmp_path):
+    p = Parallelism(Grid())
+    model = models.Bert(models.BertConfig(7, 1, 4, 2, 5, tied=False, next_sentence=False), p)
+    bias = next(q for q in model.parameters() if q.name == "decoder.bias")
+    bias.value.local[...] = np.arange(7)
+    models.save_pretrained(model, tmp_path / "a")
+    tensors = load_file(tmp_path / "a" / "model.safetensors")
+    one = _without(tensors, "cls.predictions.decoder.bias")
+    assert np.array_equal(one["cls.predictions.bias"], np.arange(7))
+    again = models.from_pretrained(written(tmp_path / "a", tmp_path / "b", one), p, strict=True)
+    assert all(
+        np.array_equal(host(a.value), host(b.value))
+        for a, b in zip(model.parameters(), again.parameters(), strict=True)
+    )

@@ -82,6 +82,7 @@ CASES = {
     ),
     "bert": ("BertForPreTraining", _BERT),
     "bert-masked": ("BertForMaskedLM", {**_BERT, "num_hidden_layers": 1, "hidden_act": "gelu_new"}),
+    "bert-classes": ("BertForSequenceClassification", {**_BERT, "num_hidden_layers": 1, "id2label": _VIT["id2label"]}),
     "bert-untied": ("BertForMaskedLM", {**_BERT, "num_hidden_layers": 1, "tie_word_embeddings": False}),
     "vit": ("ViTForImageClassification", _VIT),
 }
@@ -139,7 +140,7 @@ def _run(model):
 
 def outputs_of(kind):
     """Return the names of the outputs of a class of transformers."""
-    if kind.startswith("ViT"):
+    if kind.endswith("Classification"):
         return ("classes",)
     return ("tokens", "follows") if kind == "BertForPreTraining" else ("tokens",)
 
@@ -149,7 +150,7 @@ def labels_of(output):
 
 
 UNUSED = {"cls.predictions.bias"}
-"""The tensor that an untied BERT has but does not use; it is not saved again."""
+"""The tensor that an untied BERT has but does not use; it is saved as a copy of the bias that is used."""
 
 
 def tensors(directory):
@@ -163,8 +164,10 @@ def tensors(directory):
 def same_tensors(one, other):
     """Say whether two directories hold the same tensors, bit for bit."""
     a, b = tensors(one), tensors(other)
-    same = all(a[name].dtype == b[name].dtype and np.array_equal(a[name], b[name]) for name in a.keys() & b.keys())
-    return same and b.keys() <= a.keys() <= b.keys() | UNUSED
+    same = all(
+        a[name].dtype == b[name].dtype and np.array_equal(a[name], b[name]) for name in (a.keys() & b.keys()) - UNUSED
+    )
+    return same and b.keys() == a.keys()
 
 
 def table(directory):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from itertools import product
@@ -253,7 +253,20 @@ def linear(ours: str, letters: str, theirs: Sequence[str], dims: str, summed: st
     return WeightMap(f"{ours}.weight", letters, weights, dims), WeightMap(f"{ours}.bias", kept, biases, left)
 
 
-def _unchanged(table: Table, extra: Table | None = None) -> Table:
+def count_labels(table: Table) -> int:
+    """Return the number of labels of a classifier, of which transformers assumes two if none are named."""
+    return len(table.get("id2label") or range(2))
+
+
+def label_names(count: int, extra: Table) -> Table:
+    """Return the keys that name this number of labels: as `extra` has them, or numbered."""
+    if len(extra.get("id2label") or {}) == count:
+        return {}
+    names = {str(i): f"LABEL_{i}" for i in range(count)}
+    return {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}}
+
+
+def _unchanged(table: Table, other: object = None) -> Table:
     return table
 
 
@@ -281,10 +294,15 @@ class Architecture:
         Patterns of the names of tensors that do not enter the result.
     tied : mapping of str to str
         From the name of a tensor to the name of its copy, which a directory with tied weights may store, too.
+    doubled : mapping of str to str
+        From the name of a tensor to the name under which it is stored a second time, or instead.
     implied : mapping
         Fields of our configuration that are the same in every directory, with their values.
     normalize : callable
         A function from a table as it is in the file to one with the `keys`.
+    choose : callable
+        A function from such a table and the names of the tensors, as `unwrapped` returns them, to a table with the keys
+        of the head. Models with a single head need none.
     denormalize : callable
         A function from a table with the `keys` and the table that the directory had before to the one to write.
     """
@@ -296,19 +314,21 @@ class Architecture:
     weights: tuple[WeightMap, ...]
     ignored: tuple[str, ...] = ()
     tied: Mapping[str, str] = field(default_factory=dict)
+    doubled: Mapping[str, str] = field(default_factory=dict)
     implied: Table = field(default_factory=dict)
     normalize: Callable[[Table], Table] = _unchanged
+    choose: Callable[[Table, Container[str]], Table] = _unchanged
     denormalize: Callable[[Table, Table], Table] = _unchanged
 
-    def read_config(self, table: Table) -> Table:
-        """Return the fields of our configuration that a ``config.json`` determines.
+    def read_config(self, table: Table, names: Container[str]) -> Table:
+        """Return the fields of our configuration that a ``config.json`` and the names of the tensors determine.
 
         Raises
         ------
         ConfigError
             If it asks for something that we cannot run; the message names key and value.
         """
-        table = self.normalize(dict(table))
+        table = self.choose(self.normalize(dict(table)), names)
         values = [(key.ours, key.read(table)) for key in self.keys]
         return {ours: value for ours, value in values if ours is not None} | self.implied
 
