@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from colossal_mpi.apps import config as configs
-from colossal_mpi.checkpoint import point_latest, remove
+from colossal_mpi.checkpoint import point_latest, read_manifest, remove
 from colossal_mpi.errors import CheckpointError, ColossalError, ConfigError
 from colossal_mpi.runtime import JOB_ID_VARIABLES
 
@@ -97,9 +97,11 @@ class RunDirectory:
         self.hold()
         if self.config.exists() and not overwrite:
             self.release()
+            begun = bool(self._saved()) or self._named() is not None
+            found = f": go on with --resume {self.path}, " if begun else ", which has no checkpoint: "
             raise ConfigError(
-                f"{self.path} holds a run already: go on with --resume {self.path}, replace it with --overwrite, "
-                "or choose another with --set run.directory=..."
+                f"{self.path} holds a run already{found}replace it with --overwrite, or choose another with --set "
+                "run.directory=..."
             )
         try:
             if self.config.exists():
@@ -126,6 +128,9 @@ class RunDirectory:
         """Remove the files of a former run, and nothing else."""
         for _, folder in self._saved():
             remove(folder)
+        latest = self.checkpoints / "latest"
+        if latest.is_dir() and not latest.is_symlink():
+            remove(latest)
         self._sweep()
         for file in self.events.glob("events.out.tfevents.*"):
             file.unlink()
@@ -137,18 +142,36 @@ class RunDirectory:
             self.sample,
             self.trace,
             self.page,
-            self.checkpoints / "latest",
+            latest,
         )
-        for file in (*files, self.checkpoints / "latest", *(self.page.parent / f"{name}.png" for name in PLOTS)):
+        for file in (*files, *(self.page.parent / f"{name}.png" for name in PLOTS)):
             file.unlink(missing_ok=True)
 
     def _saved(self) -> list[tuple[int, Path]]:
         """Return the checkpoints in order, each with the number of steps that it has done."""
         names = ((re.fullmatch(r"step-(\d+)", path.name), path) for path in self.checkpoints.glob("step-*"))
-        return sorted((int(match[1]), path) for match, path in names if match)
+        return sorted((int(match[1]), path) for match, path in names if match and path.is_dir())
+
+    def _named(self) -> Path | None:
+        """Return the checkpoint that ``latest`` names, None if it names none.
+
+        Copies of a run may resolve links: ``latest`` is then a directory with the same checkpoint, or a file with its
+        name.
+        """
+        latest = self.checkpoints / "latest"
+        if latest.is_symlink() or not latest.exists():
+            return latest.resolve() if latest.exists() else None
+        try:
+            name = latest.read_text(encoding="utf-8").strip() if latest.is_file() else ""
+            found = self.checkpoints / name if name else self.checkpoint(int(read_manifest(latest)["metadata"]["step"]))
+        except (CheckpointError, OSError, ValueError, KeyError, TypeError):  # a copy that was interrupted
+            return None
+        if found.parent == self.checkpoints and found.is_dir():
+            return found.resolve()
+        return None if name else latest.resolve()
 
     def latest(self) -> Path:
-        """Return the newest checkpoint: the target of the link ``latest``, or the last one if the link is broken.
+        """Return the newest checkpoint: the one that ``latest`` names, or the last one if it names none.
 
         Returns
         -------
@@ -162,9 +185,9 @@ class RunDirectory:
         """
         if not self.config.is_file():
             raise CheckpointError(f"no run to resume at {self.path}: it has no {self.config.name}")
-        latest, saved = self.checkpoints / "latest", self._saved()
-        if latest.exists():
-            return latest.resolve()
+        named, saved = self._named(), self._saved()
+        if named is not None:
+            return named
         if not saved:
             raise CheckpointError(f"{self.path} has no checkpoint yet: start it anew with --overwrite")
         return saved[-1][1]
@@ -229,8 +252,9 @@ class RunDirectory:
 
     def _sweep(self) -> None:
         """Remove the remains of checkpoints that a job was writing or removing when it crashed."""
-        for left in (*self.checkpoints.glob(".step-*.partial"), *self.checkpoints.glob(".step-*.removed")):
-            shutil.rmtree(left, ignore_errors=True)
+        for pattern in (".step-*.partial", ".step-*.removed", ".latest.removed"):
+            for left in self.checkpoints.glob(pattern):
+                shutil.rmtree(left, ignore_errors=True)
 
     def append(self, row: dict[str, Any]) -> None:
         """Append a row to the metrics.
@@ -246,16 +270,28 @@ class RunDirectory:
     def rows(self) -> list[dict[str, Any]]:
         """Return the metrics, without a last line that a crash has cut short.
 
+        A crash of the machine can also leave blank lines, zero bytes or parts of lines. Such lines are left out, and a
+        warning on stderr tells their number.
+
         Returns
         -------
         list of dict
-            A row for each step.
+            A row for each step, with ``step`` among its keys.
         """
-        text = self.metrics.read_text() if self.metrics.exists() else ""
-        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        text = self.metrics.read_bytes().decode(errors="replace") if self.metrics.exists() else ""
+        lines = text.split("\n")[:-1]  # what follows the last line break was cut short
+        found = [_row(line) for line in lines]
+        damaged = found.count(None)
+        if damaged:
+            told = f"{damaged} damaged line{'s' * (damaged > 1)} of {len(lines)} left out"
+            sys.stderr.write(f"colossal_mpi: warning: {self.metrics}: {told}\n")
+        return [row for row in found if row is not None]
 
     def rewind(self, steps: int) -> None:
-        """Remove the metrics and checkpoints after a step: a resumed run does the steps after it again.
+        """Remove the metrics and checkpoints after a step, to which ``latest`` points from then on.
+
+        A resumed run does the steps after it again. Where ``latest`` itself is the directory of the checkpoint, as in
+        the copy of a run, it gets the name of its step.
 
         Parameters
         ----------
@@ -269,7 +305,21 @@ class RunDirectory:
         for step, later in self._saved():
             if step > steps:
                 remove(later)
+        latest, reached = self.checkpoints / "latest", self.checkpoint(steps)
+        if latest.is_dir() and not latest.is_symlink() and not reached.exists():
+            latest.rename(reached)
+        if reached.is_dir():
+            point_latest(reached)
         self._sweep()
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    """Return the row of metrics on a line, None if the line is damaged."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
 
 
 class Lock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -107,8 +108,7 @@ def _read(path: Path, name: str) -> Run:
     directory = RunDirectory(path)
     try:
         config = tomllib.loads(directory.config.read_text(encoding="utf-8"))
-        rows = [row for row in directory.rows() if "step" in row]
-        trace = json.loads(directory.trace.read_text())["traceEvents"] if directory.trace.exists() else []
+        rows, trace = directory.rows(), _events(directory.trace)
     except FileNotFoundError:
         raise ConfigError(f"no run at {path}: it has no {directory.config.name}; give the directory of a run") from None
     except (OSError, ValueError, KeyError, TypeError) as problem:
@@ -116,6 +116,18 @@ def _read(path: Path, name: str) -> Run:
     if not rows:
         raise ConfigError(f"the run at {path} has done no step yet: {directory.metrics.name} has no rows")
     return Run(name, rows, dict(flat(config)), directory.facts(), trace)
+
+
+def _events(trace: Path) -> list[dict[str, Any]]:
+    """Return the events of a trace; if the file is damaged, warn and return none."""
+    if not trace.exists():
+        return []
+    try:
+        events: list[dict[str, Any]] = json.loads(trace.read_bytes())["traceEvents"]
+        return events
+    except (ValueError, KeyError, TypeError):
+        sys.stderr.write(f"colossal_mpi: warning: {trace} is damaged: the report has no timeline\n")
+        return []
 
 
 def flat(table: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

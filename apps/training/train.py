@@ -192,7 +192,7 @@ def _steps(
     trainer: Trainer, directory: RunDirectory, done: int, report: Report | None, meter: Meter, stop: Stop
 ) -> int:
     """Do the steps; return the signal that stopped the run before the last step, 0 if none did."""
-    training = trainer.config.training
+    training, saved = trainer.config.training, done
     if trainer.saves_meanwhile(done):
         trainer.reserve()
     for step in range(done, training.steps):
@@ -200,8 +200,8 @@ def _steps(
         if not math.isfinite(row["loss"] + (row["gradient_norm"] or 0.0)):  # None: an overflow of scaled gradients
             trainer.saving.finish()
             raise ColossalError(
-                f"step {step + 1}: loss {row['loss']}, gradient norm {row['gradient_norm']}; lower training.lr and go "
-                f"on from the last checkpoint with --resume {directory.path}"
+                f"step {step + 1}: loss {row['loss']}, gradient norm {row['gradient_norm']}; "
+                f"{_remedy(saved, training.lr, directory)}"
             )
         last = step + 1 == training.steps
         # A run that is being stopped has no time for a validation.
@@ -211,11 +211,20 @@ def _steps(
             report.step(row)
         if last or signal or (step + 1) % training.checkpoint_every == 0:
             _checkpoint(trainer, directory, step + 1, training.background_checkpoints and not (last or signal))
+            saved = step + 1
         else:
             trainer.saving.poll()
         if signal and not last:
             return signal
     return 0
+
+
+def _remedy(saved: int, lr: float, directory: RunDirectory) -> str:
+    """Return what to do about a run that has diverged, by the steps of its last checkpoint, 0 if it has none."""
+    lower = f"--set training.lr={lr / 10:.3g}"
+    if saved:
+        return f"go on from the checkpoint after step {saved} with a lower rate: --resume {directory.path} {lower}"
+    return f"there is no checkpoint yet: start it anew with a lower rate: --overwrite {lower}"
 
 
 def _checkpoint(trainer: Trainer, directory: RunDirectory, step: int, background: bool) -> None:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -14,6 +15,8 @@ from pathlib import Path
 from colossal_mpi.errors import CheckpointError
 
 MANIFEST, INDEX, LATEST = "manifest.json", "index.h5", "latest"
+_WITHOUT_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+"""The errors of a file system that has no symlinks."""
 
 
 def rank_file_name(rank: int) -> str:
@@ -117,14 +120,24 @@ def flush(path: str | Path) -> None:
 def point_latest(directory: str | Path) -> None:
     """Make the symlink ``latest`` beside a checkpoint point to it, in one atomic step; call it on one rank.
 
+    A directory ``latest``, which a copy of a run has where the link was, is removed first. On a file system without
+    symlinks ``latest`` is a file with the name of the checkpoint.
+
     Parameters
     ----------
     directory : str or Path
         The directory of the checkpoint.
     """
     directory = Path(directory)
-    link = directory.parent / f".{LATEST}.partial"
+    latest, link = directory.parent / LATEST, directory.parent / f".{LATEST}.partial"
     link.unlink(missing_ok=True)
-    link.symlink_to(directory.name)
-    os.replace(link, directory.parent / LATEST)
+    try:
+        link.symlink_to(directory.name)
+    except OSError as problem:
+        if problem.errno not in _WITHOUT_LINKS:
+            raise
+        link.write_text(f"{directory.name}\n", encoding="utf-8")
+    if latest.is_dir() and not latest.is_symlink():
+        remove(latest)
+    os.replace(link, latest)
     flush(directory.parent)

@@ -224,7 +224,7 @@ def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"has done no step yet: metrics.jsonl has no rows"):
         report.write([make_run(tmp_path / "none", 0)])
     broken = make_run(tmp_path / "broken", 1)
-    (broken / "trace.json").write_text("{")
+    (broken / "config.toml").write_text("[")
     with pytest.raises(ConfigError, match="the run at .*broken cannot be read"):
         report.write([broken])
     with pytest.raises(ConfigError, match="the report cannot be written to /proc/nowhere"):

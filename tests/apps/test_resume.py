@@ -1,6 +1,10 @@
 """A resumed run goes on with the sample after the last one, and only with the data that it had."""
 
+import errno
 import json
+import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +12,9 @@ from mpi4py import MPI
 
 from colossal_mpi import checkpoint
 from colossal_mpi.apps import data
+from colossal_mpi.apps.run_directory import RunDirectory
 from colossal_mpi.apps.training.tasks import CausalLanguage
+from colossal_mpi.apps.training.trainer import Trainer
 from colossal_mpi.grid import Grid
 from tests.command_line import call
 
@@ -134,3 +140,79 @@ def test_the_digest_sees_each_token_and_pixel_and_the_ends_of_large_files(tmp_pa
         for name, s in (("one", 0.2), ("two", 0.2), ("one", 0.3))
     ]
     assert len(set(found)) == 3
+
+
+COPIES = {
+    "directory": lambda latest, saved: shutil.copytree(saved, latest),
+    "directory alone": lambda latest, saved: saved.rename(latest),
+    "interrupted copy": lambda latest, _: latest.mkdir(),
+    "file": lambda latest, _: latest.write_text("step-0000003\n"),
+    "damaged file": lambda latest, _: latest.write_bytes(b"\0\xff"),
+}
+
+
+@pytest.mark.parametrize("copy", COPIES.values(), ids=COPIES)
+def test_a_copy_without_the_link_latest_is_resumed_and_gets_it_again(run, copy):
+    assert train("tiny.toml", training__checkpoint_every=2).returncode == 0
+    latest = run / "checkpoints" / "latest"
+    target = latest.resolve()
+    latest.unlink()
+    copy(latest, target)
+    for steps in (5, 6):
+        resumed(training__steps=steps)
+        assert latest.is_symlink()
+        assert latest.resolve().name == f"step-{steps:07d}"
+        assert target.is_dir()
+    assert [row["step"] for row in rows(run)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_copy_with_a_directory_latest_can_be_replaced(run):
+    assert train("tiny.toml").returncode == 0
+    latest = run / "checkpoints" / "latest"
+    latest.unlink()
+    shutil.copytree(run / "checkpoints" / "step-0000003", latest)
+    assert train("tiny.toml", "--overwrite").returncode == 0
+    assert latest.resolve().name == "step-0000003"
+
+
+def test_without_symlinks_latest_is_a_file_with_the_name(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    directory = RunDirectory(tmp_path)
+    directory.config.write_text("")
+    directory.checkpoint(7).mkdir(parents=True)
+    directory.checkpoint(9).mkdir()
+    checkpoint.point_latest(directory.checkpoint(7))
+    assert directory.latest() == directory.checkpoint(7).resolve()
+
+
+DAMAGED = b'\0\0\0\0\n\n{"step": 5, "lo\nnull\n[1]\n{"step": "x"}\n\xff\n'
+
+
+def test_damaged_lines_of_the_metrics_and_a_damaged_trace_are_left_out(run):
+    assert train("tiny.toml").returncode == 0
+    metrics = run / "metrics.jsonl"
+    whole = metrics.read_bytes()
+    metrics.write_bytes(DAMAGED + whole + DAMAGED + b"\0\0")
+    (run / "trace.json").write_text('{"traceEv')
+    shown = call("report", run)
+    assert shown.returncode == 0, shown.stderr
+    assert f"{metrics}: 14 damaged lines of 17 left out" in shown.stderr
+    assert "trace.json is damaged: the report has no timeline" in shown.stderr
+    assert "14 damaged lines of 17 left out" in resumed(training__steps=4).stderr
+    assert metrics.read_bytes().startswith(whole)
+    assert [row["step"] for row in rows(run)] == [1, 2, 3, 4]
+
+
+def test_a_run_that_diverges_is_told_to_resume_only_if_it_has_a_checkpoint(run, monkeypatch):
+    gradients = Trainer.gradients
+    monkeypatch.setattr(Trainer, "gradients", lambda *step: gradients(*step) if step[1] < 1 else math.nan)
+    first = train("tiny.toml").stderr
+    assert "step 2: loss nan" in first
+    assert "there is no checkpoint yet: start it anew with a lower rate: --overwrite --set training.lr=0.0001" in first
+    assert "run has no checkpoint yet: start it anew with --overwrite" in train("--resume", "run").stderr
+    assert "a run already, which has no checkpoint: replace it with --overwrite" in train("tiny.toml").stderr
+    later = train("tiny.toml", "--overwrite", training__checkpoint_every=1).stderr
+    assert "the checkpoint after step 1 with a lower rate: --resume run --set training.lr=0.0001" in later
