@@ -67,7 +67,7 @@ def test_given_positions_are_scaled_as_those_that_are_counted():
     ],
 )
 def test_the_original_length_of_yarn_stands_where_transformers_looks(table, length):
-    config = LLAMA.read_config({"rope_scaling": {"type": "yarn", "factor": 4.0}, **table})
+    config = LLAMA.read_config({"rope_scaling": {"type": "yarn", "factor": 4.0}, **table}, ())
     assert config["scaling"]["original_max_position_embeddings"] == length
 
 
