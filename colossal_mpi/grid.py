@@ -470,7 +470,22 @@ class GridCache(Generic[K, V]):
         GridCache._all.add(self)
 
     def get(self, grid: Grid, key: K, make: Callable[[], V]) -> V:
-        """Return the value of a key; call `make` for it if there is none."""
+        """Return the value that is kept for a grid under a key.
+
+        Parameters
+        ----------
+        grid : Grid
+            The grid.
+        key : hashable
+            The key.
+        make : callable
+            A function that makes the value if none is kept.
+
+        Returns
+        -------
+        object
+            The value. If there are too many now, the one that was not used for longest is dropped.
+        """
         values = self.of(grid)
         if key not in values:
             values[key] = make()

@@ -39,7 +39,22 @@ class Activation(Layer):
         return function(x)
 
     def cotangent(self, dy: Block, x: Block, grid: Grid) -> Block:
-        """Return the cotangent of a block x, given the cotangent of the function."""
+        """Return the cotangent of a block.
+
+        Parameters
+        ----------
+        dy : array
+            Cotangent of the function's values, of the shape of `x`.
+        x : array
+            The block.
+        grid : Grid
+            The grid, which has chosen the kernels.
+
+        Returns
+        -------
+        array
+            The cotangent of `x`.
+        """
         function: Callable[[Block, Block], Block] = getattr(kernels.of(grid), f"{self.kernel}_backward")
         return function(dy, x)
 

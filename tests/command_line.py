@@ -8,6 +8,15 @@ from unittest import mock
 
 from colossal_mpi.apps.cli import main
 
+RUN = """
+[run]
+directory = "run"
+peak_flops = 1e9
+forecast = false
+report = false
+"""
+"""The end of a configuration: a run that neither measures nor draws, which takes longer than a few small steps."""
+
 
 @dataclass(frozen=True)
 class Called:

@@ -1,4 +1,4 @@
-"""Options and the selection of tests: one case of each test on each large grid, or with ``--all`` every case.
+"""Options and the selection of tests: one case of each test on some large grids, or with ``--all`` every case.
 
 A test on six ranks or more takes far longer than one on four where ranks share cores. By default a test function
 therefore runs on the first three of its grids of that size, one case on each, another one on each, and all its cases

@@ -75,7 +75,7 @@ _AS_TEXT = 'data.format = "text" (--format text of data prepare) takes its bytes
 
 @dataclass(frozen=True)
 class Format:
-    """What a file is.
+    """The format in which a file holds text or tokens.
 
     Parameters
     ----------
@@ -93,7 +93,7 @@ class Format:
 
     @property
     def is_text(self) -> bool:
-        """Whether it holds text and not tokens."""
+        """True if the file holds text and not tokens."""
         return self.name in (TEXT, LINES)
 
 

@@ -55,9 +55,21 @@ class Device(Protocol):
         """Return a writable buffer of page-locked host memory, from which copies need no further staging."""
 
     def gemm(self, a: Block, b: Block, c: Block, alpha: complex, beta: complex, conj: tuple[bool, bool]) -> bool:
-        """Compute ``c = alpha op(a) op(b) + beta c`` in place and return True; return False if there is no such gemm.
+        """Compute ``c = alpha op(a) op(b) + beta c`` in place.
 
-        The matrices have one dtype. op is the complex conjugate where `conj` says so, for a and for b.
+        Parameters
+        ----------
+        a, b, c : array
+            Matrices ``[m, k]``, ``[k, n]`` and ``[m, n]`` of one dtype.
+        alpha, beta : complex
+            The factors.
+        conj : (bool, bool)
+            Whether op is the complex conjugate, for a and for b.
+
+        Returns
+        -------
+        bool
+            False if the device has no such gemm; c is then unchanged.
         """
 
     def matmul(self, a: Block, b: Block) -> Block:

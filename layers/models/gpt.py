@@ -196,6 +196,25 @@ class GPT(Sequential):
 def expert_options(
     experts: int, per_token: int, balance: float, balance_over: str, z_loss: float
 ) -> dict[str, Any] | None:
-    """Return the options of `MoE` in each block, None if there are no experts."""
+    """Return the options of `MoE` in each block.
+
+    Parameters
+    ----------
+    experts : int
+        Number of experts of each block; 0: none.
+    per_token : int
+        Experts that each token is routed to.
+    balance : float
+        Coefficient of the loss that balances the experts.
+    balance_over : str
+        The tokens over which this loss is formed.
+    z_loss : float
+        Coefficient of the loss that keeps the router's logits small.
+
+    Returns
+    -------
+    dict or None
+        Keyword arguments of `MoE`, None if there are no experts.
+    """
     options = {"experts": experts, "top_k": per_token, "balance": balance, "balance_over": balance_over}
     return {**options, "z_loss": z_loss} if experts else None

@@ -2,8 +2,7 @@
 
 ``apps`` trains it, and checkpoints and `from_pretrained` find it in the registry. Mistral is the same architecture with
 a sliding attention window, Qwen2 with biases of queries, keys and values, Qwen3 with norms of queries and keys, and
-with experts the model is Mixtral's. It is a chain of layers: nothing here
-communicates or knows the grid.
+with experts the model is Mixtral's. It is a chain of layers: nothing here communicates or knows the grid.
 """
 
 from __future__ import annotations

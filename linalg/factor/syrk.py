@@ -228,6 +228,7 @@ def _product(task: _Task, x: DistArray, conj_left: bool) -> DistArray:
     """Return X X^T, X X^H or, with `conj_left`, conj(X) X^T of an ``[n, k]`` array."""
     task.check(x)
     if backend.numpy_dtype(x.dtype).kind in "biu":
+        # X[N, K] {U_partial} -> X[N, K]: integers are added in their own dtype, and only then get 64 bits
         x = x.reduced()
         x = x.like(backend.summable(x.local))
     # X[its layout] -> X[N_rows, K_summed]

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.command_line import RUN
 from tests.fakes import environment
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "jobs").iterdir())
 NAMES = [path.name for path in SCRIPTS]
-TINY = """
+TINY = (
+    """
 [model]
 layers = 1
 hidden = 12
@@ -26,12 +28,9 @@ evaluate_batches = 1
 sample = 0
 [parallel]
 kernels = "reference"
-[run]
-directory = "run"
-peak_flops = 1e9
-forecast = false
-report = false
 """
+    + RUN
+)
 
 
 @pytest.fixture

@@ -15,9 +15,11 @@ import pytest
 from colossal_mpi import ConfigError
 from colossal_mpi.apps.run_directory import Lock
 from colossal_mpi.runtime.launcher import mpiexec_command
+from tests.command_line import RUN
 
 CLI = [sys.executable, "-m", "colossal_mpi.apps.cli"]
-SMALL = """
+SMALL = (
+    """
 [model]
 layers = 1
 hidden = 8
@@ -32,12 +34,9 @@ checkpoint_every = 50
 sample = 0
 [parallel]
 kernels = "reference"
-[run]
-directory = "run"
-peak_flops = 1
-forecast = false
-report = false
 """
+    + RUN
+)
 
 
 @pytest.fixture

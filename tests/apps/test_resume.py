@@ -16,11 +16,12 @@ from colossal_mpi.apps.run_directory import RunDirectory
 from colossal_mpi.apps.training.tasks import CausalLanguage
 from colossal_mpi.apps.training.trainer import Trainer
 from colossal_mpi.grid import Grid
-from tests.command_line import call
+from tests.command_line import RUN, call
 
 SELF = Grid(MPI.COMM_SELF)
 
-TINY = """
+TINY = (
+    """
 [model]
 layers = 1
 hidden = 8
@@ -34,12 +35,9 @@ evaluate_batches = 1
 sample = 0
 [parallel]
 kernels = "reference"
-[run]
-directory = "run"
-peak_flops = 1e9
-forecast = false
-report = false
 """
+    + RUN
+)
 
 
 @pytest.fixture

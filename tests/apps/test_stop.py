@@ -19,8 +19,10 @@ from colossal_mpi.apps.training.stopping import CODE, Stop
 from colossal_mpi.errors import ConfigError
 from colossal_mpi.grid import Grid
 from colossal_mpi.runtime.launcher import mpiexec_command
+from tests.command_line import RUN
 
-SMALL = """
+SMALL = (
+    """
 [model]
 layers = 1
 hidden = 12
@@ -40,12 +42,9 @@ sample = 0
 [parallel]
 grid = { data = 2 }
 kernels = "reference"
-[run]
-directory = "run"
-peak_flops = 1e9
-forecast = false
-report = false
 """
+    + RUN
+)
 CLI = [sys.executable, "-m", "colossal_mpi.apps.cli", "train"]
 OPEN_MPI = MPI.get_vendor()[0] == "Open MPI"
 

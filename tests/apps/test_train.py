@@ -15,8 +15,10 @@ import pytest
 
 from colossal_mpi.apps.training import compare
 from colossal_mpi.runtime.launcher import mpiexec_command
+from tests.command_line import RUN
 
-SMALL = """
+SMALL = (
+    """
 [model]
 layers = 2
 hidden = 20
@@ -35,12 +37,9 @@ sample = 5
 grid = { row = 2, col = 2 }
 tensor = "2d"
 kernels = "reference"
-[run]
-directory = "run"
-peak_flops = 1e9
-forecast = false
-report = false
 """
+    + RUN
+)
 CLI = [sys.executable, "-m", "colossal_mpi.apps.cli", "train"]
 
 

@@ -117,7 +117,7 @@ def test_logits_with_a_cache_are_those_of_whole_texts(grid, prepared):
 @prepared_by
 @every_grid
 def test_texts_are_those_of_one_rank_without_a_cache(grid, prepared):
-    """Each grid takes a third of the options, and every option meets several grids of each kind."""
+    """Each grid takes about a third of the options, the next grid the next ones."""
     for name, options in TEXTS.items():
         first, cases = EVERY_GRID.index(dict(grid.axes)), list(options)
         cases = {cases[(first + i) % len(cases)] for i in range(0, len(cases), 3)}

@@ -40,20 +40,25 @@ C = {"vocab_size": 37, "n_embd": 24, "n_head": 3, "n_layer": 2, "n_positions": 1
 IDS = np.random.default_rng(1).integers(0, 37, (2, 9))
 
 
-@pytest.fixture(scope="module")
-def gpt2(tmp_path_factory):
-    """Return a directory that transformers wrote in float64, its tensors and its logits."""
+def saved(path, name, config, outputs):
+    """Return a directory that transformers wrote in float64, its tensors, and outputs of the model and token ids."""
     import torch
 
     from tests.reference.hf_float64 import double, made, randomised
 
-    path = tmp_path_factory.mktemp("gpt2") / "hf"
     torch.manual_seed(0)
     with double(), torch.no_grad():
-        model = randomised(made("GPT2LMHeadModel", C))
-        exact = model(torch.tensor(IDS)).logits.numpy()
+        model = randomised(made(name, config))
+        exact = outputs(model, torch.tensor(IDS))
     model.save_pretrained(path)
     return path, load_file(path / "model.safetensors"), exact
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    """Return a directory of GPT-2, its tensors and its logits."""
+    path = tmp_path_factory.mktemp("gpt2") / "hf"
+    return saved(path, "GPT2LMHeadModel", C, lambda model, ids: model(ids).logits.numpy())
 
 
 def written(source, target, tensors, **changes):
@@ -156,22 +161,15 @@ BERT = {
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory):
     """Return a directory of BERT with the heads of pre-training, its tensors, its logits and its hidden states."""
-    import torch
 
-    from tests.reference.hf_float64 import double, made, randomised
-
-    path = tmp_path_factory.mktemp("bert") / "hf"
-    torch.manual_seed(0)
-    with double(), torch.no_grad():
-        model = randomised(made("BertForPreTraining", BERT))
-        ids = torch.tensor(IDS)
-        exact = {
+    def outputs(model, ids):
+        return {
             "tokens": model(ids).prediction_logits.numpy(),
             "follows": model(ids).seq_relationship_logits.numpy(),
             "stream": model.bert(ids).last_hidden_state.numpy(),
         }
-    model.save_pretrained(path)
-    return path, load_file(path / "model.safetensors"), exact
+
+    return saved(tmp_path_factory.mktemp("bert") / "hf", "BertForPreTraining", BERT, outputs)
 
 
 def _old(tensors):

@@ -212,7 +212,7 @@ def test_averages_of_16_bit_weights_are_float32():
     average.update()
     assert np.allclose(host(average.averages[q.name]) - whole, 0.001, rtol=0, atol=1e-5)
     with average.applied():
-        assert np.allclose(host(q.value), whole, rtol=1e-3, atol=1e-3)
+        assert np.array_equal(host(q.value), host(average.averages[q.name]).astype("float16"))
 
 
 LONG = 70_000
@@ -249,7 +249,8 @@ def long_sums(provider):
 @pytest.mark.parametrize("provider", ["reference", "torch"])
 def test_no_sum_of_kernels_overflows(provider):
     for name, result, expected in long_sums(provider):
-        assert np.allclose(result, expected, rtol=4e-3, atol=1e-3), (name, result)
+        # one rounding to float16; float32 sums of numbers near 1 that cancel
+        assert np.allclose(result, expected, rtol=2.0**-11, atol=2.0**-20), (name, result)
 
 
 def test_no_sum_of_arrays_and_losses_overflows():
@@ -262,7 +263,7 @@ def test_no_sum_of_arrays_and_losses_overflows():
     value, cache = MeanSquaredError().forward(ones * 3, ones)
     assert value == 4.0
     assert MeanSquaredError().backward(cache, 2.0**15).dtype == np.float16
-    assert np.allclose(host(MeanSquaredError().backward(cache, 2.0**15)), 2 * 2 * 2.0**15 / LONG, rtol=1e-3)
+    assert np.allclose(host(MeanSquaredError().backward(cache, 2.0**15)), 2 * 2 * 2.0**15 / LONG, rtol=2.0**-11)
     logits = distarray.full((1, LONG), 1.0, grid, Layout(None, None), "float16")
     loss, cache = CrossEntropy(p).forward(logits, from_global(np.zeros(1, "int64"), grid, Layout(None)))
     assert loss == pytest.approx(math.log(LONG), rel=1e-6)

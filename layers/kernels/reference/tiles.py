@@ -64,7 +64,17 @@ class Tile:
         return wide(namespace(x).permute_dims(x[self.samples, keys, self.groups, :], (0, 2, 1, 3)))
 
     def put_keys(self, x: Block, keys: slice, part: Block) -> None:
-        """Put a part ``[b, g, t, d]`` into ``[b, t, g, d]``."""
+        """Put a part of keys or values into its place.
+
+        Parameters
+        ----------
+        x : array
+            The whole ``[b, t, g, d]``, which is changed in place.
+        keys : slice
+            The keys of the part.
+        part : array
+            The values ``[b, g, t, d]``.
+        """
         xp = namespace(x)
         x[self.samples, keys, self.groups, :] = xp.astype(xp.permute_dims(part, (0, 2, 1, 3)), x.dtype, copy=False)
 
@@ -97,7 +107,28 @@ def _groups(scores: int) -> int:
 
 
 def largest(b: int, s: int, g: int, r: int, t: int, causal: bool) -> int:
-    """Return an upper bound of the scores of the largest tile, for b samples with g groups of r heads."""
+    """Return an upper bound of the number of scores of the largest tile.
+
+    Parameters
+    ----------
+    b : int
+        Number of samples.
+    s : int
+        Number of queries.
+    g : int
+        Number of groups of heads.
+    r : int
+        Query heads of a group.
+    t : int
+        Number of keys.
+    causal : bool
+        Whether a query sees only keys at its own position and lower ones.
+
+    Returns
+    -------
+    int
+        The bound, in elements.
+    """
     height, width = _sides(s, t, r, causal)
     return min(b * g, _groups(r * height * width)) * r * height * width
 
@@ -177,7 +208,22 @@ class AttentionMask:
         return [x for x in keys if _seen(queries, self._ends(1, tile, x), self.window)]
 
     def hide(self, scores: Block, tile: Tile, keys: slice) -> Block:
-        """Set scores ``[b, g, t, r s]`` to minus infinity where the key is hidden, in place, and return them."""
+        """Set scores to minus infinity where the key is hidden.
+
+        Parameters
+        ----------
+        scores : array
+            The scores ``[b, g, t, r s]`` of a tile, which are changed in place.
+        tile : Tile
+            The queries.
+        keys : slice
+            The keys.
+
+        Returns
+        -------
+        array
+            The scores.
+        """
         xp, (b, g, t, n) = namespace(scores), scores.shape
         s = tile.queries.stop - tile.queries.start
         for bias in self._biases(scores, tile, keys):

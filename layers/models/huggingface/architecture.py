@@ -101,14 +101,48 @@ class ConfigKey:
 
 
 def integer(theirs: str, ours: str, default: int, missing: Callable[[Any], object] | None = None) -> ConfigKey:
-    """Return the key of an integer."""
+    """Return the key of an integer.
+
+    Parameters
+    ----------
+    theirs : str
+        The key of ``config.json``.
+    ours : str
+        The field of our configuration.
+    default : int
+        The value that transformers assumes where the file lacks the key.
+    missing : callable, optional
+        A function of our configuration that returns their value where ours is None.
+
+    Returns
+    -------
+    ConfigKey
+        The key.
+    """
     return ConfigKey(theirs, ours, default, missing=missing)
 
 
 def optional_integer(
     theirs: str, ours: str, default: int | None, missing: Callable[[Any], object] | None = None
 ) -> ConfigKey:
-    """Return the key of an integer that may be null."""
+    """Return the key of an integer that may be null.
+
+    Parameters
+    ----------
+    theirs : str
+        The key of ``config.json``.
+    ours : str
+        The field of our configuration.
+    default : int or None
+        The value that transformers assumes where the file lacks the key.
+    missing : callable, optional
+        A function of our configuration that returns their value where ours is None.
+
+    Returns
+    -------
+    ConfigKey
+        The key.
+    """
     return ConfigKey(theirs, ours, default, kinds=(int, type(None)), missing=missing)
 
 
@@ -237,7 +271,24 @@ def _intervals(
 
 
 def tensor(ours: str, letters: str, theirs: str, dims: str | None = None) -> WeightMap:
-    """Return the map of a weight that is stored as one tensor, by default with the same dims."""
+    """Return the map of a weight that is stored as one tensor.
+
+    Parameters
+    ----------
+    ours : str
+        Name of our parameter.
+    letters : str
+        A letter for each of its dims.
+    theirs : str
+        Name of the tensor.
+    dims : str, optional
+        The letters of the tensor's dims; by default the same.
+
+    Returns
+    -------
+    WeightMap
+        The map.
+    """
     return WeightMap(ours, letters, (theirs,), dims or letters)
 
 
@@ -247,7 +298,26 @@ def norm(ours: str, theirs: str) -> tuple[WeightMap, WeightMap]:
 
 
 def linear(ours: str, letters: str, theirs: Sequence[str], dims: str, summed: str = "h") -> tuple[WeightMap, WeightMap]:
-    """Return the maps of the weight and the bias of a linear layer; the bias lacks the letters `summed`."""
+    """Return the maps of the weight and the bias of a linear layer.
+
+    Parameters
+    ----------
+    ours : str
+        Prefix of the names of our parameters.
+    letters : str
+        A letter for each dim of our weight.
+    theirs : sequence of str
+        Prefixes of the names of the tensors that together are our weight.
+    dims : str
+        The letters of a tensor's dims.
+    summed : str
+        The letters over which the product sums; the bias lacks them.
+
+    Returns
+    -------
+    weight, bias : WeightMap
+        The maps.
+    """
     weights, biases = (tuple(f"{name}.{kind}" for name in theirs) for kind in ("weight", "bias"))
     kept, left = ("".join(x for x in text if x not in summed).replace("()", "") for text in (letters, dims))
     return WeightMap(f"{ours}.weight", letters, weights, dims), WeightMap(f"{ours}.bias", kept, biases, left)
