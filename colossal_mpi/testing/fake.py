@@ -117,10 +117,10 @@ class DeviceArray:
         return namespace
 
     def __array__(self, *_: Any, **__: Any) -> np.ndarray:
-        raise TypeError("an array on the pretended device is no NumPy array: use backend.to_host")
+        raise TypeError("an array on the simulated device is no NumPy array: use backend.to_host")
 
     def __reduce__(self) -> Any:
-        raise TypeError("an array on the pretended device is not pickled: use backend.to_host")
+        raise TypeError("an array on the simulated device is not pickled: use backend.to_host")
 
     def __len__(self) -> int:
         return len(self._memory)
