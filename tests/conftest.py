@@ -15,6 +15,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from colossal_mpi.testing.runner import rank_count
+from tests.generated import EXAMPLES
 
 pytest_plugins = ["colossal_mpi.testing.plugin"]
 LARGE = 6
@@ -28,6 +29,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if config.option.all:
+        os.environ.setdefault(EXAMPLES, "1000")  # the ranks inherit it
     config.addinivalue_line("markers", "every_grid: run on every grid, of any number of ranks")
     config.addinivalue_line("markers", "long: run with --all only; another test proves nearly the same in less time")
 
