@@ -12,7 +12,7 @@ Zhu: ring-flash-attention, 2024 (zig-zag). Brandon et al.: Striped attention, 20
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -85,6 +85,11 @@ class Context:
     order : array of int, ``[s]``, optional
         A NumPy array, the same on every rank: element i is the index in the sequence of the token at index i of the
         arrays, as `Parallelism.order` returns it; None: arrays hold a sequence in its own order.
+    documents : array of int, ``[b, s]``, optional
+        A NumPy array, the same on every rank: element i is the index in the sequence of the first token of the document
+        to which the token at index i of the sequence belongs, whatever `order` is. Causal attention then sees only keys
+        of the query's own document, and `positions`, if they are not given, count from its start. None: a sequence is
+        one document.
     segments : DistArray of int, ``[b, s]``, optional
         The segment of each token, such as the first or the second of two sentences; None: 0 for all.
     scale : float
@@ -106,6 +111,7 @@ class Context:
     mask: DistArray | None = None
     positions: DistArray | np.ndarray | None = None
     order: np.ndarray | None = None
+    documents: np.ndarray | None = None
     segments: DistArray | None = None
     scale: float = 1.0
     auxiliary: AuxiliaryLosses = field(default_factory=AuxiliaryLosses)
@@ -124,8 +130,8 @@ class Context:
         Returns
         -------
         Block or None
-            Integers ``[s]`` or ``[b, s]``: the positions, or the order where no positions are given; None: they are the
-            indices.
+            Integers ``[s]`` or ``[b, s]``: the positions; where none are given, those within the documents, or the
+            order; None: they are the indices.
 
         Raises
         ------
@@ -138,10 +144,13 @@ class Context:
         -----
         **Communication:** none for a whole array; a DistArray is redistributed to the layout of b and s in x.
         """
-        given = self.order if self.positions is None else self.positions
+        given: Any = self.order if self.positions is None else self.positions
+        b, s = x.shape[:2]
+        if self.documents is not None and self.positions is None:
+            index = np.arange(s) if self.order is None else np.asarray(self.order)
+            given = index - self._checked_documents(x)[:, index]
         if given is None:
             return None
-        b, s = x.shape[:2]
         if not isinstance(given, DistArray):
             given = from_global(given, x.grid, Layout(*[None] * np.ndim(given)))
         if given.shape not in ((s,), (b, s)):
@@ -153,6 +162,46 @@ class Context:
         cut = x.layout.dims[0], () if whole else x.layout.dims[1]
         # P[B, S] -> P[B_x, S_x], or P[B_x, S] where the whole sequence is asked for
         return given.redistribute(Layout(*cut[2 - given.ndim :])).local
+
+    def documents_of(self, x: DistArray) -> np.ndarray | None:
+        """Return the documents of the samples of this rank's block.
+
+        Parameters
+        ----------
+        x : DistArray, ``[b, s, ...]``
+            The array of a layer.
+
+        Returns
+        -------
+        array of int or None
+            Integers ``[b, s]``, for the whole sequence: for each token the index of its document's first token; None:
+            each sequence is one document.
+
+        Raises
+        ------
+        ShapeError
+            If the documents are not ``[b, s]``, or are not such indices.
+        DTypeError
+            If they are not integers.
+        """
+        if self.documents is None:
+            return None
+        return self._checked_documents(x)[slice(*x.layout.box(x.shape, x.grid.axes, x.grid.coords)[0])]
+
+    def _checked_documents(self, x: DistArray) -> np.ndarray:
+        given, (b, s) = np.asarray(self.documents), x.shape[:2]
+        if given.dtype.kind not in "iu":
+            raise DTypeError(f"documents must be integers; they are {given.dtype}")
+        if given.shape != (b, s):
+            raise ShapeError(f"documents must be of shape [b, s] = {[b, s]}; they are {list(given.shape)}")
+        index, given = np.arange(s), given.astype(np.int64)
+        begins = np.take_along_axis(given, np.clip(given, 0, max(0, s - 1)), axis=1) if s else given
+        if not ((given >= 0) & (given <= index) & (begins == given) & (np.diff(given, axis=1, prepend=0) >= 0)).all():
+            raise ShapeError(
+                "documents must be the index of the first token of each token's document: they start at 0, never fall, "
+                "and are their own index where a document starts, as in [0, 0, 0, 3, 3, 5]"
+            )
+        return given
 
     def mask_of(self, x: DistArray, whole: bool = False) -> Block | None:
         """Return the padding mask of the tokens of this rank's block.

@@ -1,13 +1,14 @@
-"""Ring attention: keys and values travel round the ranks that cut the sequence, which attend to one block at a time.
+"""Ring attention: ranks that cut the sequence send each other keys and values, and attend to one rank's at a time.
 
 `Attention` and `GroupedAttention` call `attend` and `attend_backward` for the blocks of a rank; where no axis cuts the
 sequence the ring has one rank and nothing is sent. Both call the attention kernels of the grid and
 the exchanges of `colossal_mpi.comm`.
 
-Each rank keeps its queries. In step t it attends to the keys and values of the rank t places before it, while the
-blocks of the next step arrive. In the backward pass the cotangents of keys and values follow their blocks, each rank
-adds its part, and the last message brings them home. No rank holds an array of the length of the sequence, except the
-padding mask and positions that are given whole.
+Each rank keeps its queries. In step t it attends to keys and values of the rank t places before it in the ring, while
+those of the next step arrive. A rank receives the keys that some query of its own sees, and no others: half of them
+where a causal sequence is cut into one run for each rank, and few where windows or documents are short. In the
+backward pass it gives the cotangents of these keys back to the rank that holds them, which adds them in the order of
+the ring. No rank holds an array of the length of the sequence, except the padding mask and positions given whole.
 
 References
 ----------
@@ -55,14 +56,14 @@ def attend(q: Block, kv: Blocks, mask: AttentionMask) -> Blocks:
 
     Notes
     -----
-    **Communication:** messages round the ring of c ranks: the keys and values of all others, ``2 (c - 1) b n g d``
-    words received where blocks are equal.
+    **Communication:** a message from each other rank with keys that this rank's queries see: ``2 k g d`` words received
+    for k such keys, over all samples. Without a causal order that is ``2 (c - 1) b n g d`` in a ring of c equal blocks.
     """
     queries = mask.runs_of(mask.rank)
     parts: list[Blocks | None] = [None] * len(queries)
     # Q[B, S_seq, A, D] . K[B, S, G, D]^T -> scores; softmax(scores) . V[B, S, G, D] -> O[B, S_seq, A, D],
     # with the keys and values of one rank of seq after the other
-    for source, block in _around(kv, mask):
+    for source, block in _arriving(kv, mask):
         for tile in mask.tiles(source):
             parts[tile.run] = _merge(parts[tile.run], _attend_tile(q, block, tile, mask.grid), mask.grid)
             _progress(mask)
@@ -128,13 +129,14 @@ def attend_backward(
 
     Notes
     -----
-    **Communication:** messages round the ring of c ranks: once more the keys and values of all others, and in c
-    messages the cotangents of keys and values, ``(4 c - 2) b n g d`` words received where blocks are equal. 16-bit
-    cotangents travel as float32, in which they are summed.
+    **Communication:** once more the keys and values of `attend`, and from each other rank the cotangents of the keys of
+    this rank that it sees: ``2 (k + m) g d`` words received for k keys that this rank sees of others and m, counted for
+    each of them, that others see of this rank. Without a causal order that is ``4 (c - 1) b n g d`` in a ring of c
+    equal blocks. 16-bit cotangents travel as float32, in which they are summed.
     """
     dq, returning = None, _ReturningCotangents(kv, mask)
-    # dK[B, S_seq, G, D] and dV sum over the queries of all ranks of seq: each adds its part as the blocks come round
-    for source, block in _around(kv, mask):
+    # dK[B, S_seq, G, D] and dV sum over the queries of all ranks of seq: each sends its part to the rank of the keys
+    for source, block in _arriving(kv, mask):
         dk, dv = None, None
         for tile in mask.tiles(source):
             rows, known = (slice(None), tile.queries, ...), _take_rows((out, statistics), tile.queries)
@@ -166,55 +168,93 @@ def _add_rows(total: Block | None, where: slice, term: Block, like: Block) -> Bl
 
 
 class _ReturningCotangents:
-    """The cotangents of keys and values on their way round the ring, back to the rank that holds the keys."""
+    """The cotangents of keys and values on their way from the ranks that saw the keys to the rank that holds them."""
 
     def __init__(self, kv: Blocks, mask: AttentionMask) -> None:
         self.kv, self.mask = kv, mask
-        self._coming: Sequence[Block] = ()
-        self._pending: Pending | None = None
+        self._totals: Sequence[Block] = ()
+        self._step = 0
+        self._pending: tuple[Pending, list[slice], Sequence[Block]] | None = None
 
-    def add(self, source: int, own: Sequence[Block]) -> None:
-        """Add this rank's part to the sum of the others for the keys of rank `source`, and send the sum on."""
-        for part, total in zip(own, self.arrived(), strict=False):  # nothing has arrived for this rank's own keys yet
-            part += total
-        self._coming = own
-        if self.mask.ranks > 1:
-            self._coming = [wide(x) for x in _empty(self.kv, self.mask, source - 1)]
-            self._pending = _send_on(own, self._coming, self.mask, _COTANGENTS)
+    def add(self, source: int, parts: Sequence[Block]) -> None:
+        """Keep this rank's own cotangents, or send those of the keys of rank `source` back to it."""
+        if source == self.mask.rank:
+            self._totals = parts
+            return
+        self._step += 1
+        self.arrived()
+        reader = (self.mask.rank + self._step) % self.mask.ranks
+        rows = self.mask.rows(reader, self.mask.rank)
+        coming = [wide(x) for x in _empty(self.kv, rows)]
+        # dK[B, rows, G, D] of the keys of rank i - t goes home from rank i
+        if pending := _exchange((source, parts), (reader, coming), self.mask, _COTANGENTS):
+            self._pending = pending, rows, coming
 
     def arrived(self) -> Sequence[Block]:
-        """Return what came from the rank before this one."""
+        """Return the sums of this rank's keys and values, with what has been sent to it so far."""
         if self._pending is not None:
-            self._pending.wait()
-        return self._coming
+            pending, rows, coming = self._pending
+            pending.wait()
+            for total, part in zip(self._totals, coming, strict=True):
+                for place, at in _places(rows):
+                    total[:, at, ...] += part[:, place, ...]
+            self._pending = None
+        return self._totals
 
 
-def _around(kv: Blocks, mask: AttentionMask) -> Iterator[tuple[int, Blocks]]:
-    """Yield each rank of the ring, from this one backwards, with its keys and values, while the next ones arrive."""
-    for step in range(mask.ranks):
-        source, pending = (mask.rank - step) % mask.ranks, None
-        if step < mask.ranks - 1:
-            following = _empty(kv, mask, source - 1)
-            pending = _send_on(kv, following, mask, _KEYS_AND_VALUES)
-        yield source, kv
+def _arriving(kv: Blocks, mask: AttentionMask) -> Iterator[tuple[int, Blocks]]:
+    """Yield each rank of the ring, from this one backwards, with its keys and values that this rank's queries see.
+
+    Those of the next rank arrive meanwhile.
+    """
+    source, block = mask.rank, kv
+    for step in range(1, mask.ranks + 1):
+        following, pending = (mask.rank - step) % mask.ranks, None
+        if step < mask.ranks:
+            reader = (mask.rank + step) % mask.ranks
+            coming = _empty(kv, mask.rows(mask.rank, following))
+            # K[B, rows, G, D] of rank i goes to rank i + t: a shift along seq, of the rows that are seen there
+            outgoing = _rows_of(kv, mask.rows(reader, mask.rank))
+            pending = _exchange((reader, outgoing), (following, coming), mask, _KEYS_AND_VALUES)
+        yield source, block
         if pending is not None:
             pending.wait()
-            kv = following
+        if step < mask.ranks:
+            source, block = following, coming
 
 
-def _empty(kv: Blocks, mask: AttentionMask, source: int) -> Blocks:
-    """Return uninitialised blocks of the shape of the keys and values of rank `source`."""
-    low, high = mask.ranges[source % mask.ranks]
-    k, v = (backend.empty_like(x, (x.shape[0], high - low, *x.shape[2:])) for x in kv)
+def _rows_of(kv: Blocks, rows: Sequence[slice]) -> Blocks:
+    """Return some rows of keys and values, contiguous."""
+    if rows == [slice(0, kv[0].shape[1])]:
+        return kv
+    if not rows:
+        return _empty(kv, rows)
+    xp = backend.namespace(kv[0])
+    k, v = (backend.contiguous(xp.concat([x[:, at, ...] for at in rows], axis=1)) for x in kv)
     return k, v
 
 
-def _send_on(send: Sequence[Block], recv: Sequence[Block], mask: AttentionMask, stream: int) -> Pending:
-    """Start to send blocks to the next rank of the ring and to receive the blocks of the rank before."""
-    after, before = ((mask.rank + by) % mask.ranks for by in (1, -1))
-    outgoing, incoming = [(after, x) for x in send], [(before, x) for x in recv]
-    # K[B, S_seq, G, D] of rank i goes to rank i + 1: a shift along seq
-    return start_exchange(mask.grid, mask.axes, outgoing, incoming, stream, op="receive")
+def _empty(kv: Blocks, rows: Sequence[slice]) -> Blocks:
+    """Return uninitialised blocks for some rows of keys and values."""
+    length = sum(at.stop - at.start for at in rows)
+    k, v = (backend.empty_like(x, (x.shape[0], length, *x.shape[2:])) for x in kv)
+    return k, v
+
+
+def _places(rows: Sequence[slice]) -> Iterator[tuple[slice, slice]]:
+    """Yield for each range of rows its place among them, one range after the other, and the range."""
+    start = 0
+    for at in rows:
+        yield slice(start, start + at.stop - at.start), at
+        start += at.stop - at.start
+
+
+def _exchange(
+    outgoing: tuple[int, Sequence[Block]], incoming: tuple[int, Sequence[Block]], mask: AttentionMask, stream: int
+) -> Pending | None:
+    """Start to send blocks to a rank of the ring and to receive blocks from another; blocks without rows do not go."""
+    send, recv = ([(rank, x) for x in blocks if x.shape[1]] for rank, blocks in (outgoing, incoming))
+    return start_exchange(mask.grid, mask.axes, send, recv, stream, op="receive") if send or recv else None
 
 
 def _progress(mask: AttentionMask) -> None:

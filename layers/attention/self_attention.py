@@ -52,16 +52,18 @@ class Attention(Layer):
     Notes
     -----
     Batch, heads and sequence may be cut, the head dim d may not. Keys count where `Context.mask` is true; a query that
-    sees no key gives zeros. The causal order and the window compare `Context.positions`.
+    sees no key gives zeros. The causal order and the window compare `Context.positions`. With `Context.documents`
+    they compare places in the sequence, and a query sees keys of its own document only.
 
     The probabilities are not kept: the backward pass recomputes them, tile by tile, from the peaks and sums of the
     scores. Memory grows linearly with s and falls with the ranks that cut it.
 
     **Communication:** words received on each of c ranks that cut s in equal blocks. Over axes that cut heads inside,
     all_to_alls of ``3 (c - 1) / c^2`` of ``b s a d`` words for x, of ``(c - 1) / c^2`` for y where the next layer asks
-    for it, and as many backward. In a ring ``2 (c - 1) b (s/c) a d`` forward and ``(4 c - 2) b (s/c) a d`` backward. A
-    mask is gathered over all of these axes, ``b s`` bytes; in another layout than `Parallelism.tokens` it is
-    redistributed first.
+    for it, and as many backward. In a ring ``2 a d`` for each key of another rank that some query of this rank sees,
+    forward and again backward, and ``2 a d`` backward for each key of this rank and each other rank that sees it:
+    without a causal order ``2 (c - 1) b (s/c) a d`` and ``4 (c - 1) b (s/c) a d``. A mask is gathered over all of these
+    axes, ``b s`` bytes; in another layout than `Parallelism.tokens` it is redistributed first.
 
     References
     ----------

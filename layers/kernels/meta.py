@@ -15,12 +15,14 @@ from colossal_mpi.platform.backend import Block, is_half, namespace
 _scores = lru_cache(attention_scores)
 
 
-def _products(q: Block, k: Block, causal: bool, positions: Any, window: int | None) -> int:
+def _products(q: Block, k: Block, causal: bool, positions: Any, window: Any) -> int:
     """Return the multiplications of one product of queries and keys, over the tiles in which some key is seen."""
     (b, s, a, d), (_, t, g, _) = q.shape, k.shape
     if not b * s * a * t * g:
         return 0
     ranges = positions if positions and isinstance(positions[0], range) else (range(s), range(t))
+    if not isinstance(window, int | None):
+        window = None  # each query has its own, which no meta array knows: an upper bound
     scores: int = _scores(s, t, a // g, causal, window, ranges[0].start - ranges[1].start)
     return int(b * a * d) * scores
 
@@ -39,7 +41,7 @@ def attention(
     causal: bool = True,
     mask: Any = None,
     positions: Any = None,
-    window: int | None = None,
+    window: Any = None,
 ) -> Any:
     xp, (b, s, a, _) = namespace(q), q.shape
     work(2 * 2 * _products(q, k, causal, positions, window), q, k, v)
@@ -59,7 +61,7 @@ def attention_backward(
     causal: bool = True,
     mask: Any = None,
     positions: Any = None,
-    window: int | None = None,
+    window: Any = None,
 ) -> Any:
     work(5 * 2 * _products(q, k, causal, positions, window), do, q, k, v, o)
     made = tuple(namespace(x).empty(x.shape, dtype=x.dtype) for x in (q, k, v))

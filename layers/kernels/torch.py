@@ -150,7 +150,7 @@ def attention(
     causal: bool = True,
     mask: Tensor | None = None,
     positions: Any = None,
-    window: int | None = None,
+    window: int | Tensor | None = None,
 ) -> Any:
     if not _flash(q, k, causal, positions, window):
         return NotImplemented
@@ -170,7 +170,7 @@ def attention_backward(
     causal: bool = True,
     mask: Tensor | None = None,
     positions: Any = None,
-    window: int | None = None,
+    window: int | Tensor | None = None,
 ) -> Any:
     if not _flash(q, k, causal, positions, window):
         return NotImplemented
@@ -183,9 +183,9 @@ def attention_backward(
     return dq.transpose(1, 2), *(_grouped(d, k).transpose(1, 2) for d in rest)
 
 
-def _flash(q: Tensor, k: Tensor, causal: bool, positions: Any, window: int | None) -> bool:
+def _flash(q: Tensor, k: Tensor, causal: bool, positions: Any, window: int | Tensor | None) -> bool:
     """Say whether the flash kernel for CPUs covers the case. An empty array would crash the process."""
-    whole = window is None or window >= k.shape[1]
+    whole = window is None or (isinstance(window, int) and window >= k.shape[1])
     order = not causal or (positions is None and q.shape[1] == k.shape[1] and whole)
     return q.device.type == "cpu" and order and q.numel() > 0 and k.numel() > 0
 

@@ -80,10 +80,11 @@ def test_tiles_equal_torch(cut, size, causal):
         assert error(mine, exact(*arrays, *seen)) <= 64 * np.finfo("float64").eps
 
 
-@pytest.mark.parametrize("window", [1, 3, 20])
+@pytest.mark.parametrize("window", [1, 3, 20, "each"])
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: "-".join(map(str, size)))
 def test_a_window_hides_the_keys_before_it(cut, size, window):
     s, t = size[:2]
+    window = RNG.integers(1, 6, (B, s)) if window == "each" else window
     ranges = range(4, 4 + s), range(2, 2 + t)
     unsigned = tuple(RNG.integers(0, 9, n).astype("u1") for n in (s, t))
     for mask, positions in itertools.product(MASKS.values(), [None, ranges, unsigned, POSITIONS["each"](s, t)]):
@@ -160,6 +161,9 @@ def test_tiles_before_the_window_are_skipped(monkeypatch):
     done.clear()
     both(*operands(64, 64, 1, 1), True, None, (range(64, 128), range(64)), 9)
     assert sum(done) == 2 * 64 == 2 * tiles.attention_scores(64, 64, window=9, offset=64)
+    done.clear()
+    both(*operands(64, 64, 1, 1), True, None, None, np.tile(np.arange(64) % 16 + 1, (B, 1)))  # documents of 16 tokens
+    assert sum(done) == 2 * 64 * 4 * 3
 
 
 def test_memory_grows_linearly():

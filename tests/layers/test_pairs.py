@@ -26,6 +26,9 @@ _rng = np.random.default_rng(7)
 TOKENS, LABELS = _rng.integers(0, CONFIG.vocabulary, (2, STEPS, BATCH, CONFIG.positions))
 LABELS[:, 2, 3] = -1
 LABELS[:, 4, 7:] = -1
+LENGTHS = [[11], [3, 8], [1, 10], [5, 1, 5], [6, 5], [10, 1], [2, 2, 7]]
+"""Tokens of the documents of each sample. Those of the first microbatch see one another, as by default."""
+DOCUMENTS = np.array([np.repeat(np.cumsum(n) - n, n) for n in LENGTHS])
 COUNT = int((LABELS[0] >= 0).sum())
 
 CASES = pairs.chosen(least=32)
@@ -46,8 +49,9 @@ class Feed:
         return from_global(rows if self.order is None else rows[:, self.order], self.p.grid, self.p.tokens())
 
     def context(self, microbatch):
-        first, _ = part(BATCH, MICROBATCHES, microbatch)
-        return Context(self.step, first, order=self.order)
+        first, stop = part(BATCH, MICROBATCHES, microbatch)
+        documents = DOCUMENTS[first:stop] if microbatch else None
+        return Context(self.step, first, order=self.order, documents=documents)
 
     def inputs(self, microbatch):
         return self._cut(TOKENS, microbatch)

@@ -40,6 +40,9 @@ MODELS = {
     "llama-positions": lambda p: Llama(LlamaConfig(**SIZES, heads=4, groups=2, width=2), p),
     "llama-window": lambda p: Llama(LlamaConfig(**SIZES, heads=4, groups=2, width=2, sliding_window=3), p),
     "llama-window-positions": lambda p: Llama(LlamaConfig(**SIZES, heads=3, groups=3, width=2, sliding_window=4), p),
+    "llama-documents": lambda p: Llama(LlamaConfig(**SIZES, heads=6, groups=3, width=4), p),
+    "llama-window-documents": lambda p: Llama(LlamaConfig(**SIZES, heads=4, groups=1, width=2, sliding_window=3), p),
+    "gpt-documents": lambda p: GPT(GPTConfig(**SIZES, heads=5, positions=S + 2), p),
     "llama-norms": lambda p: Llama(LlamaConfig(**SIZES, heads=4, groups=1, width=2, qk_norm=True), p),
     "experts": experts,
     "bert": lambda p: Bert(BertConfig(**SIZES, heads=5, positions=S + 2), p),
@@ -52,6 +55,9 @@ _rng = np.random.default_rng(3)
 TOKENS, LABELS, SEGMENTS = (_rng.integers(0, n, (B, S)) for n in (V, V, 2))
 LABELS[1, 3] = LABELS[0, S - 1] = -1
 POSITIONS = _rng.integers(0, S, (B, S))
+LENGTHS = [[3, 1, 7], [11], [1, 1, 1, 8], [6, 5]]
+"""Tokens of the documents that the sequences of the models named ``-documents`` hold."""
+DOCUMENTS = np.array([np.repeat(np.cumsum(n) - n, n) for n in LENGTHS])
 MASK = np.arange(S) < np.array([S, 4, 1, 8])[:, None]
 MASK[3] = MASK[3, ::-1]
 IMAGES, CLASSES, FOLLOWS = _rng.standard_normal((B, 3, 9, 7)), _rng.integers(0, 5, B), _rng.integers(0, 2, B)
@@ -77,6 +83,8 @@ def batch(name, p, rows, order):
         known |= {"positions": POSITIONS[0][index], "mask": spread(MASK)}
     if name.startswith("llama") and name.endswith("positions"):
         known |= {"positions": spread(POSITIONS)}
+    if name.endswith("documents"):
+        known |= {"documents": DOCUMENTS[rows]}
     return spread(TOKENS), [spread(LABELS)], known
 
 
@@ -100,12 +108,26 @@ def run(name, p, *, order=None, microbatches=1, armed=lambda: None):
     return loss, {q.name: q.reduce() for q in model.parameters()}
 
 
+def run_apart(name, p):
+    """Return what `run` returns, with every document as a sequence of its own."""
+    model, cross_entropy, loss = MODELS[name](p), CrossEntropy(p), 0.0
+    for row, lengths in enumerate(LENGTHS):
+        for tokens, labels in zip(*(np.split(x[row], np.cumsum(lengths)[:-1]) for x in (TOKENS, LABELS)), strict=True):
+            x, t = (from_global(one[None], p.grid, p.tokens()) for one in (tokens, labels))
+            y, cache = model.forward(x, Context())
+            value, saved = cross_entropy.forward(y, t, count(LABELS))
+            model.backward(cross_entropy.backward(saved), cache)
+            loss += value
+    return loss, {q.name: q.reduce() for q in model.parameters()}
+
+
 def parallelism(grid, **options):
     return Parallelism(grid, mode_of(grid), **options)
 
 
 def prepare(path):
-    """Write loss and gradients of each model on one rank."""
+    """Write loss and gradients of each model on one rank, with documents as sequences of their own."""
     for name in MODELS:
-        loss, gradients = run(name, Parallelism(Grid(MPI.COMM_SELF)))
+        alone = run_apart if name.endswith("documents") else run
+        loss, gradients = alone(name, Parallelism(Grid(MPI.COMM_SELF)))
         np.savez(path / f"{name}.npz", loss=loss, **{key: host(g) for key, g in gradients.items()})

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 
 
@@ -21,7 +22,10 @@ def attend(q, k, v, causal=True, mask=None, positions=None, window=None):
     at = [torch.arange(x.shape[1]) for x in (q, k)] if positions is None else positions
     of_q, of_k = (x.expand(q.shape[0], x.shape[-1]) for x in at)
     distance = of_q[:, None, :, None] - of_k[:, None, None, :]
-    seen = ((distance >= 0) & (distance < (window or math.inf))) | torch.tensor(not causal)
+    most = math.inf if window is None else torch.as_tensor(window)
+    if np.ndim(window):
+        most = most[:, None, :, None]
+    seen = ((distance >= 0) & (distance < most)) | torch.tensor(not causal)
     seen = (seen if mask is None else seen & mask[:, None, None, :]).expand(scores.shape)
     hidden = ~seen & seen.any(-1, keepdim=True)
     return torch.einsum("baqk,bkad->bqad", scores.masked_fill(hidden, -math.inf).softmax(-1) * seen, v)

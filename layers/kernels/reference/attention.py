@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 
-from colossal_mpi.layers.kernels.reference.tiles import AttentionMask, Positions, Tile, tiles
+from colossal_mpi.layers.kernels.reference.tiles import AttentionMask, Positions, Tile, Window, tiles
 from colossal_mpi.layers.kernels.reference.wide import wide
 from colossal_mpi.platform.backend import Block, namespace
 
@@ -28,7 +28,7 @@ def attention(
     causal: bool = True,
     mask: Block | None = None,
     positions: Positions = None,
-    window: int | None = None,
+    window: Window = None,
 ) -> tuple[Block, Block]:
     """Return softmax attention of queries to keys, and the peaks and sums of its scores.
 
@@ -51,8 +51,9 @@ def attention(
     positions : pair of array or range, optional
         Integer positions of the queries, ``[s]`` or ``[b, s]``, and of the keys, ``[t]`` or ``[b, t]``, or two ranges
         of step 1. By default both are 0, 1, 2, ... They count only if `causal` is true.
-    window : int, optional
-        Number of positions, up to its own, whose keys a query sees; None: all. It counts only if `causal` is true.
+    window : int or array, optional
+        Number of positions, up to its own, whose keys a query sees, or an array ``[b, s]`` with the number of each
+        query; None: all. It counts only if `causal` is true.
 
     Returns
     -------
@@ -182,7 +183,7 @@ def attention_backward(
     causal: bool = True,
     mask: Block | None = None,
     positions: Positions = None,
-    window: int | None = None,
+    window: Window = None,
 ) -> tuple[Block, Block, Block]:
     """Return the cotangents of queries, keys and values. The probabilities are recomputed from the statistics.
 
@@ -207,8 +208,9 @@ def attention_backward(
     positions : pair of array or range, optional
         Integer positions of the queries, ``[s]`` or ``[b, s]``, and of the keys, ``[t]`` or ``[b, t]``, or two ranges
         of step 1. By default both are 0, 1, 2, ... They count only if `causal` is true.
-    window : int, optional
-        Number of positions, up to its own, whose keys a query sees; None: all. It counts only if `causal` is true.
+    window : int or array, optional
+        Number of positions, up to its own, whose keys a query sees, or an array ``[b, s]`` with the number of each
+        query; None: all. It counts only if `causal` is true.
 
     Returns
     -------

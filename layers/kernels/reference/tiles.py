@@ -133,6 +133,10 @@ def largest(b: int, s: int, g: int, r: int, t: int, causal: bool) -> int:
     return min(b * g, _groups(r * height * width)) * r * height * width
 
 
+Window = int | Block | None
+"""Number of positions, up to its own, whose keys a query sees; an array ``[b, s]`` of the number of each query."""
+
+
 def attention_scores(
     s: int, t: int, r: int = 1, causal: bool = True, window: int | None = None, offset: int = 0
 ) -> int:
@@ -165,7 +169,12 @@ def attention_scores(
     return sum(
         (rows.stop - rows.start) * (keys.stop - keys.start)
         for rows, keys in pairs
-        if not causal or _seen((rows.start + offset, rows.stop + offset - 1), (keys.start, keys.stop - 1), window)
+        if not causal
+        or _seen(
+            (rows.start + offset, rows.stop + offset - 1),
+            (keys.start, keys.stop - 1),
+            None if window is None else rows.start + offset - window + 1,
+        )
     )
 
 
@@ -186,9 +195,9 @@ def parts(n: int, most: int) -> list[slice]:
     return [slice(*part(n, count, i)) for i in range(count)]
 
 
-def _seen(queries: tuple[int, int], keys: tuple[int, int], window: int | None) -> bool:
-    """Return whether a causal query may see a key, given the least and the greatest position of queries and of keys."""
-    return keys[0] <= queries[1] and (window is None or keys[1] > queries[0] - window)
+def _seen(queries: tuple[int, int], keys: tuple[int, int], lowest: int | None) -> bool:
+    """Return whether a causal query may see a key, by their least and greatest positions and the lowest one seen."""
+    return keys[0] <= queries[1] and (lowest is None or keys[1] >= lowest)
 
 
 @dataclass(frozen=True)
@@ -198,14 +207,14 @@ class AttentionMask:
     causal: bool
     mask: Block | None
     positions: Positions
-    window: int | None
+    window: Window
 
     def ranges(self, tile: Tile, keys: Sequence[slice]) -> list[slice]:
         """Return the ranges of keys in which some query of a tile may see some key."""
         if not self.causal:
             return list(keys)
-        queries = self._ends(0, tile, tile.queries)
-        return [x for x in keys if _seen(queries, self._ends(1, tile, x), self.window)]
+        queries, lowest = self._ends(0, tile, tile.queries), self._lowest(tile, min)
+        return [x for x in keys if _seen(queries, self._ends(1, tile, x), lowest)]
 
     def hide(self, scores: Block, tile: Tile, keys: slice) -> Block:
         """Set scores to minus infinity where the key is hidden.
@@ -245,12 +254,29 @@ class AttentionMask:
         """Yield the comparisons of key and query positions that hide some key of a tile: its future, its past."""
         if not self.causal:
             return
-        (first, last), (low, high) = self._ends(0, tile, tile.queries), self._ends(1, tile, keys)
+        (first, _), (low, high) = self._ends(0, tile, tile.queries), self._ends(1, tile, keys)
         if high > first:
             yield lambda k, q: k > q
-        window = self.window
-        if window is not None and low <= last - window:
+        highest = self._lowest(tile, max)
+        if highest is not None and low < highest:
+            window = self.window if isinstance(self.window, int) else self._windows(tile)[:, None, :]
             yield lambda k, q: k <= q - window
+
+    def _windows(self, tile: Tile) -> Block:
+        """Return the windows ``[b, n]`` of a tile's queries, where each query has its own."""
+        assert not isinstance(self.window, int | None)
+        return self.window[tile.samples, tile.queries]
+
+    def _lowest(self, tile: Tile, of: Callable[[int, int], int]) -> int | None:
+        """Return the least (``of=min``) or greatest (``max``) of the lowest positions that queries of a tile see."""
+        if self.window is None:
+            return None
+        if isinstance(self.window, int):
+            return of(*self._ends(0, tile, tile.queries)) - self.window + 1
+        windows = self._windows(tile)
+        lowest = self._at(0, tile, tile.queries, windows) - windows + 1
+        xp = namespace(windows)
+        return int((xp.min if of is min else xp.max)(lowest))
 
     def _ends(self, side: int, tile: Tile, which: slice) -> tuple[int, int]:
         """Return the least and the greatest position of some queries (side 0) or keys (1)."""
