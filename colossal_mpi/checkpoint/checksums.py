@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from colossal_mpi import files as disk
 from colossal_mpi.checkpoint.manifest import FileRecord
 from colossal_mpi.errors import CheckpointError
 
@@ -96,7 +97,7 @@ def _is_intact(descriptor: int, part: Part) -> bool:
 def single_part(path: Path) -> FileRecord:
     """Return the manifest's record of a file that is one part: the index."""
     size = path.stat().st_size
-    with path.open("rb") as file:
+    with disk.open_regular(path) as file:
         made = checksum_of_range(file.fileno(), 0, size)
     return {"bytes": size, "parts": [(0, size, made or "", "")]}
 
@@ -134,7 +135,8 @@ def find_damage(directory: Path, files: Mapping[str, FileRecord], parts: Iterabl
                 if problem is not None:
                     yield problem
                     continue
-                opened = os.open(directory / path, os.O_RDONLY)
+                with disk.open_regular(directory / path, within=directory) as file:
+                    opened = os.dup(file.fileno())
             if not reported and not _is_intact(opened, part):
                 where = f"in {part.dataset}" if part.dataset else "in what describes its datasets"
                 yield (
@@ -149,7 +151,12 @@ def find_damage(directory: Path, files: Mapping[str, FileRecord], parts: Iterabl
 def _size_problem(directory: Path, name: str, files: Mapping[str, FileRecord]) -> str | None:
     """Return a line about the wrong size of a file, None if the size is right."""
     path, expected = directory / name, files[name]["bytes"]
-    if not path.is_file():
+    if path.exists():
+        try:
+            disk.open_regular(path, within=directory).close()
+        except OSError as problem:
+            return f"{directory} is damaged: {name} cannot be read: {problem.strerror}"
+    else:
         return f"{directory} is damaged: {name} is missing{_lost_datasets(files[name], 0)}"
     size = path.stat().st_size
     if size < expected:

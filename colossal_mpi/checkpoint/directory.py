@@ -42,8 +42,13 @@ def create(directory: Path) -> None:
             f"{directory} exists: a checkpoint is never overwritten; choose another name or remove it"
         )
     partial = partial_directory(directory)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        if partial.is_symlink():
+            partial.unlink()
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    except OSError as problem:
+        raise write_error(directory, problem) from None
 
 
 def publish(directory: Path) -> None:

@@ -6,14 +6,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from colossal_mpi.checkpoint.directory import INDEX, flush, rank_file_name
+from colossal_mpi import files as disk
+from colossal_mpi.checkpoint.directory import INDEX, rank_file_name
 from colossal_mpi.checkpoint.manifest import FileRecord, ManifestHead, SavedArray, axes_text, stored_dtype
 from colossal_mpi.errors import CheckpointError
 from colossal_mpi.layout import Box, box_shape, index_of
@@ -24,16 +26,13 @@ if TYPE_CHECKING:
 
 def write_index(directory: Path, arrays: Mapping[str, SavedArray], head: ManifestHead) -> None:
     """Write the index of a checkpoint and flush it to the disk."""
-    import h5py
-
-    with h5py.File(directory / INDEX, "w", libver="v110") as file:
+    with disk.new_hdf5(directory / INDEX) as file:
         file.attrs["format_version"] = head["format_version"]
         for name, value in head["values"].items():
             dataset = file.create_dataset(name, data=value["value"])
             dataset.attrs["units"] = value["units"]
         for array in arrays.values():
             _add_virtual_dataset(file, array)
-    flush(directory / INDEX)
 
 
 def _add_virtual_dataset(file: h5py.File, array: SavedArray) -> None:
@@ -64,25 +63,49 @@ def read_index(directory: Path, names: list[str], files: Mapping[str, FileRecord
     Raises
     ------
     CheckpointError
-        If the index lacks an array, or points to files that the manifest does not list.
+        If the index lacks an array, points to files that the manifest does not list or to datasets of another name, or
+        does not cover an array.
     """
-    import h5py
-
-    with h5py.File(directory / INDEX, "r") as file:
-        missing = [name for name in names if name not in file]
-        if missing:
-            raise CheckpointError(f"{directory} is damaged: {INDEX} has no {', '.join(missing[:3])}")
-        blocks = {name: _saved_blocks(file[name]) for name in names}
+    try:
+        with disk.open_hdf5(directory / INDEX, within=directory) as file:
+            missing = [name for name in names if not _is_own(file, name)]
+            if missing:
+                raise CheckpointError(f"{directory} is damaged: {INDEX} has no {', '.join(missing[:3])}")
+            blocks = {name: _saved_blocks(file[name]) for name in names}
+    except OSError as problem:
+        raise CheckpointError(f"{directory} is damaged: {INDEX}: {problem.strerror}") from None
+    except ValueError as problem:
+        raise CheckpointError(f"{directory} is damaged: {INDEX}: {problem}") from None
     needed = {block.file for of_array in blocks.values() for block in of_array}
     if not needed <= set(files):
         raise CheckpointError(f"{directory} is damaged: {INDEX} needs {sorted(needed - set(files))}")
     return blocks
 
 
+def _is_own(file: h5py.File, name: str) -> bool:
+    """Return whether a name leads to a dataset of the index without links."""
+    import h5py
+
+    found: Any = file
+    for part in name.split("/"):
+        link = found.get(part, getlink=True) if isinstance(found, h5py.Group) else None
+        if not isinstance(link, h5py.HardLink):
+            return False
+        found = found[part]
+    return isinstance(found, h5py.Dataset)
+
+
 def _saved_blocks(dataset: h5py.Dataset) -> list[SavedBlock]:
-    if not dataset.is_virtual:  # an array without elements has a plain dataset
-        return []
-    return [SavedBlock(source.file_name, _box(source.vspace, dataset.shape)) for source in dataset.virtual_sources()]
+    """Return the blocks of an array, which cover it and are each the dataset of its own name."""
+    name, blocks, covered = dataset.name.strip("/"), [], 0
+    for source in dataset.virtual_sources() if dataset.is_virtual else ():
+        if source.dset_name.strip("/") != name:
+            raise ValueError(f"{name} points to {source.dset_name}")
+        blocks.append(SavedBlock(source.file_name, _box(source.vspace, dataset.shape)))
+        covered += math.prod(box_shape(blocks[-1].box))
+    if covered != dataset.size:  # an array without elements has a plain dataset
+        raise ValueError(f"the blocks of {name} have {covered} of its {dataset.size} elements")
+    return blocks
 
 
 def _box(space: h5py.h5s.SpaceID, shape: tuple[int, ...]) -> Box:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from colossal_mpi import comm
+from colossal_mpi import files as disk
 from colossal_mpi.checkpoint import checksums
 from colossal_mpi.checkpoint.index import SavedBlock, read_index
 from colossal_mpi.checkpoint.manifest import ArrayRecord, FileRecord, axes_text, read_manifest, stored_dtype
@@ -200,10 +201,11 @@ class RankFiles:
                 dataset.read_direct(into, slices(common, block.box), slices(common, box))
 
     def _file(self, name: str) -> h5py.File:
-        import h5py
-
         if name not in self._opened:
-            self._opened[name] = h5py.File(self._directory / name, "r")
+            try:
+                self._opened[name] = disk.open_hdf5(self._directory / name, within=self._directory)
+            except OSError as problem:
+                raise CheckpointError(f"{self._directory / name} cannot be read: {problem.strerror}") from None
         return self._opened[name]
 
     def __enter__(self) -> RankFiles:
@@ -216,12 +218,10 @@ class RankFiles:
 
 def _plain_dataset(file: h5py.File, name: str, block: SavedBlock) -> h5py.Dataset:
     """Return the dataset of a block, which must lie in this very file: HDF5 can hide other files behind a name."""
-    import h5py
-
-    link = file.get(name, getlink=True)
-    dataset = file[name] if isinstance(link, h5py.HardLink) else None
-    if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual or dataset.external:
-        raise CheckpointError(f"{file.filename} is damaged: {name} is no dataset of this file")
+    try:
+        dataset = disk.find_dataset(file, name)
+    except (KeyError, ValueError):
+        raise CheckpointError(f"{file.filename} is damaged: {name} is no dataset of this file") from None
     if dataset.shape != box_shape(block.box):
         raise CheckpointError(f"{file.filename} is damaged: {name} is {dataset.shape} and not {box_shape(block.box)}")
     return dataset

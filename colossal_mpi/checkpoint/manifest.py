@@ -18,14 +18,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NotRequired, TypeAlias, TypedDict, cast
+from typing import Annotated, Any, Literal, NotRequired, TypeAlias, TypedDict, cast
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from colossal_mpi.checkpoint.directory import INDEX, MANIFEST, flush
+from colossal_mpi import files
+from colossal_mpi.checkpoint.directory import INDEX, MANIFEST
 from colossal_mpi.errors import CheckpointError
 from colossal_mpi.layout import Box, Layout, coords_of
 
@@ -139,9 +142,7 @@ def _digest(table: Mapping[str, object]) -> str:
 
 def write_manifest(directory: Path, table: Mapping[str, object]) -> None:
     """Write a manifest, with its digest, and flush it to the disk."""
-    path = directory / MANIFEST
-    path.write_text(json.dumps({**table, "sha256": _digest(table)}, indent=1))
-    flush(path)
+    files.write_new(directory / MANIFEST, json.dumps({**table, "sha256": _digest(table)}, indent=1))
 
 
 def read_manifest(directory: str | Path) -> Manifest:
@@ -164,11 +165,13 @@ def read_manifest(directory: str | Path) -> Manifest:
     """
     path = Path(directory) / MANIFEST
     try:
-        table = json.loads(path.read_bytes())
-    except OSError:
-        raise CheckpointError(f"no checkpoint at {Path(directory)}: {MANIFEST} is missing or unreadable") from None
-    except (ValueError, RecursionError):
-        raise CheckpointError(f"{path} is damaged: it is no JSON") from None
+        table = files.parse_json(files.read_bytes(path, within=directory))
+    except OSError as problem:
+        reason = f"missing or unreadable ({problem.strerror})"
+        raise CheckpointError(f"no checkpoint at {Path(directory)}: {MANIFEST} is {reason}") from None
+    except ValueError as problem:
+        reason = str(problem) if "nested" in str(problem) else "it is no JSON"
+        raise CheckpointError(f"{path} is damaged: {reason}") from None
     version = table.get("format_version") if isinstance(table, dict) else None
     if type(version) is not int or version < 1:
         raise CheckpointError(f"{path} is damaged: it has no format_version")
@@ -181,29 +184,83 @@ def read_manifest(directory: str | Path) -> Manifest:
         raise CheckpointError(f"{path} is damaged: it is not the file that was written (its SHA-256 differs)")
     for older in range(version, FORMAT_VERSION):
         table = _UPGRADES[older](path, table)
-    _require_complete(path, table)
+    _require_sound(path, table)
     return cast(Manifest, table)
 
 
 def _upgrade_from_1(path: Path, table: dict[str, Any]) -> dict[str, Any]:
     try:
-        files = {
+        records = {
             name: {"bytes": file["bytes"], "parts": [[0, file["bytes"], f"sha256:{file['sha256']}", ""]]}
             for name, file in table["files"].items()
         }
     except (AttributeError, KeyError, TypeError):
         raise CheckpointError(f"{path} is damaged: it does not tell of files") from None
-    return table | {"format_version": 2, "files": files, "values": {}}
+    return table | {"format_version": 2, "files": records, "values": {}}
 
 
 _UPGRADES: dict[int, Callable[[Path, dict[str, Any]], dict[str, Any]]] = {1: _upgrade_from_1}
 
 
-def _require_complete(path: Path, table: Mapping[str, Any]) -> None:
-    if not all(isinstance(table.get(key), dict) for key in ("metadata", "values", "arrays", "files")):
-        raise CheckpointError(f"{path} is damaged: it lacks metadata, values, arrays or files")
-    outside = [name for name in table["files"] if Path(name).name != name]
+_Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+_PartSchema: TypeAlias = tuple[
+    _Count, _Count, Annotated[str, Field(pattern=r"^(crc32:[0-9a-f]{8}|sha256:[0-9a-f]{64})$")], str
+]
+_DTYPE = r"^(bfloat16|bool|u?int(8|16|32|64)|float(16|32|64)|longdouble|float(96|128)|complex(64|128|192|256))$"
+
+
+class _Schema(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _File(_Schema):
+    bytes: _Count
+    parts: list[_PartSchema]
+
+
+class _Array(_Schema):
+    shape: Annotated[list[_Count], Field(max_length=32)]
+    dtype: Annotated[str, Field(pattern=_DTYPE)]
+    layout: str
+    grid: str | None = None
+
+
+class _Value(_Schema):
+    value: Any
+    units: str
+
+
+class _Table(_Schema):
+    """What a manifest of the newest format must hold; a reader of later versions may find more."""
+
+    format_version: Literal[2]
+    metadata: dict[str, Any]
+    values: dict[str, _Value]
+    arrays: dict[str, _Array]
+    files: dict[str, _File]
+
+
+def _require_sound(path: Path, table: Mapping[str, Any]) -> None:
+    """Refuse a manifest of other types, of files elsewhere, of bytes without a checksum, or of more than its files."""
+    try:
+        checked = _Table.model_validate_json(json.dumps(table))
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"{path} is damaged: {place}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+    outside = [name for name in checked.files if Path(name).name != name or "\0" in name]
     if outside:
         raise CheckpointError(f"{path} is damaged: {outside[0]!r} is no file of this directory")
-    if INDEX not in table["files"]:
+    if INDEX not in checked.files:
         raise CheckpointError(f"{path} is damaged: it does not tell of {INDEX}")
+    for name, file in checked.files.items():
+        end = 0
+        for start, size, *_ in sorted(file.parts):
+            end = start + size if start == end else -1
+        if end != file.bytes:
+            raise CheckpointError(f"{path} is damaged: its checksums do not cover {name}")
+    held = sum(file.bytes for file in checked.files.values())
+    for name, array in checked.arrays.items():
+        claimed = math.prod(array.shape) * stored_dtype(array.dtype).itemsize
+        if claimed > held:
+            raise CheckpointError(f"{path} is damaged: {name} claims {claimed:,} bytes, and all files hold {held:,}")

@@ -18,6 +18,7 @@ import numpy as np
 from colossal_mpi.checkpoint.checksums import checksum, checksum_of_range, split
 from colossal_mpi.checkpoint.directory import flush, write_error
 from colossal_mpi.checkpoint.manifest import FileRecord, PartRecord, stored_dtype
+from colossal_mpi.files import new_hdf5
 from colossal_mpi.platform import Block, backend
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def _lay_out(path: Path, blocks: Mapping[str, Block]) -> dict[str, int]:
     properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     properties.set_obj_track_times(False)  # equal states give equal files
-    with h5py.File(path, "w", libver="v110") as file:
+    with new_hdf5(path) as file:
         datasets = {name: _create_dataset(file, name, block, properties) for name, block in blocks.items()}
         return {name: dataset.get_offset() for name, dataset in datasets.items()}
 

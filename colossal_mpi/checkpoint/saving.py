@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from colossal_mpi import comm
+from colossal_mpi import files as disk
 from colossal_mpi.checkpoint import checksums, directory, rank_file
 from colossal_mpi.checkpoint.hdf5 import NUMBERS, require_name
 from colossal_mpi.checkpoint.index import write_index
@@ -161,8 +162,7 @@ class CheckpointWriter:
         partial = directory.partial_directory(self.directory)
         try:
             for name, content in self._files.items():
-                (partial / name).write_bytes(content)
-                directory.flush(partial / name)
+                disk.write_new(partial / name, content)
             write_index(partial, self._arrays, self._head)
             files = dict(file for file in written if file)
             for name in (*self._files, directory.INDEX):
