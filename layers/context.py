@@ -3,10 +3,6 @@
 Training, pipelines and generation make a `Context` for each microbatch, and layers read it: dropout reads the step,
 attention the mask, the positions and the order, and experts the share of their losses. It calls `redistribute` where
 one of its arrays has another layout than a layer's input.
-
-References
-----------
-Zhu: ring-flash-attention, 2024 (zig-zag). Brandon et al.: Striped attention, 2023 (the imbalance without it).
 """
 
 from __future__ import annotations
@@ -18,7 +14,7 @@ import numpy as np
 
 from colossal_mpi.distarray import DistArray, from_global
 from colossal_mpi.errors import DTypeError, ShapeError
-from colossal_mpi.layout import Layout, part
+from colossal_mpi.layout import Layout
 from colossal_mpi.platform import backend
 from colossal_mpi.platform.backend import Block
 
@@ -241,54 +237,3 @@ class Context:
             raise DTypeError(f"the mask must be bool, true where a token counts; it is {given.dtype}")
         # M[B, S] -> M[B_x, S_x], or M[B_x, S] where the whole sequence is asked for
         return given.redistribute(Layout(x.layout.dims[0], None if whole else x.layout.dims[1])).local
-
-
-def zigzag(length: int, ranks: int) -> np.ndarray:
-    """Return the order in which each rank holds two runs, as far from the start of a sequence as from its end.
-
-    The causal query at index i sees i + 1 keys. Two queries at equal distances from the two ends see as many keys as
-    two in the middle, so that all ranks have the same work.
-
-    Parameters
-    ----------
-    length : int
-        Tokens of the whole sequence.
-    ranks : int
-        Ranks that cut it.
-
-    Returns
-    -------
-    array of int64, ``[length]``
-        Element i is the index in the sequence of the token at index i of the arrays, which are cut in balanced blocks;
-        it grows within a block.
-    """
-    index, blocks, first, last = np.arange(length), [], 0, length
-    for rank in range(ranks):
-        start, stop = part(length, ranks, rank)
-        back = (stop - start) // 2
-        front = stop - start - back
-        blocks += [index[first : first + front], index[last - back : last]]
-        first, last = first + front, last - back
-    return np.concatenate(blocks)
-
-
-def runs(order: np.ndarray | None, start: int, stop: int) -> list[tuple[int, int]]:
-    """Return the runs of consecutive tokens that the indices `start` to `stop` of the arrays hold.
-
-    Parameters
-    ----------
-    order : array of int, ``[s]``, optional
-        As in `Context`; None: index i holds token i.
-    start, stop : int
-        A range of indices. An empty range has one run, which is empty.
-
-    Returns
-    -------
-    list of (int, int)
-        First token and end of each run, in the order of the arrays.
-    """
-    if order is None or start == stop:
-        return [(start, stop)]
-    tokens = np.asarray(order)[start:stop]
-    cuts = np.flatnonzero(np.diff(tokens) != 1) + 1
-    return [(int(run[0]), int(run[-1]) + 1) for run in np.split(tokens, cuts)]

@@ -10,8 +10,9 @@ import numpy as np
 from colossal_mpi import random
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import OptionError
-from colossal_mpi.layers.context import Context, runs
+from colossal_mpi.layers.context import Context
 from colossal_mpi.layers.layer import Cache, Later, Layer
+from colossal_mpi.layers.order import runs
 from colossal_mpi.platform import backend
 from colossal_mpi.platform.backend import Block
 

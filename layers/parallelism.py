@@ -38,8 +38,8 @@ import numpy as np
 
 from colossal_mpi.errors import GridError, OptionError
 from colossal_mpi.grid import Grid
-from colossal_mpi.layers.context import zigzag
-from colossal_mpi.layout import Axes, Layout, bounds
+from colossal_mpi.layers.order import balanced, zigzag
+from colossal_mpi.layout import Axes, Layout, bounds, part
 from colossal_mpi.linalg.contraction import Subscripts, layout_map, map_layout, parse
 
 INNER = "inner"
@@ -462,7 +462,7 @@ class Parallelism:
         cut = [axes.get(INNER if x == inner else x, ()) + (self._heads if x == spread else ()) for x in letters]
         return Layout(*[self._present(axes) for axes in cut])
 
-    def order(self, length: int) -> np.ndarray | None:
+    def order(self, length: int, documents: np.ndarray | None = None) -> np.ndarray | None:
         """Return the order of a sequence that gives all ranks of a ring the same amount of causal attention.
 
         Tokens, labels, masks, segments and positions, where they are given, are all permuted by it, and
@@ -472,15 +472,25 @@ class Parallelism:
         ----------
         length : int
             Tokens of the whole sequence.
+        documents : array of int, ``[b, length]``, optional
+            As `Context.documents`: the order is then made for these samples. None: each sequence is one document.
 
         Returns
         -------
         array of int64, ``[length]``, or None
             A NumPy array, the same on every rank: element i is the index, in its sequence, of the token that stands at
-            index i of the arrays (`zigzag`). The work of two ranks differs by about ``ranks / length`` of it. None
+            index i of the arrays: the zig-zag order, in which the work of two ranks differs by about ``ranks / length``
+            of it, or with documents one in which no rank has much more than the mean (`layers.order.balanced`). None
             without a ring: the order stays as it is.
         """
-        return zigzag(length, self.grid.extent(self.ring)) if self.ring else None
+        if not self.ring:
+            return None
+        ranks = self.grid.extent(self.ring)
+        if documents is None:
+            return zigzag(length, ranks)
+        keys, groups = np.arange(1, length + 1) - documents, self.grid.extent(self.tokens().dims[0])
+        work = [keys[slice(*part(len(keys), groups, i))].sum(0) for i in range(groups)]
+        return balanced(np.stack(work), ranks)
 
     def tokens(self) -> Layout:
         """Return the layout of token ids and labels ``[b, s]``.

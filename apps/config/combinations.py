@@ -11,6 +11,7 @@ from colossal_mpi.apps.config.sections import Config, TransformerSection
 from colossal_mpi.errors import ColossalError, ConfigError
 from colossal_mpi.layers import require_axes
 from colossal_mpi.layers.attention import head_width
+from colossal_mpi.layers.models import MODELS
 from colossal_mpi.layers.optim import LEARNING_RATES
 from colossal_mpi.layers.pipeline import PIPE, program
 
@@ -67,6 +68,13 @@ def _checks(config: Config) -> Iterator[tuple[list[str], Callable[[], object]]]:
         lambda: _require(
             not training.milestones or "milestones" in LEARNING_RATES[training.rate].options,
             "these are of training.rate='multi-step'",
+        ),
+    )
+    yield (
+        ["data.documents"],
+        lambda: _require(
+            config.data.documents == "joined" or MODELS[model.kind].task == "language",
+            f"documents are kept apart for models that predict the next token, not for a {model.kind}: use 'joined'",
         ),
     )
     yield (

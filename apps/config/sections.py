@@ -161,6 +161,17 @@ class Data(Section):
     dtype: Literal["", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"] = Field(
         "", description="dtype of the tokens of files without a header, little-endian: uint16 for those of nanoGPT"
     )
+    documents: Literal["joined", "separate"] = Field(
+        "joined",
+        description="separate: tokens of a sequence see only those of their own document, positions start anew in "
+        "each, and no label is of another; joined: a sequence is one text",
+    )
+    end_token: int | None = Field(
+        None,
+        ge=0,
+        description="for documents=separate, the token that ends a document in files of tokens that do not say where "
+        "documents end: 50256 for tokens of GPT-2",
+    )
     shift: int = Field(0, ge=0, description="greatest number of pixels that an image is moved by before each use")
     validation: float = Field(
         0.1, gt=0, le=0.5, description="share of the data that is held out: stretches of a text, or random images"

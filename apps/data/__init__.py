@@ -11,6 +11,7 @@ from colossal_mpi.apps.data.corpus import (
     require_vocabulary,
     stored_vocabulary,
 )
+from colossal_mpi.apps.data.documents import documents_of, foreign_labels
 from colossal_mpi.apps.data.formats import FORMATS
 from colossal_mpi.apps.data.images import Images, draw, read_images, shifted
 from colossal_mpi.apps.data.masked import BYTE_VALUES, MaskedFormat, MaskedRows
@@ -28,8 +29,10 @@ __all__ = [
     "MaskedRows",
     "Tokenizer",
     "Tokens",
+    "documents_of",
     "draw",
     "even_starts",
+    "foreign_labels",
     "load_tokenizer",
     "random_shifts",
     "random_starts",

@@ -7,7 +7,7 @@ tells which is which.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +17,8 @@ import numpy as np
 
 from colossal_mpi import comm
 from colossal_mpi.apps.data.digest import digest_of
-from colossal_mpi.apps.data.formats import BINARY, STORE, Format, is_store, recognize
+from colossal_mpi.apps.data.documents import ends_by_token, starts_in, starts_of
+from colossal_mpi.apps.data.formats import BINARY, STORE, Format, is_store, megatron_ends, recognize
 from colossal_mpi.apps.data.store import Store
 from colossal_mpi.apps.data.texts import pieces
 from colossal_mpi.apps.data.tokenizer import Bytes, Tokenizer
@@ -46,6 +47,8 @@ class Corpus:
         For tokens on a disk, the end of the sentence that describes them to a reader; ``""`` for text in memory.
     digest : str
         The digest of both parts, ``""`` where a meta grid has no use for it.
+    train_starts, validation_starts : array of int64, optional
+        Where documents start among the tokens of each part, ascending; None: they are not kept apart.
     """
 
     train: Tokens
@@ -54,6 +57,8 @@ class Corpus:
     tokenizer: Tokenizer = field(default_factory=Bytes)
     source: str = ""
     digest: str = ""
+    train_starts: np.ndarray | None = None
+    validation_starts: np.ndarray | None = None
 
     @property
     def about(self) -> str:
@@ -67,7 +72,15 @@ class Corpus:
 
 
 def read_corpus(
-    files: Sequence[str], validation: float, context: int, grid: Grid, choice: str = "auto", dtype: str = ""
+    files: Sequence[str],
+    validation: float,
+    context: int,
+    grid: Grid,
+    choice: str = "auto",
+    dtype: str = "",
+    *,
+    separate: bool = False,
+    end: int | None = None,
 ) -> Corpus:
     """Return the corpus that some files hold.
 
@@ -86,6 +99,10 @@ def read_corpus(
         ``text`` or ``jsonl`` where files are to be taken as such; ``auto`` goes by name and content.
     dtype : str
         The dtype of the tokens of files without a header; ``""`` if they are texts.
+    separate : bool
+        Whether to find where documents start.
+    end : int, optional
+        The token that ends a document in files of tokens that do not say where documents end.
 
     Returns
     -------
@@ -95,17 +112,16 @@ def read_corpus(
     Raises
     ------
     ConfigError
-        On all ranks, if a file cannot be read, is in no format that is known, or the corpus is too short.
+        On all ranks, if a file cannot be read, is in no format that is known, or the corpus is too short, or if it does
+        not say where documents end and no token does.
 
     Notes
     -----
     **Communication:** for text files, one bcast of the corpus from rank 0 over the grid, in bytes; for stores and NumPy
-    files, messages of a few bytes.
+    files, messages of a few bytes. With `separate`, 8 bytes more for each document.
     """
-    if grid.is_meta:
-        corpus = _meta_corpus(tuple(files), validation, choice, dtype)
-    else:
-        corpus = _open(files, validation, grid, choice, dtype)
+    options = validation, choice, dtype, separate, end
+    corpus = _meta_corpus(tuple(files), *options) if grid.is_meta else _open(files, grid, *options)
     if min(len(corpus.train), len(corpus.validation)) <= context:
         size, unit = len(corpus.train) + len(corpus.validation), "tokens" if corpus.source else "bytes"
         raise ConfigError(
@@ -119,25 +135,71 @@ def _digest(corpus: Corpus, grid: Grid) -> str:
     found = ""
     with comm.agreed(grid):
         if grid.rank == 0:
-            found = digest_of((corpus.train, corpus.validation))
+            starts = (corpus.train_starts, corpus.validation_starts)
+            found = digest_of((corpus.train, corpus.validation, *(one for one in starts if one is not None)))
     shared: str = comm.share(found, grid)
     return shared
 
 
 @lru_cache(maxsize=1)
-def _meta_corpus(files: tuple[str, ...], validation: float, choice: str, dtype: str) -> Corpus:
+def _meta_corpus(
+    files: tuple[str, ...], validation: float, choice: str, dtype: str, separate: bool, end: int | None
+) -> Corpus:
     """Return the corpus of meta grids: hundreds of dry runs of a plan read it once."""
-    return _open(files, validation, Grid.meta(), choice, dtype)
+    return _open(files, Grid.meta(), validation, choice, dtype, separate, end)
 
 
-def _open(files: Sequence[str], validation: float, grid: Grid, choice: str, dtype: str) -> Corpus:
+def _open(
+    files: Sequence[str], grid: Grid, validation: float, choice: str, dtype: str, separate: bool, end: int | None
+) -> Corpus:
     formats: list[Format] = []
     with comm.agreed(grid):
         if grid.rank == 0:
             formats = _formats(files, choice, dtype)
     formats = comm.share(formats, grid)
-    stored = any(not one.is_text for one in formats)
-    return (_read_stored if stored else _read_texts)(files, formats, validation, grid)
+    if any(not one.is_text for one in formats):
+        corpus, tokens = _read_stored(files, formats, validation, grid)
+        ends = _shared(lambda: _stored_ends(files, formats, tokens, end), grid) if separate else None
+    else:
+        corpus, ends = _read_texts(files, formats, validation, grid, separate)
+    if ends is None:
+        return corpus
+    count = len(corpus.train) + len(corpus.validation)
+    stretch, held = _held_out(count, validation)
+    starts = starts_of(ends, count)
+    train, kept = (starts_in(starts, np.flatnonzero(chosen), stretch) for chosen in (~held, held))
+    return replace(corpus, train_starts=train, validation_starts=kept)
+
+
+def _shared(find: Callable[[], np.ndarray], grid: Grid) -> np.ndarray:
+    """Return on every rank an array that rank 0 finds."""
+    found = np.zeros(0, np.int64)
+    with comm.agreed(grid, ConfigError):
+        if grid.rank == 0:
+            found = find()
+    size = comm.share(len(found), grid)
+    # ends[n] on rank 0  ->  ends[n] on every rank: bcast over all axes
+    shared: np.ndarray = comm.bcast(found if grid.rank == 0 else np.empty(size, np.int64), grid, tuple(grid.axes))
+    return shared
+
+
+def _stored_ends(files: Sequence[str], formats: Sequence[Format], tokens: Concatenated, end: int | None) -> np.ndarray:
+    """Return where the documents of files of tokens end, one file after the other; each file ends one."""
+    found, first = [], 0
+    for name, one, part in zip(files, formats, tokens.parts, strict=True):
+        ends = (
+            part.documents[...] if isinstance(part, Store) else megatron_ends(Path(name)) if one.offset == 0 else None
+        )
+        if ends is None and end is None:
+            raise ConfigError(
+                f"data.files: {name} does not say where documents end, which data.documents='separate' needs: give "
+                "data.end_token, such as 50256 for tokens of GPT-2, or make a store with colossal-mpi data prepare"
+            )
+        if ends is None:
+            ends = ends_by_token(part, int(end or 0))
+        found += [ends.astype(np.int64) + first, np.array([first + len(part)])]
+        first += len(part)
+    return np.concatenate(found)
 
 
 def _formats(files: Sequence[str], choice: str, dtype: str) -> list[Format]:
@@ -155,23 +217,28 @@ def _formats(files: Sequence[str], choice: str, dtype: str) -> list[Format]:
     return formats
 
 
-def _read_texts(files: Sequence[str], formats: Sequence[Format], validation: float, grid: Grid) -> Corpus:
-    text = b""
+def _read_texts(
+    files: Sequence[str], formats: Sequence[Format], validation: float, grid: Grid, separate: bool
+) -> tuple[Corpus, np.ndarray | None]:
+    documents: list[bytes] = []
     with comm.agreed(grid):
         if grid.rank == 0:
-            text = _text_of(files, formats)
+            documents = _documents_of(files, formats)
+    text = b"\n".join(documents)
+    # the line feed between two documents belongs to the first
+    ends = _shared(lambda: np.cumsum([len(one) + 1 for one in documents]), grid) if separate else None
     size = comm.share(len(text), grid)
     tokens = np.frombuffer(text, np.uint8) if grid.rank == 0 else np.empty(size, np.uint8)
     # tokens[n] on rank 0  ->  tokens[n] on every rank: bcast over all axes
     tokens = comm.bcast(tokens, grid, tuple(grid.axes))
-    return split(tokens, validation)
+    return split(tokens, validation), ends
 
 
-def _text_of(files: Sequence[str], formats: Sequence[Format]) -> bytes:
+def _documents_of(files: Sequence[str], formats: Sequence[Format]) -> list[bytes]:
     if not files:
         from pydoc_data.topics import topics
 
-        return "\n".join(topics[name] for name in sorted(topics)).encode()
+        return [topics[name].encode() for name in sorted(topics)]
     documents: list[bytes] = []
     parts: list[bytes] = []
     try:
@@ -183,7 +250,7 @@ def _text_of(files: Sequence[str], formats: Sequence[Format]) -> bytes:
                     parts = []
     except ConfigError as problem:
         raise ConfigError(f"data.files: {problem}") from None
-    return b"\n".join(documents)
+    return documents
 
 
 def split(tokens: np.ndarray, validation: float) -> Corpus:
@@ -249,7 +316,9 @@ def stored_vocabulary(files: Sequence[str], default: int) -> int:
     return max((Store(name).vocabulary for name in files if is_store(Path(name))), default=default)
 
 
-def _read_stored(files: Sequence[str], formats: Sequence[Format], validation: float, grid: Grid) -> Corpus:
+def _read_stored(
+    files: Sequence[str], formats: Sequence[Format], validation: float, grid: Grid
+) -> tuple[Corpus, Concatenated]:
     with comm.agreed(grid, ConfigError):
         pairs = zip(files, formats, strict=True)
         opened = [Store(name) if one.name == STORE else NumpyTokens(name, one) for name, one in pairs]
@@ -269,7 +338,7 @@ def _read_stored(files: Sequence[str], formats: Sequence[Format], validation: fl
     stretch, held = _held_out(len(tokens), validation)
     train, kept = (Stretches(tokens, np.flatnonzero(chosen), stretch) for chosen in (~held, held))
     source = f"{f' of {documents:,} documents' if stores else ''}, vocabulary {vocabulary:,}"
-    return Corpus(train, kept, vocabulary, tokenizer, source)
+    return Corpus(train, kept, vocabulary, tokenizer, source), tokens
 
 
 class Concatenated:
@@ -282,7 +351,7 @@ class Concatenated:
     """
 
     def __init__(self, parts: Sequence[Tokens]) -> None:
-        self._parts, self._ends = list(parts), np.cumsum([len(part) for part in parts])
+        self.parts, self._ends = list(parts), np.cumsum([len(part) for part in parts])
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -292,7 +361,7 @@ class Concatenated:
         found, which = np.empty(flat.shape, np.int64), np.searchsorted(self._ends, flat, side="right")
         for i in np.unique(which):
             here = which == i
-            found[here] = self._parts[i][flat[here] - (self._ends[i - 1] if i else 0)]
+            found[here] = self.parts[i][flat[here] - (self._ends[i - 1] if i else 0)]
         return found.reshape(np.shape(places))
 
 

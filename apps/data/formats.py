@@ -193,6 +193,51 @@ def _megatron(index: Path) -> str | None:
     return _MEGATRON_DTYPES[code]
 
 
+def megatron_ends(path: Path) -> np.ndarray | None:
+    """Return where the documents of a Megatron data set end.
+
+    Parameters
+    ----------
+    path : Path
+        The file of tokens.
+
+    Returns
+    -------
+    array of int64 or None
+        The place after the last token of each document; None if the file has no index of Megatron.
+
+    Raises
+    ------
+    ConfigError
+        If the index is shorter than it says, or names documents that it has not.
+
+    Notes
+    -----
+    The index has, after the dtype, the number of sequences, the number n of document bounds, the length of each
+    sequence in int32, its place in int64, and for each document the number of its first sequence, with the number of
+    all sequences at the end.
+    """
+    index = path.with_suffix(".idx")
+    if path.suffix.lower() != _BINARY or not index.is_file():
+        return None
+    with reading(index), index.open("rb") as file:
+        head = file.read(34)
+        if not head.startswith(_MEGATRON):
+            return None
+        sequences, bounds = struct.unpack("<QQ", head[18:34]) if len(head) == 34 else (0, 0)
+        size = index.stat().st_size
+        if len(head) < 34 or size < 34 + 12 * sequences + 8 * bounds:
+            raise ConfigError(f"{index} has {size} bytes, less than its {sequences} sequences and {bounds} bounds take")
+        lengths = np.fromfile(file, "<i4", sequences)
+        file.seek(8 * sequences, io.SEEK_CUR)
+        numbers = np.fromfile(file, "<i8", bounds)
+    if (lengths < 0).any() or (numbers < 0).any() or (numbers > sequences).any():
+        raise ConfigError(f"{index} is damaged: it names sequences that it has not, or of negative length")
+    places = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    ends: np.ndarray = places[np.sort(numbers)]
+    return ends
+
+
 def _require_size(path: Path, size: int, offset: int, dtype: str, source: str, count: int | None = None) -> None:
     width = np.dtype(dtype).itemsize
     tokens, rest = divmod(size - offset, width)

@@ -62,7 +62,13 @@ def even_starts(count: int, corpus: int, context: int) -> np.ndarray:
 
 
 def sequences(
-    tokens: Tokens, starts: np.ndarray, context: int, grid: Grid, layout: Layout, order: np.ndarray | None = None
+    tokens: Tokens,
+    starts: np.ndarray,
+    context: int,
+    grid: Grid,
+    layout: Layout,
+    order: np.ndarray | None = None,
+    documents: np.ndarray | None = None,
 ) -> tuple[DistArray, DistArray]:
     """Return the inputs and labels of a language model; each rank reads its own block.
 
@@ -80,19 +86,25 @@ def sequences(
         The layout of both arrays.
     order : array of int64, optional
         Positions of a sequence in the order in which the arrays have them; ascending by default.
+    documents : array of int64, ``[len(starts), context + 1]``, optional
+        For each token, and the one after the sequence, the index of the first token of its document; by default a
+        sequence is one document.
 
     Returns
     -------
     inputs : DistArray
         Shape ``[len(starts), context]``, int64.
     labels : DistArray
-        The tokens after the inputs, of the same shape.
+        The tokens after the inputs, of the same shape; -1 where the next token begins another document.
     """
     order = np.arange(context) if order is None else order
 
     def block(index: tuple[slice, ...], shift: int) -> np.ndarray:
         rows, columns = starts[index[0]], order[index[1]] + shift
-        return tokens[rows[:, None] + columns[None, :]].astype(np.int64)
+        found = tokens[rows[:, None] + columns[None, :]].astype(np.int64)
+        if shift and documents is not None:
+            found[documents[index[0]][:, columns] == columns] = -1
+        return found
 
     shape = (len(starts), context)
     inputs = from_global(lambda index: block(index, 0), grid, layout, shape)

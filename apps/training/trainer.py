@@ -233,11 +233,11 @@ class Trainer:
         dict of str to float
             ``val_loss`` in nats, and ``val_<measure>`` for each measure of the task, a share from 0 to 1.
         """
-        loss, shares, held = 0.0, Counter[str](), self.task.held
+        loss, shares, held, weight = 0.0, Counter[str](), self.task.held, self.task.held_weight()
         with self.averaged():
             for batch in self.task.held_out():
                 outputs = self.run(batch.inputs, Context(train=False, **batch.context))
-                loss += self.task.loss(outputs, batch.labels, held)[0]
+                loss += self.task.loss(outputs, batch.labels, weight)[0]
                 shares.update(self.task.measures(outputs, batch.labels, held))
         return {"val_loss": loss, **{f"val_{name.replace(' ', '_')}": share for name, share in shares.items()}}
 

@@ -16,13 +16,11 @@ import numpy as np
 
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import OptionError
-from colossal_mpi.layers.context import Context, runs
+from colossal_mpi.layers.context import Context
+from colossal_mpi.layers.order import MOST_RUNS, runs
 from colossal_mpi.layout import coords_of, rank_of
 from colossal_mpi.platform import backend
 from colossal_mpi.platform.backend import Block
-
-_MOST_RUNS = 16
-"""Greatest number of runs into which a block is split; a block of more runs compares positions instead."""
 
 Run = tuple[int, int]
 """First token and end of some consecutive tokens of the sequence."""
@@ -94,11 +92,11 @@ class AttentionMask:
             raise OptionError("documents are kept apart by causal attention only: use causal=True, or no documents")
         positions = ctx.positions_of(x, whole=True)  # checked even where they do not count
         self._runs = [runs(ctx.order, *indices) for indices in self.ranges]
-        split = (ctx.positions is None or self._first is not None) and max(map(len, self._runs)) <= _MOST_RUNS
+        split = (ctx.positions is None or self._first is not None) and max(map(len, self._runs)) <= MOST_RUNS
         self._positions = positions if causal and not split else None
         if self._positions is not None and self._first is not None:
             raise OptionError(
-                f"with documents a rank may hold at most {_MOST_RUNS} runs of consecutive tokens; the order of the "
+                f"with documents a rank may hold at most {MOST_RUNS} runs of consecutive tokens; the order of the "
                 f"context has {max(map(len, self._runs))}: use the order of Parallelism.order"
             )
         self._split = causal and split

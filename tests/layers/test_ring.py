@@ -14,8 +14,8 @@ from colossal_mpi import Grid, Layout, OptionError, ShapeError, comm, from_globa
 from colossal_mpi.layers import Context, Parallelism, kernels
 from colossal_mpi.layers.attention import ring
 from colossal_mpi.layers.attention.self_attention import Attention, GroupedAttention, SelfAttention
-from colossal_mpi.layers.context import zigzag
 from colossal_mpi.layers.kernels.reference import tiles
+from colossal_mpi.layers.order import zigzag
 from colossal_mpi.layout import part
 from colossal_mpi.testing import fake
 from tests.cases import host

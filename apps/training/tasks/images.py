@@ -88,8 +88,8 @@ class ImageClassification(Task):
     def _held(self, first: int, stop: int) -> Batch:
         return self._batch(self.images.validation, self.images.validation_labels, np.arange(first, stop))
 
-    def loss(self, outputs: DistArray, labels: DistArray, samples: int) -> tuple[float, Any]:
-        return self.cross_entropy.forward(outputs, labels, samples)
+    def loss(self, outputs: DistArray, labels: DistArray, samples: float) -> tuple[float, Any]:
+        return self.cross_entropy.forward(outputs, labels, round(samples))
 
     def backward(self, saved: Any, scale: float = 1.0) -> DistArray:
         return self.cross_entropy.backward(saved, scale)

@@ -74,16 +74,10 @@ class CausalLanguage(Task):
     parallelism : Parallelism
         The tensor mode on the grid of one stage.
 
-    Attributes
-    ----------
-    order : array of int64 or None
-        Positions of a sequence in the order in which the arrays have them, so that attention is equal
-        work for all ranks of a ring.
-
     Notes
     -----
-    The loss is the cross-entropy, a mean over all tokens. A validation takes sequences that are spread evenly over the
-    held-out text.
+    The loss is the cross-entropy, a mean over all tokens, but where documents are kept apart not over the last of each
+    document. A validation takes sequences that are spread evenly over the held-out text.
     """
 
     section = LanguageSection
@@ -94,7 +88,16 @@ class CausalLanguage(Task):
         assert isinstance(config.model, LanguageSection)
         self.context, training = config.model.context, config.training
         d = config.data
-        self.corpus = data.read_corpus(d.files, d.validation, self.context, self.grid, d.format, d.dtype)
+        self.corpus = data.read_corpus(
+            d.files,
+            d.validation,
+            self.context,
+            self.grid,
+            d.format,
+            d.dtype,
+            separate=d.documents == "separate",
+            end=d.end_token,
+        )
         vocabulary = config.model.vocabulary
         data.require_vocabulary(self.corpus, vocabulary, f"model.vocabulary={vocabulary}: give it that many")
         self.model, _ = make_model(config, parallelism, positions=self.context)
@@ -102,7 +105,6 @@ class CausalLanguage(Task):
         self.length, self.per_sample, self.held = self.context, self.context, training.evaluate_batches * training.batch
         self.about, self.tokenizer = self.corpus.about, self.corpus.tokenizer.text
         self.digest = self.corpus.digest
-        self.order = parallelism.order(self.context)
 
     @classmethod
     def complete(cls, config: Config) -> Config:
@@ -115,20 +117,35 @@ class CausalLanguage(Task):
 
     def batch(self, first: int, stop: int) -> Batch:
         starts = data.random_starts(first, stop, len(self.corpus.train), self.context, self.config.training.seed)
-        return self._sequences(self.corpus.train, starts)
+        return self._sequences(self.corpus.train, starts, self.corpus.train_starts)
 
-    def _sequences(self, tokens: data.Tokens, starts: np.ndarray) -> Batch:
+    def weight(self, first: int, stop: int) -> float:
+        starts = data.random_starts(first, stop, len(self.corpus.train), self.context, self.config.training.seed)
+        return self._weight(starts, self.corpus.train_starts)
+
+    def held_weight(self) -> float:
+        starts = data.even_starts(self.held, len(self.corpus.validation), self.context)
+        return self._weight(starts, self.corpus.validation_starts)
+
+    def _weight(self, starts: np.ndarray, documents: np.ndarray | None) -> float:
+        foreign = 0 if documents is None else data.foreign_labels(documents, starts, self.context)
+        return (len(starts) * self.context - foreign) / self.context
+
+    def _sequences(self, tokens: data.Tokens, starts: np.ndarray, documents: np.ndarray | None) -> Batch:
         layout = self.parallelism.tokens()
-        arrays = data.sequences(tokens, starts, self.context, self.grid, layout, self.order)
-        return Batch(*arrays, {"order": self.order})
+        found = None if documents is None else data.documents_of(documents, starts, self.context + 1)
+        own = None if found is None else found[:, :-1]
+        order = self.parallelism.order(self.context, own)
+        arrays = data.sequences(tokens, starts, self.context, self.grid, layout, order, found)
+        return Batch(*arrays, {"order": order, "documents": own})
 
     def held_out(self) -> Iterator[Batch]:
         starts = data.even_starts(self.held, len(self.corpus.validation), self.context)
         for part in np.split(starts, self.config.training.evaluate_batches):
-            yield self._sequences(self.corpus.validation, part)
+            yield self._sequences(self.corpus.validation, part, self.corpus.validation_starts)
 
-    def loss(self, outputs: DistArray, labels: DistArray, samples: int) -> tuple[float, Any]:
-        return self.cross_entropy.forward(outputs, labels, samples * self.context)
+    def loss(self, outputs: DistArray, labels: DistArray, samples: float) -> tuple[float, Any]:
+        return self.cross_entropy.forward(outputs, labels, max(1, round(samples * self.context)))
 
     def backward(self, saved: Any, scale: float = 1.0) -> DistArray:
         return self.cross_entropy.backward(saved, scale)

@@ -99,8 +99,8 @@ class MaskedLanguage(Task):
         logits = outputs if self.pairs else (outputs,)
         return list(zip(logits, labels, (self.form.hidden, 1), strict=False))
 
-    def loss(self, outputs: Any, labels: Any, samples: int) -> tuple[float, Any]:
-        results = [self.cross_entropy.forward(x, y, samples * n) for x, y, n in self._heads(outputs, labels)]
+    def loss(self, outputs: Any, labels: Any, samples: float) -> tuple[float, Any]:
+        results = [self.cross_entropy.forward(x, y, round(samples) * n) for x, y, n in self._heads(outputs, labels)]
         return sum(value for value, _ in results), [saved for _, saved in results]
 
     def backward(self, saved: Any, scale: float = 1.0) -> Any:

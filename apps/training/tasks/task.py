@@ -36,7 +36,7 @@ class Batch:
     labels : DistArray or tuple of DistArray
         The labels that `Task.loss` takes.
     context : mapping of str to object
-        Fields of the layers' `Context` that belong to the samples: ``mask``, ``segments`` and ``order``.
+        Fields of the layers' `Context` that belong to the samples: ``mask``, ``segments``, ``order`` and ``documents``.
     """
 
     inputs: DistArray
@@ -165,7 +165,26 @@ class Task:
         """
         raise NotImplementedError
 
-    def loss(self, outputs: Any, labels: Any, samples: int) -> tuple[float, Any]:
+    def weight(self, first: int, stop: int) -> float:
+        """Return how many samples the training samples number `first` to `stop` count as in the mean of the loss.
+
+        Parameters
+        ----------
+        first, stop : int
+            Half-open range of sample numbers.
+
+        Returns
+        -------
+        float
+            Their number by default; less if some of their labels do not count.
+        """
+        return stop - first
+
+    def held_weight(self) -> float:
+        """Return how many samples the held-out ones count as in the mean of the loss: `held` by default."""
+        return self.held
+
+    def loss(self, outputs: Any, labels: Any, samples: float) -> tuple[float, Any]:
         """Return this batch's part of the mean loss over a number of samples.
 
         Parameters
@@ -174,8 +193,9 @@ class Task:
             Outputs of the model.
         labels : DistArray or tuple of DistArray
             Labels of the batch.
-        samples : int
-            Number of samples that the mean is over; a batch of a microbatch or of a validation has fewer.
+        samples : float
+            Number of samples that the mean is over, as `weight` counts them; a batch of a microbatch or of a validation
+            has fewer.
 
         Returns
         -------
@@ -431,6 +451,7 @@ class StepFeed:
         self.first = step * self.size if first is None else first
         self._batch = lru_cache(maxsize=1)(self._make_batch)
         self.own: list[dict[str, float]] = []
+        self.weight = task.weight(self.first, self.first + self.size)
 
     def _make_batch(self, microbatch: int) -> Batch:
         low, high = self._range(microbatch)
@@ -490,7 +511,7 @@ class StepFeed:
         cache : object
             The argument of `loss_backward`.
         """
-        return self.task.loss(y, self._batch(microbatch).labels, self.size)
+        return self.task.loss(y, self._batch(microbatch).labels, self.weight)
 
     def loss_backward(self, cache: Any) -> Any:
         """Return the cotangent of the outputs, times the loss scale.
