@@ -69,13 +69,15 @@ class Grid:
     Raises
     ------
     GridError
-        If a size is not a positive integer or the product is not the number of ranks.
+        If a size is not a positive integer or the product is not the number of ranks, or if the ranks name different
+        axes or have different files of this package.
     LaunchError
         If this process is no rank: a rank started it, or MPI is not initialised.
 
     Notes
     -----
-    **Communication:** collective over `comm`: one ``MPI_Cart_create`` without reordering. Sub-communicators are made by
+    **Communication:** collective over `comm`: the ranks agree on the axes, and one ``MPI_Cart_create`` without
+    reordering. Sub-communicators are made by
     ``MPI_Cart_sub`` when they are first used, and kept.
 
     Examples
@@ -90,6 +92,7 @@ class Grid:
     def __init__(self, comm: MPI.Intracomm | None = None, device: str = "auto", **axes: int) -> None:
         runtime.require_mpi()
         comm = MPI.COMM_WORLD if comm is None else comm
+        runtime.require_equal(comm, {"its axes": axes, "its device": device}, GridError, f"Grid({_text(axes)})", _ALIKE)
         _check(axes, comm.Get_size())
         self._cart: Any = comm.Create_cart(list(axes.values()), reorder=False) if axes else comm
         node = comm.Split_type(MPI.COMM_TYPE_SHARED)
@@ -506,6 +509,9 @@ class GridCache(Generic[K, V]):
         """Drop the values that all caches keep for a grid."""
         for cache in cls._all:
             cache._of.pop(grid, None)
+
+
+_ALIKE = "name the same axes with the same sizes in the same order on all ranks"
 
 
 def _text(axes: Mapping[str, int]) -> str:

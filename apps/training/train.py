@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from mpi4py import MPI
+
 from colossal_mpi import comm
 from colossal_mpi.apps.config import Config, load
 from colossal_mpi.apps.run_directory import RunDirectory
@@ -21,20 +23,22 @@ from colossal_mpi.apps.training.stopping import CODE, Stop
 from colossal_mpi.apps.training.trainer import Trainer
 from colossal_mpi.errors import ColossalError, ConfigError
 from colossal_mpi.grid import Grid, world_size
-from colossal_mpi.runtime import signals
+from colossal_mpi.runtime import require_equal, signals
 
 Forecaster = Callable[[Trainer, float], Mapping[str, Any] | None]
 """Called on all ranks with a trainer and the flop/s of all ranks together; returns, on rank 0, the forecast of a step:
 ``words``, ``memory`` in bytes, ``seconds``. The command that trains passes a function of ``apps.planning``."""
 
 
-def make_grid(config: Config) -> Grid:
-    """Return the grid of a run.
+def make_grid(config: Config, **options: object) -> Grid:
+    """Return the grid of a run, after the ranks have agreed on its configuration.
 
     Parameters
     ----------
     config : Config
         The configuration. Without axes in it, all ranks are on axis ``data``.
+    **options
+        What else must be the same on all ranks, such as the options of the command line.
 
     Returns
     -------
@@ -45,11 +49,15 @@ def make_grid(config: Config) -> Grid:
     ------
     GridError
         If the sizes of the axes do not multiply to the number of ranks.
+    ConfigError
+        If the ranks have different configurations or options: it names the key and two ranks.
 
     Notes
     -----
-    **Communication:** one grid is made, on all ranks.
+    **Communication:** 16 bytes of each rank are compared, and one grid is made, on all ranks.
     """
+    keys = {f"{section}.{key}": value for section, table in config.model_dump().items() for key, value in table.items()}
+    require_equal(MPI.COMM_WORLD, keys | options, ConfigError, "the configuration of the run")
     parallel = config.parallel
     axes = parallel.grid or {"data": world_size()}
     return Grid(None, parallel.device, **axes)
@@ -82,7 +90,7 @@ def start(config: Config, overwrite: bool = False, trace: int = 0, forecast: For
         If the loss or the norm of the gradients is not finite.
     """
     config = _without_consent(tasks.complete(config))
-    grid = make_grid(config)
+    grid = make_grid(config, overwrite=overwrite, trace=trace)
     trainer, directory = Trainer(config, grid), RunDirectory(config.run.directory)
     with comm.agreed(grid):
         if grid.rank == 0:
@@ -122,7 +130,7 @@ def resume(path: str, settings: list[str], trace: int = 0, forecast: Forecaster 
     directory.latest()
     config = load(str(directory.config), settings)
     allowed, config = config.data.changed, _without_consent(config)
-    grid = make_grid(config)
+    grid = make_grid(config, resume=path, trace=trace)
     with comm.agreed(grid):
         if grid.rank == 0:
             directory.hold()

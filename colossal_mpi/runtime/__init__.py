@@ -14,14 +14,18 @@ signals
     The reactions of a rank to SIGINT and SIGUSR1, even inside an MPI call.
 exits
     The hooks that end a job when a rank leaves it, so that no other rank waits for ever.
+agreement
+    The check that all ranks have the same package, axes and configuration.
 """
 
-from colossal_mpi.runtime import exits, guards, launcher, signals
+from colossal_mpi.runtime import agreement, exits, guards, launcher, signals
+from colossal_mpi.runtime.agreement import require_equal
 from colossal_mpi.runtime.guards import install, launched, library, mismatch, require_mpi
 from colossal_mpi.runtime.launcher import JOB_ID_VARIABLES, can_start, child_environment, cpus, mpiexec_command
 
 __all__ = [
     "JOB_ID_VARIABLES",
+    "agreement",
     "can_start",
     "child_environment",
     "cpus",
@@ -33,6 +37,7 @@ __all__ = [
     "library",
     "mismatch",
     "mpiexec_command",
+    "require_equal",
     "require_mpi",
     "signals",
 ]

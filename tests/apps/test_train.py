@@ -12,8 +12,12 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from mpi4py import MPI
 
+from colossal_mpi import ConfigError
+from colossal_mpi.apps.config import load
 from colossal_mpi.apps.training import compare
+from colossal_mpi.apps.training.train import make_grid
 from colossal_mpi.runtime.launcher import mpiexec_command
 from tests.command_line import RUN
 
@@ -258,3 +262,29 @@ def test_the_user_names_files(folder):
     result = start(1, "small.toml", "--grid", "data=1", "--tensor", "none", *settings)
     assert result.returncode == 0, result.stderr
     assert "720 bytes of text, 80 held out" in result.stdout
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("training.clip", "0.5"),
+        ("training.seed", "7"),
+        ("training.checkpoint_every", "4"),
+        ("training.microbatches", "2"),
+        ("parallel.schedule", '"gpipe"'),
+        ("parallel.grid", "{col = 2}"),
+    ],
+)
+def test_ranks_with_other_configurations_are_refused_before_they_communicate(key, value):
+    rank = MPI.COMM_WORLD.rank
+    config = load("demo", [f"{key}={value}"] if rank else [])
+    with pytest.raises(ConfigError, match=rf"ranks 0 and 1 differ in {key}: .* on rank 0, .* on rank 1"):
+        make_grid(config)
+
+
+@pytest.mark.ranks(2)
+def test_ranks_with_other_options_are_refused():
+    options = {"overwrite": MPI.COMM_WORLD.rank == 1}
+    with pytest.raises(ConfigError, match="ranks 0 and 1 differ in overwrite: False on rank 0, True on rank 1"):
+        make_grid(load("demo"), **options)

@@ -154,3 +154,23 @@ def test_a_cache_keeps_the_values_used_last_until_the_grid_is_freed():
     del other
     gc.collect()
     assert list(cache._of) == [grid]
+
+
+@pytest.mark.ranks(2)
+def test_ranks_that_name_other_axes_are_told_so_on_all_of_them():
+    first = MPI.COMM_WORLD.rank == 0
+    with pytest.raises(GridError, match=r"ranks 0 and 1 differ in its axes: \{'row': 2, 'col': 1\} on rank 0"):
+        Grid(**({"row": 2, "col": 1} if first else {"col": 1, "row": 2}))
+    with pytest.raises(GridError, match=r"differ in its axes: .*'row': 3.* on rank 1"):
+        Grid(row=2 if first else 3)
+    Grid(row=2).free()
+
+
+@pytest.mark.ranks(2)
+def test_ranks_with_other_files_of_the_package_are_told_so_on_all_of_them(monkeypatch):
+    if MPI.COMM_WORLD.rank == 1:
+        monkeypatch.setattr("colossal_mpi.runtime.agreement.fingerprint", lambda: "0123456789ab")
+    with pytest.raises(
+        GridError, match="differ in the files of colossal_mpi: .* 0123456789ab in .* on rank 1; install"
+    ):
+        Grid(row=2)
