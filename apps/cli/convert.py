@@ -6,7 +6,6 @@ other one. The tokenizer and the generation settings travel with the weights.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,8 +75,7 @@ def convert(source: Path, target: Path, to: str, most: int, plugins: Sequence[st
 
 def _to_checkpoint(source: Path, target: Path, parallelism: Parallelism) -> None:
     model = models.from_pretrained(source, parallelism)
-    table = json.loads((source / "config.json").read_text(encoding="utf-8-sig"))
-    metadata = {"model": models.describe(model), "huggingface": table}
+    metadata = {"model": models.describe(model), "huggingface": vars(model)["origin"].table}
     files = _settings(source, parallelism.grid)
     checkpoint.save(target, training.weights_by_name(model.parameters()), metadata, parallelism.grid, files=files)
 

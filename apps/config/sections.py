@@ -31,6 +31,7 @@ from colossal_mpi.apps.config.plugins import absolute
 from colossal_mpi.errors import ConfigError
 from colossal_mpi.layers import MODES, SEQUENCE_MODES
 from colossal_mpi.layers.kernels import choices as kernel_choices
+from colossal_mpi.layers.models import beyond_limits
 from colossal_mpi.layers.optim import LEARNING_RATES, OPTIMIZERS, Option
 from colossal_mpi.layers.pipeline import PIPE, SCHEDULES
 
@@ -101,6 +102,13 @@ class ModelSection(Section):
     kind: Annotated[str, Choice(lambda: model_sections())] = Field(description="kind of model")
     layers: int = Field(4, ge=1, description="transformer blocks")
     hidden: int = Field(128, ge=1, description="width of the residual stream")
+
+    @model_validator(mode="after")
+    def _within_limits(self) -> ModelSection:
+        problem = beyond_limits(dict(self))
+        if problem is not None:
+            raise ValueError(problem)
+        return self
 
 
 class TransformerSection(ModelSection):
@@ -191,7 +199,7 @@ class Training(Section):
     """The training: steps, batches, optimizer, learning rate, validations and checkpoints."""
 
     steps: int = Field(400, ge=1, description="number of optimizer steps")
-    batch: int = Field(16, ge=1, description="samples per step, over all ranks and microbatches")
+    batch: int = Field(16, ge=1, le=1 << 24, description="samples per step, over all ranks and microbatches")
     microbatches: int = Field(1, ge=1, description="parts of the batch; their gradients are accumulated")
     optimizer: Annotated[str, Choice(lambda: OPTIMIZERS)] = Field(
         "adamw", description="rule by which gradients change weights"

@@ -6,7 +6,6 @@ combinations of keys that ``combinations`` finds; each error names the key, its 
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import wrap
@@ -17,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from colossal_mpi import files
 from colossal_mpi.apps.config.combinations import problems
 from colossal_mpi.apps.config.plugins import load_plugins
 from colossal_mpi.apps.config.sections import Choice, Config, model_sections
@@ -64,12 +64,12 @@ def load(source: str, settings: Sequence[str] = ()) -> Config:
     """
     path = Path(source) if Path(source).suffix else SHIPPED / f"{source}.toml"
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = files.parse_toml(files.read_bytes(path, files.LARGEST_CONFIG).decode())
     except OSError as problem:
         raise ConfigError(
             f"cannot read config {source}: {problem.strerror}; give a file or one of: {shipped()}"
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
+    except ValueError as problem:
         raise ConfigError(f"{path} is not valid TOML: {problem}") from None
     for setting in settings:
         _put(table, setting)
@@ -82,8 +82,10 @@ def _put(table: dict[str, Any], setting: str) -> None:
     if not equals or not sections:
         raise ConfigError(f"--set {setting!r}: write section.key=value, for example training.steps=100")
     try:
-        (value,) = tomllib.loads(f"value = {text}").values()
-    except ValueError:  # no TOML, or more than one value
+        (value,) = files.parse_toml(f"value = {text}").values()
+    except ValueError as problem:  # no TOML, or more than one value
+        if "nested" in str(problem):
+            raise ConfigError(f"--set {name}: {problem}") from None
         value = text
     for section in sections:
         table = table.setdefault(section, {})

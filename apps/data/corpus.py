@@ -7,6 +7,7 @@ tells which is which.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -23,6 +24,7 @@ from colossal_mpi.apps.data.store import Store
 from colossal_mpi.apps.data.texts import pieces
 from colossal_mpi.apps.data.tokenizer import Bytes, Tokenizer
 from colossal_mpi.errors import ConfigError
+from colossal_mpi.files import open_regular
 from colossal_mpi.grid import Grid
 
 _STRETCH = 4096
@@ -187,9 +189,7 @@ def _stored_ends(files: Sequence[str], formats: Sequence[Format], tokens: Concat
     """Return where the documents of files of tokens end, one file after the other; each file ends one."""
     found, first = [], 0
     for name, one, part in zip(files, formats, tokens.parts, strict=True):
-        ends = (
-            part.documents[...] if isinstance(part, Store) else megatron_ends(Path(name)) if one.offset == 0 else None
-        )
+        ends = part.ends() if isinstance(part, Store) else megatron_ends(Path(name)) if one.offset == 0 else None
         if ends is None and end is None:
             raise ConfigError(
                 f"data.files: {name} does not say where documents end, which data.documents='separate' needs: give "
@@ -333,6 +333,12 @@ def _read_stored(
     vocabulary = max(comm.share(arrays, grid), *(store.vocabulary for store in stores), 1)
     documents = sum(store.documents.shape[0] for store in stores)
     with comm.agreed(grid, ConfigError):
+        for store in stores:
+            if grid.rank == 0 and not grid.is_meta and not store.has_checksums:
+                sys.stderr.write(
+                    f"colossal_mpi: warning: {store.path} lacks checksums: some damage would not be found; make it "
+                    "again with colossal-mpi data prepare --overwrite\n"
+                )
         tokenizer: Tokenizer = stores[0].tokenizer if stores else Bytes()
     tokens = Concatenated(opened)
     stretch, held = _held_out(len(tokens), validation)
@@ -410,6 +416,7 @@ class NumpyTokens:
     def __init__(self, path: str, kind: Format) -> None:
         self._array: np.ndarray
         try:
+            open_regular(path).close()
             if kind.name != BINARY:
                 self._array = np.load(path, mmap_mode="r", allow_pickle=False)
             elif Path(path).stat().st_size > kind.offset:
@@ -418,7 +425,7 @@ class NumpyTokens:
                 self._array = np.empty(0, kind.dtype)
         except OSError as problem:
             raise ConfigError(f"data.files: cannot read {path}: {problem.strerror or problem}") from None
-        except ValueError as problem:
+        except Exception as problem:  # of the header: whatever NumPy raises for absurd shapes and dtypes
             raise ConfigError(f"data.files: {path} is no .npy file of tokens: {problem}") from None
         if self._array.ndim != 1 or self._array.dtype.kind not in "iu":
             shape = "x".join(map(str, self._array.shape))

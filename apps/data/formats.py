@@ -24,6 +24,8 @@ import importlib
 import io
 import json
 import lzma
+import os
+import select
 import struct
 import sys
 import zlib
@@ -31,11 +33,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
 from colossal_mpi.errors import ConfigError
+from colossal_mpi.files import open_regular
 
 TEXT, LINES, STORE, ARRAY, BINARY = "text", "jsonl", "store", "npy", "binary"
 """The formats: text, JSON lines, token store, NumPy file, and token ids behind a header or without one."""
@@ -68,6 +71,10 @@ _FOREIGN = {
     b"\xfe\xff": ("text in UTF-16", "convert it with iconv -f UTF-16 -t UTF-8"),
 }
 """Beginnings of files that are known and not read, what such a file is, and what would work."""
+_UNPACKED, _PACKED = 1 << 28, 250
+"""Bytes to which any compressed text may unpack, and how many times its own size a larger one may have."""
+_PATIENCE = 60
+"""Seconds that a named pipe may be silent at first."""
 _ZSTD = ("compression.zstd", "zstandard")
 """Modules that unpack zstd: of Python from 3.14 on, and a package."""
 _AS_TEXT = 'data.format = "text" (--format text of data prepare) takes its bytes as they are'
@@ -120,9 +127,9 @@ def recognize(path: Path, choice: str = "auto", dtype: str = "") -> Format:
         If the file cannot be read or is damaged, or is in no format that is known.
     """
     with reading(path):
-        if path.exists() and not path.is_file() and not path.is_dir():
+        if path.is_fifo() and path.suffix.lower() not in (*_NAMED, _BINARY):
             return _by_name(path, choice)
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             head = file.read(_HEAD)
         known = STORE if head.startswith(_STORE) else ARRAY if head.startswith(_ARRAY) else None
         if known or path.suffix.lower() in _NAMED:
@@ -148,8 +155,8 @@ def is_store(path: Path) -> bool:
     if path.suffix.lower() == ".h5":
         return True
     try:
-        with path.open("rb") as file:
-            return path.is_file() and file.read(len(_STORE)) == _STORE
+        with open_regular(path) as file:
+            return file.read(len(_STORE)) == _STORE
     except OSError:
         return False
 
@@ -183,7 +190,7 @@ def _tokens(path: Path, head: bytes, dtype: str) -> Format | None:
 
 def _megatron(index: Path) -> str | None:
     """Return the dtype that the index of a Megatron data set gives, None if it is no such index."""
-    with index.open("rb") as file:
+    with open_regular(index) as file:
         head = file.read(18)
     if not head.startswith(_MEGATRON) or len(head) < 18:
         return None
@@ -220,7 +227,7 @@ def megatron_ends(path: Path) -> np.ndarray | None:
     index = path.with_suffix(".idx")
     if path.suffix.lower() != _BINARY or not index.is_file():
         return None
-    with reading(index), index.open("rb") as file:
+    with reading(index), open_regular(index) as file:
         head = file.read(34)
         if not head.startswith(_MEGATRON):
             return None
@@ -290,7 +297,7 @@ def _begins_with_object(head: bytes) -> bool:
         return line.startswith(b"{")
     try:
         return isinstance(json.loads(line), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
@@ -314,14 +321,54 @@ def open_text(path: Path) -> BinaryIO:
     OSError
         If it cannot be read.
     """
+    if path.is_fifo():
+        return _open_pipe(path)
     opener = _compression(path)
-    return opener(path) if opener else path.open("rb")
+    if opener is None:
+        return open_regular(path)
+    most = max(_UNPACKED, _PACKED * path.stat().st_size)
+    return cast(BinaryIO, io.BufferedReader(_Unpacked(path, opener(path), most)))
+
+
+def _open_pipe(path: Path) -> BinaryIO:
+    """Open a pipe, to which a program must have begun to write within `_PATIENCE` seconds."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not path.is_relative_to("/dev") and not select.select([descriptor], [], [], _PATIENCE)[0]:
+        os.close(descriptor)
+        raise ConfigError(f"cannot read {path}: it is a pipe, and no program wrote to it for {_PATIENCE} s")
+    os.set_blocking(descriptor, True)
+    return os.fdopen(descriptor, "rb")
+
+
+class _Unpacked(io.RawIOBase):
+    """The contents of a compressed file, up to a limit."""
+
+    def __init__(self, path: Path, file: BinaryIO, most: int) -> None:
+        self._path, self._file, self._most, self._left = path, file, most, most
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        found = self._file.read(len(buffer))
+        self._left -= len(found)
+        if self._left < 0:
+            raise ConfigError(
+                f"{self._path} unpacks to more than {self._most:,} bytes, {_PACKED} times its size: unpack it first if "
+                "that is right"
+            )
+        buffer[: len(found)] = found
+        return len(found)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _compression(path: Path) -> Callable[[Path], BinaryIO] | None:
     if not path.is_file():
         return None
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         head = file.read(6)
     return next((opener for magic, opener in _COMPRESSED.items() if head.startswith(magic)), None)
 

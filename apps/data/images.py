@@ -5,16 +5,22 @@ The task ``images`` reads them with `read_images`, moves them with `shifted` and
 
 from __future__ import annotations
 
+import io
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from colossal_mpi import comm, random
 from colossal_mpi.apps.data.digest import digest_of
-from colossal_mpi.errors import ConfigError
+from colossal_mpi.errors import ColossalError, ConfigError
+from colossal_mpi.files import open_regular
 from colossal_mpi.grid import Grid
+
+_UNPACKED, _PACKED = 1 << 28, 250
+"""Bytes to which any archive may unpack, and how many times its own size a larger one may have."""
 
 
 @dataclass(frozen=True)
@@ -135,12 +141,29 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 
 def _load(name: str) -> tuple[Any, Any]:
     try:
+        with open_regular(name) as opened:
+            _require_size(name, opened)
         with np.load(name, allow_pickle=False) as file:
             return file["images"], file["labels"]
+    except ColossalError:
+        raise
     except OSError as problem:
         raise ConfigError(f"data.files: cannot read {name}: {problem.strerror or problem}") from None
-    except (KeyError, ValueError, AttributeError) as problem:
+    except Exception as problem:  # of a header or of packed bytes: whatever NumPy and zipfile raise
         raise ConfigError(f"data.files: {name} must be an .npz file of arrays images and labels: {problem}") from None
+
+
+def _require_size(name: str, file: BinaryIO) -> None:
+    """Refuse an archive that would unpack to far more than its size."""
+    size = file.seek(0, io.SEEK_END)
+    most = max(_UNPACKED, _PACKED * size)
+    with zipfile.ZipFile(file) as archive:
+        claimed = sum(entry.file_size for entry in archive.infolist())
+    if claimed > most:
+        raise ConfigError(
+            f"data.files: {name} has {size:,} bytes and unpacks to {claimed:,}, more than {most:,}: save it with "
+            "numpy.savez, not compressed"
+        )
 
 
 def _checked(name: str, images: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -84,7 +84,7 @@ def _lines(path: Path, file: BinaryIO, key: str) -> Iterator[Piece]:
             continue
         try:
             text = json.loads(line)[key]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             text = None
         if not isinstance(text, str):
             raise ConfigError(

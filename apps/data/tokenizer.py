@@ -5,13 +5,12 @@ Token stores are made with them, and ``generate`` turns prompts into tokens and 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from colossal_mpi import files
 from colossal_mpi.errors import ConfigError
 
 BYTES = "bytes"
@@ -120,7 +119,12 @@ class Subwords(Tokenizer):
 
     def encode(self, pieces: Sequence[bytes], special: bool = False) -> list[np.ndarray]:
         texts = [piece.decode("utf-8", errors="replace") for piece in pieces]
-        encoded = self._library.encode_batch(texts, add_special_tokens=special)
+        try:
+            encoded = self._library.encode_batch(texts, add_special_tokens=special)
+        except BaseException as problem:  # the package's panics, of a regular expression for example, are no Exception
+            if isinstance(problem, KeyboardInterrupt | SystemExit):
+                raise
+            raise ConfigError(f"the tokenizer {self.name} fails: {problem}") from None
         return [np.array(one.ids, np.int64) for one in encoded]
 
     def decode(self, tokens: Iterable[int], special: bool = False) -> bytes:
@@ -169,8 +173,9 @@ def load_tokenizer(name: str) -> Tokenizer:
     if name == BYTES:
         return Bytes()
     try:
-        text = Path(name).read_text(encoding="utf-8")
-        json.loads(text)
+        content = files.read_bytes(name)
+        files.parse_json(content)
+        text = content.decode()
     except OSError as problem:
         raise ConfigError(f"tokenizer {name}: {problem.strerror}; give bytes, or a JSON file of tokenizers") from None
     except ValueError:

@@ -6,7 +6,6 @@ The commands ``generate`` and ``convert`` call it. It reads checkpoints with ``c
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -133,7 +132,10 @@ def metadata_of(source: Path, plugins: Sequence[str] = ()) -> dict[str, Any]:
     metadata: dict[str, Any] = checkpoint.read_manifest(source)["metadata"]
     if "model" not in metadata:
         raise CheckpointError(f"{source} does not say of which model it is: its metadata have no 'model'")
-    load_plugins(plugins or metadata.get("config", {}).get("run", {}).get("plugins", []))
+    table: Any = metadata
+    for key in ("config", "run", "plugins"):
+        table = table.get(key) if isinstance(table, dict) else None
+    load_plugins(plugins or [one for one in table or [] if isinstance(one, str)])
     return metadata
 
 
@@ -178,7 +180,7 @@ def load_model(
         if grid.axes.get(PIPE, 1) > 1:
             raise GridError(f"{source} on {grid}: only a checkpoint is cut into stages; make one with convert --to cm")
         model = models.from_pretrained(source, parallelism)  # it refuses a damaged table
-        return model, None, json.loads((source / "config.json").read_text(encoding="utf-8-sig"))
+        return model, None, vars(model)["origin"].table
     source = checkpoint_of(source)
     metadata = metadata_of(source, plugins)
     model = models.from_description(metadata["model"], parallelism)

@@ -20,7 +20,9 @@ from colossal_mpi import checkpoint, comm, ledger
 from colossal_mpi.apps.config import Config
 from colossal_mpi.apps.environment import peak_memory
 from colossal_mpi.apps.training import tasks
+from colossal_mpi.apps.training.metadata import SavedOptimizer, SavedSteps
 from colossal_mpi.apps.training.tasks import StepFeed
+from colossal_mpi.errors import CheckpointError
 from colossal_mpi.grid import Grid
 from colossal_mpi.layers import Context, Parallelism, kernels, models, precision, recompute
 from colossal_mpi.layers.optim import OPTIMIZERS, LearningRateSchedule, MovingAverage
@@ -338,15 +340,16 @@ class Trainer:
         Raises
         ------
         CheckpointError
-            If the checkpoint lacks an array or is damaged, on all ranks.
+            If the checkpoint lacks an array or is damaged, or its metadata are not those of a run, on all ranks.
         """
         metadata = checkpoint.load(directory, self._state(), self.grid)
-        self.restored, step = metadata, int(metadata["step"])
+        saved = SavedSteps.of(directory, metadata)
+        self.restored, step = metadata, saved.step
         self._begun_at = step, self._samples_of(directory, step)
-        optimizer = metadata.get("optimizer", {"steps": metadata["step"], "loss_scale": None})
-        self.optimizer.steps = int(optimizer["steps"])
-        if self.optimizer.scaling is not None and optimizer["loss_scale"]:
-            self.optimizer.scaling.restore(optimizer["loss_scale"])
+        optimizer = saved.optimizer or SavedOptimizer(steps=step)
+        self.optimizer.steps = optimizer.steps
+        if self.optimizer.scaling is not None and optimizer.loss_scale:
+            self.optimizer.scaling.restore(optimizer.loss_scale.model_dump())
         self.optimizer.refresh()
         if self.average is not None:
             self.average.updates = step
@@ -373,7 +376,11 @@ class Trainer:
             if self.grid.rank == 0:
                 taken = checkpoint.read_manifest(directory)["values"].get("training/samples")
         taken = comm.share(taken, self.grid)
-        return step * self.config.training.batch if taken is None else int(taken["value"])
+        if taken is None:
+            return step * self.config.training.batch
+        if type(taken["value"]) is not int or not 0 <= taken["value"] < 1 << 62:
+            raise CheckpointError(f"{directory} is damaged: training/samples={taken['value']!r} must be a count")
+        return int(taken["value"])
 
     def _state(self, counted: bool = False) -> dict[str, Any]:
         """Return this stage's arrays by name. If `counted`, weights that another stage stores, too, are left out."""

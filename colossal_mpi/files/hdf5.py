@@ -107,7 +107,9 @@ def _require_size(dataset: h5py.Dataset, size: int) -> None:
     """Refuse a dataset that claims more elements than a file of `size` bytes can hold."""
     claimed, stored = math.prod(dataset.shape) * dataset.dtype.itemsize, dataset.id.get_storage_size()
     chunk = math.prod(dataset.chunks or ()) * dataset.dtype.itemsize
-    if stored > size or claimed > max(_UNPACKED, _PACKED * stored):
+    if stored > size:
+        raise ValueError(f"{dataset.name.strip('/')} has {stored:,} bytes, and the file has {size:,}")
+    if claimed > max(_UNPACKED, _PACKED * stored):
         raise ValueError(f"{dataset.name.strip('/')} claims {claimed:,} bytes, of which the file holds {stored:,}")
     if dataset.chunks and chunk > max(_LARGEST_CHUNK, size):
         raise ValueError(

@@ -6,8 +6,8 @@ import errno
 import os
 import stat
 from contextlib import suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 LARGEST_TEXT = 1 << 28
 """Greatest size in bytes of a file of JSON, a tokenizer for example."""
@@ -28,7 +28,7 @@ def failure(number: int, reason: str, path: str | Path) -> OSError:
     return OSError(number, reason, str(path))
 
 
-def open_regular(path: str | Path, within: str | Path | None = None) -> BinaryIO:
+def open_regular(path: str | Path, within: str | Path | None = None) -> BufferedReader:
     """Open a regular file for reading; never block.
 
     Parameters

@@ -7,6 +7,7 @@
 from colossal_mpi.layers.models.bert import Bert, BertConfig
 from colossal_mpi.layers.models.gpt import GPT, GPTConfig
 from colossal_mpi.layers.models.huggingface.settings import end_tokens, find_settings, read_settings
+from colossal_mpi.layers.models.limits import beyond_limits
 from colossal_mpi.layers.models.llama import Llama, LlamaConfig
 from colossal_mpi.layers.models.pretrained import from_pretrained, save_pretrained
 from colossal_mpi.layers.models.registry import MODELS, ModelKind, describe, from_description, register_model
@@ -23,6 +24,7 @@ __all__ = [
     "ModelKind",
     "ViT",
     "ViTConfig",
+    "beyond_limits",
     "describe",
     "end_tokens",
     "find_settings",

@@ -126,6 +126,7 @@ def from_pretrained(
     with comm.agreed(grid, CheckpointError):
         reader = Reader(directory)
         architecture, kind, config = _read_config(reader, dtype)
+        reader.verify(grid.rank, grid.size)
         settings = read_settings(find_settings(reader.directory)) if grid.rank == 0 else {}
     model = construct(kind, config, parallelism)
     pairs = _pair(list(model.parameters()), config.layers, architecture)

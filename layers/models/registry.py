@@ -12,10 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, fields, is_dataclass
 from typing import Any, ClassVar, Protocol, TypeVar, cast
 
-from colossal_mpi.errors import OptionError
+from colossal_mpi.errors import ConfigError, OptionError
 from colossal_mpi.layers.containers import Sequential
 from colossal_mpi.layers.layer import Layer
 from colossal_mpi.layers.models.huggingface.architecture import Architecture
+from colossal_mpi.layers.models.limits import beyond_limits
 from colossal_mpi.layers.parallelism import Parallelism
 
 
@@ -179,10 +180,14 @@ def from_description(description: Mapping[str, Any], parallelism: Parallelism) -
     ------
     OptionError
         If there is no such kind, or its configuration has no such fields.
+    ConfigError
+        If a size of the model is beyond what a model can have.
     """
+    if not isinstance(description, Mapping):
+        raise OptionError(f"a model cannot be {description!r}: it must be a table of kind and sizes")
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in description.items()}
     name = values.pop("kind", None)
-    if name not in MODELS:
+    if not isinstance(name, str) or name not in MODELS:
         raise OptionError(f"there is no model of kind={name!r}: it must be one of {_known()}")
     kind = MODELS[name]
     try:
@@ -193,7 +198,16 @@ def from_description(description: Mapping[str, Any], parallelism: Parallelism) -
 
 
 def construct(kind: ModelKind, config: ModelConfig, parallelism: Parallelism) -> Sequential:
-    """Return a model of a kind: all classes of models have the same two arguments."""
+    """Return a model of a kind: all classes of models have the same two arguments.
+
+    Raises
+    ------
+    ConfigError
+        If a size is beyond `LIMITS` or a number is not finite: nothing is built then.
+    """
+    problem = beyond_limits({field.name: getattr(config, field.name) for field in fields(config)})
+    if problem is not None:
+        raise ConfigError(f"this is no configuration of a {kind.name}: {problem}")
     return cast("Callable[[ModelConfig, Parallelism], Sequential]", kind.model)(config, parallelism)
 
 

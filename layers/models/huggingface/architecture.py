@@ -22,6 +22,7 @@ import numpy as np
 
 from colossal_mpi.errors import ConfigError
 from colossal_mpi.layers.activation import GATED
+from colossal_mpi.layers.models.limits import beyond_limits
 from colossal_mpi.layout import Box, box_shape
 
 Table = dict[str, Any]
@@ -83,6 +84,9 @@ class ConfigKey:
             if type(value) not in self.kinds:
                 kinds = " or ".join("null" if kind is type(None) else kind.__name__ for kind in self.kinds)
                 raise ConfigError(f"{self.theirs}={value!r} cannot be run: it must be {kinds}")
+            problem = beyond_limits({self.ours or self.theirs: value})
+            if problem is not None:
+                raise ConfigError(f"{self.theirs}={value!r} cannot be run: {problem}")
             return value
         if not isinstance(value, str | int | float | None) or value not in self.values:
             known = " or ".join(map(repr, self.values))

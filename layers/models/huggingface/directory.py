@@ -8,8 +8,10 @@ row-major order.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
@@ -18,12 +20,15 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
+from colossal_mpi import files
 from colossal_mpi.checkpoint import flush
 from colossal_mpi.errors import CheckpointError
 from colossal_mpi.layers.models.huggingface.settings import json_object
 from colossal_mpi.layout import Box, index_of
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+DIGESTS = "SHA256SUMS"
+"""The file of the digests of the files of weights, of which safetensors has none; ``sha256sum -c`` reads it."""
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """NumPy's name for each dtype of safetensors that weights may have."""
 _CODES = {name: code for code, name in DTYPES.items()}
@@ -72,7 +77,7 @@ class Reader:
     def _json(self, name: str) -> dict[str, Any]:
         path = self.directory / name
         try:
-            content = path.read_bytes()
+            content = files.read_bytes(path)
         except OSError as problem:
             raise CheckpointError(
                 f"{path} cannot be read: {problem.strerror}; give a directory that transformers' save_pretrained wrote"
@@ -81,15 +86,44 @@ class Reader:
 
     def _file_of_each_tensor(self) -> dict[str, str]:
         if (self.directory / INDEX).is_file():
-            files = self._json(INDEX).get("weight_map")
-            if not isinstance(files, dict) or not all(Path(str(file)).name == file for file in files.values()):
+            file_of = self._json(INDEX).get("weight_map")
+            if not isinstance(file_of, dict) or not all(_is_beside(file) for file in file_of.values()):
                 raise CheckpointError(f"{self.directory / INDEX} is damaged: it maps no tensors to files beside it")
-            return files
+            return file_of
         if (self.directory / SINGLE).is_file():
             return dict.fromkeys(_open(self.directory / SINGLE).keys(), SINGLE)
         pickled = sorted(path.name for path in self.directory.glob("*.bin"))[:1]
         remedy = f"; where you trust the pickle {pickled[0]}, load it with transformers and save it" if pickled else ""
         raise CheckpointError(f"{self.directory} has neither {SINGLE} nor {INDEX}{remedy}")
+
+    def verify(self, rank: int = 0, size: int = 1) -> None:
+        """Compare the files of weights with their digests, where the directory has them; one of `size` ranks' share.
+
+        Raises
+        ------
+        CheckpointError
+            If a file differs from its digest or is missing, or the digests are damaged.
+        """
+        path = self.directory / DIGESTS
+        if not path.exists():
+            return
+        try:
+            lines = files.read_bytes(path, files.LARGEST_CONFIG).decode().splitlines()
+        except (OSError, ValueError) as problem:
+            raise CheckpointError(f"{path} cannot be read: {getattr(problem, 'strerror', problem)}") from None
+        found = [re.fullmatch(r"([0-9a-f]{64}) [ *]([^/\0]+)", line) for line in lines]
+        if not found or not all(found):
+            raise CheckpointError(f"{path} is damaged: each line must be a SHA-256 and the name of a file beside it")
+        digests = {match[2]: match[1] for match in found if match}
+        unknown = sorted({*self._files.values()} - set(digests))
+        if unknown:
+            raise CheckpointError(f"{path} has no digest of {unknown[0]}: remove {DIGESTS} if the files were changed")
+        for name, digest in sorted(digests.items())[rank::size]:
+            if _digest(self.directory / name) != digest:
+                raise CheckpointError(
+                    f"{self.directory / name} is damaged: its SHA-256 is not the one in {DIGESTS}; remove {DIGESTS} if "
+                    "the file was changed on purpose"
+                )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
@@ -134,8 +168,25 @@ class Reader:
         return self._slice(name)[index_of(box)]
 
 
+def _is_beside(file: object) -> bool:
+    return isinstance(file, str) and file not in ("", ".", "..") and Path(file).name == file and "\0" not in file
+
+
+def _digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    try:
+        with files.open_regular(path) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as problem:
+        raise CheckpointError(f"{path} cannot be read: {problem.strerror}") from None
+
+
 def _open(path: Path) -> _File:
     safetensors = _require("safetensors")
+    try:
+        files.open_regular(path).close()
+    except OSError as problem:
+        raise CheckpointError(f"{path} cannot be read: {problem.strerror}") from None
     try:
         return cast("_File", safetensors.safe_open(path, framework="numpy"))
     except Exception as problem:  # a missing file or a damaged header
@@ -197,15 +248,15 @@ class Writer:
         (self._partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         for name, content in settings.items():
             (self._partial / name).write_bytes(content)
-        files = _divide(tensors, most)
-        count = len(files)
+        divided = _divide(tensors, most)
+        count = len(divided)
         names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else [SINGLE]
-        for name, stored in zip(names, files, strict=True):
+        for name, stored in zip(names, divided, strict=True):
             self._create(self._partial / name, {tensor: tensors[tensor] for tensor in stored})
         if count > 1:
             index = {
                 "metadata": {"total_size": sum(_bytes(*entry) for entry in tensors.values())},
-                "weight_map": {tensor: name for name, stored in zip(names, files, strict=True) for tensor in stored},
+                "weight_map": {tensor: name for name, stored in zip(names, divided, strict=True) for tensor in stored},
             }
             (self._partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
@@ -238,6 +289,9 @@ class Writer:
         if failure is not None:
             shutil.rmtree(self._partial, ignore_errors=True)
             raise CheckpointError(f"{self.directory} cannot be written: {failure}") from failure
+        weights = sorted({path.name for path, *_ in self._places.values()})
+        digests = "".join(f"{_digest(self._partial / name)}  {name}\n" for name in weights)
+        (self._partial / DIGESTS).write_text(digests, encoding="utf-8")
         for path in [*self._partial.iterdir(), self._partial]:
             flush(path)
         self._partial.rename(self.directory)

@@ -6,11 +6,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from colossal_mpi import files
 from colossal_mpi.errors import CheckpointError
 
 GENERATION, TOKENIZER = "generation_config.json", "tokenizer.json"
@@ -69,7 +69,7 @@ def read_settings(paths: Mapping[str, Path]) -> dict[str, bytes]:
         If a file cannot be read.
     """
     try:
-        return {name: path.read_bytes() for name, path in paths.items()}
+        return {name: files.read_bytes(path) for name, path in paths.items()}
     except OSError as problem:
         raise CheckpointError(f"{problem.filename} cannot be read: {problem.strerror}") from None
 
@@ -77,7 +77,7 @@ def read_settings(paths: Mapping[str, Path]) -> dict[str, bytes]:
 def json_object(path: str | Path, content: bytes) -> dict[str, Any]:
     """Return the table that a JSON file holds; raise CheckpointError, with the path, if it holds none."""
     try:
-        table = json.loads(content)
+        table = files.parse_json(content)
     except ValueError:
         table = None
     if not isinstance(table, dict):
