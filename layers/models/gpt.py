@@ -194,7 +194,7 @@ class GPT(Sequential):
 
 
 def expert_options(
-    experts: int, per_token: int, balance: float, balance_over: str, z_loss: float
+    experts: int, per_token: int, balance: float, balance_over: str, z_loss: float, renormalise: bool | None = None
 ) -> dict[str, Any] | None:
     """Return the options of `MoE` in each block.
 
@@ -210,6 +210,8 @@ def expert_options(
         The tokens over which this loss is formed.
     z_loss : float
         Coefficient of the loss that keeps the router's logits small.
+    renormalise : bool, optional
+        Whether the weights of a token's experts are scaled to the sum 1, see `MoE`.
 
     Returns
     -------
@@ -217,4 +219,4 @@ def expert_options(
         Keyword arguments of `MoE`, None if there are no experts.
     """
     options = {"experts": experts, "top_k": per_token, "balance": balance, "balance_over": balance_over}
-    return {**options, "z_loss": z_loss} if experts else None
+    return {**options, "z_loss": z_loss, "renormalise": renormalise} if experts else None

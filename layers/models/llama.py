@@ -1,13 +1,14 @@
 """Llama: a decoder with rotary positions, RMSNorm, grouped queries and a gated MLP, and its mapping onto directories.
 
 ``apps`` trains it, and checkpoints and `from_pretrained` find it in the registry. Mistral is the same architecture with
-a sliding attention window, Qwen2 with biases of queries, keys and values, Qwen3 with norms of queries and keys, and
-with experts the model is Mixtral's. It is a chain of layers: nothing here communicates or knows the grid.
+a sliding attention window, Qwen2 with biases of queries, keys and values, and Qwen3 with norms of queries and keys.
+With experts, Llama is Mixtral and Qwen3 is Qwen3-MoE. It is a chain of layers: nothing here communicates or knows the
+grid.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +24,9 @@ from colossal_mpi.layers.models.huggingface.architecture import (
     Architecture,
     ConfigKey,
     Table,
+    WeightMap,
     boolean,
+    fixed,
     integer,
     linear,
     optional_integer,
@@ -89,6 +92,8 @@ class LlamaConfig:
         The tokens over which this loss is formed: ``"sequence"`` or ``"microbatch"``, see `MoE`.
     expert_z_loss : float
         Coefficient of the loss that keeps the router's logits small.
+    expert_renormalise : bool, optional
+        Whether the weights of a token's experts are scaled to the sum 1; by default they are if there are several.
     std : float
         Standard deviation of the initial weights.
     seed : int or None
@@ -121,6 +126,7 @@ class LlamaConfig:
     expert_balance: float = 0.01
     expert_balance_over: str = "sequence"
     expert_z_loss: float = 0.0
+    expert_renormalise: bool | None = None
     std: float = 0.02
     seed: int | None = 0
     dtype: str = "float32"
@@ -149,6 +155,11 @@ def _keys(inner: int, positions: int, groups: int | None) -> tuple[ConfigKey, ..
         boolean("mlp_bias", "mlp_bias", False),
         boolean("tie_word_embeddings", "tied", False),
     )
+
+
+def _without(*theirs: str, of: Sequence[ConfigKey]) -> list[ConfigKey]:
+    """Return the keys but some, given by their names."""
+    return [key for key in of if key.theirs not in theirs]
 
 
 def _normalize(table: Table) -> Table:
@@ -227,6 +238,55 @@ MISTRAL = replace(
 )
 
 
+_RENORMALISE = ConfigKey(
+    "norm_topk_prob", "expert_renormalise", False, kinds=(bool,), missing=lambda config: config.experts_per_token > 1
+)
+_NOT_BALANCED = {"expert_balance": 0.0}
+"""What training adds to the loss is not stored: transformers adds it where ``output_router_logits`` asks for it."""
+
+
+def _experts_of(module: str, gate: str, up: str, down: str) -> tuple[WeightMap, ...]:
+    """Return the maps of a router and of experts, given the names of the modules in a block."""
+    each = f"{_BLOCK}.{module}.experts.{{e}}"
+    return (
+        tensor("blocks.{i}.mlp.router.weight", "he", f"{_BLOCK}.{module}.gate.weight", "eh"),
+        WeightMap("blocks.{i}.mlp.up.weight", "ehtf", (f"{each}.{gate}.weight", f"{each}.{up}.weight"), "fh"),
+        tensor("blocks.{i}.mlp.down.weight", "efh", f"{each}.{down}.weight", "hf"),
+    )
+
+
+def _normalize_mixtral(table: Table) -> Table:
+    """Say that the weights of a token's experts have the sum 1, as they always do in a Mixtral."""
+    return _normalize(table | {"norm_topk_prob": True})
+
+
+def _denormalize_mixtral(table: Table, extra: Table) -> Table:
+    """Leave out the key that a Mixtral lacks."""
+    if not table["norm_topk_prob"]:
+        raise ConfigError("the weights of a token's experts have the sum 1 in a mixtral: use expert_renormalise=True")
+    return _denormalize({key: value for key, value in table.items() if key != "norm_topk_prob"}, extra)
+
+
+MIXTRAL = replace(
+    LLAMA,
+    model_type="mixtral",
+    classes=("MixtralForCausalLM",),
+    keys=(
+        *_without("attention_bias", "mlp_bias", "rope_theta", "rms_norm_eps", of=_keys(14336, 131072, 8)),
+        real("rope_theta", "theta", 1000000.0),
+        real("rms_norm_eps", "eps", 1e-5),
+        optional_integer("sliding_window", "sliding_window", None),
+        integer("num_local_experts", "experts", 8),
+        integer("num_experts_per_tok", "experts_per_token", 2),
+        _RENORMALISE,
+    ),
+    weights=(*LLAMA.weights, *_experts_of("block_sparse_moe", "w1", "w3", "w2")),
+    implied=_NOT_BALANCED,
+    normalize=_normalize_mixtral,
+    denormalize=_denormalize_mixtral,
+)
+
+
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
@@ -266,7 +326,7 @@ def _width(config: LlamaConfig) -> int:
 
 
 _QWEN = (
-    *(key for key in _keys(22016, 32768, 32) if key.theirs not in ("head_dim", "attention_bias", "mlp_bias")),
+    *_without("head_dim", "attention_bias", "mlp_bias", of=_keys(22016, 32768, 32)),
     optional_integer("sliding_window", "sliding_window", 4096),
     ConfigKey("layer_types", "sliding_layers", kinds=(tuple, type(None))),
 )
@@ -288,9 +348,45 @@ QWEN3 = replace(
 )
 
 
-@register_model("llama", LlamaConfig, task="language", huggingface=[LLAMA, MISTRAL, QWEN2, QWEN3])
+def _normalize_qwen3_moe(table: Table) -> Table:
+    """Rewrite the keys of the window, of layers without experts, and of the number of experts, which has two names."""
+    window = table.get("sliding_window", 4096) if table.get("use_sliding_window", False) else None
+    experts = {"num_experts": table["num_local_experts"]} if "num_local_experts" in table else {}
+    without = table.get("mlp_only_layers") or None
+    return _normalize(table | experts | {"sliding_window": window, "mlp_only_layers": without})
+
+
+def _denormalize_qwen3_moe(table: Table, extra: Table) -> Table:
+    """Say whether there is a window, and write the number of experts under both of its names."""
+    experts = {"num_local_experts": table["num_experts"], "mlp_only_layers": []}
+    return _denormalize(table | experts | {"use_sliding_window": table["sliding_window"] is not None}, extra)
+
+
+QWEN3_MOE = replace(
+    QWEN3,
+    model_type="qwen3_moe",
+    classes=("Qwen3MoeForCausalLM",),
+    keys=(
+        *_without("intermediate_size", "head_dim", "mlp_bias", of=_keys(0, 32768, 4)),
+        optional_integer("head_dim", "width", None, missing=_width),
+        optional_integer("sliding_window", "sliding_window", 4096),
+        integer("moe_intermediate_size", "inner", 768),
+        integer("num_experts", "experts", 128),
+        integer("num_experts_per_tok", "experts_per_token", 8),
+        _RENORMALISE,
+        fixed("decoder_sparse_step", 1, 1),
+        fixed("mlp_only_layers", None, None),
+    ),
+    weights=(*LLAMA.weights, *_experts_of("mlp", "gate_proj", "up_proj", "down_proj")),
+    implied=QWEN3.implied | _NOT_BALANCED,
+    normalize=_normalize_qwen3_moe,
+    denormalize=_denormalize_qwen3_moe,
+)
+
+
+@register_model("llama", LlamaConfig, task="language", huggingface=[LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE])
 class Llama(Sequential):
-    """Llama: token ids ``[b, s]`` to logits ``[b, s, v]``. Mistral, Qwen2 and Qwen3 are options of it.
+    """Llama: token ids ``[b, s]`` to logits ``[b, s, v]``. Mistral, Mixtral, Qwen2 and Qwen3 are options of it.
 
     Parameters
     ----------
@@ -322,7 +418,7 @@ class Llama(Sequential):
         }
         sizes, shared = {"v": c.vocabulary, "h": c.hidden}, tokens.table if c.tied else None
         balancing = c.expert_balance, c.expert_balance_over, c.expert_z_loss
-        experts = expert_options(c.experts, c.experts_per_token, *balancing)
+        experts = expert_options(c.experts, c.experts_per_token, *balancing, c.expert_renormalise)
         super().__init__(
             tokens,
             *[

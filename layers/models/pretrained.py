@@ -55,9 +55,7 @@ class Origin:
 
 
 LACKING = {
-    "mixtral": "its experts are not mapped onto those of a llama",
-    "qwen2_moe": "its experts, one of them shared, are not mapped onto those of a llama",
-    "qwen3_moe": "its experts are not mapped onto those of a llama",
+    "qwen2_moe": "there is no expert that all tokens share",
     "gemma": "there are no norms of gain 1 + w and no scaled embeddings",
     "gemma2": "there are no norms of gain 1 + w, no norms after the branches and no capped scores",
     "gemma3_text": "there are no norms of gain 1 + w and no norms after the branches",
@@ -88,9 +86,9 @@ def from_pretrained(
     -------
     Sequential
         The model that is registered for the ``model_type``: a `GPT`, `Llama`, `Bert` or `ViT`, whose attribute
-        ``config`` is the configuration in the file. Its dropout rates are 0, because the directory does not store
-        them. Its attribute ``origin`` keeps ``config.json``, the tokenizer and the generation settings for
-        `save_pretrained`.
+        ``config`` is the configuration in the file. Its dropout rates and the coefficient of the loss that balances its
+        experts are 0, because they belong to training. Its attribute ``origin`` keeps ``config.json``, the tokenizer
+        and the generation settings for `save_pretrained`.
 
     Raises
     ------
@@ -224,7 +222,7 @@ def _names_in_directory(
     stored: dict[str, list[str]] = {}
     for name in sorted(reader, key=len):  # a name that no wrapper has lengthened comes first
         stored.setdefault(unwrapped(name), []).append(name)
-    needed = [theirs for _, weight in pairs for theirs in weight.theirs]
+    needed = [theirs for parameter, weight in pairs for theirs in weight.names(parameter.value.shape)]
     tied = {name: copy for name, copy in architecture.tied.items() if copy not in needed}
     names, copies, missing = {}, {}, []
     for name in needed:
@@ -246,7 +244,7 @@ def _names_in_directory(
         )
     for parameter, weight in pairs:
         shape = weight.shape(parameter.value.shape)
-        for name in (names[theirs] for theirs in weight.theirs):
+        for name in (names[theirs] for theirs in weight.names(parameter.value.shape)):
             if reader.shape(name) != shape:
                 raise CheckpointError(
                     f"{reader.directory}: {name} is of shape {reader.shape(name)}; its configuration makes it {shape}"
@@ -305,8 +303,6 @@ def save_pretrained(
     if not fitting:
         raise CheckpointError(f"a {type(model).__name__} is no model of transformers: colossal_mpi.checkpoint saves it")
     config = config_of(model)
-    if getattr(config, "experts", 0):
-        raise CheckpointError("a mixture of experts is no model of transformers here: colossal_mpi.checkpoint saves it")
     origin = vars(model).get("origin", Origin({}, {}))
     changed = {key: value for key, value in (extra or {}).items() if value != origin.table.get(key)}
     extra = origin.table | dict(extra or {})
@@ -363,7 +359,7 @@ def _tensors(pairs: Pairs, doubled: Mapping[str, str]) -> Tensors:
     return {
         name: (weight.shape(parameter.value.shape), backend.numpy_dtype(parameter.value.dtype))
         for parameter, weight in pairs
-        for theirs in weight.theirs
+        for theirs in weight.names(parameter.value.shape)
         for name in _names_of(theirs, doubled)
     }
 

@@ -12,7 +12,7 @@ from colossal_mpi.apps.cli.convert import convert
 from colossal_mpi.apps.config import Config
 from colossal_mpi.apps.training import trainer
 from colossal_mpi.grid import Grid
-from colossal_mpi.layers import Parallelism, models
+from colossal_mpi.layers import Parallelism, generate, models
 from tests.reference import hf_case as case
 
 prepared_by = pytest.mark.prepare(case.prepare)
@@ -22,7 +22,7 @@ MOST = 10**9
 @prepared_by
 @pytest.mark.ranks(3)
 def test_there_and_back_is_the_same_bits(prepared, shared_path):
-    for name in ("gpt2-untied", "mistral", "qwen2-window", "qwen3", "bert", "vit"):
+    for name in ("gpt2-untied", "mistral", "qwen2-window", "qwen3", "mixtral", "qwen3-experts", "bert", "vit"):
         source, middle, target = prepared / name, shared_path / f"{name}.cm", shared_path / name
         convert(source, middle, "cm", MOST)
         convert(middle, target, "hf", 9000)
@@ -55,6 +55,16 @@ def test_tokenizer_and_generation_settings_travel(tmp_path):
     assert models.end_tokens({}, training.settings_of(tmp_path / "cm")) == [3, 4]
     (tmp_path / "cm" / "tokenizer.json").write_bytes(b'{"version": "2.0"}')
     assert "tokenizer.json is not the file that was written" in next(iter(checkpoint.verify(tmp_path / "cm", grid)))
+
+
+@prepared_by
+@pytest.mark.grids({"pipe": 2, "data": 2})
+def test_stages_of_a_mixtral_write_the_text_of_one_rank(grid, prepared, shared_path):
+    convert(prepared / "mixtral", shared_path / "cm", "cm", MOST)
+    ids = case.TOKENS[:3, :4].tolist()
+    one = models.from_pretrained(prepared / "mixtral", Parallelism(Grid(MPI.COMM_SELF)))
+    staged, pipeline, _ = training.load_model(shared_path / "cm", grid, "none")
+    assert generate(staged, ids, 6, temperature=0.0, pipeline=pipeline) == generate(one, ids, 6, temperature=0.0)
 
 
 @pytest.mark.ranks(2)

@@ -1,5 +1,7 @@
 """Models loaded from transformers have its logits and gradients in every mode, and are saved bit for bit."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,7 @@ from colossal_mpi.layers.loss import CrossEntropy
 from colossal_mpi.layers.models.huggingface import directory
 from tests.cases import block_of, host
 from tests.reference import hf_case as case
-from tests.reference.modes import FEW, SEQUENCE, every_mode, parallelism
+from tests.reference.modes import FEW, GRIDS, SEQUENCE, every_cut, every_mode, parallelism
 
 prepared_by = pytest.mark.prepare(case.prepare)
 
@@ -47,15 +49,22 @@ def distance(array, which, whole):
 
 
 @prepared_by
-@every_mode
+@every_cut
 @pytest.mark.parametrize("name", case.MODELS)
 def test_logits_and_every_gradient_are_those_of_transformers(grid, prepared, name):
     check(parallelism(grid), prepared, name)
 
 
 @prepared_by
-@pytest.mark.grids(*FEW, *SEQUENCE)
-@pytest.mark.parametrize("name", [name for name in case.CASES if name not in case.MODELS])
+@pytest.mark.grids(*(axes for axes in (*GRIDS, *SEQUENCE) if math.prod(axes.values()) < 6))
+@pytest.mark.parametrize("name", case.FAMILIES)
+def test_families_like_llama_are_those_of_transformers(grid, prepared, name):
+    check(parallelism(grid), prepared, name)
+
+
+@prepared_by
+@pytest.mark.grids(*FEW, {"ulysses": 2, "row": 2})
+@pytest.mark.parametrize("name", [name for name in case.CASES if name not in (*case.MODELS, *case.FAMILIES)])
 def test_variants_are_those_of_transformers(grid, prepared, name):
     check(parallelism(grid), prepared, name)
 
@@ -76,12 +85,13 @@ def check(p, prepared, name):
 
 
 @prepared_by
-@pytest.mark.parametrize("name", ["mistral", "qwen2-window", "qwen3"])
+@pytest.mark.parametrize("name", ["mistral", "qwen2-window", "qwen3", "llama-yarn", "mixtral", "qwen3-experts"])
 def test_greedy_texts_are_those_of_transformers(prepared, name):
     import torch
     import transformers
 
-    theirs, ids = getattr(transformers, case.CASES[name][0]).from_pretrained(prepared / name), case.TOKENS[:, :4]
+    load, ids = getattr(transformers, case.CASES[name][0]).from_pretrained, case.TOKENS[:, :4]
+    theirs = load(prepared / name, **case.eager(name))
     texts = torch.tensor(ids)
     for _ in range(6):
         texts = torch.cat([texts, theirs(texts).logits[:, -1:].argmax(-1)], 1)

@@ -8,7 +8,7 @@ import pytest
 from colossal_mpi.layers.models.huggingface.architecture import WeightMap
 from colossal_mpi.layout import index_of, slices
 
-SIZES = {"h": 5, "t": 3, "a": 4, "d": 2, "f": 7, "g": 2, "r": 3}
+SIZES = {"h": 5, "t": 3, "a": 4, "d": 2, "f": 7, "g": 2, "r": 3, "e": 2}
 MAPS = [
     WeightMap("w", "fh", ("w",), "fh"),
     WeightMap("w", "hf", ("w",), "fh"),
@@ -21,6 +21,8 @@ MAPS = [
     WeightMap("w", "dgrh", ("w",), "hdgr"),
     WeightMap("w", "fh", ("w",), "1fh"),
     WeightMap("w", "h", ("w",), "11h"),
+    WeightMap("w", "ehtf", ("{e}.q", "{e}.k", "{e}.v"), "fh"),
+    WeightMap("w", "efh", ("w.{e}",), "hf"),
 ]
 
 
@@ -29,8 +31,9 @@ def theirs(weight, whole):
     flat = "".join(weight.groups)
     stack = [x for x in weight.letters if x not in flat]
     order = [weight.letters.index(x) for x in (*stack, *flat)]
-    moved = whole.transpose(order).reshape(len(weight.theirs), *weight.shape(whole.shape))
-    return dict(zip(weight.theirs, moved, strict=True))
+    names = weight.names(whole.shape)
+    moved = whole.transpose(order).reshape(len(names), *weight.shape(whole.shape))
+    return dict(zip(names, moved, strict=True))
 
 
 def boxes(shape, rng):

@@ -63,7 +63,7 @@ VALUES = [
     (
         "gpt2",
         {"model_type": "gpt_neo"},
-        "model_type='gpt_neo' cannot be run: it must be one of bert, gpt2, llama, mistral, qwen2, qwen3, vit",
+        "model_type='gpt_neo' cannot be run: it must be one of bert, gpt2, llama, mistral, mixtral, qwen2, qwen3, qw",
     ),
     ("llama", {"hidden_act": ["silu"]}, r"hidden_act=\['silu'\] cannot be run: it must be 'gelu_new' or .* 'silu'"),
     ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope.*'dynamic'.*: use one of"),
@@ -83,7 +83,8 @@ VALUES = [
         r"layer_types=\['full_attention'\] cannot be run with sliding_window=4096: every layer",
     ),
     ("llama", {"model_type": "mistral"}, None),
-    ("llama", {"model_type": "mixtral"}, r"model_type='mixtral' cannot be run \(its experts are not mapped"),
+    ("llama", {"model_type": "qwen2_moe"}, r"model_type='qwen2_moe' cannot be run \(there is no expert that all"),
+    ("llama", {"model_type": "qwen3_moe", "mlp_only_layers": [0]}, r"mlp_only_layers=\[0\] cannot be run: it must be"),
     ("llama", {"model_type": "phi"}, r"model_type='phi' cannot be run \(there are no blocks whose attention and MLP"),
     (
         "llama",

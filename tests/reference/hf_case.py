@@ -30,6 +30,7 @@ _LLAMA = {
     "intermediate_size": 23,
     "max_position_embeddings": 11,
 }
+_EAGER = {"experts_implementation": "eager"}
 _SLIDES = {"use_sliding_window": True, "sliding_window": 3}
 _SCALED = {
     "rope_type": "llama3",
@@ -40,8 +41,10 @@ _SCALED = {
     "original_max_position_embeddings": 64,
 }
 _YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 64}
-MODELS = ("gpt2", "llama", "bert", "vit")
+MODELS = ("gpt2", "llama", "mixtral", "bert", "vit")
 """The cases that tests run in every mode."""
+FAMILIES = ("mistral", "qwen2", "qwen3", "qwen3-experts")
+"""The cases that tests run in every mode, on up to 5 ranks."""
 CASES = {
     "gpt2": ("GPT2LMHeadModel", _GPT),
     "gpt2-untied": (
@@ -78,6 +81,17 @@ CASES = {
         {
             **{**_LLAMA, **_SLIDES, "num_hidden_layers": 2, "num_key_value_heads": 6, "attention_bias": True},
             "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "mixtral": (
+        "MixtralForCausalLM",
+        {**_LLAMA, "num_hidden_layers": 2, "num_local_experts": 5, "sliding_window": 4, **_EAGER},
+    ),
+    "qwen3-experts": (
+        "Qwen3MoeForCausalLM",
+        {
+            **{**_LLAMA, "num_hidden_layers": 1, "num_key_value_heads": 6, "moe_intermediate_size": 7, **_EAGER},
+            **{"num_experts": 4, "num_experts_per_tok": 3},
         },
     ),
     "bert": ("BertForPreTraining", _BERT),
@@ -168,6 +182,11 @@ def same_tensors(one, other):
         a[name].dtype == b[name].dtype and np.array_equal(a[name], b[name]) for name in (a.keys() & b.keys()) - UNUSED
     )
     return same and b.keys() == a.keys()
+
+
+def eager(name):
+    """Return the options with which transformers computes the experts of a case in float64."""
+    return _EAGER if "experts_implementation" in CASES[name][1] else {}
 
 
 def table(directory):

@@ -5,7 +5,9 @@ directions. "Ours" is a field or a weight of a model of this package, "theirs" i
 
 ``WeightMap("qkv.weight", "htad", ("q.weight", "k.weight", "v.weight"), "(ad)h")`` says that our weight
 ``qkv[h, t, a, d]`` is stored as three tensors ``[a d, h]``, one for each t. Letters in brackets are merged into one
-dim, ``1`` is a dim of size 1, and the letter that the dims of theirs lack counts their tensors.
+dim, ``1`` is a dim of size 1, and the letter that the dims of theirs lack counts their tensors. A letter whose size the
+architecture does not know stands in the names: ``WeightMap("down.weight", "efh", ("experts.{e}.w2.weight",), "hf")``
+says that each expert e has a tensor.
 """
 
 from __future__ import annotations
@@ -211,7 +213,8 @@ class WeightMap:
     letters : str
         A letter for each dim of our parameter.
     theirs : tuple of str
-        Names of their tensors: one for each index of the letter that `dims` lacks, or a single one.
+        Names of their tensors: one for each index of the letter that `dims` lacks, or a single one. Another letter that
+        `dims` lacks stands in all names in braces, in place of its index.
     dims : str
         The dims of each of their tensors.
     """
@@ -228,7 +231,24 @@ class WeightMap:
 
     def of_block(self, i: int) -> WeightMap:
         """Return the map of the same weight in block `i`."""
-        return WeightMap(self.ours.format(i=i), self.letters, tuple(x.format(i=i) for x in self.theirs), self.dims)
+        ours, *theirs = (name.replace("{i}", str(i)) for name in (self.ours, *self.theirs))
+        return WeightMap(ours, self.letters, tuple(theirs), self.dims)
+
+    def names(self, ours: Sequence[int]) -> list[str]:
+        """Return the names of all of their tensors, given the shape of our weight."""
+        whole = [(0, size) for size in ours]
+        return [name for name, _ in self._stacked(dict(zip(self.letters, whole, strict=True)))]
+
+    def _stacked(self, ranges: Mapping[str, Range]) -> Iterator[tuple[str, dict[str, Range]]]:
+        """Yield the name of each tensor that given ranges of our letters meet, with the indices that it stands for."""
+        stack = [x for x in self.letters if x not in "".join(self.groups)]
+        for indices in product(*(range(*ranges[x]) for x in stack)):
+            number = dict(zip(stack, indices, strict=True))
+            counted = [x for x in stack if f"{{{x}}}" not in self.theirs[0]]
+            name = self.theirs[number[counted[0]] if counted else 0]
+            for x in stack:
+                name = name.replace(f"{{{x}}}", str(number[x]))
+            yield name, {x: (i, i + 1) for x, i in number.items()}
 
     def shape(self, ours: Sequence[int]) -> tuple[int, ...]:
         """Return the shape of each of their tensors, given the shape of our weight."""
@@ -246,16 +266,15 @@ class WeightMap:
         ranges = dict(zip(self.letters, box, strict=True))
         flat = "".join(groups)
         order = tuple(flat.index(x) for x in self.letters if x in flat)
-        stack = "".join(x for x in self.letters if x not in flat)
         intervals = [list(_intervals(group, sizes, ranges)) for group in groups]
-        for number in range(*ranges[stack]) if stack else (0,):
+        for name, number in self._stacked(ranges):
             for chosen in product(*intervals):
-                covered = {stack: (number, number + 1)}
+                covered = dict(number)
                 for _, letters in chosen:
                     covered |= letters
                 lengths = tuple(covered[x][1] - covered[x][0] for x in flat)
                 ours, theirs = tuple(covered[x] for x in self.letters), tuple(interval for interval, _ in chosen)
-                yield BoxPair(self.theirs[number], ours, theirs, lengths, order)
+                yield BoxPair(name, ours, theirs, lengths, order)
 
 
 def _intervals(
@@ -344,7 +363,10 @@ def _unchanged(table: Table, other: object = None) -> Table:
     return table
 
 
-_TRAINING_ONLY = ("seed", "dtype", "std", "dropout", "drop_path")
+_TRAINING_ONLY = (
+    *("seed", "dtype", "std", "dropout", "drop_path"),
+    *("expert_balance", "expert_balance_over", "expert_z_loss"),
+)
 """Fields of our configurations that do not change what a trained model computes."""
 
 
@@ -417,12 +439,14 @@ class Architecture:
         known, extra = {key.ours for key in self.keys}, dict(extra or {})
         for ours in fields(config):
             value = getattr(config, ours.name)
+            if ours.name in _TRAINING_ONLY:
+                continue
             if value != self.implied.get(ours.name, value):
                 need = self.implied[ours.name]
                 raise ConfigError(f"{ours.name}={value!r} has no place in a {self.model_type}: it must be {need!r}")
             if ours.name in self.implied:
                 continue
-            if ours.name not in (*known, *_TRAINING_ONLY) and value != ours.default:
+            if ours.name not in known and value != ours.default:
                 raise ConfigError(f"{ours.name}={value!r} has no place in a {self.model_type} of Hugging Face")
         table = {"architectures": [self.classes[0]], "model_type": self.model_type}
         return extra | self.denormalize(table | {key.theirs: key.write(config) for key in self.keys}, extra)
