@@ -7,6 +7,7 @@ calls the attention kernels of ``layers.kernels``.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from functools import reduce
 
 from colossal_mpi.distarray import DistArray
@@ -26,6 +27,9 @@ class KVCache:
     position: it never sees the padding in later slots, and later tokens overwrite it. A forward pass with a cache has
     no adjoint.
 
+    A layer with a sliding window of w tokens has w slots if these are fewer: the token at position i takes slot
+    ``i mod w`` from the one that has left the window.
+
     Parameters
     ----------
     length : int
@@ -33,10 +37,10 @@ class KVCache:
 
     Notes
     -----
-    For L layers with g heads of keys and values of width d, b samples and T slots, all ranks together hold
-    ``2 L b T g d`` elements, and each rank holds its share. b is cut as it is inside a block, and heads are cut by the
-    axes that cut them there; where these axes cut the queries of a group, each rank holds the keys and values of all
-    groups. Slot i is on rank ``i mod c`` of the c ranks that cut s in attention.
+    For L layers with g heads of keys and values of width d, b samples and T slots, all ranks together hold ``2 L b T g
+    d`` elements, with ``min(T, w)`` in place of T for a window, and each rank holds its share. b is cut as it is inside
+    a block, and heads are cut by the axes that cut them there; where these axes cut the queries of a group, each rank
+    holds the keys and values of all groups. Slot i is on rank ``i mod c`` of the c ranks that cut s in attention.
 
     **Communication:** none where no axis cuts s in attention. Otherwise, for s new tokens, b samples and a heads of
     queries on a rank: an allgather of the new tokens, ``(c - 1) (s/c) b (a + 2 g) d`` words, and an all_to_all, in
@@ -93,24 +97,28 @@ class KVCache:
         # q[B_data, S_seq, A_col, D], kv[B_data, S_seq, 2, G_col, D] -> whole s on each rank: allgather over seq
         new, pairs = (x.redistribute(Layout(x.layout.dims[0], None, *x.layout.dims[2:])) for x in (q, kv))
         positions = ctx.positions_of(new)
-        array = self._array(layer, pairs, own)
-        if positions is None:
-            positions = backend.namespace(array).arange(new.shape[1])
-            filled = _put_first(array, self._checked(new.shape[1]), pairs.local, own)
-        else:
-            filled = _put(array, self._checked(_greatest(positions)), pairs.local, positions, own)
-        keys, x = array[:, : own.count(filled), ...], new.local
         window = getattr(layer, "window", None)
+        slots = self.length if window is None else min(window, self.length)
+        array = self._array(layer, pairs, own.count(slots))
+        filled = self._checked(new.shape[1] if positions is None else _greatest(positions))
+        x, attention = new.local, kernels.of(q.grid).attention
         heads = backend.namespace(x).reshape(x, (*x.shape[:2], math.prod(x.shape[2:-1]), x.shape[-1]))
-        order = positions, own.positions(keys)
+        parts: Iterable[_Part]
+        if slots < self.length:
+            parts = _put_in_ring(array, pairs, positions, own, slots, _last(ctx, pairs))
+        else:
+            parts = [_put(array, filled, pairs.local, positions, own)]
         # q[B_data, S, A_col, D] . k[B_data, T_seq, G_col, D] -> out[B_data, S, A_col, D], of this rank's slots T_seq
-        local = kernels.of(q.grid).attention(heads, keys[:, :, 0, ...], keys[:, :, 1, ...], True, None, order, window)
-        return q.like(_merged(local, q, new))
+        done = [
+            attention(heads[:, rows, ...], keys[:, :, 0, ...], keys[:, :, 1, ...], True, None, order, window)
+            for rows, keys, order in parts
+        ]
+        return q.like(_merged(_joined(done), q, new))
 
-    def _array(self, layer: object, kv: DistArray, own: _Slots) -> Block:
+    def _array(self, layer: object, kv: DistArray, slots: int) -> Block:
         if layer not in self._arrays:
             b, _, two, g, d = kv.local.shape
-            self._arrays[layer] = backend.zeros_like(kv.local, (b, own.count(self.length), two, g, d))
+            self._arrays[layer] = backend.zeros_like(kv.local, (b, slots, two, g, d))
         return self._arrays[layer]
 
     def _checked(self, slots: int) -> int:
@@ -141,20 +149,72 @@ def _greatest(positions: Block) -> int:
     return int(backend.namespace(positions).max(positions)) + 1 if positions.size else 0
 
 
-def _put_first(array: Block, filled: int, kv: Block, own: _Slots) -> int:
-    """Write the keys and values of the first tokens, and return how many slots are filled."""
-    array[:, : own.count(filled), ...] = kv[:, own.number :: own.ranks, ...]
-    return filled
+_Part = tuple[slice, Block, tuple[Block, Block]]
+"""A range of queries, the keys and values ``[b, t, 2, g, d]`` that they may see, and the positions of both."""
 
 
-def _put(array: Block, filled: int, kv: Block, positions: Block, own: _Slots) -> int:
-    """Write keys and values at positions ``[s]`` or ``[b, s]``, and return how many slots are filled at most."""
-    xp, slots = backend.namespace(array), own.positions(array)
-    positions = xp.broadcast_to(positions, kv.shape[:2])
-    for j in range(kv.shape[1]):
-        hit = slots[None, :] == positions[:, j][:, None]
-        array[hit] = kv[:, j, ...][xp.any(hit, axis=1)]
-    return filled
+def _put(array: Block, filled: int, kv: Block, positions: Block | None, own: _Slots) -> _Part:
+    """Write keys and values at positions ``[s]`` or ``[b, s]``, by default the first, and return what queries see."""
+    xp = backend.namespace(array)
+    if positions is None:
+        positions = xp.arange(kv.shape[1])
+        array[:, : own.count(filled), ...] = kv[:, own.number :: own.ranks, ...]
+    else:
+        for j in range(kv.shape[1]):
+            _put_token(array, kv, own.positions(array), xp.broadcast_to(positions, kv.shape[:2]), j)
+    keys = array[:, : own.count(filled), ...]
+    return slice(None), keys, (positions, own.positions(keys))
+
+
+def _put_token(array: Block, kv: Block, slots: Block, at: Block, j: int) -> None:
+    """Write token j of each sample into the one of this rank's slots that `at` ``[b, s]`` names, if it is there."""
+    hit = slots[None, :] == at[:, j][:, None]
+    array[hit] = kv[:, j, ...][backend.namespace(array).any(hit, axis=1)]
+
+
+def _put_in_ring(
+    array: Block, kv: DistArray, positions: Block | None, own: _Slots, slots: int, last: Block
+) -> Iterator[_Part]:
+    """Write keys and values into the slots of a window, and yield what each range of queries sees.
+
+    Tokens that are the first of their samples see one another before the last of them are kept: up to the token at
+    index `last` ``[b]``, after which there is padding. Later tokens are written and attend one by one, so that none
+    takes the slot of a token that another query still sees.
+    """
+    xp, new = backend.namespace(array), kv.local
+    mine = own.positions(array)
+    if positions is None:
+        rows, at = xp.arange(new.shape[0])[:, None], _held(xp.broadcast_to(last, (new.shape[0],))[:, None], mine, slots)
+        array[...] = new[rows, xp.clip(at, 0, max(new.shape[1] - 1, 0))] if new.size else 0
+        keys = new[:, own.number :: own.ranks, ...]
+        yield slice(None), keys, (xp.arange(new.shape[1]), own.positions(keys))
+        return
+    positions = xp.broadcast_to(positions, new.shape[:2])
+    for j in range(new.shape[1]):
+        _put_token(array, new, mine, positions % slots, j)
+        now = positions[:, j : j + 1]
+        held = _held(now, mine, slots)
+        yield slice(j, j + 1), array, (now, xp.where(held < 0, now + 1, held))  # an empty slot seems to come later
+
+
+def _held(newest: Block, slots: Block, count: int) -> Block:
+    """Return the positions ``[b, n]`` that slots hold when the newest ones ``[b, 1]`` are written; below 0: none."""
+    return newest - (newest - slots) % count
+
+
+def _last(ctx: Context, kv: DistArray) -> Block:
+    """Return the index in s of the last token of each sample of this rank's block: behind it there is padding."""
+    at = None if ctx.decoding is None else ctx.decoding.logits_at
+    xp, (start, stop) = backend.namespace(kv.local), kv.box[0]
+    return xp.full((stop - start,), kv.shape[1] - 1) if at is None else backend.to_block(at[start:stop], kv.local)
+
+
+def _joined(parts: list[tuple[Block, Block]]) -> tuple[Block, Block]:
+    """Return what `kernels.attention` has returned for ranges of queries as if it had been called for all of them."""
+    if len(parts) == 1:
+        return parts[0]
+    xp = backend.namespace(parts[0][0])
+    return xp.concat([out for out, _ in parts], axis=1), xp.concat([sums for _, sums in parts], axis=3)
 
 
 def _merged(local: tuple[Block, Block], q: DistArray, new: DistArray) -> Block:

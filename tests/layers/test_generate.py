@@ -1,6 +1,7 @@
 """Generation with a KV cache equals a run of the whole model for each token, on any grid."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -156,8 +157,33 @@ def test_memory_is_that_of_keys_and_values_once(grid):
         heads = getattr(config, "groups", config.heads)
         cut_heads = name != "one-group" or grid.axes.get("col", 1) == 1
         copies = 1 if cut_heads else grid.axes["col"]  # where the queries of the group are cut, each rank has its keys
-        whole = 2 * config.layers * B * (LENGTHS.max() + STEPS) * heads * config.hidden // config.heads
+        slots, window = LENGTHS.max() + STEPS, getattr(config, "sliding_window", None) or 99
+        sliding = range(config.layers) if getattr(config, "sliding_layers", None) is None else config.sliding_layers
+        kept = sum(min(slots, window) if i in sliding else slots for i in range(config.layers))
+        whole = 2 * kept * B * heads * config.hidden // config.heads
         assert sum(comm.collect(cache.nbytes, grid)) == 8 * whole * copies
+
+
+@pytest.mark.grids({}, {"seq": 2})
+@pytest.mark.parametrize("window", [1, 4, 5])
+def test_a_window_keeps_as_many_tokens_as_it_has(grid, window):
+    """Tokens come one by one, several at once, and more than the window has."""
+    p, (b, s, h, heads) = Parallelism(grid), (2, 17, 12, 3)
+    layer = SelfAttention(h, heads, p, "a", window=window, dtype="float64", std=0.5)
+    x = random.normal((b, s, h), grid, p.stream(), 0, "x")
+    exact, cache, done = layer.forward(x, Context())[0].gather(), KVCache(s), []
+    for start, stop in ((0, 7), (7, 8), (8, 14), (14, 15), (15, 17)):
+        context = Context(decoding=Decoding(cache), positions=np.arange(start, stop) if start else None)
+        done.append(layer.forward(x[:, start:stop].redistribute(p.stream()), context)[0].gather())
+    assert np.max(abs(np.concatenate(done, 1) - exact)) <= 1e-14 * np.max(abs(exact))
+    assert sum(comm.collect(cache.nbytes, grid)) == 2 * b * window * h * 8
+
+
+def test_long_texts_in_a_window_are_those_without_a_cache():
+    kind, config = MODELS["qwen"]
+    model = kind(replace(config, positions=40, sliding_layers=None), Parallelism(Grid(MPI.COMM_SELF)))
+    exact = generate(model, PROMPTS, 25, temperature=0.0, cached=False)
+    assert generate(model, PROMPTS, 25, temperature=0.0) == exact
 
 
 @pytest.mark.grids({"row": 2, "col": 2}, {"data": 2, "col": 2})
