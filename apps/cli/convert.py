@@ -34,14 +34,18 @@ class Convert(Command):
     target: Annotated[Path, typer.Argument(help="The directory to write; it must not exist.")]
     to: Annotated[str, typer.Option(help="hf: config.json and safetensors. cm: an HDF5 checkpoint.")]
     most: Annotated[int, typer.Option(min=1, help="Bytes of weights in one safetensors file, at most.")] = 5 * 10**9
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="Refuse tensors of a Hugging Face directory that are not the model's."),
+    ] = False
     plugin: Plugins = field(default_factory=list)
 
     def run(self) -> int:
-        convert(self.source, self.target, self.to, self.most, self.plugin)
+        convert(self.source, self.target, self.to, self.most, self.plugin, self.strict)
         return 0
 
 
-def convert(source: Path, target: Path, to: str, most: int, plugins: Sequence[str] = ()) -> None:
+def convert(source: Path, target: Path, to: str, most: int, plugins: Sequence[str] = (), strict: bool = False) -> None:
     """Read weights in one format and write them in the other one, with tokenizer and generation settings.
 
     Parameters
@@ -56,25 +60,28 @@ def convert(source: Path, target: Path, to: str, most: int, plugins: Sequence[st
         Bytes of weights in one safetensors file, at most.
     plugins : sequence of str
         Files or modules to load in place of the plugins that the run had.
+    strict : bool
+        Whether tensors of a Hugging Face directory that do not enter the model are refused. Otherwise they are left
+        aside, and rank 0 warns with their names.
 
     Raises
     ------
     OptionError
         If there is no such format.
     CheckpointError
-        If `source` does not hold what `to` reads, or `target` cannot be written.
+        If `source` does not hold what `to` reads, or `target` cannot be written; with `strict`, if it holds more.
     """
     parallelism = Parallelism(Grid(col=world_size()), "1d")
     if to == "cm":
-        _to_checkpoint(source, target, parallelism)
+        _to_checkpoint(source, target, parallelism, strict)
     elif to == "hf":
         _to_hugging_face(source, target, parallelism, most, plugins)
     else:
         raise OptionError(f"convert --to {to!r}: use 'hf' or 'cm'")
 
 
-def _to_checkpoint(source: Path, target: Path, parallelism: Parallelism) -> None:
-    model = models.from_pretrained(source, parallelism)
+def _to_checkpoint(source: Path, target: Path, parallelism: Parallelism, strict: bool) -> None:
+    model = models.from_pretrained(source, parallelism, strict=strict)
     metadata = {"model": models.describe(model), "huggingface": vars(model)["origin"].table}
     files = _settings(source, parallelism.grid)
     checkpoint.save(target, training.weights_by_name(model.parameters()), metadata, parallelism.grid, files=files)

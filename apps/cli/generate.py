@@ -41,6 +41,10 @@ class Generate(Command):
     kernels: Annotated[str, typer.Option(help=f"Local kernels: {', '.join(kernels.choices())}.")] = kernels.AUTO
     plugin: Plugins = field(default_factory=list)
     tokenizer: Annotated[Path | None, typer.Option(help="By default the run's, else bytes.")] = None
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="Refuse tensors of a Hugging Face directory that are not the model's."),
+    ] = False
 
     def run(self) -> int:
         """Print each prompt and its continuation on rank 0.
@@ -52,7 +56,7 @@ class Generate(Command):
         """
         axes = configs.parse_grid(self.grid) if self.grid is not None else {"data": world_size()}
         grid = Grid(None, "auto", **axes)
-        model, pipeline, table = load_model(self.source, grid, self.tensor, self.plugin)
+        model, pipeline, table = load_model(self.source, grid, self.tensor, self.plugin, self.strict)
         kernels.use(self.kernels, grid)
         generating = [kind.model for kind in MODELS.values() if issubclass(TASKS[kind.task], CausalLanguage)]
         if type(model) not in generating:

@@ -140,7 +140,7 @@ def metadata_of(source: Path, plugins: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def load_model(
-    source: Path, grid: Grid, tensor: str, plugins: Sequence[str] = ()
+    source: Path, grid: Grid, tensor: str, plugins: Sequence[str] = (), strict: bool = False
 ) -> tuple[Layer, Pipeline | None, dict[str, Any]]:
     """Return a model with its weights, and its pipeline if the grid has an axis ``pipe``.
 
@@ -154,6 +154,8 @@ def load_model(
         A tensor mode of `colossal_mpi.layers.MODES`.
     plugins : sequence of str
         Files or modules to load in place of the plugins that the run had.
+    strict : bool
+        Whether tensors of a Hugging Face directory that do not enter the model are refused.
 
     Returns
     -------
@@ -179,7 +181,7 @@ def load_model(
     if (source / "config.json").is_file():
         if grid.axes.get(PIPE, 1) > 1:
             raise GridError(f"{source} on {grid}: only a checkpoint is cut into stages; make one with convert --to cm")
-        model = models.from_pretrained(source, parallelism)  # it refuses a damaged table
+        model = models.from_pretrained(source, parallelism, strict=strict)  # it refuses a damaged table
         return model, None, vars(model)["origin"].table
     source = checkpoint_of(source)
     metadata = metadata_of(source, plugins)

@@ -136,7 +136,7 @@ def from_pretrained(
         remedy = " (adapters are not added to the weights: merge them with peft before)" if adapters else ""
         warnings.warn(
             f"{directory}: {len(surplus)} tensors do not enter the {type(model).__name__} and are left aside{remedy}: "
-            f"{_listed(surplus)}; strict=True refuses them",
+            f"{_listed(surplus)}; strict=True (--strict) refuses them",
             stacklevel=2,
         )
     return model
@@ -188,8 +188,8 @@ def _read_weights(reader: Reader, pairs: Pairs, architecture: Architecture, stri
     names, copies, surplus = _names_in_directory(reader, pairs, architecture)
     if strict and surplus:
         raise CheckpointError(
-            f"{reader.directory} holds more than its model: it has {_listed(surplus)} besides; strict=False leaves "
-            "such tensors aside"
+            f"{reader.directory} holds more than its model: it has {_listed(surplus)} besides; strict=False "
+            "(no --strict) leaves such tensors aside"
         )
     for parameter, weight in pairs:
         value = parameter.value

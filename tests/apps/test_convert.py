@@ -1,5 +1,6 @@
 """``colossal-mpi convert`` keeps every bit of the weights to a checkpoint and back, on any number of ranks."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from colossal_mpi.apps.config import Config
 from colossal_mpi.apps.training import trainer
 from colossal_mpi.grid import Grid
 from colossal_mpi.layers import Parallelism, generate, models
+from tests import command_line
 from tests.reference import hf_case as case
 
 prepared_by = pytest.mark.prepare(case.prepare)
@@ -55,6 +57,23 @@ def test_tokenizer_and_generation_settings_travel(tmp_path):
     assert models.end_tokens({}, training.settings_of(tmp_path / "cm")) == [3, 4]
     (tmp_path / "cm" / "tokenizer.json").write_bytes(b'{"version": "2.0"}')
     assert "tokenizer.json is not the file that was written" in next(iter(checkpoint.verify(tmp_path / "cm", grid)))
+
+
+def test_strict_refuses_what_would_be_left_aside_and_said(tmp_path):
+    """A BERT of masked language alone has no place for the pooler of a directory."""
+    config = {"vocabulary": 9, "layers": 1, "hidden": 4, "heads": 2, "inner": 3, "positions": 5}
+    model = models.Bert(models.BertConfig(**config), Parallelism(Grid(MPI.COMM_SELF)))
+    models.save_pretrained(model, tmp_path / "hf")
+    table = case.table(tmp_path / "hf") | {"architectures": ["BertForMaskedLM"]}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(table))
+    strict = command_line.call("convert", tmp_path / "hf", tmp_path / "cm", "--to", "cm", "--strict")
+    assert strict.returncode == 1
+    assert "hf holds more than its model: it has bert.pooler.dense.bias, bert.pooler.dense.weight" in strict.stderr
+    assert not (tmp_path / "cm").exists()
+    with pytest.warns(UserWarning, match=r"4 tensors .* are left aside: bert.pooler.dense.bias.*\(--strict\) refuses"):
+        assert command_line.call("convert", tmp_path / "hf", tmp_path / "cm", "--to", "cm").returncode == 0
+    refused = command_line.call("generate", tmp_path / "hf", "--strict")
+    assert "hf holds more than its model" in refused.stderr
 
 
 @prepared_by

@@ -63,7 +63,7 @@ def gpt2(tmp_path_factory):
 
 def written(source, target, tensors, **changes):
     """Return a copy of a directory with other tensors and changed keys of its config.json."""
-    shutil.copytree(source, target)
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("SHA256SUMS"))
     save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, target / "model.safetensors")
     table = json.loads((target / "config.json").read_text()) | changes
     (target / "config.json").write_text(json.dumps(table), encoding="utf-8-sig")
@@ -131,7 +131,7 @@ def test_what_does_not_enter_the_model_is_said_and_refused_by_strict(tmp_path, g
     hub = written(path, tmp_path / "hf", change(tensors))
     with pytest.warns(UserWarning, match=message):
         assert near(logits(hub), exact)
-    with pytest.raises(CheckpointError, match="hf holds more than its model: it has .* strict=False leaves such"):
+    with pytest.raises(CheckpointError, match="hf holds more than its model: it has .* strict=False .* leaves such"):
         logits(hub, strict=True)
 
 
