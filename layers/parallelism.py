@@ -197,7 +197,8 @@ def register_mode(mode: Mode) -> Mode:
     Raises
     ------
     OptionError
-        If the name is taken, or an axis belongs to every mode.
+        If the name is taken, an axis belongs to every mode, or the template is none: it names an unknown letter, gives
+        an axis twice or as a bare string, or does not use an axis of the mode.
 
     Examples
     --------
@@ -207,8 +208,39 @@ def register_mode(mode: Mode) -> Mode:
     reserved = [axis for axis in mode.axes if axis in (*_COPIES, "pipe")]
     if reserved:
         raise OptionError(f"tensor mode {mode.name!r}: every mode has the axes {', '.join(reserved)}: leave them out")
+    problem = _fault(mode.template, mode.axes)
+    if problem:
+        raise OptionError(f"tensor mode {mode.name!r}: {problem}")
     MODES[mode.name] = mode
     return mode
+
+
+_LETTERS = {"stream": ("b", "s", "h"), "inside": ("b", "s", INNER), "up": ("b", "s", "h", INNER)}
+_LETTERS["down"] = _LETTERS["up"]
+"""The letters that each part of a template may name."""
+
+
+def _fault(template: Template, axes: Axes) -> str:
+    """Return what is wrong with the template of a mode and what would be right; ``""`` if nothing is."""
+    given = {"axes": axes, "template.stored": template.stored}
+    places = {"stream": template.stream, "inside": template.inside}
+    given |= {f"template.{side}[{letter!r}]": cut for side, place in places.items() for letter, cut in place.items()}
+    for name, cut in given.items():
+        if isinstance(cut, str) or not all(isinstance(axis, str) for axis in cut):
+            return f"{name}={cut!r} must be a tuple of names of axes, such as ('col',)"
+    for side, known in _LETTERS.items():
+        named: Mapping[str, object] = getattr(template, side)
+        letters = named.keys() if side in places else named.values()
+        odd = [letter for letter in letters if letter not in known]
+        if odd:
+            return f"template.{side} has the letter {odd[0]!r}: use {', '.join(map(repr, known))}"
+        cuts = [axis for cut in places.get(side, {}).values() for axis in cut]
+        twice = [axis for axis in cuts if cuts.count(axis) > 1]
+        if twice:
+            return f"template.{side} cuts by {twice[0]} twice: an axis cuts one letter"
+    used = {*template.up, *template.down, *(axis for name, cut in given.items() if name != "axes" for axis in cut)}
+    idle = [axis for axis in axes if axis not in used]
+    return f"its template says nothing of the axis {idle[0]}: say what it cuts, or leave it out" if idle else ""
 
 
 def register_sequence_mode(mode: SequenceMode) -> SequenceMode:

@@ -353,7 +353,9 @@ class Parallel(Section):
 class Run(Section):
     """The run directory, the measurements, and the plugins."""
 
-    directory: str = Field("runs/run", description="folder of the configuration, metrics, report and checkpoints")
+    directory: str = Field(
+        "runs/run", min_length=1, description="folder of the configuration, metrics, report and checkpoints"
+    )
     peak_flops: float = Field(
         0.0,
         ge=0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from mpi4py import MPI
@@ -9,6 +10,7 @@ from mpi4py import MPI
 from colossal_mpi.apps.doctor import cores, disk, facts, gpus, mpi, network, program, show
 from colossal_mpi.apps.doctor.finding import BAD, Finding, worst
 from colossal_mpi.apps.doctor.network import NamedLink
+from colossal_mpi.errors import OptionError
 from colossal_mpi.platform import backend
 from colossal_mpi.runtime import guards
 
@@ -21,7 +23,7 @@ def diagnose(directory: Path, seconds: float, json: bool) -> int:
     directory : Path
         The directory for runs. It may be missing; the examination leaves nothing in it.
     seconds : float
-        Time for all measurements between ranks, in seconds.
+        Time for all measurements between ranks, in seconds, 0 or more.
     json : bool
         Whether to print JSON instead of a table.
 
@@ -34,6 +36,8 @@ def diagnose(directory: Path, seconds: float, json: bool) -> int:
     ------
     LaunchError
         If this process is no rank: a rank started it, or MPI is not initialised.
+    OptionError
+        If `seconds` is negative, infinite or NaN.
 
     Notes
     -----
@@ -44,6 +48,8 @@ def diagnose(directory: Path, seconds: float, json: bool) -> int:
     --------
     >>> code = diagnose(Path("runs"), seconds=4.0, json=False)
     """
+    if not 0 <= seconds < math.inf:
+        raise OptionError(f"doctor: seconds={seconds}: use a time in seconds, 0 or more, for example 4")
     guards.require_mpi()
     world = MPI.COMM_WORLD
     if guards.mismatch() and guards.launched()[1] != 0:

@@ -129,12 +129,13 @@ def generate(
 
 def _require_tokens(prompts: Sequence[Sequence[int]], vocabulary: int | None) -> None:
     for i, prompt in enumerate(prompts):
-        least, most = (min(prompt), max(prompt)) if len(prompt) else (NO_TOKEN, NO_TOKEN)
+        if not len(prompt):
+            raise ShapeError(f"generate: prompt {i} is empty: it must have one token or more")
+        least, most = min(prompt), max(prompt)
         if least < 0 or (vocabulary is not None and most >= vocabulary):
             below = "" if vocabulary is None else f", all below {vocabulary}"
             raise ShapeError(
-                f"generate: prompt {i} has {len(prompt)} tokens from {least} to {most}: it must have one or more, "
-                f"from 0 on{below}"
+                f"generate: prompt {i} has {len(prompt)} tokens from {least} to {most}: they must be from 0 on{below}"
             )
 
 

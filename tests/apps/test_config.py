@@ -56,8 +56,9 @@ def test_what_is_shown_has_a_comment_for_each_key_and_loads_again(tmp_path, name
         (["training.keep_every=5"], ["training.keep_every=5: it keeps some of those that training.keep_last removes"]),
         (["training.milestones=[5]"], ["training.milestones=\\[5\\]: these are of training.rate='multi-step'"]),
         (["data.shift=1"], ["data.shift=1: images are moved"]),
+        (['run.directory=""'], ["run.directory='': string should have at least 1 character"]),
     ],
-    ids=["stages", "axes", "heads", "keep", "milestones", "shift"],
+    ids=["stages", "axes", "heads", "keep", "milestones", "shift", "directory"],
 )
 def test_impossible_combinations_are_refused_before_anything_starts(settings, messages):
     with pytest.raises(ConfigError, match="demo.toml: " + ".*; ".join(messages)):

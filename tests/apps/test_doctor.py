@@ -17,6 +17,7 @@ import colossal_mpi
 from colossal_mpi.apps.doctor import cores, disk, facts, gpus, mpi, network, program, show
 from colossal_mpi.apps.doctor.finding import BAD, GOOD, WARNING, Finding, named, worst
 from colossal_mpi.runtime.launcher import cpus, mpiexec_command
+from tests import command_line
 
 ROOT = Path(__file__).parents[2]
 OPEN_MPI = MPI.get_vendor()[0] == "Open MPI"
@@ -49,6 +50,13 @@ def test_alone_it_finds_a_directory_that_cannot_be_written(tmp_path):
     assert f"the run directory {directory} cannot be written: " in bad["disk"]
     assert "choose another with --directory" in bad["disk"]
     assert told["ranks"] == 1
+
+
+@pytest.mark.parametrize("seconds", ["-1", "nan", "inf"])
+def test_a_time_that_is_none_is_refused(seconds):
+    told = command_line.call("doctor", "--seconds", seconds)
+    assert told.returncode == 1
+    assert f"doctor: seconds={float(seconds)}: use a time in seconds, 0 or more" in told.stderr
 
 
 @pytest.mark.skipif(len(cpus()) < 2, reason="BLAS has no more threads than cores")

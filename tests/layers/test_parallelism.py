@@ -1,6 +1,7 @@
 """`Parallelism` refuses modes, products and grids that do not fit, naming them, and cuts weights evenly."""
 
 import ast
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,30 @@ def test_registries_take_new_names_and_the_same_mode_again(monkeypatch):
         register_mode(Mode("own", MODES["1d"].template, ("data", "col", "pipe"), "Cut columns."))
     with pytest.raises(OptionError, match="sequence mode 'half': .* each of the axes seq, ulysses once"):
         register_sequence_mode(SequenceMode("half", ("seq",), (), "Cut half."))
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (
+            {"stream": {"b": "row"}},
+            r"template.stream\['b'\]='row' must be a tuple of names of axes, such as \('col',\)",
+        ),
+        ({"stored": "col"}, "template.stored='col' must be a tuple"),
+        ({"inside": {"f": ("col",)}}, "template.inside has the letter 'f': use 'b', 's', 'inner'"),
+        ({"stream": {"b": ("col",), "h": ("col",)}}, "template.stream cuts by col twice: an axis cuts one letter"),
+        ({"up": {"col": "x"}}, "template.up has the letter 'x': use 'b', 's', 'h', 'inner'"),
+        ({"down": {"col": "f"}}, "template.down has the letter 'f': use 'b', 's', 'h', 'inner'"),
+    ],
+    ids=["string", "stored", "letter", "twice", "up", "down"],
+)
+def test_a_template_that_is_none_is_refused(part, message):
+    template = replace(MODES["1d"].template, **part)
+    with pytest.raises(OptionError, match="tensor mode 'own': " + message):
+        register_mode(Mode("own", template, ("col",), "Cut columns."))
+    with pytest.raises(OptionError, match="tensor mode 'own': its template says nothing of the axis plane"):
+        register_mode(Mode("own", MODES["1d"].template, ("col", "plane"), "Cut columns."))
+    assert "own" not in MODES
 
 
 def test_modes_describe_themselves():
