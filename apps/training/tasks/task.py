@@ -181,7 +181,13 @@ class Task:
         return stop - first
 
     def held_weight(self) -> float:
-        """Return how many samples the held-out ones count as in the mean of the loss: `held` by default."""
+        """Return how many samples the held-out ones count as in the mean of the loss.
+
+        Returns
+        -------
+        float
+            `held` by default; less if some of their labels do not count.
+        """
         return self.held
 
     def loss(self, outputs: Any, labels: Any, samples: float) -> tuple[float, Any]:
