@@ -17,6 +17,7 @@ from colossal_mpi.layers.embedding import Embedding, PositionEmbedding, SegmentE
 from colossal_mpi.layers.inference import generate
 from colossal_mpi.layers.layer import Layer
 from colossal_mpi.layers.linear import Linear, Linears
+from colossal_mpi.layers.lora import LowRank, add_adapters, merge_adapters
 from colossal_mpi.layers.loss import CrossEntropy, MeanSquaredError, backpropagate, count_correct
 from colossal_mpi.layers.mlp import MLP
 from colossal_mpi.layers.moe import MoE
@@ -69,6 +70,7 @@ __all__ = [
     "LayerNorm",
     "Linear",
     "Linears",
+    "LowRank",
     "MaxPool2d",
     "MeanPool",
     "MeanSquaredError",
@@ -94,9 +96,11 @@ __all__ = [
     "Softmax",
     "Template",
     "TransformerBlock",
+    "add_adapters",
     "backpropagate",
     "count_correct",
     "generate",
+    "merge_adapters",
     "recompute",
     "register_mode",
     "register_sequence_mode",

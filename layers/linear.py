@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
+from typing import Protocol, TypeAlias
 
 from numpy.typing import DTypeLike
 
@@ -19,6 +20,22 @@ from colossal_mpi.layers.parameter import Parameter
 from colossal_mpi.layout import Layout
 from colossal_mpi.linalg.contraction import adjoints, contract, parse
 from colossal_mpi.platform import backend
+
+Operands: TypeAlias = tuple[DistArray | None, DistArray | None]
+"""What a product keeps for its backward pass: its gathered weight, and the input of low rank of its adapter."""
+
+
+class Adapter(Protocol):
+    """A product of low rank beside that of a `Linear`; `colossal_mpi.layers.lora` implements it."""
+
+    def reduced(self, x: DistArray) -> DistArray:
+        """Return x, in the layout of the map, times the first factor."""
+
+    def expanded(self, low: DistArray) -> DistArray:
+        """Return what `reduced` returned times the second factor, in the layout of the product's result."""
+
+    def adjoint(self, dy: DistArray, low: DistArray, out: Layout) -> tuple[DistArray, Callable[[DistArray], None]]:
+        """Return the cotangent of x in a layout, and the function of x that adds the gradients of both factors."""
 
 
 class Linear(Layer):
@@ -51,6 +68,13 @@ class Linear(Layer):
         Seed of the initial weight; None leaves it zero, for a weight that is to be loaded.
     dtype : dtype
         Dtype of the parameters.
+    product : Product, optional
+        Map and layouts; by default those that the mode chooses for `inner` and `replicate`.
+
+    Attributes
+    ----------
+    adapter : Adapter or None
+        A product of low rank that is added to this one (`colossal_mpi.layers.lora`).
 
     Raises
     ------
@@ -88,9 +112,11 @@ class Linear(Layer):
         weight: Parameter | None = None,
         seed: int | None = 0,
         dtype: DTypeLike = "float32",
+        product: Product | None = None,
     ) -> None:
-        self.name = name
-        self.product: Product = parallelism.product(subscripts, inner, replicate=replicate)
+        self.name, self.sizes, self.parallelism = name, dict(sizes), parallelism
+        self.product = parallelism.product(subscripts, inner, replicate=replicate) if product is None else product
+        self.adapter: Adapter | None = None
         self.keep_gathered, self.keep_weight = parallelism.keep_gathered, parallelism.keep_weights
         x, w, y = parse(subscripts).a, parse(subscripts).b, parse(subscripts).c
         batch = len(list(takewhile(lambda letter: letter in x and letter in y, w)))
@@ -116,17 +142,26 @@ class Linear(Layer):
     def forward(self, x: DistArray, ctx: Context) -> tuple[DistArray, Cache]:
         # 1d: X[B, S_col, H] -> X[B, S, H]; 2d: X[B_row, S, H_col] -> X[B_row, S, H]
         gathered = x.redistribute(self.product.x)
-        y, w = self._apply(gathered)
-        return y, (self.save(x, gathered if self.keep_gathered else x), w, x.layout.with_partial())
+        y, kept = self._apply(gathered)
+        return y, (self._saved(x, gathered), kept, x.layout.with_partial())
+
+    @property
+    def trains(self) -> bool:
+        """True if the backward pass needs the input: for the weight's gradient, or for the adapter's."""
+        return self.adapter is not None or not self.weight.frozen
+
+    def _saved(self, x: DistArray, gathered: DistArray) -> object:
+        return self.save(x, gathered if self.keep_gathered else x) if self.trains else None
 
     def replay(self, x: DistArray, ctx: Context) -> Cache:
         # The product itself is left out: the backward pass needs its operands alone, gathered if they are kept so.
-        gathered = x.redistribute(self.product.x) if self.keep_gathered else x
+        gathered = x.redistribute(self.product.x) if self.trains and (self.keep_gathered or self.adapter) else x
         w = self.weight.use(self.product.w) if self.keep_weight else None
-        return self.save(x, gathered), w, x.layout.with_partial()
+        low = None if self.adapter is None else self.adapter.reduced(gathered)
+        return self._saved(x, gathered), (w, low), x.layout.with_partial()
 
-    def _apply(self, x: DistArray) -> tuple[DistArray, DistArray | None]:
-        """Return ``x w + bias`` for an x in the layout of the map, and the gathered weight if it is to be kept."""
+    def _apply(self, x: DistArray) -> tuple[DistArray, Operands]:
+        """Return ``x w + bias`` for an x in the layout of the map, and the operands that are to be kept."""
         p, w = self.product, self.weight.use(self.product.w)
         # 1d up:   X[B, S, H] . W[H, F_col] -> Y[B, S, F_col]
         # 1d down: X[B, S, F_col] . W[F_col, H] -> Y[B, S, H] {U_col} -> Y[B, S_col, H]: reduce_scatter over col
@@ -139,26 +174,32 @@ class Linear(Layer):
             bias = self.bias.use(self.bias_layout)
             shape = [1 if d in self.batch_dims else n for d, n in enumerate(y.local.shape)]
             y.local += backend.namespace(y.local).reshape(bias.local, tuple(shape))
-        return y, w if self.keep_weight else None
+        low = None
+        if self.adapter is not None:
+            low = self.adapter.reduced(x)
+            y = y + self.adapter.expanded(low)
+        return y, (w if self.keep_weight else None, low)
 
     def backward(self, dy: DistArray, cache: Cache, later: Later = None) -> DistArray:
-        x, w, layout = cache
-        dx, add_weight_gradient = self._adjoint(dy, w, layout)
-        _do(lambda: add_weight_gradient(self.load(x)), later)
+        x, kept, layout = cache
+        dx, add_weight_gradient = self._adjoint(dy, kept, layout)
+        if self.trains:
+            _do(lambda: add_weight_gradient(self.load(x)), later)
         return dx
 
     def _adjoint(
-        self, dy: DistArray, w: DistArray | None, out: Layout | None = None
+        self, dy: DistArray, kept: Operands, out: Layout | None = None
     ) -> tuple[DistArray, Callable[[DistArray], None]]:
         """Return ``dy w^T``, and the function of x that adds ``x^T dy`` to the gradient of the weight.
 
-        `w` is the gathered weight if it was kept. The result is in the layout `out`, or by default as the map leaves
-        it: with partial sums over the axes that cut the summed letter.
+        `kept` is what `_apply` returned. The result is in the layout `out`, or by default as the map leaves it: with
+        partial sums over the axes that cut the summed letter.
         """
-        p = self.product
+        p, (w, low) = self.product, kept
         dx_subscripts, dw_subscripts = adjoints(p.subscripts)
-        if self.bias is not None:
+        if self.adapter is not None or self.bias is not None:
             dy = dy.redistribute(p.y)
+        if self.bias is not None and not self.bias.frozen:
             # dY[B_row, S, F_col] summed over b and s -> dbias[F_col] {U_row}
             self.bias.accumulate(dy.sum_over(self.batch_dims))
         # The cotangent of what the forward pass reduce-scattered is gathered: dY[B, S_col, H] -> dY[B, S, H]
@@ -166,8 +207,23 @@ class Linear(Layer):
         w = self.weight.use(p.w) if w is None else w
         # 1d up: dY[B, S, F_col] . W[H, F_col]^T -> dX[B, S, H] {U_col} -> dX[B, S_col, H]: reduce_scatter over col
         dx = contract(dx_subscripts, gathered, w, p.axes, out)
+        add_low = None
+        if self.adapter is not None:
+            assert low is not None
+            more, add_low = self.adapter.adjoint(dy, low, dx.layout.with_partial())
+            dx = dx + more
         # 2d: X[B_row, S, H]^T . dY[B_row, S, F_col] -> dW[H, F_col] {U_row}; the parameter reduces it to where W lies
-        return dx, lambda x: self.weight.accumulate(contract(dw_subscripts, x, gathered, p.axes, wide=True))
+        return dx, lambda x: self._add_gradients(x, gathered, dw_subscripts, add_low)
+
+    def _add_gradients(
+        self, x: DistArray, dy: DistArray, subscripts: str, add_low: Callable[[DistArray], None] | None
+    ) -> None:
+        """Add ``x^T dy`` to the gradient of the weight, and to those of the adapter its own products."""
+        if not self.weight.frozen:
+            self.weight.accumulate(contract(subscripts, x, dy, self.product.axes, wide=True))
+        if add_low is not None:
+            # X as it was kept -> X in the layout of the map
+            add_low(x.redistribute(self.product.x))
 
 
 class Linears(Layer):
@@ -191,13 +247,15 @@ class Linears(Layer):
         first = self.linears[0]
         # X[B_row, S, H_col] -> X[B_row, S, H], once for all products
         gathered = x.redistribute(first.product.x)
-        ys, ws = zip(*[linear._apply(gathered) for linear in self.linears], strict=True)
-        return ys, (self.save(x, gathered if first.keep_gathered else x), ws, x.layout.with_partial())
+        ys, kept = zip(*[linear._apply(gathered) for linear in self.linears], strict=True)
+        trains = any(linear.trains for linear in self.linears)
+        saved = self.save(x, gathered if first.keep_gathered else x) if trains else None
+        return ys, (saved, kept, x.layout.with_partial())
 
     def backward(self, dy: Sequence[DistArray], cache: Cache, later: Later = None) -> DistArray:
-        x, ws, layout = cache
+        x, kept, layout = cache
         # dY_i[B, S, F_col] . W_i[H, F_col]^T -> dX_i[B, S, H] {U_col} for each product i
-        terms = [linear._adjoint(*pair) for linear, *pair in zip(self.linears, dy, ws, strict=True)]
+        terms = [linear._adjoint(*pair) for linear, *pair in zip(self.linears, dy, kept, strict=True)]
         # Adding a complete term to one with partial sums is free; the other way round the partial sums are reduced.
         parts = sorted((dx for dx, _ in terms), key=lambda dx: -len(dx.layout.partial))
         # sum_i dX_i[B, S, H] {U_col} -> dX[B, S_col, H]: one reduce_scatter over col
@@ -209,7 +267,8 @@ class Linears(Layer):
             for _, add_weight_gradient in terms:
                 add_weight_gradient(gathered)
 
-        _do(add_weight_gradients, later)
+        if any(linear.trains for linear in self.linears):
+            _do(add_weight_gradients, later)
         return total
 
 

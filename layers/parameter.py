@@ -104,6 +104,8 @@ class Parameter:
         self.grad: DistArray | None = None
         self.world: Grid | None = None
         """The grid of the whole model, if pipeline stages cut it; None: the parameter's own grid is all of it."""
+        self.frozen = False
+        """True for a weight that is not trained: it has no gradient and no optimizer state."""
         self.counted = True
         """False for the copy of a tied weight that an earlier pipeline stage holds, too: sums count it there."""
         self._dtype = require_dtype(dtype)
@@ -176,8 +178,11 @@ class Parameter:
         The gradient stays partial over the deferred axes (`Parallelism.deferred`) until `reduce`.
 
         **Communication:** a reduce_scatter over the axes that cut the stored weight, or the optimizer's state where
-        nothing is deferred. In gradient buckets the latter overlaps with the backward pass.
+        nothing is deferred. In gradient buckets the latter overlaps with the backward pass. A frozen weight drops the
+        contribution.
         """
+        if self.frozen:
+            return
         grad = widened(grad)
         if self.deferred:
             partial = [axis for axis in self.deferred if axis in grad.layout.partial]

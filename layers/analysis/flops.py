@@ -37,6 +37,7 @@ from colossal_mpi.layers.embedding import Embedding, PositionEmbedding, SegmentE
 from colossal_mpi.layers.kernels import attention_scores
 from colossal_mpi.layers.layer import Layer
 from colossal_mpi.layers.linear import Linear
+from colossal_mpi.layers.lora import LowRank, linears
 from colossal_mpi.layers.moe import MoE
 from colossal_mpi.layers.norm import RMSNorm
 from colossal_mpi.layers.pooling import FirstPool, MeanPool, Pool2d
@@ -97,7 +98,7 @@ def model_flop(model: Layer, samples: int, length: int) -> int:
     Returns
     -------
     int
-        Operations of all ranks together, in flop.
+        Operations of all ranks together, in flop. The gradient of a frozen weight is none of them.
 
     Raises
     ------
@@ -105,7 +106,9 @@ def model_flop(model: Layer, samples: int, length: int) -> int:
         If the model has a layer without a rule (see `flop_of`), or a convolution that is no `PatchEmbedding`: its
         windows are not the positions of a stream.
     """
-    return 3 * flop_of(model, StreamShape(samples, length), False).forward
+    shape = StreamShape(samples, length)
+    frozen = (flop_of(linear, shape, False) for linear in linears(model) if linear.weight.frozen)
+    return 3 * flop_of(model, shape, False).forward - sum(2 * flop.forward - flop.backward for flop in frozen)
 
 
 def hardware_flop(model: Layer, samples: int, length: int) -> int:
@@ -236,7 +239,16 @@ def _(layer: Discard, shape: StreamShape, hardware: bool) -> Flop:
 @flop_of.register
 def _(layer: Linear, shape: StreamShape, hardware: bool) -> Flop:
     letters = parse(layer.product.subscripts).a
-    return _product(shape.samples * (shape.length if "s" in letters else 1), layer.weight.shape)
+    rows = shape.samples * (shape.length if "s" in letters else 1)
+    flop = _product(rows, layer.weight.shape)
+    if layer.weight.frozen:
+        flop = replace(flop, backward=flop.forward)  # the cotangent of the input alone
+    return flop + flop_of(layer.adapter, shape, hardware) if isinstance(layer.adapter, LowRank) else flop
+
+
+@flop_of.register
+def _(layer: LowRank, shape: StreamShape, hardware: bool) -> Flop:
+    return flop_of(layer.a, shape, hardware) + flop_of(layer.b, shape, hardware)
 
 
 @flop_of.register

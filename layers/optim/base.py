@@ -95,7 +95,7 @@ class Optimizer:
     Parameters
     ----------
     parameters : iterable of Parameter or Group
-        Parameters to update. A `Group` gives its parameters options of their own.
+        Parameters to update. A `Group` gives its parameters options of their own. Frozen ones are left out.
     lr : float
         Learning rate of a step for which `step` is given none.
     clip : float, optional
@@ -141,7 +141,9 @@ class Optimizer:
         given = list(parameters)
         plain = [item for item in given if isinstance(item, Parameter)]
         self.groups = [Group(plain), *[item for item in given if isinstance(item, Group)]]
-        self.parameters = [parameter for group in self.groups for parameter in group.parameters]
+        everything = [parameter for group in self.groups for parameter in group.parameters]
+        self.parameters = [parameter for parameter in everything if not parameter.frozen]
+        self._world = everything[0].world or everything[0].parallelism.grid if everything else None
         require_clip(f"{type(self).__name__}: clip", clip)
         self.lr, self.clip, self.decays, self.steps = lr, clip, decays, 0
         self.options = {"weight_decay": weight_decay, **options}
@@ -225,7 +227,7 @@ class Optimizer:
         # dW {U_data} -> dW in the layout of the state: allreduce, with ZeRO reduce_scatter, over the deferred axes
         reduced = [parameter.reduce() for parameter in self.parameters]
         counted = [g for g, parameter in zip(reduced, self.parameters, strict=True) if parameter.counted]
-        norm = gradient_norm(counted, self.parameters[0].world) / (given := self.loss_scale)
+        norm = gradient_norm(counted, self._world) / (given := self.loss_scale)
         if self.scaling is not None and not self.scaling.follow(norm):
             for parameter in self.parameters:
                 parameter.grad = None
@@ -234,7 +236,7 @@ class Optimizer:
         self.steps += 1
         for group in self.groups:
             rate, options = group.rate * (self.lr if lr is None else lr), self.options | group.options
-            for parameter in group.parameters:
+            for parameter in (one for one in group.parameters if not one.frozen):
                 self._apply(parameter, rate, scale, options)
         return norm
 

@@ -123,7 +123,7 @@ class GradientBuckets:
 
     def __init__(self, layers: Iterable[Layer], microbatches: int = 1, size: int = BUCKET_BYTES) -> None:
         layers = list(layers)
-        uses = [parameter for layer in layers for parameter in layer.parameter_uses()]
+        uses = [parameter for layer in layers for parameter in layer.parameter_uses() if not parameter.frozen]
         self._parameters = {id(parameter): parameter for parameter in uses}
         self._expected = Counter({key: n * microbatches for key, n in Counter(map(id, uses)).items()})
         self._sequentials = [layer for layer in layers if isinstance(layer, Sequential)]

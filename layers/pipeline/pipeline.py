@@ -156,12 +156,13 @@ class Pipeline(Stage):
             GradientBuckets(self.chunks, data.microbatches, self.bucket) as buckets,
             self.prefetch.over(self.chunks, executor.passes(instructions)),
         ):
-            for parameter, _ in self.tied:
+            tied = [(parameter, other) for parameter, other in self.tied if not parameter.frozen]
+            for parameter, _ in tied:
                 buckets.expect(parameter)
             for instruction in instructions:
                 executor.execute(instruction)
             loss = executor.finish()
-            for parameter, other in self.tied:
+            for parameter, other in tied:
                 self._sum_tied(parameter, other)
                 buckets.count(parameter)
         return loss

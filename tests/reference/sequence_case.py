@@ -93,9 +93,13 @@ def count(labels):
     return int((LABELS >= 0).sum()) if labels.ndim == 2 else B
 
 
-def run(name, p, *, order=None, microbatches=1, armed=lambda: None):
-    """Return the loss and the reduced gradients by name; `armed` is called before each backward pass."""
+def run(name, p, *, order=None, microbatches=1, armed=lambda: None, change=lambda model: None):
+    """Return the loss and the reduced gradients by name; `armed` is called before each backward pass.
+
+    `change` is called with the model before the first pass.
+    """
     model, cross_entropy, loss = MODELS[name](p), CrossEntropy(p), 0.0
+    change(model)
     for rows in np.array_split(np.arange(B), microbatches):
         x, labels, known = batch(name, p, rows, order)
         y, cache = model.forward(x, Context(sample=int(rows[0]), auxiliary=AuxiliaryLosses(len(rows) / B), **known))
@@ -105,7 +109,7 @@ def run(name, p, *, order=None, microbatches=1, armed=lambda: None):
         armed()
         model.backward(dy if isinstance(y, tuple) else dy[0], cache)
         loss += sum(values)
-    return loss, {q.name: q.reduce() for q in model.parameters()}
+    return loss, {q.name: q.reduce() for q in model.parameters() if not q.frozen}
 
 
 def run_apart(name, p):
