@@ -49,6 +49,28 @@ class RunDirectory:
         self.events = self.path / "events"
         self._lock: Lock | None = None
 
+    @classmethod
+    def of(cls, path: str | Path) -> tuple[RunDirectory, Path | None]:
+        """Return the run that a user names by its directory or by one of its checkpoints.
+
+        Parameters
+        ----------
+        path : str or Path
+            The directory of a run, or that of a checkpoint in its folder ``checkpoints``.
+
+        Returns
+        -------
+        run : RunDirectory
+            The run.
+        checkpoint : Path or None
+            The checkpoint; None if the directory of the run was named.
+        """
+        run, folder = cls(path), Path(path).absolute()
+        if run.config.is_file() or folder.parent.name != "checkpoints" or not folder.is_dir():
+            return run, None
+        of_folder = cls(Path(path).parent.parent if Path(path).parent.name else folder.parent.parent)
+        return (of_folder, folder.resolve()) if of_folder.config.is_file() else (run, None)
+
     def hold(self) -> None:
         """Keep other jobs from writing this run until `release` is called or the process ends.
 
@@ -192,6 +214,21 @@ class RunDirectory:
             raise CheckpointError(f"{self.path} has no checkpoint yet: start it anew with --overwrite")
         return saved[-1][1]
 
+    def others(self, source: Path) -> list[Path]:
+        """Return the checkpoints of the run besides one, the newest first.
+
+        Parameters
+        ----------
+        source : Path
+            The one that is left out.
+
+        Returns
+        -------
+        list of Path
+            Their directories.
+        """
+        return [path for _, path in reversed(self._saved()) if path.resolve() != source.resolve()]
+
     def checkpoint(self, step: int) -> Path:
         """Return the directory of a checkpoint.
 
@@ -302,9 +339,12 @@ class RunDirectory:
         whole = self.metrics.with_suffix(".partial")
         whole.write_text("".join(json.dumps(row) + "\n" for row in kept))
         whole.replace(self.metrics)
-        for step, later in self._saved():
-            if step > steps:
-                remove(later)
+        later = [path for step, path in self._saved() if step > steps]
+        if later:
+            names = ", ".join(path.name for path in later)
+            sys.stderr.write(f"colossal_mpi: warning: {self.path} goes on after step {steps}: {names} removed\n")
+        for path in later:
+            remove(path)
         latest, reached = self.checkpoints / "latest", self.checkpoint(steps)
         if latest.is_dir() and not latest.is_symlink() and not reached.exists():
             latest.rename(reached)

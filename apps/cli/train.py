@@ -11,6 +11,7 @@ import typer
 from colossal_mpi.apps import config as configs
 from colossal_mpi.apps import planning
 from colossal_mpi.apps.command import Command, GridAxes, Plugins, Settings
+from colossal_mpi.apps.run_directory import RunDirectory
 from colossal_mpi.apps.training import resume, start, tasks
 from colossal_mpi.errors import ConfigError
 from colossal_mpi.grid import world_rank
@@ -35,7 +36,9 @@ class Train(Command):
     kernels: Annotated[str | None, typer.Option(help=f"Local kernels: {_KERNELS}.")] = None
     setting: Settings = field(default_factory=list)
     plugin: Plugins = field(default_factory=list)
-    resume: Annotated[str | None, typer.Option(help="Go on with the run in this directory.")] = None
+    resume: Annotated[
+        str | None, typer.Option(help="Go on with the run in this directory, or from this checkpoint.")
+    ] = None
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run in the run directory.")] = False
     trace: Annotated[int, typer.Option(min=0, help="Trace this many steps, from the second on, into trace.json.")] = 0
     show_config: Annotated[
@@ -72,7 +75,7 @@ class Train(Command):
 
     def _show(self) -> int:
         """Print the configuration of the run, or the cost of one of its steps."""
-        source = self.config if self.config is not None else f"{self.resume}/config.toml"
+        source = self.config if self.config is not None else str(RunDirectory.of(str(self.resume))[0].config)
         config = tasks.complete(configs.load(source, self.settings))
         if self.dry_run:
             planning.dry_run(config)

@@ -9,11 +9,12 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from mpi4py import MPI
 
-from colossal_mpi import comm
+from colossal_mpi import checkpoint, comm
 from colossal_mpi.apps.config import Config, load
 from colossal_mpi.apps.run_directory import RunDirectory
 from colossal_mpi.apps.training import tasks
@@ -21,7 +22,7 @@ from colossal_mpi.apps.training.meter import Meter
 from colossal_mpi.apps.training.progress import Report, check
 from colossal_mpi.apps.training.stopping import CODE, Stop
 from colossal_mpi.apps.training.trainer import Trainer
-from colossal_mpi.errors import ColossalError, ConfigError
+from colossal_mpi.errors import CheckpointError, ColossalError, ConfigError
 from colossal_mpi.grid import Grid, world_size
 from colossal_mpi.runtime import require_equal, signals
 
@@ -105,7 +106,7 @@ def resume(path: str, settings: list[str], trace: int = 0, forecast: Forecaster 
     Parameters
     ----------
     path : str
-        The run directory.
+        The run directory, or one of its checkpoints: the run then goes on from there, and later ones are removed.
     settings : list of str
         Settings ``section.key=value`` over the configuration of the run.
     trace : int
@@ -121,12 +122,12 @@ def resume(path: str, settings: list[str], trace: int = 0, forecast: Forecaster 
     Raises
     ------
     CheckpointError
-        If there is no run or no checkpoint, or it is damaged.
+        If there is no run or no checkpoint, or it is damaged; the message names the newest that is whole.
     ConfigError
         If the run has done more steps already, another job writes it, or the data are not those of the checkpoint and
         the settings do not allow that.
     """
-    directory = RunDirectory(path)
+    directory, chosen = RunDirectory.of(path)
     directory.latest()
     config = load(str(directory.config), settings)
     allowed, config = config.data.changed, _without_consent(config)
@@ -134,9 +135,9 @@ def resume(path: str, settings: list[str], trace: int = 0, forecast: Forecaster 
     with comm.agreed(grid):
         if grid.rank == 0:
             directory.hold()
-    latest = directory.latest()  # the job that had the lock may have removed the earlier one
+    latest = chosen or directory.latest()  # the job that had the lock may have removed the earlier one
     trainer = Trainer(config, grid)
-    done = trainer.restore(latest)
+    done = _restore(trainer, directory, latest)
     if done > config.training.steps:
         raise ConfigError(f"{latest} has done {done} steps, and training.steps={config.training.steps}: give more")
     change = trainer.data_change()
@@ -151,6 +152,21 @@ def resume(path: str, settings: list[str], trace: int = 0, forecast: Forecaster 
             directory.rewind(done)
             directory.write_config(config)
     return _released(directory, _train(trainer, directory, done, trace, forecast))
+
+
+def _restore(trainer: Trainer, directory: RunDirectory, source: Path) -> int:
+    """Restore a trainer from a checkpoint; if it is damaged, say from which one the run can go on."""
+    try:
+        return trainer.restore(source)
+    except CheckpointError as problem:
+        if checkpoint.is_whole(source, trainer.grid):
+            raise
+        others = comm.share(directory.others(source), trainer.grid)
+        whole = next((one for one in others if checkpoint.is_whole(one, trainer.grid)), None)
+        advice = "no other checkpoint of the run is whole: start it anew with --overwrite"
+        if whole is not None:
+            advice = f"the newest that is whole is {whole.name}: go on from it with --resume {whole}"
+        raise CheckpointError(f"{problem}; {advice}") from None
 
 
 def _without_consent(config: Config) -> Config:

@@ -40,7 +40,7 @@ hdf5
 
 from colossal_mpi.checkpoint.async_checkpointer import AsyncCheckpointer
 from colossal_mpi.checkpoint.directory import flush, point_latest, remove
-from colossal_mpi.checkpoint.inspection import Difference, array_bytes, differences, missing_files, verify
+from colossal_mpi.checkpoint.inspection import Difference, array_bytes, differences, is_whole, missing_files, verify
 from colossal_mpi.checkpoint.loading import load
 from colossal_mpi.checkpoint.manifest import FORMAT_VERSION, ArrayRecord, Manifest, read_manifest
 from colossal_mpi.checkpoint.saving import owned_bytes, save
@@ -54,6 +54,7 @@ __all__ = [
     "array_bytes",
     "differences",
     "flush",
+    "is_whole",
     "load",
     "missing_files",
     "owned_bytes",

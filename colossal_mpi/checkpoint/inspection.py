@@ -93,6 +93,33 @@ def verify(directory: str | Path, grid: Grid) -> list[str]:
     return list(dict.fromkeys(lines))  # every rank that has a part of a missing file reports the file
 
 
+def is_whole(directory: str | Path, grid: Grid) -> bool:
+    """Say whether a checkpoint can be read and all of its bytes agree with their checksums.
+
+    Parameters
+    ----------
+    directory : str or Path
+        The directory of the checkpoint, which all ranks can read.
+    grid : Grid
+        The grid whose ranks share the reading.
+
+    Returns
+    -------
+    bool
+        The same on all ranks.
+
+    Notes
+    -----
+    **Communication:** small messages only.
+    """
+    try:
+        with comm.agreed(grid, CheckpointError):
+            read_manifest(directory)
+    except CheckpointError:
+        return False
+    return not verify(directory, grid)
+
+
 class CheckpointReader:
     """An open checkpoint. Use it as a context manager.
 

@@ -214,3 +214,25 @@ def test_a_run_that_diverges_is_told_to_resume_only_if_it_has_a_checkpoint(run, 
     assert "a run already, which has no checkpoint: replace it with --overwrite" in train("tiny.toml").stderr
     later = train("tiny.toml", "--overwrite", training__checkpoint_every=1).stderr
     assert "the checkpoint after step 1 with a lower rate: --resume run --set training.lr=0.0001" in later
+
+
+def test_a_damaged_checkpoint_names_the_newest_that_is_whole_and_the_run_goes_on_from_that(run):
+    assert train("tiny.toml", training__steps=6, training__checkpoint_every=2).returncode == 0
+    whole = (run / "checkpoints" / "step-0000006" / "rank00000.h5").read_bytes()
+    with (run / "checkpoints" / "step-0000006" / "rank00000.h5").open("r+b") as file:
+        file.truncate(100)
+    (run / "checkpoints" / "step-0000004" / "manifest.json").write_text("")
+    refused = train("--resume", "run", training__steps=7)
+    assert refused.returncode == 1
+    assert "rank00000.h5 has 100 of its" in refused.stderr
+    advice = "the newest that is whole is step-0000002: go on from it with --resume run/checkpoints/step-0000002"
+    assert advice in refused.stderr
+    assert (run / "checkpoints" / "latest").resolve().name == "step-0000006"
+    done = train("--resume", "run/checkpoints/step-0000002", training__steps=6)
+    assert done.returncode == 0, done.stderr
+    assert "run goes on after step 2: step-0000004, step-0000006 removed" in done.stderr
+    assert (run / "checkpoints" / "step-0000006" / "rank00000.h5").read_bytes() == whole
+    assert [row["step"] for row in rows(run)] == [1, 2, 3, 4, 5, 6]
+    for folder in (run / "checkpoints").glob("step-*"):
+        (folder / "manifest.json").unlink()
+    assert "no other checkpoint of the run is whole: start it anew with --overwrite" in train("--resume", "run").stderr
