@@ -3,6 +3,7 @@
 from docutils.parsers.rst import Directive
 from docutils.statemachine import StringList
 
+from colossal_mpi.apps.data.formats import REFUSED
 from colossal_mpi.layers import kernels
 from colossal_mpi.layers.models import MODELS
 from colossal_mpi.layers.models.pretrained import LACKING
@@ -34,11 +35,16 @@ def _families():
     return [*works, *((name, f"It is refused: {reason}.") for name, reason in LACKING.items())]
 
 
+def _refused_files():
+    return [(what, f'It is refused: "{remedy}".') for what, remedy in dict(REFUSED.values()).items()]
+
+
 TABLES = {
     "tensor modes": lambda: _modes(MODES),
     "sequence modes": lambda: _modes(SEQUENCE_MODES),
     "models": lambda: [(kind.name, kind.model.__doc__.splitlines()[0]) for kind in MODELS.values()],
     "families": _families,
+    "refused files": _refused_files,
     "schedules": lambda: [(kind.name, kind.description) for kind in SCHEDULES.values()],
     "optimizers": lambda: _with_options(OPTIMIZERS),
     "learning rates": lambda: _with_options(LEARNING_RATES),
@@ -55,7 +61,7 @@ class Registry(Directive):
     def run(self):
         lines = [".. list-table::", "   :widths: 20 80", ""]
         for name, text in TABLES[self.arguments[0]]():
-            lines += [f"   * - ``{name}``", f"     - {text}"]
+            lines += [f"   * - {name if ' ' in name else f'``{name}``'}", f"     - {text}"]
         parent = self.state.parent.__class__()
         self.state.nested_parse(StringList(lines, "registry"), self.content_offset, parent)
         return parent.children

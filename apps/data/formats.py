@@ -59,7 +59,7 @@ _MEGATRON = b"MMIDIDX\x00\x00"
 _MEGATRON_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 _ARCHIVE = "unpack it; save tokens with numpy.save, texts as .txt or .jsonl"
 _TABLE = "write its texts as .jsonl, one JSON object with a text in each line"
-_FOREIGN = {
+REFUSED = {
     b"PK\x03\x04": (".npz or another zip archive", _ARCHIVE),
     b"PK\x05\x06": (".npz or another zip archive", _ARCHIVE),
     _MEGATRON: ("the index of a Megatron data set", "name the .bin beside it"),
@@ -261,7 +261,7 @@ def _text(path: Path) -> Format:
     with open_text(path) as file:
         head = file.read(_HEAD)
     inner = Path(path.stem if _compression(path) else path.name).suffix.lower()
-    found = next((known for magic, known in _FOREIGN.items() if head.startswith(magic)), None)
+    found = next((known for magic, known in REFUSED.items() if head.startswith(magic)), None)
     if found:
         raise ConfigError(f"{path} is {found[0]}: {found[1]}")
     if inner == _BINARY:
