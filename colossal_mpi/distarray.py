@@ -706,10 +706,12 @@ def from_global(
         If NumPy has no dtype for those of a tensor.
     SharingError
         If a tensor is sparse or on a device that is neither ``cpu`` nor ``cuda``.
+    MismatchError
+        Where calls are checked, if the ranks have other values.
 
     Notes
     -----
-    **Communication:** none.
+    **Communication:** none. Where calls are checked, the ranks of the grid compare a checksum of the values.
 
     Examples
     --------
@@ -727,6 +729,9 @@ def from_global(
         shape = tuple(whole.shape)
         block_at = whole.__getitem__ if shape else lambda _: whole
     layout = layout.on(grid.axes, len(shape))
+    if comm.check.checking():
+        values = "from a function" if callable(source) else comm.check.checksum(source)
+        comm.check.agree("from_global", grid, tuple(grid.axes), shape=shape, layout=layout, dtype=dtype, values=values)
     block = block_at(index_of(layout.box(shape, grid.axes, grid.coords)))
     if isinstance(block, np.ndarray) and not block.dtype.isnative:
         block = block.astype(block.dtype.newbyteorder("="))

@@ -59,5 +59,9 @@ class LaunchError(ColossalError, ImportError):
     """MPI is missing, or the launcher and the MPI library do not belong together."""
 
 
+class MismatchError(ColossalError, RuntimeError):
+    """Ranks of a group make different calls, or hold different values of what must be equal."""
+
+
 class VerificationError(ColossalError, ArithmeticError):
     """A result fails its check."""

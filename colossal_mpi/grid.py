@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
+import os
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -35,6 +36,15 @@ def world_size() -> int:
 def world_rank() -> int:
     """Return this process's rank among those that the launcher started; 0 in a process that is no rank."""
     return MPI.COMM_WORLD.Get_rank() if MPI.Is_initialized() and not MPI.Is_finalized() else 0
+
+
+_on_split: Callable[[Grid, tuple[str, ...]], None] | None = None
+
+
+def before_split(function: Callable[[Grid, tuple[str, ...]], None]) -> None:
+    """Have a function called before a grid makes the communicators of some axes; comm registers its check here."""
+    global _on_split
+    _on_split = function
 
 
 class Grid:
@@ -92,7 +102,13 @@ class Grid:
     def __init__(self, comm: MPI.Intracomm | None = None, device: str = "auto", **axes: int) -> None:
         runtime.require_mpi()
         comm = MPI.COMM_WORLD if comm is None else comm
-        runtime.require_equal(comm, {"its axes": axes, "its device": device}, GridError, f"Grid({_text(axes)})", _ALIKE)
+        runtime.require_equal(
+            comm,
+            {"its axes": axes, "its device": device, "COLOSSAL_MPI_CHECK": os.environ.get("COLOSSAL_MPI_CHECK")},
+            GridError,
+            f"Grid({_text(axes)})",
+            _ALIKE,
+        )
         _check(axes, comm.Get_size())
         self._cart: Any = comm.Create_cart(list(axes.values()), reorder=False) if axes else comm
         node = comm.Split_type(MPI.COMM_TYPE_SHARED)
@@ -252,6 +268,8 @@ class Grid:
         if self._cart == MPI.COMM_NULL:
             raise GridError(f"{self} was freed, by free() or at the end of its with block: make another grid")
         if key not in self._subs:
+            if _on_split is not None:
+                _on_split(self, key)
             self._subs[key] = self._cart.Sub([axis in key for axis in self.axes])
         return self._subs[key]
 

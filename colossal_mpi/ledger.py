@@ -50,7 +50,8 @@ _MOVERS = (
     "linalg/contraction/execute",
 )
 """The modules of the communication code, which `site` skips."""
-_BELOW = {contextlib.__file__, *(f"{_CORE}/{name}.py" for name in _MOVERS)}
+BELOW = {contextlib.__file__, *(f"{_CORE}/{name}.py" for name in _MOVERS)}
+"""The files of these modules."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +196,7 @@ def site() -> str:
     if not _open:
         return ""
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename in _BELOW:
+    while frame.f_back is not None and frame.f_code.co_filename in BELOW:
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 

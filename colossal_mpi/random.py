@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from colossal_mpi.comm import check
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import LayoutError, ShapeError
 from colossal_mpi.grid import Grid
@@ -198,6 +199,7 @@ def _distributed(
     """Return the array whose blocks a function makes."""
     shape = tuple(shape)
     layout = layout.on(grid.axes, len(shape))
+    check.agree(maker.__name__, grid, tuple(grid.axes), shape=shape, layout=layout, seed=seed, stream=stream)
     if math.prod(shape[:-1]) > 2**64:
         raise ShapeError(f"random numbers of shape {shape}: the leading dims may have 2**64 rows together")
     if layout.partial:

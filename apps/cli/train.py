@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Annotated
 
 import typer
 
+from colossal_mpi import comm
 from colossal_mpi.apps import config as configs
 from colossal_mpi.apps import planning
 from colossal_mpi.apps.command import Command, GridAxes, Plugins, Settings
@@ -41,6 +43,11 @@ class Train(Command):
     ] = None
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run in the run directory.")] = False
     trace: Annotated[int, typer.Option(min=0, help="Trace this many steps, from the second on, into trace.json.")] = 0
+    check_replicas: Annotated[
+        int | None,
+        typer.Option(min=0, help="Compare the replicas of weights and optimizer states every so many steps."),
+    ] = None
+    check: Annotated[bool, typer.Option("--check", help="Check that all ranks make the same calls.")] = False
     show_config: Annotated[
         bool, typer.Option("--show-config", help="Print the configuration with the meaning of every key, and stop.")
     ] = False
@@ -57,18 +64,25 @@ class Train(Command):
     def run(self) -> int:
         if self.show_config or self.dry_run:
             return self._show()
+        with comm.checked() if self.check else nullcontext():
+            return self._train()
+
+    def _train(self) -> int:
+        """Train from the beginning, or go on with a run."""
         if self.config is not None:
             return start(configs.load(self.config, self.settings), self.overwrite, self.trace, planning.forecast_of_run)
         return resume(str(self.resume), self.settings, self.trace, planning.forecast_of_run)
 
     @property
     def settings(self) -> list[str]:
-        """The settings of ``--set``, ``--plugin``, ``--tensor``, ``--kernels`` and ``--grid``."""
+        """The settings of ``--set``, ``--plugin``, ``--tensor``, ``--kernels``, ``--check-replicas``, ``--grid``."""
         given = {"tensor": self.tensor, "kernels": self.kernels}
         found = [
             *self.setting,
             *(configs.setting(f"parallel.{key}", value) for key, value in given.items() if value is not None),
         ]
+        if self.check_replicas is not None:
+            found.append(f"training.check_replicas={self.check_replicas}")
         if self.plugin:
             found.append(configs.setting("run.plugins", self.plugin))
         return [*found, configs.grid_setting(configs.parse_grid(self.grid))] if self.grid is not None else found

@@ -235,6 +235,9 @@ class Training(Section):
         8, ge=1, description="batches of text per validation; a validation takes all held-out images"
     )
     checkpoint_every: int = Field(200, ge=1, description="steps between checkpoints")
+    check_replicas: int = Field(
+        0, ge=0, description="steps between comparisons of the replicas of weights and optimizer states; 0: none"
+    )
     keep_last: int = Field(0, ge=0, description="newest checkpoints that are kept; 0 keeps all")
     keep_every: int = Field(
         0, ge=0, description="with keep_last: checkpoints at multiples of this many steps are kept, too"

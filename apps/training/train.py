@@ -58,6 +58,7 @@ def make_grid(config: Config, **options: object) -> Grid:
     **Communication:** 16 bytes of each rank are compared, and one grid is made, on all ranks.
     """
     keys = {f"{section}.{key}": value for section, table in config.model_dump().items() for key, value in table.items()}
+    options["check"] = comm.check.checking()
     require_equal(MPI.COMM_WORLD, keys | options, ConfigError, "the configuration of the run")
     parallel = config.parallel
     axes = parallel.grid or {"data": world_size()}
@@ -227,6 +228,8 @@ def _steps(
                 f"step {step + 1}: loss {row['loss']}, gradient norm {row['gradient_norm']}; "
                 f"{_remedy(saved, training.lr, directory)}"
             )
+        if training.check_replicas and (step + 1) % training.check_replicas == 0:
+            trainer.compare_replicas(step + 1)
         last = step + 1 == training.steps
         # A run that is being stopped has no time for a validation.
         if last or ((step + 1) % training.evaluate_every == 0 and not signal):

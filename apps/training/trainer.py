@@ -21,6 +21,7 @@ from colossal_mpi.apps.config import Config
 from colossal_mpi.apps.environment import peak_memory
 from colossal_mpi.apps.training import tasks
 from colossal_mpi.apps.training.metadata import SavedOptimizer, SavedSteps
+from colossal_mpi.apps.training.replicas import require_equal_replicas
 from colossal_mpi.apps.training.tasks import StepFeed
 from colossal_mpi.errors import CheckpointError
 from colossal_mpi.grid import Grid
@@ -291,6 +292,25 @@ class Trainer:
         """
         training = self.config.training
         return training.background_checkpoints and done + training.checkpoint_every < training.steps
+
+    def compare_replicas(self, step: int) -> None:
+        """Check that replicas of weights and optimizer states are equal, bit for bit.
+
+        Parameters
+        ----------
+        step : int
+            Number of steps that are done.
+
+        Raises
+        ------
+        MismatchError
+            If some differ, on all ranks.
+
+        Notes
+        -----
+        **Communication:** a checksum of each array is collected from all ranks.
+        """
+        require_equal_replicas(self._state(), self.grid, f"after step {step}")
 
     def reserve(self) -> None:
         """Allocate the memory for copies of background checkpoints, so that the first is as quick as the others."""

@@ -4,6 +4,8 @@
 reductions. It calls ``grid`` for the communicators and enters every transfer into the ``ledger``.
 """
 
+from colossal_mpi.comm import check
+from colossal_mpi.comm.check import checked
 from colossal_mpi.comm.collectives import (
     MAX,
     SUM,
@@ -19,6 +21,7 @@ from colossal_mpi.comm.collectives import (
 )
 from colossal_mpi.comm.messages import Pending, progress, reading, start_exchange
 from colossal_mpi.comm.transport import (
+    Announced,
     BlockingTransport,
     MessageTransport,
     Request,
@@ -32,6 +35,7 @@ from colossal_mpi.comm.transport import (
 __all__ = [
     "MAX",
     "SUM",
+    "Announced",
     "BlockingTransport",
     "MessageTransport",
     "Pending",
@@ -45,6 +49,8 @@ __all__ = [
     "allgather",
     "allreduce",
     "bcast",
+    "check",
+    "checked",
     "collect",
     "collect_later",
     "pieces_of",

@@ -25,6 +25,7 @@ from mpi4py import MPI
 from numpy.typing import DTypeLike
 
 from colossal_mpi import ledger
+from colossal_mpi.comm import check
 from colossal_mpi.comm.staging import from_buffer, recv_buffer, send_buffer
 from colossal_mpi.errors import ColossalError, DTypeError, GridError, OptionError, ShapeError
 from colossal_mpi.grid import Grid
@@ -207,6 +208,7 @@ def allgather(
     -----
     **Communication:** allgather over `axes`, ``sum(counts) - own`` words received. **Adjoint:** `reduce_scatter`.
     """
+    check.agree("allgather", grid, axes, dtype=block.dtype, counts=counts)
     comm, begun = grid.comm(axes), ledger.clock.now()
     _require(counts[comm.rank], block, "allgather")
     send, recv = send_buffer(block, grid), recv_buffer(block, sum(counts), grid)
@@ -255,6 +257,7 @@ def reduce_scatter(block: Block, grid: Grid, axes: Sequence[str], counts: Sequen
     **Communication:** reduce_scatter over `axes`, ``(p - 1) own`` words received, as an all_to_all of the pieces.
     **Adjoint:** `allgather`.
     """
+    check.agree("reduce_scatter", grid, axes, reduction=op, dtype=block.dtype, counts=counts)
     comm, begun = grid.comm(axes), ledger.clock.now()
     _require(sum(counts), block, "reduce_scatter")
     require_reducible(op, block)
@@ -330,6 +333,7 @@ def all_to_all(
     **Communication:** all_to_all over `axes`, ``sum(recv_counts) - own`` words received. **Adjoint:** itself, with the
     counts swapped.
     """
+    check.agree("all_to_all", grid, axes, (counts, recv_counts), dtype=block.dtype, most=most)
     comm, begun = grid.comm(axes), ledger.clock.now()
     _require(sum(counts), block, "all_to_all")
     send, recv = send_buffer(block, grid), recv_buffer(block, sum(recv_counts), grid)
@@ -375,6 +379,7 @@ def bcast(block: Block, grid: Grid, axes: Sequence[str], root: int = 0) -> Block
     **Communication:** bcast over `axes`, n words received on every rank but the root. **Adjoint:** a reduction to the
     root.
     """
+    check.agree("bcast", grid, axes, root=root, dtype=block.dtype, shape=tuple(block.shape))
     comm, begun = grid.comm(axes), ledger.clock.now()
     if not 0 <= root < comm.size:
         raise GridError(f"bcast(root={root}) over {grid.ordered(axes)} of {grid}: it must be from 0 to {comm.size - 1}")
@@ -409,6 +414,7 @@ def share(value: Any, grid: Grid, root: int = 0) -> Any:
     -----
     **Communication:** a broadcast over the grid, which the ledger does not count.
     """
+    check.agree("share", grid, tuple(grid.axes), root=root)
     return grid.comm(tuple(grid.axes)).bcast(value, root)
 
 
@@ -431,6 +437,7 @@ def collect(value: T, grid: Grid) -> list[T]:
     -----
     **Communication:** an allgather over the grid, which the ledger does not count.
     """
+    check.agree("collect", grid, tuple(grid.axes))
     values: list[T] = grid.comm(tuple(grid.axes)).allgather(value)
     return values
 
@@ -454,11 +461,14 @@ def collect_later(value: int, grid: Grid) -> Callable[[], list[int]]:
     -----
     **Communication:** a nonblocking allgather over the grid, one byte of each rank, which the ledger does not count.
     """
+    call = check.begin("collect_later", grid, tuple(grid.axes))
     comm = grid.comm(tuple(grid.axes))
     own, every = np.array([value], np.uint8), np.zeros(comm.size, np.uint8)
     request = comm.Iallgather([own, mpi_type(own.dtype)], [every, mpi_type(every.dtype)])
 
     def wait() -> list[int]:
+        if call is not None:
+            call.end()
         request.Wait()
         return [int(of_rank) for of_rank in every]
 

@@ -14,6 +14,7 @@ import numpy as np
 from mpi4py import MPI
 
 from colossal_mpi import ledger
+from colossal_mpi.comm import check
 from colossal_mpi.comm.collectives import mpi_type, split_messages
 from colossal_mpi.comm.staging import from_buffer, recv_buffer, send_buffer
 from colossal_mpi.grid import Grid
@@ -214,6 +215,7 @@ def reading(
     **Communication:** `words` words read, and two small collectives over `axes`. **Adjoint:** a reduce_scatter of the
     cotangents of the blocks that were read.
     """
+    check.agree("reading", grid, axes, dtype=block.dtype, shapes=shapes)
     group, begun = grid.comm(axes), ledger.clock.now()
     memories = grid.peers(axes)
     assert memories is not None, "the ranks of this group cannot read each other's memory"

@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Sequence
 from itertools import accumulate
 from typing import ClassVar, Generic, TypeAlias, TypeVar
 
+from colossal_mpi.comm import check
 from colossal_mpi.comm.collectives import (
     SUM,
     add_in_rank_order,
@@ -127,6 +128,31 @@ class Started(Request[T]):
         while self._request is not None:
             self._resume()
         return self._result[0]
+
+
+class Announced(Request[T]):
+    """A request for the result of a checked call: its end is the first to compare the records of the ranks.
+
+    Parameters
+    ----------
+    call : Call
+        The call, whose record is on its way.
+    request : Request
+        The request for its result.
+    """
+
+    def __init__(self, call: check.Call, request: Request[T]) -> None:
+        self._call, self._request = call, request
+
+    def done(self) -> bool:
+        if not self._call.done():
+            return False
+        self._call.end()
+        return self._request.done()
+
+    def wait(self) -> T:
+        self._call.end()
+        return self._request.wait()
 
 
 class Transport(ABC):
@@ -352,7 +378,8 @@ def allreduce(block: Block, grid: Grid, axes: Sequence[str], op: str = SUM) -> B
         return block
     require_reducible(op, block)
     xp = backend.namespace(block)
-    flat = Started(_allreduce(xp.reshape(block, (-1,)), BlockingTransport(grid, axes), op)).wait()
+    with check.call("allreduce", grid, axes, reduction=op, dtype=block.dtype, shape=tuple(block.shape)):
+        flat = Started(_allreduce(xp.reshape(block, (-1,)), BlockingTransport(grid, axes), op)).wait()
     return xp.reshape(flat, block.shape)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from colossal_mpi.comm import (
+    Announced,
     BlockingTransport,
     MessageTransport,
     Request,
@@ -22,6 +23,7 @@ from colossal_mpi.comm import (
     Steps,
     Transport,
     add_in_rank_order,
+    check,
     pieces_of,
     reading,
 )
@@ -65,7 +67,8 @@ def redistribute(block: Block, shape: Shape, source: Layout, target: Layout, gri
     if source == target:
         return block
     plan = plan_of(shape, source, target, grid)
-    return Started(_steps([block], [plan], grid, _transports([plan], grid, BlockingTransport))).wait()[0]
+    with check.call("redistribute", grid, plan.axes, dtype=block.dtype, shape=shape, source=source, target=target):
+        return Started(_steps([block], [plan], grid, _transports([plan], grid, BlockingTransport))).wait()[0]
 
 
 def start(blocks: Sequence[Block], plans: Sequence[Plan], grid: Grid) -> Request[list[Block]]:
@@ -90,7 +93,22 @@ def start(blocks: Sequence[Block], plans: Sequence[Plan], grid: Grid) -> Request
     **Communication:** the words of `redistribute`, all as messages from rank to rank. **Adjoint:** the redistributions
     of the cotangents back.
     """
-    return Started(_steps(list(blocks), plans, grid, _transports(plans, grid, MessageTransport)))
+    # begun here and compared at the end: a check that waited now would make the ranks wait for one another
+    call = check.begin("start_redistribution", grid, plans[0].axes, dtype=blocks[0].dtype, arrays=_About(plans))
+    begun = Started(_steps(list(blocks), plans, grid, _transports(plans, grid, MessageTransport)))
+    return begun if call is None else Announced(call, begun)
+
+
+class _About:
+    """What plans redistribute, as text; it is made only where calls are checked."""
+
+    def __init__(self, plans: Sequence[Plan]) -> None:
+        self._plans = plans
+
+    def __str__(self) -> str:
+        return ", ".join(
+            f"{shape} from {source} to {target}" for shape, source, target in (p.about for p in self._plans)
+        )
 
 
 def plan_of(shape: Shape, source: Layout, target: Layout, grid: Grid) -> Plan:

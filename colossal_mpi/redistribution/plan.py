@@ -95,11 +95,20 @@ class Plan:
     keep : bool
         Whether this rank keeps its block: False where the result is a partial sum whose value another rank holds, so
         that this rank holds zeros.
+    about : (tuple of int, Layout, Layout)
+        The global shape of the array, its layout and the layout that it gets.
     """
 
     reductions: tuple[Reduction, ...]
     exchange: Exchange | None
     keep: bool
+    about: tuple[Shape, Layout, Layout]
+
+    @property
+    def axes(self) -> Axes:
+        """The axes of all steps, which span the ranks that communicate."""
+        groups = [*(reduction.axes for reduction in self.reductions), *([self.exchange.axes] if self.exchange else [])]
+        return tuple(dict.fromkeys(axis for group in groups for axis in group))
 
     @property
     def route(self) -> tuple[object, ...]:
@@ -229,7 +238,7 @@ def plan_redistribution(shape: Shape, source: Layout, target: Layout, grid: Grid
         reductions.append(_reduction(grid.ordered(rest), [own], before, box_shape(own)))
     fresh = [axis for axis in target.partial if axis not in source.partial]
     keep = all(grid.coords[axis] == 0 for axis in fresh)
-    return Plan(tuple(reductions), _layout_exchange(shape, middle, target, grid), keep)
+    return Plan(tuple(reductions), _layout_exchange(shape, middle, target, grid), keep, (shape, source, target))
 
 
 def plan_reduce_scatter(

@@ -25,9 +25,11 @@ independent parallel matrix multiplication communication lower bounds, SPAA 2022
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
+from colossal_mpi.comm import check
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import DTypeError, GridError, LayoutError, OptionError, ShapeError
 from colossal_mpi.layout import Layout
@@ -122,17 +124,29 @@ def contract(
     _check_factors(sub, a, shape, target, (alpha, beta), conj)
     panels = _panels(sub, a, b, axes, stream, panel)
     product = LocalProduct(sub, alpha, 0, ("a" in conj, "b" in conj))
-    # A[M, K] . B[K, N] -> C[M_m-axes, N_n-axes] {U_k-axes}
-    c = execute(product, (a, b), axes, shape, layout, panels, target, beta)
-    if c is target:
-        return c
-    # C[M_m-axes, N_n-axes] {U_k-axes} -> C[out]: reduce_scatter, and a move if the cuts differ
-    c = c if layout is None else c.redistribute(layout)
+    with _checked(sub, a, b, axes, layout):
+        # A[M, K] . B[K, N] -> C[M_m-axes, N_n-axes] {U_k-axes}
+        c = execute(product, (a, b), axes, shape, layout, panels, target, beta)
+        if c is target:
+            return c
+        # C[M_m-axes, N_n-axes] {U_k-axes} -> C[out]: reduce_scatter, and a move if the cuts differ
+        c = c if layout is None else c.redistribute(layout)
     if target is None:
         return c if wide or c.dtype == a.dtype else c.astype(a.dtype)
     # out = C + beta out, on each rank
     blas.blend(target.local, c.local, 1, beta)
     return target
+
+
+def _checked(
+    sub: Subscripts, a: DistArray, b: DistArray, axes: Mapping[str, str], layout: Layout | None
+) -> AbstractContextManager[None]:
+    """Return the context in which the ranks that take part in a product have agreed on it, where calls are checked."""
+    if not check.checking():
+        return nullcontext()
+    layouts = [a.layout, b.layout, *([] if layout is None else [layout])]
+    group = dict.fromkeys([*axes, *(axis for one in layouts for axis in (*one.cut, *one.partial))])
+    return check.call(f"contract({sub})", a.grid, list(group), a=a, b=b, map=dict(axes), to=layout)
 
 
 def _panels(
