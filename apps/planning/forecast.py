@@ -150,6 +150,9 @@ class StageCost:
 class Forecast:
     """The cost of a training step of a configuration on its grid, on a machine.
 
+    Where documents are kept apart and a ring cuts the sequence, words and time depend on the documents of the batch and
+    on the rank: they are those of the first step on the first rank of each stage.
+
     Attributes
     ----------
     config : Config
@@ -169,12 +172,12 @@ class Forecast:
 
     @property
     def words(self) -> int:
-        """Array elements that the busiest rank receives."""
+        """Array elements that the first rank of the busiest stage receives."""
         return max(stage.words for stage in self.stages)
 
     @property
     def messages(self) -> int:
-        """Collectives and messages between stages that the busiest rank takes part in."""
+        """Collectives and messages between stages that the first rank of the busiest stage takes part in."""
         return max(stage.messages for stage in self.stages)
 
     @property

@@ -163,6 +163,8 @@ def show_forecast(one: Forecast) -> None:
     out.print(memory_table(one))
     out.print("copies: of the state, in host memory, for checkpoints in the background; not in the peak")
     out.print(traffic_table(one))
+    if one.config.data.documents == "separate":
+        out.print("documents are kept apart: figures of the first step; in a ring, words depend on a batch's documents")
     if len(one.stages) > 1 or one.config.training.microbatches > 1:
         out.print("microbatches, by stage: 1 2 3 forward, a b c backward (inputs), A B C backward (weights)")
         for line in timeline(one.spans, len(one.stages)):

@@ -25,6 +25,9 @@ from colossal_mpi.platform.backend import Block
 Run = tuple[int, int]
 """First token and end of some consecutive tokens of the sequence."""
 
+Box = tuple[slice, slice, slice]
+"""Keys that some samples see: the samples, the rows of the block, and the place of the rows among all that are seen."""
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -88,6 +91,7 @@ class AttentionMask:
         # M[B_row, S_seq] -> M[B_row, S]: allgather over the ring
         self._padding = ctx.mask_of(x, whole=True)
         self._first = ctx.documents_of(x)
+        self.samples = x.local.shape[0]
         if self._first is not None and not causal:
             raise OptionError("documents are kept apart by causal attention only: use causal=True, or no documents")
         positions = ctx.positions_of(x, whole=True)  # checked even where they do not count
@@ -101,6 +105,7 @@ class AttentionMask:
             )
         self._split = causal and split
         self._seen = cache(self._find_seen)
+        self.boxes = cache(self._find_boxes)
         self._windows = cache(self._find_windows)
 
     def runs_of(self, rank: int) -> list[slice]:
@@ -129,6 +134,30 @@ class AttentionMask:
             return [] if hidden or low == high else [slice(0, high - low)]
         starts = [start - tokens[0] for start, tokens in zip(self._starts(source), self._runs[source], strict=True)]
         return [slice(starts[j] + first, starts[j] + end) for j, (first, end) in self._seen(reader, source)]
+
+    def _find_boxes(self, reader: int, source: int) -> list[Box] | None:
+        """Return the part of `rows` that some query sees in each sample; None: every sample has the same.
+
+        The keys of a run that a sample sees end with the run, since the queries of another rank come after all of it.
+        They begin with the window, or the document, of the first query after the run.
+        """
+        if self._first is None or reader == source:
+            return None
+        found: list[Box] = []
+        place = 0
+        for j, (low, high) in self._seen(reader, source):
+            query = min(first for first, end in self._runs[reader] if high <= first < end)
+            reach = low if self.window is None else max(low, query - self.window + 1)
+            lowest = np.clip(self._first[:, query], reach, high)
+            cuts = [0, *(np.flatnonzero(np.diff(lowest)) + 1).tolist(), len(lowest)]
+            start = self._starts(source)[j] - self._runs[source][j][0]
+            for first, end in itertools.pairwise(cuts):
+                token = int(lowest[first])
+                if token < high:
+                    rows = slice(start + token, start + high)
+                    found.append((slice(first, end), rows, slice(place + token - low, place + high - low)))
+            place += high - low
+        return None if all(samples == slice(0, len(self._first)) for samples, *_ in found) else found
 
     def tiles(self, source: int) -> list[Tile]:
         """Return the tiles of this rank's queries and the keys of rank `source`, without tiles that are all hidden."""

@@ -5,10 +5,11 @@ sequence the ring has one rank and nothing is sent. Both call the attention kern
 the exchanges of `colossal_mpi.comm`.
 
 Each rank keeps its queries. In step t it attends to keys and values of the rank t places before it in the ring, while
-those of the next step arrive. A rank receives the keys that some query of its own sees, and no others: half of them
-where a causal sequence is cut into one run for each rank, and few where windows or documents are short. In the
-backward pass it gives the cotangents of these keys back to the rank that holds them, which adds them in the order of
-the ring. No rank holds an array of the length of the sequence, except the padding mask and positions given whole.
+those of the next step arrive. Of each sample, a rank receives the keys that some query of its own sees, and no others.
+That is half of them where a causal sequence is cut into one run for each rank, and few where windows or documents are
+short. In the backward pass it gives the cotangents of these keys back to the rank that holds them, which adds them in
+the order of the ring. No rank holds an array of the length of the sequence, except the padding mask and positions given
+whole.
 
 References
 ----------
@@ -23,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from colossal_mpi.comm import Pending, progress, start_exchange
 from colossal_mpi.grid import Grid
 from colossal_mpi.layers import kernels
-from colossal_mpi.layers.attention.mask import AttentionMask, Tile
+from colossal_mpi.layers.attention.mask import AttentionMask, Box, Tile
 from colossal_mpi.layers.kernels import wide
 from colossal_mpi.platform import backend
 from colossal_mpi.platform.backend import Block
@@ -57,7 +58,8 @@ def attend(q: Block, kv: Blocks, mask: AttentionMask) -> Blocks:
     Notes
     -----
     **Communication:** a message from each other rank with keys that this rank's queries see: ``2 k g d`` words received
-    for k such keys, over all samples. Without a causal order that is ``2 (c - 1) b n g d`` in a ring of c equal blocks.
+    for k such keys, counted in each sample. Without a causal order that is ``2 (c - 1) b n g d`` in a ring of c equal
+    blocks.
     """
     queries = mask.runs_of(mask.rank)
     parts: list[Blocks | None] = [None] * len(queries)
@@ -174,7 +176,7 @@ class _ReturningCotangents:
         self.kv, self.mask = kv, mask
         self._totals: Sequence[Block] = ()
         self._step = 0
-        self._pending: tuple[Pending, list[slice], Sequence[Block]] | None = None
+        self._pending: tuple[Pending, int, Sequence[Block]] | None = None
 
     def add(self, source: int, parts: Sequence[Block]) -> None:
         """Keep this rank's own cotangents, or send those of the keys of rank `source` back to it."""
@@ -184,20 +186,28 @@ class _ReturningCotangents:
         self._step += 1
         self.arrived()
         reader = (self.mask.rank + self._step) % self.mask.ranks
-        rows = self.mask.rows(reader, self.mask.rank)
-        coming = [wide(x) for x in _empty(self.kv, rows)]
+        coming = [wide(x) for x in _buffers(self.kv, self.mask, reader, self.mask.rank)]
+        boxes = self.mask.boxes(self.mask.rank, source)
+        sent = parts
+        if boxes is not None:
+            sent = [_packed(x, [(some, place) for some, _, place in boxes]) for x in parts]
         # dK[B, rows, G, D] of the keys of rank i - t goes home from rank i
-        if pending := _exchange((source, parts), (reader, coming), self.mask, _COTANGENTS):
-            self._pending = pending, rows, coming
+        if pending := _exchange((source, sent), (reader, coming), self.mask, _COTANGENTS):
+            self._pending = pending, reader, coming
 
     def arrived(self) -> Sequence[Block]:
         """Return the sums of this rank's keys and values, with what has been sent to it so far."""
         if self._pending is not None:
-            pending, rows, coming = self._pending
+            pending, reader, coming = self._pending
             pending.wait()
+            boxes, rows = self.mask.boxes(reader, self.mask.rank), self.mask.rows(reader, self.mask.rank)
             for total, part in zip(self._totals, coming, strict=True):
-                for place, at in _places(rows):
-                    total[:, at, ...] += part[:, place, ...]
+                if boxes is None:
+                    for place, at in _places(rows):
+                        total[:, at, ...] += part[:, place, ...]
+                else:
+                    for (samples, at, _), terms in zip(boxes, _unpacked(part, boxes), strict=True):
+                        total[samples, at, ...] += terms
             self._pending = None
         return self._totals
 
@@ -205,32 +215,79 @@ class _ReturningCotangents:
 def _arriving(kv: Blocks, mask: AttentionMask) -> Iterator[tuple[int, Blocks]]:
     """Yield each rank of the ring, from this one backwards, with its keys and values that this rank's queries see.
 
-    Those of the next rank arrive meanwhile.
+    Those of the next rank arrive meanwhile. Where samples see different keys, the others are zeros.
     """
     source, block = mask.rank, kv
     for step in range(1, mask.ranks + 1):
         following, pending = (mask.rank - step) % mask.ranks, None
         if step < mask.ranks:
             reader = (mask.rank + step) % mask.ranks
-            coming = _empty(kv, mask.rows(mask.rank, following))
+            coming = _buffers(kv, mask, mask.rank, following)
             # K[B, rows, G, D] of rank i goes to rank i + t: a shift along seq, of the rows that are seen there
-            outgoing = _rows_of(kv, mask.rows(reader, mask.rank))
+            outgoing = _seen_of(kv, mask, reader)
             pending = _exchange((reader, outgoing), (following, coming), mask, _KEYS_AND_VALUES)
         yield source, block
         if pending is not None:
             pending.wait()
         if step < mask.ranks:
-            source, block = following, coming
+            source, block = following, _spread(coming, mask, following)
 
 
-def _rows_of(kv: Blocks, rows: Sequence[slice]) -> Blocks:
-    """Return some rows of keys and values, contiguous."""
+def _seen_of(kv: Blocks, mask: AttentionMask, reader: int) -> Blocks:
+    """Return this rank's keys and values that some query of another rank sees, contiguous."""
+    rows, boxes = mask.rows(reader, mask.rank), mask.boxes(reader, mask.rank)
+    if boxes is not None:
+        k, v = (_packed(x, [(samples, at) for samples, at, _ in boxes]) for x in kv)
+        return k, v
     if rows == [slice(0, kv[0].shape[1])]:
         return kv
     if not rows:
         return _empty(kv, rows)
     xp = backend.namespace(kv[0])
     k, v = (backend.contiguous(xp.concat([x[:, at, ...] for at in rows], axis=1)) for x in kv)
+    return k, v
+
+
+def _packed(x: Block, parts: Sequence[tuple[slice, slice]]) -> Block:
+    """Return the rows of some samples of ``[b, n, g, d]``, one part after the other, as ``[1, rows, g, d]``."""
+    xp = backend.namespace(x)
+    rows = [xp.reshape(x[samples, at, ...], (1, -1, *x.shape[2:])) for samples, at in parts]
+    return backend.contiguous(xp.concat(rows, axis=1))
+
+
+def _unpacked(x: Block, boxes: Sequence[Box]) -> Iterator[Block]:
+    """Yield the rows ``[samples, rows, g, d]`` of each box from what `_packed` made of them."""
+    start = 0
+    for samples, at, _ in boxes:
+        shape = samples.stop - samples.start, at.stop - at.start
+        stop = start + shape[0] * shape[1]
+        yield backend.namespace(x).reshape(x[0, start:stop, ...], (*shape, *x.shape[2:]))
+        start = stop
+
+
+def _buffers(kv: Blocks, mask: AttentionMask, reader: int, source: int) -> Blocks:
+    """Return uninitialised blocks for the keys and values of rank `source` that some query of rank `reader` sees."""
+    boxes = mask.boxes(reader, source)
+    if boxes is None:
+        return _empty(kv, mask.rows(reader, source))
+    count = sum((samples.stop - samples.start) * (at.stop - at.start) for samples, at, _ in boxes)
+    k, v = (backend.empty_like(x, (1, count, *x.shape[2:])) for x in kv)
+    return k, v
+
+
+def _spread(arrived: Blocks, mask: AttentionMask, source: int) -> Blocks:
+    """Return the keys and values of rank `source` in the order of `AttentionMask.rows`, the same rows of each sample.
+
+    Keys that a sample does not see are zeros: its queries' windows hide them.
+    """
+    boxes = mask.boxes(mask.rank, source)
+    if boxes is None:
+        return arrived
+    length = sum(at.stop - at.start for at in mask.rows(mask.rank, source))
+    k, v = (backend.zeros_like(x, (mask.samples, length, *x.shape[2:])) for x in arrived)
+    for whole, x in zip((k, v), arrived, strict=True):
+        for (samples, _, place), some in zip(boxes, _unpacked(x, boxes), strict=True):
+            whole[samples, place, ...] = some
     return k, v
 
 

@@ -7,13 +7,16 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from colossal_mpi import ConfigError, Grid, from_global
+from colossal_mpi import ConfigError, Grid, comm, from_global, ledger
 from colossal_mpi.apps import config as configs
 from colossal_mpi.apps.data import documents_of, foreign_labels, read_corpus, write_store
 from colossal_mpi.apps.data.documents import ends_by_token, starts_in, starts_of
+from colossal_mpi.apps.planning.forecast import forecast
+from colossal_mpi.apps.planning.report import show_forecast
 from colossal_mpi.apps.training.tasks import make
 from colossal_mpi.apps.training.trainer import Trainer
 from colossal_mpi.layers import Context, CrossEntropy, Parallelism
+from colossal_mpi.machine import Link, Machine
 from tests.cases import host
 from tests.reference.gpt_case import block_and_index, difference
 
@@ -99,6 +102,51 @@ def test_the_loss_is_that_of_each_document_alone(tmp_path):
     assert abs(loss - total) <= 1e-12 * total
     alone = {q.name: host(q.reduce()) for q in task.model.parameters()}
     assert difference({name: (g, ...) for name, g in gradients.items()}, alone) <= 1e-10
+
+
+def test_a_boundary_that_is_forgotten_changes_the_loss_and_the_gradients(tmp_path):
+    lines(tmp_path)
+    p = Parallelism(Grid(MPI.COMM_SELF))
+    task = make(config_of(tmp_path), p)
+    batch, weight = task.batch(0, 2), task.weight(0, 2)
+
+    def run(documents):
+        y, cache = task.model.forward(batch.inputs, Context(documents=documents))
+        loss, saved = task.loss(y, batch.labels, weight)
+        task.model.backward(task.backward(saved), cache)
+        gradients = {q.name: host(q.reduce()).copy() for q in task.model.parameters()}
+        for q in task.model.parameters():
+            q.grad = None
+        return loss, gradients
+
+    right = batch.context["documents"]
+    loss, exact = run(right)
+    places = np.argwhere((right == np.arange(CONTEXT)) & (np.arange(CONTEXT) > 0))
+    assert len(places) >= 2
+    for row, start in places:
+        wrong = right.copy()
+        wrong[row, right[row] == start] = right[row, start - 1]
+        value, gradients = run(wrong)
+        assert abs(value - loss) > 1e-12 * loss
+        assert difference({name: (g, ...) for name, g in gradients.items()}, exact) > 1e-10
+
+
+@pytest.mark.prepare(lines)
+@pytest.mark.grids({"seq": 3}, {"data": 2, "seq": 2}, {"pipe": 2, "seq": 2}, {"seq": 2, "row": 1, "col": 2})
+def test_a_forecast_has_the_words_of_the_first_step(grid, prepared, capsys):
+    axes, link = dict(grid.axes), Link(50e-6, 2e9)
+    for documents in ("separate", "joined"):
+        config = config_of(prepared, axes, documents=documents)
+        run = Trainer(config, grid)
+        with ledger.record() as moved:
+            run.step(0)
+        everyone = comm.collect((grid.coords.get("pipe", 0), moved.by_axis()), grid)
+        one = forecast(config, Machine(40e9, 30e9, 5e-6, 2e-4, link, link, 4, overlap=False))
+        for stage, cost in enumerate(one.stages):
+            words = next(words for at, words in everyone if at == stage)  # the first rank of the stage
+            assert {axis: n for axis, n in cost.words_by_axis.items() if n} == {a: n for a, n in words.items() if n}
+        show_forecast(one)
+        assert ("figures of the first step" in capsys.readouterr().out) == (documents == "separate")
 
 
 def test_starts_are_those_of_the_documents():

@@ -11,8 +11,10 @@ import pytest
 from mpi4py import MPI
 
 from colossal_mpi import Grid, Layout, OptionError, ShapeError, comm, from_global, ledger, random
+from colossal_mpi.distarray import zeros
 from colossal_mpi.layers import Context, Parallelism, kernels
 from colossal_mpi.layers.attention import ring
+from colossal_mpi.layers.attention.mask import AttentionMask
 from colossal_mpi.layers.attention.self_attention import Attention, GroupedAttention, SelfAttention
 from colossal_mpi.layers.kernels.reference import tiles
 from colossal_mpi.layers.order import zigzag
@@ -24,6 +26,7 @@ from tests.reference.gpt_case import block_and_index, difference
 
 formulas = import_module("colossal_mpi.layers.kernels.reference.attention")
 B, A, D = 2, 4, 3
+RNG = np.random.default_rng(8)
 
 
 def words(layer, x, ctx=None):
@@ -40,7 +43,7 @@ def words(layer, x, ctx=None):
 def test_words_of_a_ring(grid, s):
     """Each rank receives the keys that it sees, twice, and the cotangents of its own keys from all that see them."""
     p, c, rank, col = case.parallelism(grid), grid.axes["seq"], grid.coords["seq"], grid.axes.get("col", 1)
-    width = 2 * B * D * 2 // col  # words of a token's keys and values
+    width = 2 * D * 2 // col  # words of a token's keys and values
     q, kv = (
         random.normal((B, s, *n, D), grid, p.inside(x, "g"), 0, x) for x, n in (("bsgrd", (2, 2)), ("bstgd", (2, 2)))
     )
@@ -50,21 +53,44 @@ def test_words_of_a_ring(grid, s):
         (Context(), Context(order=order), Context(documents=few), Context(documents=few, order=order)), (None, 3)
     ):
         tokens = np.arange(s) if ctx.order is None else ctx.order
-        seen = visible(s, ctx.documents, window)[:, tokens][:, :, tokens].any(0)
+        seen = np.broadcast_to(visible(s, ctx.documents, window), (B, s, s))[:, tokens][:, :, tokens]
 
         def count(reader, source, seen=seen):
-            return int(seen[blocks[reader], blocks[source]].any(0).sum()) * (reader != source)
+            return int(seen[:, blocks[reader], blocks[source]].any(1).sum()) * (reader != source)
 
         there, home = (sum(count(*pair[::step]) for pair in ((rank, i) for i in range(c))) for step in (1, -1))
         layer = GroupedAttention(p, "g", "g", window=window)
-        assert words(layer, (q, kv), ctx) == (width * (2 * there + home), width * there)
+        received = words(layer, (q, kv), ctx)
+        assert received == (width * (2 * there + home), width * there)
+        if ctx.documents is not None:
+            joined = words(layer, (q, kv), Context(order=ctx.order))
+            with_documents, without = (sum(comm.collect(total[0], grid)) for total in (received, joined))
+            assert with_documents < without if window is None else with_documents <= without
     # positions are compared: blocks go whole, or not at all if they are hidden
-    n = [block.stop - block.start for block in blocks]
+    n = [B * (block.stop - block.start) for block in blocks]
     there, home = (width * sum(n[i] for i in range(c) if i > rank), width * n[rank] * rank)
     backwards = Context(positions=np.arange(s)[::-1].copy())
     assert words(GroupedAttention(p, "g", "g"), (q, kv), backwards) == (2 * there + home, there)
-    there, home = width * (s - n[rank]), width * n[rank] * (c - 1)
+    there, home = width * (B * s - n[rank]), width * n[rank] * (c - 1)
     assert words(GroupedAttention(p, "g", "g", causal=False), (q, kv)) == (2 * there + home, there)
+
+
+@pytest.mark.parametrize("window", [None, 1, 4])
+@pytest.mark.parametrize(("c", "s", "b"), [(2, 11, 3), (3, 29, 4), (5, 23, 1), (4, 3, 2)])
+def test_of_each_sample_the_keys_that_some_query_sees_are_sent_and_no_others(c, s, b, window):
+    starts = RNG.random((b, s)) < RNG.random((b, 1))  # a whole sequence, documents of one token, and between
+    documents = np.maximum.accumulate(np.where(starts, np.arange(s), 0), axis=1)
+    p, blocks = Parallelism(Grid.meta(seq=c)), [slice(*part(s, c, i)) for i in range(c)]
+    for order in (np.arange(s), p.order(s), p.order(s, documents)):
+        seen = visible(s, documents, window)[:, order][:, :, order]
+        for reader, source in itertools.permutations(range(c), 2):
+            x = zeros((b, s, 3, 1, 2), Grid.meta(reader, seq=c), p.attention("bstad", "a", "a"))
+            mask = AttentionMask(x, True, Context(documents=documents, order=order), window)
+            sent, rows = np.zeros((b, blocks[source].stop - blocks[source].start), int), mask.rows(reader, source)
+            boxes = mask.boxes(reader, source)
+            for box in [(slice(None), at) for at in rows] if boxes is None else [box[:2] for box in boxes]:
+                sent[box] += 1
+            assert np.array_equal(sent, seen[:, blocks[reader], blocks[source]].any(1))
 
 
 def visible(s, documents=None, window=None):
@@ -135,19 +161,35 @@ def test_zigzag_balances_what_contiguous_blocks_do_not(ranks):
         assert plain.max() / plain.mean() == pytest.approx(2 - 1 / ranks, abs=2 * ranks / length)
 
 
-@pytest.mark.parametrize("zigzag", [True, False], ids=["zigzag", "contiguous"])
-@pytest.mark.grids({"seq": 3}, {"seq": 4})
-def test_work_is_balanced(grid, monkeypatch, zigzag):
-    """The kernel computes the same number of scores on every rank, forward and backward."""
+@pytest.fixture
+def work_of(grid, monkeypatch):
+    """Return a function to the scores that the kernel computes on each rank, forward and backward."""
     for name, value in {"LENGTH": 8, "LEAST": 8}.items():
         monkeypatch.setattr(tiles, name, value)
     done, scores = [], formulas._scores
-    monkeypatch.setattr(formulas, "_scores", lambda q, k: done.append(k.shape[2] * q.shape[2]) or scores(q, k))
-    p, s, c = case.parallelism(grid), 1021, grid.axes["seq"]
-    x = random.normal((1, s, 3, 1, 2), grid, p.attention("bstad", "a", "a"), 0, "x")
-    y, cache = Attention(p).forward(x, Context(order=p.order(s) if zigzag else None))
-    Attention(p).backward(y, cache)
-    work = np.array(comm.collect(sum(done), grid))
+
+    def counted(q, k):
+        done.append(k.shape[0] * k.shape[2] * q.shape[2])
+        return scores(q, k)
+
+    monkeypatch.setattr(formulas, "_scores", counted)
+
+    def work(b, s, ctx):
+        done.clear()
+        p = case.parallelism(grid)
+        x = random.normal((b, s, 3, 1, 2), grid, p.attention("bstad", "a", "a"), 0, "x")
+        y, cache = Attention(p).forward(x, ctx)
+        Attention(p).backward(y, cache)
+        return np.array(comm.collect(sum(done), grid))
+
+    return work
+
+
+@pytest.mark.parametrize("zigzag", [True, False], ids=["zigzag", "contiguous"])
+@pytest.mark.grids({"seq": 3}, {"seq": 4})
+def test_work_is_balanced(grid, work_of, zigzag):
+    s, c = 1021, grid.axes["seq"]
+    work = work_of(1, s, Context(order=case.parallelism(grid).order(s) if zigzag else None))
     balance = work.max() / work.mean()
     assert balance <= 1.02 if zigzag else balance == pytest.approx(2 - 1 / c, abs=0.02)
     assert work.sum() <= 1.03 * s * (s + 1)  # both passes of half a square, and the rest of tiles on its diagonal

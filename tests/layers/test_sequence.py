@@ -51,7 +51,8 @@ def test_every_model_equals_one_rank(grid, prepared):
 def test_order_changes_nothing(grid, prepared):
     """The order is the one that balances a ring, or a random one; on 8 ranks blocks have one or two tokens."""
     p = case.parallelism(grid)
-    for order in (p.order(case.S), np.random.default_rng(6).permutation(case.S)):
+    balanced = p.order(case.S, case.DOCUMENTS)
+    for order in (p.order(case.S), balanced, np.random.default_rng(6).permutation(case.S)):
         assert not {name: x for name in case.ORDERED if not (x := off(prepared, name, p, order=order)) <= 1}
 
 
