@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from colossal_mpi.apps import launch
+from colossal_mpi.apps.files import write_output
 from colossal_mpi.apps.run_directory import RunDirectory
 from colossal_mpi.apps.training import compare
 
@@ -21,18 +22,18 @@ TARGET = 2.3
 
 def main() -> int:
     """Run the demo and return an exit code."""
-    console, directory = Console(soft_wrap=True), RunDirectory("runs/demo")
-    console.print("[bold]Training a GPT on four MPI ranks, weights and activations cut 2 x 2[/]")
+    console, directory = Console(markup=False, soft_wrap=True), RunDirectory("runs/demo")
+    console.print("Training a GPT on four MPI ranks, weights and activations cut 2 x 2", style="bold")
     command = [sys.executable, "-m", "colossal_mpi.apps.cli", "train", CONFIG, "--overwrite"]
     code = launch.run(RANKS, [*command, "--set", f"run.directory={directory.path}"])
     if code:
         return code
-    console.print("\n[bold]The first steps in float64, on one rank and in every mode[/]")
+    console.print("\nThe first steps in float64, on one rank and in every mode", style="bold")
     rows = compare.modes(CONFIG, directory.path / "compare")
     console.print(_table(rows))
     summary = _summary(directory, rows)
     path = directory.path / "summary.json"
-    path.write_text(json.dumps(summary, indent=1))
+    write_output(path, json.dumps(summary, indent=1))
     good = summary["val_loss"] < TARGET and summary["max_gradient_difference"] < 1e-10
     console.print(
         f"validation loss {summary['val_loss']:.3f} nats per byte in {summary['seconds']:.0f} s "

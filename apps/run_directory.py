@@ -19,12 +19,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+from colossal_mpi import files
 from colossal_mpi.apps import config as configs
+from colossal_mpi.apps.files import write_output, writing
 from colossal_mpi.checkpoint import point_latest, read_manifest, remove
 from colossal_mpi.errors import CheckpointError, ColossalError, ConfigError
 from colossal_mpi.runtime import JOB_ID_VARIABLES
 
 _HELD = (errno.EACCES, errno.EAGAIN)
+_LARGEST_NAME, _LARGEST_METRICS = 1 << 10, 1 << 34
+"""Greatest sizes in bytes of a file ``latest`` and of the metrics."""
 
 PLOTS = ("loss", "measures", "speed", "utilisation", "rate", "gradient", "scale", "memory", "words", "timeline")
 """The names of the pictures of a report."""
@@ -132,7 +136,7 @@ class RunDirectory:
             self.checkpoints.mkdir(exist_ok=True)
             self.write_config(config)
             if tokenizer:
-                self.tokenizer.write_text(tokenizer, encoding="utf-8")
+                write_output(self.tokenizer, tokenizer)
         except (OSError, ValueError) as problem:
             raise self._unwritable(problem) from None
 
@@ -144,7 +148,7 @@ class RunDirectory:
         config : Config
             The configuration that the run has from now on.
         """
-        self.config.write_text(configs.dump(config), encoding="utf-8")
+        write_output(self.config, configs.dump(config))
 
     def _clear(self) -> None:
         """Remove the files of a former run, and nothing else."""
@@ -156,7 +160,7 @@ class RunDirectory:
         self._sweep()
         for file in self.events.glob("events.out.tfevents.*"):
             file.unlink()
-        files = (
+        written = (
             self.config,
             self.about,
             self.tokenizer,
@@ -166,7 +170,7 @@ class RunDirectory:
             self.page,
             latest,
         )
-        for file in (*files, *(self.page.parent / f"{name}.png" for name in PLOTS)):
+        for file in (*written, *(self.page.parent / f"{name}.png" for name in PLOTS)):
             file.unlink(missing_ok=True)
 
     def _saved(self) -> list[tuple[int, Path]]:
@@ -182,9 +186,12 @@ class RunDirectory:
         """
         latest = self.checkpoints / "latest"
         if latest.is_symlink() or not latest.exists():
-            return latest.resolve() if latest.exists() else None
+            found = latest.resolve()
+            if latest.exists() and not found.is_relative_to(self.checkpoints.resolve()):
+                raise CheckpointError(f"{latest} is a link out of {self.checkpoints}: name a checkpoint beside it")
+            return found if latest.exists() else None
         try:
-            name = latest.read_text(encoding="utf-8").strip() if latest.is_file() else ""
+            name = files.read_bytes(latest, _LARGEST_NAME).decode().strip() if latest.is_file() else ""
             found = self.checkpoints / name if name else self.checkpoint(int(read_manifest(latest)["metadata"]["step"]))
         except (CheckpointError, OSError, ValueError, KeyError, TypeError):  # a copy that was interrupted
             return None
@@ -252,7 +259,7 @@ class RunDirectory:
         facts : dict
             Machine, model, peak flop/s and others, as JSON has them.
         """
-        self.about.write_text(json.dumps(facts, indent=1) + "\n")
+        write_output(self.about, json.dumps(facts, indent=1) + "\n")
 
     def facts(self) -> dict[str, Any]:
         """Return the facts of ``run.json``.
@@ -263,7 +270,7 @@ class RunDirectory:
             The facts; empty if the run has none.
         """
         try:
-            facts = json.loads(self.about.read_text())
+            facts = files.parse_json(files.read_bytes(self.about))
         except (OSError, ValueError):
             return {}
         return facts if isinstance(facts, dict) else {}
@@ -301,8 +308,9 @@ class RunDirectory:
         row : dict
             The metrics of a step, ``step`` among them.
         """
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
+        text = json.dumps(row, allow_nan=False) + "\n"
+        with writing(self.metrics):
+            files.append(self.metrics, text)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the metrics, without a last line that a crash has cut short.
@@ -315,7 +323,9 @@ class RunDirectory:
         list of dict
             A row for each step, with ``step`` among its keys.
         """
-        text = self.metrics.read_bytes().decode(errors="replace") if self.metrics.exists() else ""
+        text = ""
+        if self.metrics.exists():
+            text = files.read_bytes(self.metrics, _LARGEST_METRICS).decode(errors="replace")
         lines = text.split("\n")[:-1]  # what follows the last line break was cut short
         found = [_row(line) for line in lines]
         damaged = found.count(None)
@@ -336,9 +346,7 @@ class RunDirectory:
             Number of steps that are done.
         """
         kept = [row for row in self.rows() if row["step"] <= steps]
-        whole = self.metrics.with_suffix(".partial")
-        whole.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        whole.replace(self.metrics)
+        write_output(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
         later = [path for step, path in self._saved() if step > steps]
         if later:
             names = ", ".join(path.name for path in later)
@@ -357,7 +365,7 @@ def _row(line: str) -> dict[str, Any] | None:
     """Return the row of metrics on a line, None if the line is damaged."""
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) and type(row.get("step")) is int else None
 
@@ -391,7 +399,10 @@ class Lock:
     """
 
     def __init__(self, directory: Path) -> None:
-        self._file: IO[str] | None = (directory / "lock").open("a+", encoding="utf-8")
+        path = directory / "lock"
+        if path.is_symlink():  # of a copy of links: the lock is this directory's own
+            path.unlink()
+        self._file: IO[str] | None = os.fdopen(files.open_to_append(path), "a+", encoding="utf-8")
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as problem:
@@ -432,7 +443,7 @@ def _this_process() -> str:
 def _holder(file: IO[str]) -> str:
     file.seek(0)
     try:
-        holder = json.load(file)
+        holder = json.loads(file.read(_LARGEST_NAME))
         return ", ".join([f"process {holder['process']} on {holder['host']}", *holder["job"]])
     except (ValueError, KeyError, TypeError):  # the holder is writing it right now
         return "another job"

@@ -25,7 +25,7 @@ from rich.table import Table
 from colossal_mpi.apps import launch
 from colossal_mpi.apps.bench import node, timing
 from colossal_mpi.apps.command import Command
-from colossal_mpi.apps.files import check_writable
+from colossal_mpi.apps.files import check_writable, write_result
 from colossal_mpi.apps.text import binary
 from colossal_mpi.errors import ColossalError, ConfigError
 from colossal_mpi.grid import world_rank, world_size
@@ -274,9 +274,9 @@ def show(title: str, columns: Sequence[Column], rows: Sequence[Row], notes: Sequ
     width : int
         Columns of the terminal that the table may use: a narrower terminal wraps it rather than losing figures.
     """
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(markup=False, soft_wrap=True, highlight=False)
     console.width = max(console.width, width)
-    console.print(f"\n{title}", markup=False)
+    console.print(f"\n{title}")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in columns:
         table.add_column(column.title, justify="left" if column.left else "right", no_wrap=True)
@@ -287,13 +287,13 @@ def show(title: str, columns: Sequence[Column], rows: Sequence[Row], notes: Sequ
         console.print(table)
     for row in rows:
         if row.get("error") is not None:
-            console.print(f"{columns[0].text(row)}: {row['error']}", markup=False)
+            console.print(f"{columns[0].text(row)}: {row['error']}")
     for note in notes:
-        console.print(note, markup=False)
+        console.print(note)
     foreign = next((row["foreign"] for row in rows if row.get("foreign") is not None), 0.0)
     if foreign >= _NOISE:
         warning = f"other programs used {foreign:.0%} of the cores meanwhile: measure again when they rest"
-        console.print(f"[bold]{warning}[/]")
+        console.print(warning, style="bold")
 
 
 def write(rows: Sequence[Row], path: Path | None) -> None:
@@ -301,13 +301,7 @@ def write(rows: Sequence[Row], path: Path | None) -> None:
     if path is None:
         return
     plain = [{key: value for key, value in row.items() if not key.startswith("_")} for row in rows]
-    text, target = json.dumps(plain, indent=1) + "\n", path.resolve()
-    if not target.is_file():
-        target.write_text(text, encoding="utf-8")
-        return
-    partial = target.with_name(f"{target.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(target)
+    write_result(path, json.dumps(plain, indent=1) + "\n")
 
 
 @contextmanager

@@ -196,9 +196,9 @@ def show(rows: Sequence[Row]) -> None:
         lines.setdefault((case["optimizer"], case["lr"]), {})[case["seed"]] = _figure(row["final"])
     for (name, lr), figures in lines.items():
         table.add_row(name, f"{lr:g}", *[figures.get(seed, "-") for seed in seeds])
-    console = Console(highlight=False)
+    console = Console(markup=False, highlight=False)
     console.print(table)
-    console.print(f"validation loss after {rows[0]['case']['steps']} steps", markup=False)
+    console.print(f"validation loss after {rows[0]['case']['steps']} steps")
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:

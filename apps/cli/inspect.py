@@ -69,7 +69,7 @@ def inspect(path: Path, verify: bool, diff: Path | None) -> int:
     with comm.agreed(grid, CheckpointError):
         paths = [_checkpoint(one) for one in (path, diff) if one is not None]
         tables = [checkpoint.read_manifest(one) for one in paths]
-    console = Console(soft_wrap=True, highlight=False, quiet=grid.rank != 0)
+    console = Console(markup=False, soft_wrap=True, highlight=False, quiet=grid.rank != 0)
     if diff is None:
         _show(console, paths[0], tables[0])
     whole = [_check(console, one, table, verify, grid) for one, table in zip(paths, tables, strict=True)]
@@ -90,18 +90,24 @@ def _show(console: Console, path: Path, table: Manifest) -> None:
     console.print(
         f"{path}: {step}{count}, {text.binary(total)}, "
         f"in {len(table['files'])} files, format {table['format_version']}",
-        markup=False,
     )
     console.print(_tree(table))
     rest = {name: value for name, value in metadata.items() if name != "config" and isinstance(value, dict)}
     for name, value in {**rest, "config": metadata.get("config")}.items():
         if value:
             console.print(f"\n{name}", style="bold")
-            console.print(_toml(value), markup=False, end="")
+            console.print(_toml(value), end="")
 
 
 def _toml(table: dict[str, Any]) -> str:
-    return tomli_w.dumps({key: value for key, value in table.items() if value is not None})
+    return tomli_w.dumps(_without_null(table))
+
+
+def _without_null(value: Any) -> Any:
+    """Return a value of JSON without its nulls, which TOML does not have."""
+    if isinstance(value, dict):
+        return {key: _without_null(item) for key, item in value.items() if item is not None}
+    return [_without_null(item) for item in value if item is not None] if isinstance(value, list) else value
 
 
 def _tree(table: Manifest) -> Tree:
@@ -150,13 +156,12 @@ def _check(console: Console, path: Path, table: Manifest, verify: bool, grid: Gr
     seconds = time.perf_counter() - begun
     total = sum(file["bytes"] for file in table["files"].values())
     if problems:
-        console.print("\n".join(problems), style="bold red", markup=False)
+        console.print("\n".join(problems), style="bold red")
     elif verify:
         checks = sum(len(file["parts"]) for file in table["files"].values())
         console.print(
             f"\n{path}: verified: all {checks} checksums of {text.binary(total)} fit "
             f"({text.binary(total / seconds)}/s on {grid.size} rank{'s' * (grid.size > 1)})",
-            markup=False,
         )
     else:
         console.print(f"\n{path}: {len(table['files'])} files of the sizes written; --verify checks every byte")

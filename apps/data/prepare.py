@@ -70,13 +70,12 @@ def write_store(
                     bar.update(task, advance=sum(taken for *_, taken in batch), tokens=writer.tokens)
     except OSError as problem:
         raise ConfigError(f"{out} cannot be written: {problem.strerror or problem}") from None
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(markup=False, soft_wrap=True, highlight=False)
     if encoder.ignored:
-        console.print(f"{name} asks for {encoder.ignored}: switched off, the texts are stored whole", markup=False)
+        console.print(f"{name} asks for {encoder.ignored}: switched off, the texts are stored whole")
     console.print(
         f"{out}: {writer.tokens:,} tokens of {writer.documents:,} documents, vocabulary {encoder.vocabulary:,}, "
         f"{binary(out.stat().st_size)} from {binary(sum(sizes))}",
-        markup=False,
     )
 
 
@@ -126,7 +125,7 @@ def _progress() -> Progress:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    console = Console(stderr=True)
+    console = Console(markup=False, stderr=True)
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
@@ -145,7 +144,7 @@ def show_store(path: Path, shown: int) -> None:
     ConfigError
         If the file is no store.
     """
-    store, console = Store(path), Console(soft_wrap=True, highlight=False)
+    store, console = Store(path), Console(markup=False, soft_wrap=True, highlight=False)
     count = store.documents.shape[0]
     lengths: np.ndarray = np.diff(np.r_[0, store.documents[...]]) if count else np.zeros(1, np.int64)
     encoder = store.tokenizer
@@ -155,8 +154,8 @@ def show_store(path: Path, shown: int) -> None:
         f"vocabulary  {store.vocabulary:,}, tokenizer {store.name}",
         f"sources     {', '.join(store.sources[:5])}{', ...' if len(store.sources) > 5 else ''}",
     ]
-    console.print("\n".join(lines), markup=False)
+    console.print("\n".join(lines))
     for number in np.unique(np.linspace(0, count - 1, min(count, 3)).astype(int)) if shown and count else []:
         text = encoder.decode(store.document(number, shown), special=True).decode(errors="replace")
         console.print(f"\ndocument {number}", style="bold")
-        console.print(text, markup=False)
+        console.print(text)

@@ -27,7 +27,7 @@ def as_json(ranks: int, findings: Sequence[Finding], links: Sequence[NamedLink])
 
 def show(findings: Sequence[Finding], links: Sequence[NamedLink]) -> None:
     """Print the diagnosis, as a table at a terminal and as lines elsewhere."""
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(markup=False, soft_wrap=True, highlight=False)
     if console.is_terminal:
         console.print(table(findings))
         if links:

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from colossal_mpi import comm
 from colossal_mpi.apps.config import Config, load
-from colossal_mpi.apps.files import check_writable
+from colossal_mpi.apps.files import check_writable, write_result
 from colossal_mpi.apps.planning import report
 from colossal_mpi.apps.planning.candidates import with_settings
 from colossal_mpi.apps.planning.forecast import Forecast, forecast
@@ -150,7 +150,7 @@ def plan(options: PlanOptions) -> int:
     machine, origin = machine_of(options.config, options.ranks, options.given)
     grid = Grid(None, "cpu", ranks=world_size())
     if grid.rank == 0:
-        report.console().print(f"a rank: {about(machine)} ({origin})", markup=False)
+        report.console().print(f"a rank: {about(machine)} ({origin})")
     found = _search_with_bar(options, machine, grid)
     configs = [one.config for one in found.best]
     measured = time_steps(configs, options.rounds) if options.rounds else []
@@ -158,13 +158,13 @@ def plan(options: PlanOptions) -> int:
         report.show_plan(found, measured, options.memory, options.source, options.settings)
         if options.json is not None:
             rows = [_row(one, measured[i : i + 1]) for i, one in enumerate(found.best)]
-            options.json.write_text(json.dumps({"machine": asdict(machine), "ways": rows}, indent=1) + "\n")
+            write_result(options.json, json.dumps({"machine": asdict(machine), "ways": rows}, indent=1) + "\n")
     return 0 if configs else 1
 
 
 def _search_with_bar(options: PlanOptions, machine: Machine, grid: Grid) -> Plan:
     """Search, with a progress bar at a terminal of rank 0."""
-    console = Console(stderr=True)
+    console = Console(markup=False, stderr=True)
     columns = (TextColumn("pricing grids"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=grid.rank > 0 or not console.is_terminal) as bar:
         task = bar.add_task("pricing", total=None)
@@ -239,7 +239,7 @@ def dry_run(config: Config) -> None:
     machine, origin = machine_of(config, math.prod(config.parallel.grid.values()), GivenRates())
     if world_rank() == 0:
         report.show_forecast(forecast(config, machine))
-        report.console().print(f"on ranks of {about(machine)} ({origin})", markup=False)
+        report.console().print(f"on ranks of {about(machine)} ({origin})")
 
 
 def forecast_of_run(trainer: Trainer, flops: float) -> dict[str, Any] | None:

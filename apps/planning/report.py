@@ -82,7 +82,7 @@ def show_plan(plan: Plan, measured: Sequence[float], memory: float, source: str,
     if plan.best:
         out.print(plan_table(plan.best, measured))
     for line in explained(plan, memory, source, settings):
-        out.print(line, markup=False)
+        out.print(line)
 
 
 def plan_table(best: Sequence[Forecast], measured: Sequence[float] = ()) -> Table:
@@ -159,7 +159,7 @@ def explained(plan: Plan, memory: float, source: str, settings: Sequence[str] = 
 def show_forecast(one: Forecast) -> None:
     """Print the cost of a step on each stage, and the timeline of the stages."""
     out = console()
-    out.print(f"{one.ranks} ranks, {grid_text(one)}, {mode_text(one)}: the first rank of each stage", markup=False)
+    out.print(f"{one.ranks} ranks, {grid_text(one)}, {mode_text(one)}: the first rank of each stage")
     out.print(memory_table(one))
     out.print("copies: of the state, in host memory, for checkpoints in the background; not in the peak")
     out.print(traffic_table(one))
@@ -213,6 +213,6 @@ def timeline(spans: Sequence[Interval], stages: int) -> list[Text]:
 
 def console() -> Console:
     """Return a console that is wide enough for the tables."""
-    found = Console(soft_wrap=True, highlight=False)
+    found = Console(markup=False, soft_wrap=True, highlight=False)
     found.width = max(found.width, _WIDTH)
     return found

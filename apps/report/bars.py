@@ -27,11 +27,11 @@ def memory(runs: Sequence[Run]) -> Picture:
         heights = [size / scale for size in sizes]
         color, dashes = style.look(i)
         if ranks * len(found) > _BARS:
-            axes.plot(heights, color=color, ls=dashes, drawstyle="steps-mid", label=run.name)
+            axes.plot(heights, color=color, ls=dashes, drawstyle="steps-mid", label=style.literal(run.name))
             continue
         width = 0.8 / len(found)
         left = [rank + width * (place - (len(found) - 1) / 2) for rank in range(len(sizes))]
-        bars = axes.bar(left, heights, 0.92 * width, color=color, label=run.name)
+        bars = axes.bar(left, heights, 0.92 * width, color=color, label=style.literal(run.name))
         if ranks * len(found) <= _BARS // 2:
             axes.bar_label(bars, [text.significant(height) for height in heights], padding=2, fontsize=7.5)
     axes.grid(axis="y")
@@ -61,12 +61,12 @@ def words(runs: Sequence[Run]) -> Picture:
     panels[0][0].set(xlabel="words received in a step, all ranks together")
     panels[0][1].set(xlabel="time in communication, of a step and rank (ms)")
     middles = [fmean(y for y, (axis, *_) in zip(places, rows, strict=True) if axis == label) for label in labels]
-    panels[0][0].set_yticks(middles, labels)
+    panels[0][0].set_yticks(middles, [style.literal(label) for label in labels])
     panels[0][0].invert_yaxis()
     if len(runs) > 1:
         from matplotlib.patches import Patch
 
-        style.legend(panels[0][0], [Patch(color=style.look(i)[0], label=run.name) for i, run in found])
+        style.legend(panels[0][0], [Patch(color=style.look(i)[0], label=style.literal(run.name)) for i, run in found])
     note = note_of_absent(runs, found)
     note += (
         "A word is an array element. The time of a rank includes waits for other ranks, but not overlapped messages."

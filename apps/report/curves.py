@@ -29,7 +29,7 @@ def loss(runs: Sequence[Run]) -> Picture:
         steps, values = runs[0].series("val_loss")
         _annotate(axes, steps[-1], values[-1], f"{values[-1]:.3f}")
     units = {run.per for run in runs}
-    axes.set(ylabel=f"loss (nats per {units.pop()})" if len(units) == 1 else "loss (nats)")
+    axes.set(ylabel=f"loss (nats per {style.literal(units.pop())})" if len(units) == 1 else "loss (nats)")
     _legend(axes, runs, [_mark("training", "-"), _mark("validation", "o")])
     return Picture(
         "loss", "Loss", figure, "Line: training, as a running median where it is long. Marks: validation.", True
@@ -60,7 +60,7 @@ def measures(runs: Sequence[Run]) -> Picture:
             if len(runs) == 1:
                 _annotate(axes, steps[-1], 100 * values[-1], f"{100 * values[-1]:.1f} %")
         _steps(axes)
-        axes.set_title(name, loc="right")
+        axes.set_title(style.literal(name), loc="right")
     panels[0][0].set(ylabel="of the held-out (%)")
     _legend(panels[0][0], runs)
     return Picture("measures", "Validation measures", figure)
@@ -76,7 +76,7 @@ def speed(runs: Sequence[Run]) -> Picture:
     found = runs_with(runs, key)
     for i, run in found:
         _line(axes, *run.series(key), *style.look(i))
-    axes.set(ylabel=f"{units[0]} / s")
+    axes.set(ylabel=f"{style.literal(units[0])} / s")
     axes.set_ylim(bottom=0)
     style.thousands(axes.yaxis)
     return Picture("speed", "Speed", figure, note_of_absent(runs, found))
@@ -172,7 +172,10 @@ def _legend(axes: Any, runs: Sequence[Run], others: Sequence[Any] = ()) -> None:
     looks = [style.look(i) for i in range(len(runs))]
     style.legend(
         axes,
-        [Line2D([], [], color=c, ls=d, lw=1.6, label=run.name) for (c, d), run in zip(looks, runs, strict=True)],
+        [
+            Line2D([], [], color=c, ls=d, lw=1.6, label=style.literal(run.name))
+            for (c, d), run in zip(looks, runs, strict=True)
+        ],
     )
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +11,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from colossal_mpi import files
 from colossal_mpi.apps.run_directory import RunDirectory
 from colossal_mpi.errors import ConfigError
 
@@ -107,7 +106,7 @@ def _names(paths: Sequence[Path]) -> Iterator[str]:
 def _read(path: Path, name: str) -> Run:
     directory = RunDirectory(path)
     try:
-        config = tomllib.loads(directory.config.read_text(encoding="utf-8"))
+        config = files.parse_toml(files.read_bytes(directory.config, files.LARGEST_CONFIG).decode())
         rows, trace = directory.rows(), _events(directory.trace)
     except FileNotFoundError:
         raise ConfigError(f"no run at {path}: it has no {directory.config.name}; give the directory of a run") from None
@@ -123,9 +122,9 @@ def _events(trace: Path) -> list[dict[str, Any]]:
     if not trace.exists():
         return []
     try:
-        events: list[dict[str, Any]] = json.loads(trace.read_bytes())["traceEvents"]
+        events: list[dict[str, Any]] = files.parse_json(files.read_bytes(trace))["traceEvents"]
         return events
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         sys.stderr.write(f"colossal_mpi: warning: {trace} is damaged: the report has no timeline\n")
         return []
 

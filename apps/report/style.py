@@ -56,6 +56,8 @@ _SETTINGS: Any = {
     "lines.solid_capstyle": "round",
     "path.simplify_threshold": 0.5,
     "svg.fonttype": "path",
+    "text.usetex": False,  # whatever a matplotlibrc of the working directory says
+    "text.parse_math": True,
 }
 
 
@@ -93,6 +95,11 @@ def note_of_absent(runs: Sequence[Run], found: Sequence[tuple[int, Run]], what: 
     indices = {i for i, _ in found}
     absent = [run.name for i, run in enumerate(runs) if i not in indices]
     return f"{what} {', '.join(absent)}. " if absent else ""
+
+
+def literal(text: str) -> str:
+    """Return a text that matplotlib draws as it is, though it has dollar signs: names are no mathematics."""
+    return text.replace("$", r"\$")
 
 
 def look(i: int) -> tuple[str, Any]:

@@ -33,8 +33,8 @@ def timeline(runs: Sequence[Run]) -> Picture:
     for axes, (run, (number, events)), count in zip(panels[:, 0], found, lanes, strict=True):
         _lanes(axes, events, count, whole)
         places = {event["pid"]: event["args"]["name"] for event in run.trace if event["name"] == "process_name"}
-        axes.set_yticks(range(count), [places.get(rank, f"rank {rank}") for rank in range(count)])
-        axes.set_title(f"{run.name}, step {number}" if len(runs) > 1 else f"step {number}", loc="left")
+        axes.set_yticks(range(count), [style.literal(str(places.get(rank, f"rank {rank}"))) for rank in range(count)])
+        axes.set_title(f"{style.literal(run.name)}, step {number}" if len(runs) > 1 else f"step {number}", loc="left")
     panels[-1, 0].set(xlabel="ms", xlim=(0, whole))
     _legend(figure, {event.get("cat") for _, (_, events) in found for event in events})
     note = (

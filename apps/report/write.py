@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from colossal_mpi import files
 from colossal_mpi.apps.report import bars, curves, style, timeline
 from colossal_mpi.apps.report.page import page
 from colossal_mpi.apps.report.runs import Run, read
@@ -65,9 +66,9 @@ def write(paths: Sequence[Path], output: Path | None = None) -> tuple[Path, list
         try:
             target.mkdir(parents=True, exist_ok=True)
             for picture in pictures:
-                (target / f"{picture.name}.png").write_bytes(style.png(picture.figure))
+                files.write_new(target / f"{picture.name}.png", style.png(picture.figure))
             file = target / "index.html"
-            file.write_text(page(runs, pictures, lacking), encoding="utf-8")
+            files.write_new(file, page(runs, pictures, lacking))
         except OSError as problem:
             raise ConfigError(f"the report cannot be written to {target}: {problem.strerror}") from None
     return file, lacking

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from colossal_mpi.apps import report as reports
 from colossal_mpi.apps.config import Config
 from colossal_mpi.apps.environment import peak_memory
+from colossal_mpi.apps.files import write_output
 from colossal_mpi.apps.report.runs import flat, shares
 from colossal_mpi.apps.run_directory import RunDirectory
 from colossal_mpi.apps.text import binary, duration
@@ -58,7 +59,7 @@ class Report:
             sys.stdout.reconfigure(errors="replace")  # an ASCII terminal cannot show all characters of a sample
         self.training, self.directory, self.done = trainer.config.training, directory, done
         self.unit = trainer.task.unit
-        self.console, self.begun = Console(soft_wrap=True), time.perf_counter()
+        self.console, self.begun = Console(markup=False, soft_wrap=True), time.perf_counter()
         self.bar: Any
         self.task: Any
         self.bar, self.task = _bar(self.console, self.training.steps, done) if sys.stdout.isatty() else (None, None)
@@ -77,7 +78,7 @@ class Report:
             self._say(f"goes on after step {done} and {trainer.samples(done):,} samples{told}")
 
     def _say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False)
+        self.console.print(text, highlight=False)
 
     def step(self, row: dict[str, Any]) -> None:
         """Write the metrics of a step and show them."""
@@ -102,7 +103,7 @@ class Report:
             self.directory.write_facts(self.directory.facts() | {"predicted": forecast})
         if self.draws:
             reports.write([self.directory.path])
-        self.directory.sample.write_bytes(text)
+        write_output(self.directory.sample, text)
         if text:
             self._say("sample: " + text.decode(errors="replace").strip("\n"))
         if forecast is not None:
@@ -154,7 +155,7 @@ def _bar(console: Console, total: int, done: int) -> tuple[Any, Any]:
         TextColumn("training"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[text]}"),
+        TextColumn("{task.fields[text]}", markup=False),
         TimeRemainingColumn(),
     )
     bar = Progress(*columns, console=console)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from colossal_mpi import ledger
+from colossal_mpi.apps.files import write_output
 from colossal_mpi.grid import Grid
 
 KINDS = ("forward", "backward", "weight", "update", "comm", "idle")
@@ -92,10 +93,8 @@ class Trace:
                 self._events += _asynchronous(rank, shift, one, len(self._events))
 
     def _write(self) -> None:
-        whole = self.path.with_suffix(".partial")
         events = [*_names(self.grid), *self._events]
-        whole.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}, separators=(",", ":")))
-        whole.replace(self.path)
+        write_output(self.path, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}, separators=(",", ":")))
 
 
 def clock() -> float:

@@ -24,6 +24,7 @@ import numpy as np
 
 from colossal_mpi import comm, files
 from colossal_mpi.checkpoint.directory import flush, write_error
+from colossal_mpi.checkpoint.manifest import is_plain
 from colossal_mpi.distarray import DistArray, from_global
 from colossal_mpi.errors import CheckpointError, ColossalError, DTypeError
 from colossal_mpi.grid import Grid
@@ -66,9 +67,10 @@ def require_name(name: object) -> None:
     CheckpointError
         If the name is no text, is empty, or has a part that is empty or consists of dots.
     """
-    if not isinstance(name, str) or "\0" in name or not all(part.strip(".") for part in name.split("/")):
+    if not isinstance(name, str) or not is_plain(name) or not all(part.strip(".") for part in name.split("/")):
         raise CheckpointError(
-            f"{name!r} cannot name an array in HDF5: use parts other than '', '.' and '..', with / between"
+            f"{name!r} cannot name an array in HDF5: use parts other than '', '.' and '..', with / between, and no "
+            "control characters"
         )
 
 

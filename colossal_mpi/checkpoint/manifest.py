@@ -81,6 +81,11 @@ _UNSIGNED = {"bfloat16": "uint16"}
 """Dtypes that HDF5 has no type for, and the dtype as which their bits are stored."""
 
 
+def is_plain(name: str) -> bool:
+    """Return whether a name has no control characters, which a terminal would obey."""
+    return not any(ord(letter) < 32 or 127 <= ord(letter) < 160 for letter in name)
+
+
 def is_stored_as_bits(dtype: str) -> bool:
     """Return whether the datasets of a dtype hold its bits as unsigned integers."""
     return dtype in _UNSIGNED
@@ -260,6 +265,9 @@ def _require_sound(path: Path, table: Mapping[str, Any]) -> None:
         if end != file.bytes:
             raise CheckpointError(f"{path} is damaged: its checksums do not cover {name}")
     held = sum(file.bytes for file in checked.files.values())
+    odd = [name for name in (*checked.arrays, *checked.values) if not is_plain(name)]
+    if odd:
+        raise CheckpointError(f"{path} is damaged: {odd[0]!r} names an array with control characters")
     for name, array in checked.arrays.items():
         claimed = math.prod(array.shape) * stored_dtype(array.dtype).itemsize
         if claimed > held:
