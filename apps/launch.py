@@ -4,6 +4,7 @@
 starts mpiexec and forwards signals to it.
 """
 
+import ctypes
 import os
 import shlex
 import shutil
@@ -11,7 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from colossal_mpi.runtime import child_environment, mpiexec_command
@@ -20,6 +21,7 @@ _SECOND_INTERRUPT = 3.0  # seconds
 _FORWARDED = (
     signal.SIGINT,
     signal.SIGTERM,
+    signal.SIGHUP,
     signal.SIGUSR1,
 )  # every mpiexec forwards USR1 to the ranks
 
@@ -27,7 +29,8 @@ _FORWARDED = (
 def run(n: int, command: Sequence[str], dry_run: bool = False, settings: Mapping[str, str] | None = None) -> int:
     """Run a command on n ranks, and print the shell line that does the same.
 
-    SIGINT, SIGTERM and SIGUSR1 are forwarded to mpiexec.
+    SIGINT, SIGTERM and SIGUSR1 are forwarded to mpiexec, SIGHUP as SIGTERM. If this process is killed, mpiexec gets
+    SIGTERM.
 
     Parameters
     ----------
@@ -68,9 +71,12 @@ def _wait(argv: Sequence[str], env: Mapping[str, str]) -> int:
     received: list[int] = []
     jobs: list[subprocess.Popen[bytes]] = []
     # The handlers exist before the job starts; a signal that comes in between is forwarded once the job has started.
-    before = {number: signal.signal(number, partial(_on_signal, jobs, received)) for number in _FORWARDED}
+    numbers = [
+        number for number in _FORWARDED if signal.getsignal(number) is not signal.SIG_IGN
+    ]  # nohup ignores SIGHUP
+    before = {number: signal.signal(number, partial(_on_signal, jobs, received)) for number in numbers}
     try:
-        with subprocess.Popen(argv, env=env) as job:
+        with subprocess.Popen(argv, env=env, preexec_fn=_die_with_parent(os.getpid())) as job:
             jobs.append(job)
             for number in tuple(received):
                 _forward(job, number)
@@ -82,6 +88,21 @@ def _wait(argv: Sequence[str], env: Mapping[str, str]) -> int:
     if code == 0 and ended:
         return 128 + ended[0]  # MPICH's mpiexec sometimes returns 0 when it is interrupted
     return code if code >= 0 else 128 - code
+
+
+def _die_with_parent(parent: int) -> Callable[[], None] | None:
+    """Return what a child does before it becomes another program, so that SIGTERM ends it when this process is gone."""
+    if sys.platform != "linux":
+        return None
+    libc = ctypes.CDLL(None)  # the child must not load libraries
+
+    def ask() -> None:
+        pr_set_pdeathsig = 1
+        libc.prctl(pr_set_pdeathsig, int(signal.SIGTERM))
+        if os.getppid() != parent:
+            os._exit(128 + signal.SIGTERM)
+
+    return ask
 
 
 def _patiently(job: subprocess.Popen[bytes]) -> int:
@@ -101,7 +122,7 @@ def _on_signal(jobs: list[subprocess.Popen[bytes]], received: list[int], number:
 
 def _forward(job: subprocess.Popen[bytes], number: int) -> None:
     if number != signal.SIGINT:
-        job.send_signal(number)
+        job.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
         return
     if not _in_foreground():  # else the terminal has sent it to mpiexec, which kills on a second one
         job.send_signal(number)

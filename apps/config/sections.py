@@ -368,6 +368,13 @@ class Run(Section):
     trace_steps: list[Annotated[int, Field(ge=1)]] = Field(
         [3], description="steps whose timeline on each rank goes into trace.json"
     )
+    timeout: float | None = Field(
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="seconds for which a rank waits for the others before the job ends with a diagnosis, 0: for ever; "
+        "by default COLOSSAL_MPI_TIMEOUT, or 600",
+    )
     forecast: bool = Field(True, description="forecast a step at the end, for comparison; measures for some seconds")
     report: bool = Field(True, description="draw the report at the end; colossal-mpi report draws it at any time")
     tensorboard: bool = Field(False, description="write the metrics as event files, too, into events/ of the directory")

@@ -18,6 +18,7 @@ from mpi4py import MPI
 
 from colossal_mpi.errors import ConfigError
 from colossal_mpi.grid import Grid
+from colossal_mpi.runtime import watchdog
 
 WORD = "COLOSSAL_MPI_STOP_SIGNAL"
 CODE = 85
@@ -26,7 +27,9 @@ _NAMES = ("TERM", "USR1", "USR2", "HUP")
 
 
 class Stop:
-    """Within the ``with`` block, SIGTERM (or the signal that `WORD` names) asks all ranks to stop, and ends none.
+    """Within the ``with`` block, SIGTERM and SIGHUP (or what `WORD` names) ask all ranks to stop, and end none.
+
+    If a rank does not answer, `colossal_mpi.runtime.watchdog` ends the job by force.
 
     Parameters
     ----------
@@ -56,7 +59,7 @@ class Stop:
 
     def __init__(self, grid: Grid) -> None:
         self._comm = grid.comm(tuple(grid.axes))
-        self._numbers = _numbers(os.environ.get(WORD) or "TERM")
+        self._numbers = _numbers(os.environ.get(WORD) or "TERM,HUP")
         self._before: dict[int, Any] = {}
         self.asked = 0
         self._request: MPI.Request = MPI.REQUEST_NULL
@@ -65,11 +68,15 @@ class Stop:
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in self._numbers:
+                if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                    continue  # nohup
                 self._before[number] = signal.signal(number, self._ask)
                 signal.siginterrupt(number, False)  # so that the system calls of libraries do not fail
+            watchdog.can_stop(True)
         return self
 
     def __exit__(self, *_: object) -> None:
+        watchdog.can_stop(False)
         for number, action in self._before.items():
             signal.signal(number, signal.SIG_DFL if action is None else action)
 
@@ -95,6 +102,8 @@ class Stop:
             The signal that some rank has received, 0 if none has; the same on all ranks.
         """
         self._request.Wait()
+        if self._most[0]:
+            watchdog.stop_decided()
         return int(self._most[0])
 
 

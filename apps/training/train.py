@@ -24,7 +24,7 @@ from colossal_mpi.apps.training.stopping import CODE, Stop
 from colossal_mpi.apps.training.trainer import Trainer
 from colossal_mpi.errors import CheckpointError, ColossalError, ConfigError
 from colossal_mpi.grid import Grid, world_size
-from colossal_mpi.runtime import require_equal, signals
+from colossal_mpi.runtime import require_equal, signals, watchdog
 
 Forecaster = Callable[[Trainer, float], Mapping[str, Any] | None]
 """Called on all ranks with a trainer and the flop/s of all ranks together; returns, on rank 0, the forecast of a step:
@@ -185,6 +185,9 @@ def _train(trainer: Trainer, directory: RunDirectory, done: int, trace: int, for
     training, first = trainer.config.training, trainer.grid.rank == 0
     meter = Meter(trainer, directory, {*trainer.config.run.trace_steps, *range(done + 2, done + 2 + trace)})
     report = Report(trainer, directory, done) if first else None
+    watchdog.write_reports_to(directory.path)
+    if trainer.config.run.timeout is not None:
+        watchdog.set_timeout(trainer.config.run.timeout)
     signals.listen(interrupt=False)  # the guards of a job listen to the interrupt already
     with Stop(trainer.grid) as stop:
         try:
@@ -262,6 +265,7 @@ def _checkpoint(trainer: Trainer, directory: RunDirectory, step: int, background
 
 def _timed_step(trainer: Trainer, step: int, meter: Meter, stop: Stop) -> tuple[dict[str, Any], int]:
     """Do a step; return its row of the metrics, and the signal that stops the run after it, 0 if none does."""
+    watchdog.begin_step(step + 1)
     with meter.measure(step + 1) as measured:
         row: dict[str, Any] = {"step": step + 1, "samples": trainer.samples(step + 1), **trainer.step(step, stop.vote)}
         signal = stop.decided()

@@ -11,14 +11,16 @@ guards
 launcher
     The mpiexec that belongs to the MPI library, and the environment of child processes.
 signals
-    The reactions of a rank to SIGINT and SIGUSR1, even inside an MPI call.
+    The reactions of a rank to SIGINT, SIGHUP and SIGUSR1, even inside an MPI call.
+watchdog
+    The watch over the ranks of a node: who is gone, who waits for whom, and the deadline of every wait.
 exits
     The hooks that end a job when a rank leaves it, so that no other rank waits for ever.
 agreement
     The check that all ranks have the same package, axes and configuration.
 """
 
-from colossal_mpi.runtime import agreement, exits, guards, launcher, signals
+from colossal_mpi.runtime import agreement, exits, guards, launcher, signals, watchdog
 from colossal_mpi.runtime.agreement import require_equal
 from colossal_mpi.runtime.guards import install, launched, library, mismatch, require_mpi
 from colossal_mpi.runtime.launcher import JOB_ID_VARIABLES, can_start, child_environment, cpus, mpiexec_command
@@ -40,4 +42,5 @@ __all__ = [
     "require_equal",
     "require_mpi",
     "signals",
+    "watchdog",
 ]

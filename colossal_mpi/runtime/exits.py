@@ -4,12 +4,14 @@
 
 An MPI program in which one rank fails waits for ever if nothing ends it: the other ranks are blocked in a call that the
 failed rank never makes, and the failed rank waits for them in MPI_Finalize. The hooks end such a job. They do not see
-``raise SystemExit(n)`` on one rank, because no hook of Python does; they see ``sys.exit(n)``.
+``raise SystemExit(n)`` on one rank, because no hook of Python does; they see ``sys.exit(n)``. A rank that leaves
+without an error says farewell, and `colossal_mpi.runtime.watchdog` ends the job if the others wait for it.
 `colossal_mpi.runtime.signals` handles signals.
 """
 
 import atexit
 import builtins
+import contextlib
 import functools
 import glob
 import os
@@ -18,6 +20,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -28,6 +31,11 @@ _FORWARDING = 0.2  # seconds for mpiexec to read the message: without them MPICH
 _STALE = 60.0  # seconds after which a claim belongs to an earlier job: a job ends seconds after its claim
 _CODE: Any = SystemExit.code
 _exit_codes: list[int] = []  # filled when the interpreter itself exits by sys.exit
+_exit_site: list[str] = []  # where sys.exit was called
+farewells: list[Callable[[str, bool], None]] = []
+"""Functions that are told why this rank leaves, and whether it ends the whole job."""
+leaving = threading.Event()
+"""Set when this rank ends the whole job."""
 
 
 def watch() -> None:
@@ -37,6 +45,7 @@ def watch() -> None:
     sys.exit = _exit
     for name in {"exit", "quit"} & vars(builtins).keys():
         setattr(builtins, name, _exit)
+    os._exit = functools.partial(_exit_at_once, pid, os._exit)
     atexit.register(_on_exit, pid)
 
 
@@ -59,16 +68,37 @@ class _SystemExit(SystemExit):
 def _exit(status: Any = None, /) -> NoReturn:
     """Exit the interpreter by raising SystemExit(status), which ends the job if it is not caught and not 0."""
     if threading.current_thread() is threading.main_thread():
+        frame = sys._getframe(1)
+        _exit_site[:] = [f"sys.exit({status!r:.60}) at {frame.f_code.co_filename}:{frame.f_lineno}"]
         raise _SystemExit(status)
     raise SystemExit(status)  # threading prints a traceback for anything but SystemExit itself
+
+
+def _exit_at_once(pid: int, exit_process: Callable[[int], NoReturn], status: int) -> NoReturn:
+    """Exit without the hooks of the interpreter; end the job if the other ranks do not leave as well."""
+    # The launcher's exit code can be 0 after such an end, and nothing says which rank was the first.
+    if _in_job(pid) and not leaving.is_set():
+        if not _leave_together():
+            frame = sys._getframe(1)
+            site = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+            say(f"{where()}left the program (os._exit({status}) at {site}) while others go on\n")
+            abort(status & 0xFF or 1)
+        for farewell in farewells:
+            farewell("left the program by os._exit", False)
+    exit_process(status)
 
 
 def _on_exit(pid: int) -> None:
     # Python sets last_value before it calls a hook, also one by which rich, typer or the user replaced ours.
     failed = [1] if isinstance(getattr(sys, "last_value", None), BaseException) else []
     code = max(_exit_codes + failed, default=0)
-    if code and _in_job(pid):
+    if not _in_job(pid):
+        return
+    if code:
         _leave(code)
+    how = _exit_site[0] if _exit_codes and _exit_site else "it reached its end or raised SystemExit"
+    for farewell in farewells:
+        farewell(f"left the program ({how})", False)
 
 
 def _on_exception(pid: int, kind: type[BaseException], problem: BaseException, trace: TracebackType | None) -> None:
@@ -106,6 +136,20 @@ def _speak(text: str) -> None:
         pass
 
 
+def write_all(text: str) -> None:
+    """Write a text to the standard error of this process, not through sys.stderr, whose lock a thread may hold."""
+    rest = memoryview(text.encode(errors="replace"))
+    with contextlib.suppress(OSError):
+        while rest:
+            rest = rest[os.write(2, rest) :]
+
+
+def say(text: str) -> None:
+    """Write a text for the whole job to stderr, and let the launcher read it before the job ends."""
+    write_all(text)
+    time.sleep(_FORWARDING)
+
+
 def where() -> str:
     """Return rank, number of ranks and host as the beginning of a message."""
     from mpi4py import MPI
@@ -117,7 +161,7 @@ def _claim() -> bool:
     """Return whether this rank is the first of its node that prints a message for the job."""
     import tempfile
 
-    stem = os.path.join(tempfile.gettempdir(), f"colossal_mpi-{os.getuid()}-")
+    stem = os.path.join(tempfile.gettempdir(), prefix())
     # The file of a claim stays when the job ends: if the winner removed it, the next late rank would win it again.
     for old in glob.glob(glob.escape(stem) + "*"):
         try:
@@ -126,7 +170,7 @@ def _claim() -> bool:
         except OSError:  # another rank was faster
             pass
     try:
-        os.close(os.open(stem + _job(), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        os.close(os.open(stem + job(), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     except FileExistsError:
         return False
     except OSError:  # no directory for temporary files: several messages are better than none
@@ -134,15 +178,32 @@ def _claim() -> bool:
     return True
 
 
-def _job() -> str:
+def job() -> str:
+    """Return a name of this job, the same on all ranks of a node."""
     # All ranks of a node are children of one process. The namespace distinguishes the jobs of one prte daemon.
     parent = os.getppid()
+    return re.sub(r"\W", "_", f"{parent}-{started(parent) or ''}-{os.environ.get('PMIX_NAMESPACE', '')}")
+
+
+def prefix() -> str:
+    """Return the beginning of the names of the files that the jobs of this user share."""
+    return f"colossal_mpi-{os.getuid()}-"
+
+
+def shared_folder() -> str:
+    """Return the folder of the files that the ranks of a node share, in memory where there is such a folder."""
+    import tempfile
+
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
+
+
+def started(pid: int) -> int:
+    """Return when a process began, in clock ticks since the boot; 0 if it is gone or the system does not say."""
     try:
-        with open(f"/proc/{parent}/stat", encoding="utf-8", errors="replace") as stat:
-            started = stat.read().rpartition(")")[2].split()[19]  # field 22; the name, field 2, may contain blanks
-    except OSError:
-        started = ""
-    return re.sub(r"\W", "_", f"{parent}-{started}-{os.environ.get('PMIX_NAMESPACE', '')}")
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as stat:
+            return int(stat.read().rpartition(")")[2].split()[19])  # field 22; the name, field 2, may contain blanks
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def _in_job(pid: int) -> bool:
@@ -155,19 +216,25 @@ def abort(code: int) -> None:
     """End the whole job with an exit code, from any thread."""
     from mpi4py import MPI
 
+    leaving.set()
+    for farewell in farewells:
+        farewell("ends the job", True)
     MPI.COMM_WORLD.Abort(code)
 
 
 def _leave(code: int) -> None:
     """Return if every rank is leaving as well, so that each exits with its own code; else end the whole job."""
+    if not _leave_together():
+        abort(code)
+
+
+def _leave_together() -> bool:
     from mpi4py import MPI
 
     try:
-        together = _all_leave()
+        return _all_leave()
     except MPI.Exception:  # a rank is gone already
-        together = False
-    if not together:
-        abort(code)
+        return False
 
 
 @functools.cache  # a rank leaves once, although an error passes through the hook and then through the exit

@@ -20,7 +20,7 @@ import warnings
 from typing import Any, NoReturn
 
 from colossal_mpi.errors import LaunchError
-from colossal_mpi.runtime import exits, signals
+from colossal_mpi.runtime import exits, signals, watchdog
 
 # Size and rank by Hydra (MPICH, Intel MPI), Open MPI and srun. SLURM_NTASKS is also set in a batch script that runs
 # python alone, and MPI_LOCALNRANKS does not prove either that this process is one of several.
@@ -81,6 +81,7 @@ def install() -> None:
         _limit_blas()
         _die_with_launcher()
         exits.watch()
+        watchdog.watch(mpi.COMM_WORLD.rank, mpi.COMM_WORLD.size)
         signals.listen()
     if mpi.Is_initialized() and _identity():
         os.environ[_OWNER] = f"{os.getpid()} {_identity()}"
