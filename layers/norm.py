@@ -47,6 +47,9 @@ class RMSNorm(Layer):
     -----
     It takes x ``[..., h]`` in any layout and reduces partial sums first. The gain is cut as the stream's h is.
 
+    Squares are summed in the dtype of x, of 16-bit floats in float32, as PyTorch has it. Where they overflow, which in
+    float32 they do for x beyond about 1e19, the result is 0.
+
     **Communication:** over the axes that cut h, p ranks: an allreduce of ``[b, s]`` forward and one backward, together
     ``4 (p - 1) b s`` words summed over ranks; none where h is whole. The gradient of the gain is reduced over the axes
     that cut b and s.
@@ -134,7 +137,8 @@ class LayerNorm(RMSNorm):
 
     Notes
     -----
-    The variance is taken about the mean, in two passes: ``E[x^2] - E[x]^2`` would lose half of the digits.
+    The variance is taken about the mean, in two passes: ``E[x^2] - E[x]^2`` would lose half of the digits. Where the
+    squares overflow (see `RMSNorm`), the result is the bias, and NaN with PyTorch's kernel.
 
     **Communication:** over the axes that cut h, p ranks: two allreduces of ``[b, s]`` forward and one of
     ``[2, b, s]`` backward, together ``8 (p - 1) b s`` words summed over ranks; none where h is whole. The gradients of

@@ -216,6 +216,10 @@ def matmul(
     map gives n, m and k: ``mk(P_n - 1) + kn(P_m - 1) + mn(P_k - 1)`` words received, summed over ranks, if `a` and `b`
     are in the layouts of the preset. Operands in other layouts move to these first.
 
+    Integers are multiplied and summed in the dtype of the operands, as ``numpy.matmul`` has it: products of int8 wrap
+    around beyond 127. Cast the operands with `DistArray.astype` where the result needs more bits; `gram`, `syrk` and
+    `dot` do so themselves.
+
     **Adjoint:** `contract` with the same map, see `adjoints`.
 
     Examples

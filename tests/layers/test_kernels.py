@@ -131,6 +131,16 @@ def test_normal_distribution_is_that_of_the_error_function(dtype):
     assert np.all(abs(cdf - exact)[tail] <= 4 * eps * (1 + x[tail] ** 2 / 2) * exact[tail])
 
 
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
+def test_a_norm_whose_squares_overflow_is_0(centred):
+    x, gain = np.array([[1e20, -2e20, 3e20, 0]], "float32"), np.ones(4, "float32")
+    y, statistics = kernels.norm(x, gain, None, centred, 1e-5, 4)
+    dx, *_ = kernels.norm_backward(x * np.float32(1e-20), x, gain, statistics, 4)
+    assert not y.any()
+    assert not dx.any()
+
+
 @pytest.mark.parametrize("shift", [0.0, 1e5])
 def test_large_scores_and_logits_lose_no_digits(shift):
     logits = (X + shift).astype("float32")

@@ -144,6 +144,17 @@ def test_sums_of_integers_do_not_wrap(grid, dtype):
             assert made.dtype == whole.sum(0).dtype
 
 
+@pytest.mark.grids({"row": 2, "col": 2})
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "int64"])
+def test_products_of_integers_wrap_as_numpys_do(grid, dtype):
+    whole = (np.arange(35) * 97 % 256).astype("int64") * (2**56 if dtype == "int64" else 1)
+    whole = whole.astype(dtype).reshape(5, 7)
+    a = from_global(whole, grid, Layout("row", "col"))
+    product = a @ a.T
+    assert product.dtype == a.dtype
+    assert np.array_equal(product.gather(), whole @ whole.T)
+
+
 @pytest.mark.grids({"row": 2})
 def test_the_inner_product_of_16_bit_floats_is_formed_in_float32(grid):
     a = from_global(np.full((4, 3), 6e4, "float16"), grid, Layout("row", None))
