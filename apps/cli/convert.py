@@ -18,7 +18,7 @@ from colossal_mpi.apps import training
 from colossal_mpi.apps.command import Command, Plugins
 from colossal_mpi.errors import CheckpointError, OptionError
 from colossal_mpi.grid import Grid, world_size
-from colossal_mpi.layers import Parallelism, models
+from colossal_mpi.layers import Parallelism, merge_adapters, models
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,7 @@ class Convert(Command):
     source: Annotated[Path, typer.Argument(help="A Hugging Face directory, a checkpoint or a run.")]
     target: Annotated[Path, typer.Argument(help="The directory to write; it must not exist.")]
     to: Annotated[str, typer.Option(help="hf: config.json and safetensors. cm: an HDF5 checkpoint.")]
+    merge: Annotated[bool, typer.Option("--merge", help="Add the adapters of a run to its weights.")] = False
     most: Annotated[int, typer.Option(min=1, help="Bytes of weights in one safetensors file, at most.")] = 5 * 10**9
     strict: Annotated[
         bool,
@@ -41,11 +42,20 @@ class Convert(Command):
     plugin: Plugins = field(default_factory=list)
 
     def run(self) -> int:
-        convert(self.source, self.target, self.to, self.most, self.plugin, self.strict)
+        convert(self.source, self.target, self.to, self.most, self.plugin, self.strict, merged=self.merge)
         return 0
 
 
-def convert(source: Path, target: Path, to: str, most: int, plugins: Sequence[str] = (), strict: bool = False) -> None:
+def convert(
+    source: Path,
+    target: Path,
+    to: str,
+    most: int,
+    plugins: Sequence[str] = (),
+    strict: bool = False,
+    *,
+    merged: bool = False,
+) -> None:
     """Read weights in one format and write them in the other one, with tokenizer and generation settings.
 
     Parameters
@@ -63,19 +73,22 @@ def convert(source: Path, target: Path, to: str, most: int, plugins: Sequence[st
     strict : bool
         Whether tensors of a Hugging Face directory that do not enter the model are refused. Otherwise they are left
         aside, and rank 0 warns with their names.
+    merged : bool
+        Whether to add the adapters of a run to its weights.
 
     Raises
     ------
     OptionError
         If there is no such format.
     CheckpointError
-        If `source` does not hold what `to` reads, or `target` cannot be written; with `strict`, if it holds more.
+        If `source` does not hold what `to` reads, or has adapters that are not to be merged, or `target` cannot be
+        written; with `strict`, if it holds more.
     """
     parallelism = Parallelism(Grid(col=world_size()), "1d")
     if to == "cm":
         _to_checkpoint(source, target, parallelism, strict)
     elif to == "hf":
-        _to_hugging_face(source, target, parallelism, most, plugins)
+        _to_hugging_face(source, target, parallelism, most, plugins, merged)
     else:
         raise OptionError(f"convert --to {to!r}: use 'hf' or 'cm'")
 
@@ -93,10 +106,15 @@ def _settings(source: Path, grid: Grid) -> dict[str, bytes]:
         return models.read_settings(training.settings_of(source)) if grid.rank == 0 else {}
 
 
-def _to_hugging_face(source: Path, target: Path, parallelism: Parallelism, most: int, plugins: Sequence[str]) -> None:
+def _to_hugging_face(
+    source: Path, target: Path, parallelism: Parallelism, most: int, plugins: Sequence[str], merged: bool
+) -> None:
     settings = _settings(source, parallelism.grid)
     source = training.checkpoint_of(source)
     metadata = training.metadata_of(source, plugins)
-    model = models.from_description(metadata["model"], parallelism)
+    if metadata.get("adapter") and not merged:
+        raise CheckpointError(f"{source} has adapters, for which config.json has no place: give --merge")
+    model = training.model_of(metadata, parallelism)
     training.load_weights(source, model.parameters(), parallelism.grid)
+    merge_adapters(model)
     models.save_pretrained(model, target, most=most, extra=metadata.get("huggingface"), settings=settings)

@@ -353,6 +353,29 @@ class Parallel(Section):
     )
 
 
+class Adapter(Section):
+    """Low-rank adapters (LoRA): the weights of a trained model stay as they are, and products beside them learn."""
+
+    rank: int = Field(0, ge=0, description="rank of the adapters; 0: there are none, and all weights are trained")
+    alpha: float = Field(16.0, gt=0, allow_inf_nan=False, description="the adapters are scaled by alpha / rank")
+    targets: list[str] = Field(
+        ["*.attention.*"],
+        min_length=1,
+        description="patterns of the names of the products with adapters, for example *.attention.qkv or *.mlp.*",
+    )
+    base: str = Field(
+        "",
+        description="checkpoint or run whose weights a new run starts from, with the sizes of [model]; empty: random "
+        "weights",
+    )
+
+    @model_validator(mode="after")
+    def _has_a_rank(self) -> Adapter:
+        if self.base and not self.rank:
+            raise ValueError(f"base={self.base!r} is for adapters: give rank, for example 8")
+        return self
+
+
 class Run(Section):
     """The run directory, the measurements, and the plugins."""
 
@@ -390,4 +413,5 @@ class Config(Section):
     data: Data = Field(Data(), description="section of the training data")
     training: Training = Field(Training(), description="section of steps, optimizer and checkpoints")
     parallel: Parallel = Field(Parallel(), description="section of the grid and of what its axes cut")
+    adapter: Adapter = Field(Adapter(), description="section of the adapters that are trained in place of the weights")
     run: Run = Field(Run(), description="section of the run directory and the plugins")

@@ -9,6 +9,7 @@ from colossal_mpi.apps.training.saved import (
     load_model,
     load_weights,
     metadata_of,
+    model_of,
     settings_of,
     weights_by_name,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "load_weights",
     "make_grid",
     "metadata_of",
+    "model_of",
     "resume",
     "settings_of",
     "start",

@@ -16,7 +16,7 @@ from colossal_mpi.apps.run_directory import RunDirectory
 from colossal_mpi.distarray import DistArray
 from colossal_mpi.errors import CheckpointError, GridError
 from colossal_mpi.grid import Grid
-from colossal_mpi.layers import Layer, Parallelism, Parameter, models
+from colossal_mpi.layers import Layer, Parallelism, Parameter, Sequential, add_adapters, models
 from colossal_mpi.layers.pipeline import PIPE, Pipeline, partition, stage_grid
 
 
@@ -59,8 +59,57 @@ def load_weights(source: Path, parameters: Iterable[Parameter], grid: Grid) -> N
     -----
     **Communication:** messages of a few bytes; each rank reads its own blocks.
     """
-    averaged = any(name.startswith("average/") for name in checkpoint.read_manifest(source)["arrays"])
-    checkpoint.load(source, weights_by_name(parameters, "average" if averaged else "weights"), grid, besides=True)
+    values = {p.name: p.value for p in parameters}
+    names = saved_names(source, values)
+    checkpoint.load(source, {names[name]: value for name, value in values.items()}, grid, besides=True)
+
+
+def saved_names(source: Path, names: Iterable[str]) -> dict[str, str]:
+    """Return the names in a checkpoint of the values that a model is used with.
+
+    Parameters
+    ----------
+    source : Path
+        The checkpoint.
+    names : iterable of str
+        The names of parameters.
+
+    Returns
+    -------
+    dict of str to str
+        By parameter, the name of its moving average, or of its weight where the run kept none, as of frozen weights.
+    """
+    arrays = checkpoint.read_manifest(source)["arrays"]
+    return {name: f"average/{name}" if f"average/{name}" in arrays else f"weights/{name}" for name in names}
+
+
+def model_of(metadata: dict[str, Any], parallelism: Parallelism) -> Sequential:
+    """Return the model that a checkpoint describes, with its adapters, and zeros for weights that are to be loaded.
+
+    Parameters
+    ----------
+    metadata : dict
+        What `metadata_of` returned.
+    parallelism : Parallelism
+        The grid and the tensor mode of the model.
+
+    Returns
+    -------
+    Sequential
+        The model, whose weights are frozen if it has adapters.
+
+    Raises
+    ------
+    CheckpointError
+        If the metadata describe no adapters.
+    """
+    model = models.from_description(metadata["model"], parallelism)
+    if saved := metadata.get("adapter"):
+        try:
+            add_adapters(model, int(saved["rank"]), float(saved["alpha"]), list(saved["targets"]), None)
+        except (KeyError, TypeError, ValueError):
+            raise CheckpointError(f"adapter={saved!r} must have rank, alpha and targets") from None
+    return model
 
 
 def checkpoint_of(source: Path) -> Path:
@@ -185,7 +234,7 @@ def load_model(
         return model, None, vars(model)["origin"].table
     source = checkpoint_of(source)
     metadata = metadata_of(source, plugins)
-    model = models.from_description(metadata["model"], parallelism)
+    model = model_of(metadata, parallelism)
     pipeline = Pipeline(partition(model, grid), grid) if grid.axes.get(PIPE, 1) > 1 else None
     parameters = model.parameters() if pipeline is None else pipeline.parameters()
     load_weights(source, parameters, grid)

@@ -94,6 +94,8 @@ def start(config: Config, overwrite: bool = False, trace: int = 0, forecast: For
     config = _without_consent(tasks.complete(config))
     grid = make_grid(config, overwrite=overwrite, trace=trace)
     trainer, directory = Trainer(config, grid), RunDirectory(config.run.directory)
+    if config.adapter.base:
+        trainer.load_base(Path(config.adapter.base))
     with comm.agreed(grid):
         if grid.rank == 0:
             check(config)

@@ -22,10 +22,11 @@ from colossal_mpi.apps.environment import peak_memory
 from colossal_mpi.apps.training import tasks
 from colossal_mpi.apps.training.metadata import SavedOptimizer, SavedSteps
 from colossal_mpi.apps.training.replicas import require_equal_replicas
+from colossal_mpi.apps.training.saved import checkpoint_of, metadata_of, saved_names
 from colossal_mpi.apps.training.tasks import StepFeed
 from colossal_mpi.errors import CheckpointError
 from colossal_mpi.grid import Grid
-from colossal_mpi.layers import Context, Parallelism, kernels, models, precision, recompute
+from colossal_mpi.layers import Context, Parallelism, add_adapters, kernels, models, precision, recompute
 from colossal_mpi.layers.optim import OPTIMIZERS, LearningRateSchedule, MovingAverage
 from colossal_mpi.layers.pipeline import PIPE, SCHEDULES, Pipeline, parameter_names, partition, stage_grid
 from colossal_mpi.platform import backend
@@ -87,6 +88,8 @@ class Trainer:
         )
         self.task = tasks.make(config, parallelism)
         self.model, self.task.run = self.task.model, self.run
+        if (adapter := config.adapter).rank:
+            add_adapters(self.model, adapter.rank, adapter.alpha, adapter.targets, training.seed)
         whole = recompute(self.model, parallel.recompute, SCHEDULES[parallel.schedule].defers_weights)
         chunks = partition(whole, grid, parallel.virtual_stages)
         names = parameter_names(whole, grid, parallel.virtual_stages)
@@ -325,6 +328,7 @@ class Trainer:
             "config": self.config.model_dump(),
             "data": {"digest": self.task.digest, "about": self.task.about},
             "model": model,
+            "adapter": self._adapter(),
             "optimizer": {
                 "steps": self.optimizer.steps,
                 "loss_scale": self.optimizer.scaling and self.optimizer.scaling.state(),
@@ -360,9 +364,13 @@ class Trainer:
         Raises
         ------
         CheckpointError
-            If the checkpoint lacks an array or is damaged, or its metadata are not those of a run, on all ranks.
+            If the checkpoint lacks an array or is damaged, has other adapters than the configuration, or its metadata
+            are not those of a run, on all ranks.
         """
-        metadata = checkpoint.load(directory, self._state(), self.grid)
+        self._require_adapter(directory)
+        state = self._state()
+        metadata = checkpoint.load(directory, state, self.grid)
+        self._fill_frozen(state)
         saved = SavedSteps.of(directory, metadata)
         self.restored, step = metadata, saved.step
         self._begun_at = step, self._samples_of(directory, step)
@@ -374,6 +382,71 @@ class Trainer:
         if self.average is not None:
             self.average.updates = step
         return step
+
+    def load_base(self, source: Path) -> None:
+        """Fill the frozen weights from a checkpoint or a run without adapters.
+
+        Parameters
+        ----------
+        source : Path
+            A checkpoint, or a run, of which the latest one is taken.
+
+        Raises
+        ------
+        CheckpointError
+            If it holds another model or is damaged, on all ranks.
+
+        Notes
+        -----
+        **Communication:** messages of a few bytes; each rank reads its own blocks. With ZeRO, 16-bit weights are
+        gathered (`Parameter.refresh`).
+        """
+        with comm.agreed(self.grid, CheckpointError):
+            latest = checkpoint_of(source)
+            saved, own = metadata_of(latest), models.describe(self.model)
+            if saved.get("adapter"):
+                raise CheckpointError(f"adapter.base={str(source)!r} has adapters: give the base that these have")
+            free = ("seed", "dtype", "std", "positions", "dropout")
+            held = saved["model"]
+            other = [key for key in own if key not in free and held.get(key, own[key]) != _plain(own[key])]
+            if other:
+                key = other[0]
+                raise CheckpointError(
+                    f"adapter.base={str(source)!r} holds a model with {key}={held[key]!r}, and the configuration "
+                    f"makes {key}={own[key]!r}: give the sizes of the base"
+                )
+        state = self._frozen_weights(False)
+        names = saved_names(latest, [name.removeprefix("weights/") for name in state])
+        found = {names[name.removeprefix("weights/")]: array for name, array in state.items()}
+        checkpoint.load(latest, found, self.grid, besides=True)
+        self._fill_frozen(state)
+
+    def _require_adapter(self, directory: Path) -> None:
+        """Require that a checkpoint has the adapters of the configuration. **Communication:** a small message."""
+        with comm.agreed(self.grid, CheckpointError):
+            saved, own = checkpoint.read_manifest(directory)["metadata"].get("adapter"), self._adapter()
+            if saved != own:
+                texts = ["no adapters" if one is None else f"adapters {one}" for one in (saved, own)]
+                raise CheckpointError(
+                    f"{directory} has {texts[0]}, and the configuration asks for {texts[1]}: give adapter.rank, "
+                    "adapter.alpha and adapter.targets of the checkpoint"
+                )
+
+    def _adapter(self) -> dict[str, Any] | None:
+        """Return the adapters as JSON has them."""
+        adapter = self.config.adapter
+        return adapter.model_dump(exclude={"base"}) if adapter.rank else None
+
+    def _frozen_weights(self, counted: bool) -> dict[str, Any]:
+        """Return the frozen weights of this stage, 16-bit ones as copies in float32."""
+        frozen = [p for p in self.pipeline.parameters() if p.frozen and (p.counted or not counted)]
+        return {f"weights/{p.name}": p.share().astype("float32") if p.half else p.value for p in frozen}
+
+    def _fill_frozen(self, state: Mapping[str, Any]) -> None:
+        """Write the copies of frozen 16-bit weights, which a checkpoint has filled, into the weights."""
+        for p in self.pipeline.parameters():
+            if p.frozen and p.half:
+                p.refresh(state[f"weights/{p.name}"])
 
     def data_change(self) -> str:
         """Return how the data differ from those of the checkpoint that the trainer was restored from.
@@ -408,4 +481,10 @@ class Trainer:
         weights = {f"weights/{name}": array for name, array in self.optimizer.weights(parameters).items()}
         if self.average is not None:
             weights |= {f"average/{p.name}": self.average.averages[p.name] for p in parameters}
+        weights |= self._frozen_weights(counted)
         return weights | {f"optimizer/{name}": array for name, array in self.optimizer.state(parameters).items()}
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON gives it back."""
+    return list(value) if isinstance(value, tuple) else value

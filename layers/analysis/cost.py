@@ -279,7 +279,7 @@ def cost_of_step(
     StepCost
         The cost on the rank of the pipeline's grid.
     """
-    weights = [q.value for q in optimizer.parameters]
+    weights = [q.value for q in pipeline.parameters()]
     state = tally.now - saved_bytes(weights)
     saved, gradients = microbatch_bytes(pipeline, data)
     tally.peak, tally.flops = tally.now, 0

@@ -148,7 +148,7 @@ class Optimizer:
         self.lr, self.clip, self.decays, self.steps = lr, clip, decays, 0
         self.options = {"weight_decay": weight_decay, **options}
         self._require_options()
-        self.scaling = scaling or LossScale.of({p.dtype for p in self.parameters})
+        self.scaling = scaling or LossScale.of({p.dtype for p in everything})
         self.offload = offload
         self.moments = {p.name: self._begin(p) for p in self.parameters}
         """The state of each parameter: the arrays of `begin`, and the master weight of a 16-bit weight, by slot."""
