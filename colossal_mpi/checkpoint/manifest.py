@@ -22,10 +22,9 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired, TypeAlias, TypedDict, cast
+from typing import Any, NotRequired, TypeAlias, TypedDict, cast
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from colossal_mpi import files
 from colossal_mpi.checkpoint.directory import INDEX, MANIFEST
@@ -207,48 +206,14 @@ def _upgrade_from_1(path: Path, table: dict[str, Any]) -> dict[str, Any]:
 _UPGRADES: dict[int, Callable[[Path, dict[str, Any]], dict[str, Any]]] = {1: _upgrade_from_1}
 
 
-_Count = Annotated[int, Field(ge=0, lt=1 << 63)]
-_PartSchema: TypeAlias = tuple[
-    _Count, _Count, Annotated[str, Field(pattern=r"^(crc32:[0-9a-f]{8}|sha256:[0-9a-f]{64})$")], str
-]
-_DTYPE = r"^(bfloat16|bool|u?int(8|16|32|64)|float(16|32|64)|longdouble|float(96|128)|complex(64|128|192|256))$"
-
-
-class _Schema(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-
-class _File(_Schema):
-    bytes: _Count
-    parts: list[_PartSchema]
-
-
-class _Array(_Schema):
-    shape: Annotated[list[_Count], Field(max_length=32)]
-    dtype: Annotated[str, Field(pattern=_DTYPE)]
-    layout: str
-    grid: str | None = None
-
-
-class _Value(_Schema):
-    value: Any
-    units: str
-
-
-class _Table(_Schema):
-    """What a manifest of the newest format must hold; a reader of later versions may find more."""
-
-    format_version: Literal[2]
-    metadata: dict[str, Any]
-    values: dict[str, _Value]
-    arrays: dict[str, _Array]
-    files: dict[str, _File]
-
-
 def _require_sound(path: Path, table: Mapping[str, Any]) -> None:
     """Refuse a manifest of other types, of files elsewhere, of bytes without a checksum, or of more than its files."""
+    from pydantic import ValidationError
+
+    from colossal_mpi.checkpoint.schema import Table
+
     try:
-        checked = _Table.model_validate_json(json.dumps(table))
+        checked = Table.model_validate_json(json.dumps(table))
     except ValidationError as problem:
         first = problem.errors()[0]
         place = ".".join(map(str, first["loc"]))
