@@ -236,6 +236,16 @@ class RunDirectory:
         """
         return [path for _, path in reversed(self._saved()) if path.resolve() != source.resolve()]
 
+    def saved(self) -> list[int]:
+        """Return the steps that the checkpoints have done.
+
+        Returns
+        -------
+        list of int
+            In order; empty without checkpoints.
+        """
+        return [step for step, _ in self._saved()]
+
     def checkpoint(self, step: int) -> Path:
         """Return the directory of a checkpoint.
 

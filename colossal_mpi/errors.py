@@ -65,3 +65,21 @@ class MismatchError(ColossalError, RuntimeError):
 
 class VerificationError(ColossalError, ArithmeticError):
     """A result fails its check."""
+
+
+class NonFiniteError(ColossalError, ArithmeticError):
+    """A loss, a gradient, a weight or an optimizer's state is NaN or infinite; raised before weights are updated.
+
+    Parameters
+    ----------
+    text : str
+        What is not finite, and where it begins.
+    state : bool
+        Whether it is in a weight or in the state of the optimizer, which leaving out a step cannot mend.
+    repeats : bool
+        Whether it came again when the step was done a second time.
+    """
+
+    def __init__(self, text: str, state: bool = False, repeats: bool = False) -> None:
+        super().__init__(text)
+        self.state, self.repeats = state, repeats

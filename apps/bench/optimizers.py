@@ -24,7 +24,7 @@ from colossal_mpi.apps.bench import harness
 from colossal_mpi.apps.bench.harness import Row
 from colossal_mpi.apps.command import Command, Settings
 from colossal_mpi.apps.training import Trainer, make_grid
-from colossal_mpi.errors import ConfigError
+from colossal_mpi.errors import ConfigError, NonFiniteError
 from colossal_mpi.grid import world_size
 from colossal_mpi.layers.optim import OPTIMIZERS
 
@@ -170,8 +170,9 @@ def _train(case: Case, trainer: Trainer) -> Row:
 
 def _validations(case: Case, trainer: Trainer) -> Iterator[tuple[int, float]]:
     for step in range(case.steps):
-        loss = trainer.step(step)["loss"]
-        if loss is None or not math.isfinite(loss):
+        try:
+            trainer.step(step)
+        except NonFiniteError:
             return
         if (step + 1) % case.every == 0 or step + 1 == case.steps:
             yield step + 1, trainer.validate()["val_loss"]

@@ -245,6 +245,14 @@ class Training(Section):
     background_checkpoints: bool = Field(
         True, description="go on training while a thread writes a copy of the state; the copy takes host memory"
     )
+    nonfinite: Literal["stop", "skip", "rollback"] = Field(
+        "stop",
+        description="after a NaN or an infinity in a step, of which no weight is updated: stop; skip leaves the step "
+        "out; rollback goes back to a checkpoint and on with other samples",
+    )
+    rollback_steps: int = Field(
+        0, ge=0, description="for nonfinite rollback: least number of steps between the checkpoint and the step"
+    )
     log_every: int = Field(20, ge=1, description="steps between lines of progress where there is no terminal")
     sample: int = Field(
         160, ge=0, description="bytes of text that the model writes at the end; 0 shows no text and no images"

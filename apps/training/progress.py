@@ -95,6 +95,19 @@ class Report:
         elif not self.bar and (row["step"] % self.training.log_every == 0 or new == 1):
             self._say(f"step {row['step']:5d}/{self.training.steps}  {text}  {_clock(left)} left")
 
+    def recovered(self, text: str, done: int) -> None:
+        """Say how the run goes on after a step that was not finite, from a step that may lie before it.
+
+        Parameters
+        ----------
+        text : str
+            What was found, and what is done about it.
+        done : int
+            Number of steps that are done from now on.
+        """
+        self.done = min(self.done, done)
+        self._say(text)
+
     def finish(self, text: bytes, forecast: Mapping[str, Any] | None) -> None:
         """Write the sample and, if asked, the report; print the forecast beside the measurement, and the paths."""
         self.close()

@@ -20,9 +20,10 @@ from colossal_mpi.apps.run_directory import RunDirectory
 from colossal_mpi.apps.training import tasks
 from colossal_mpi.apps.training.meter import Meter
 from colossal_mpi.apps.training.progress import Report, check
+from colossal_mpi.apps.training.recovery import Recovery
 from colossal_mpi.apps.training.stopping import CODE, Stop
 from colossal_mpi.apps.training.trainer import Trainer
-from colossal_mpi.errors import CheckpointError, ColossalError, ConfigError
+from colossal_mpi.errors import CheckpointError, ConfigError, NonFiniteError
 from colossal_mpi.grid import Grid, world_size
 from colossal_mpi.runtime import require_equal, signals, watchdog
 
@@ -89,7 +90,7 @@ def start(config: Config, overwrite: bool = False, trace: int = 0, forecast: For
     ConfigError
         If the data or the run directory cannot be used.
     ColossalError
-        If the loss or the norm of the gradients is not finite.
+        If a number is not finite, and ``training.nonfinite`` does not let the run go on.
     """
     config = _without_consent(tasks.complete(config))
     grid = make_grid(config, overwrite=overwrite, trace=trace)
@@ -222,41 +223,40 @@ def _steps(
     trainer: Trainer, directory: RunDirectory, done: int, report: Report | None, meter: Meter, stop: Stop
 ) -> int:
     """Do the steps; return the signal that stopped the run before the last step, 0 if none did."""
-    training, saved = trainer.config.training, done
+    training, recovery = trainer.config.training, Recovery(trainer, directory, report)
     if trainer.saves_meanwhile(done):
         trainer.reserve()
-    for step in range(done, training.steps):
-        row, signal = _timed_step(trainer, step, meter, stop)
-        if not math.isfinite(row["loss"] + (row["gradient_norm"] or 0.0)):  # None: an overflow of scaled gradients
-            trainer.saving.finish()
-            raise ColossalError(
-                f"step {step + 1}: loss {row['loss']}, gradient norm {row['gradient_norm']}; "
-                f"{_remedy(saved, training.lr, directory)}"
-            )
-        if training.check_replicas and (step + 1) % training.check_replicas == 0:
-            trainer.compare_replicas(step + 1)
+    step = done
+    while step < training.steps:
         last = step + 1 == training.steps
-        # A run that is being stopped has no time for a validation.
-        if last or ((step + 1) % training.evaluate_every == 0 and not signal):
-            row |= trainer.validate() | meter.ranks()
-        if report:
-            report.step(row)
-        if last or signal or (step + 1) % training.checkpoint_every == 0:
-            _checkpoint(trainer, directory, step + 1, training.background_checkpoints and not (last or signal))
-            saved = step + 1
-        else:
-            trainer.saving.poll()
+        try:
+            row, signal = _timed_step(trainer, step, meter, stop)
+            if training.check_replicas and (step + 1) % training.check_replicas == 0:
+                trainer.compare_replicas(step + 1)
+            # A run that is being stopped has no time for a validation.
+            if last or ((step + 1) % training.evaluate_every == 0 and not signal):
+                row |= _validated(trainer, step) | meter.ranks()
+            if report:
+                report.step(row)
+            if last or signal or (step + 1) % training.checkpoint_every == 0:
+                _checkpoint(trainer, directory, step + 1, training.background_checkpoints and not (last or signal))
+            else:
+                trainer.saving.poll()
+        except NonFiniteError as problem:
+            step = recovery.after(problem, step, last)
+            continue
         if signal and not last:
             return signal
+        step += 1
     return 0
 
 
-def _remedy(saved: int, lr: float, directory: RunDirectory) -> str:
-    """Return what to do about a run that has diverged, by the steps of its last checkpoint, 0 if it has none."""
-    lower = f"--set training.lr={lr / 10:.3g}"
-    if saved:
-        return f"go on from the checkpoint after step {saved} with a lower rate: --resume {directory.path} {lower}"
-    return f"there is no checkpoint yet: start it anew with a lower rate: --overwrite {lower}"
+def _validated(trainer: Trainer, step: int) -> dict[str, float]:
+    """Return the measures of a validation, and raise an error on all ranks if its loss is not finite."""
+    measures = trainer.validate()
+    if not math.isfinite(measures["val_loss"]):
+        raise NonFiniteError(f"after step {step + 1}: validation loss {measures['val_loss']}", repeats=True)
+    return measures
 
 
 def _checkpoint(trainer: Trainer, directory: RunDirectory, step: int, background: bool) -> None:
@@ -269,6 +269,9 @@ def _timed_step(trainer: Trainer, step: int, meter: Meter, stop: Stop) -> tuple[
     """Do a step; return its row of the metrics, and the signal that stops the run after it, 0 if none does."""
     watchdog.begin_step(step + 1)
     with meter.measure(step + 1) as measured:
-        row: dict[str, Any] = {"step": step + 1, "samples": trainer.samples(step + 1), **trainer.step(step, stop.vote)}
-        signal = stop.decided()
+        row: dict[str, Any] = {"step": step + 1, "samples": trainer.samples(step + 1)}
+        try:
+            row |= trainer.step(step, stop.vote)
+        finally:
+            signal = stop.decided()
     return row | measured, signal

@@ -24,10 +24,12 @@ from colossal_mpi.apps.training.metadata import SavedOptimizer, SavedSteps
 from colossal_mpi.apps.training.replicas import require_equal_replicas
 from colossal_mpi.apps.training.saved import checkpoint_of, metadata_of, saved_names
 from colossal_mpi.apps.training.tasks import StepFeed
-from colossal_mpi.errors import CheckpointError
+from colossal_mpi.errors import CheckpointError, NonFiniteError
 from colossal_mpi.grid import Grid
 from colossal_mpi.layers import Context, Parallelism, add_adapters, kernels, models, precision, recompute
+from colossal_mpi.layers.finite import Place, scan, watch
 from colossal_mpi.layers.optim import OPTIMIZERS, LearningRateSchedule, MovingAverage
+from colossal_mpi.layers.optim.base import NotFinite
 from colossal_mpi.layers.pipeline import PIPE, SCHEDULES, Pipeline, parameter_names, partition, stage_grid
 from colossal_mpi.platform import backend
 
@@ -215,21 +217,116 @@ class Trainer:
             ``loss``, the losses of experts, ``gradient_norm``, ``learning_rate``, and with 16-bit floats
             ``loss_scale``. The norm is None where scaled gradients were too large and the update was left out.
 
+        Raises
+        ------
+        NonFiniteError
+            On all ranks, if the loss, a gradient, a weight or the optimizer's state is not finite on one. No weight has
+            changed. An overflow of scaled gradients is no such error.
+
         Notes
         -----
-        **Communication:** the messages of the pipeline, and the reductions of gradients and of their norm.
+        **Communication:** the messages of the pipeline, and the reductions of gradients and of their norm. To locate
+        what is not finite, the passes of the step are done again.
         """
         loss, lr, scale = self.gradients(step), self.learning_rate(step), self.optimizer.loss_scale
         if meanwhile:
             meanwhile()
         self.saving.settle()
         with ledger.span("update"):
-            norm = self.optimizer.step(lr)
-            if self.average is not None:
+            sound = math.isfinite(loss) or self.grid.is_meta
+            norm = self.optimizer.step(lr, leave_out=not sound)
+            left_out = not (self.grid.is_meta or math.isfinite(norm))
+            if not sound or left_out:
+                self._require_overflow(step, loss, norm, scale)
+            if self.average is not None and not left_out:
                 self.average.update()
-        left_out = scale > 1 and not math.isfinite(norm)
         row = {"loss": loss, **self.own, "gradient_norm": None if left_out else norm, "learning_rate": lr}
         return row if self.optimizer.scaling is None else row | {"loss_scale": scale}
+
+    def _require_overflow(self, step: int, loss: float, norm: float, scale: float) -> None:
+        """Raise an error that locates what is not finite in a step, unless scaled gradients alone have overflowed."""
+        # what each rank has found, its state first -> the same list on all ranks: allgather
+        found = comm.collect(self.optimizer.found, self.grid)
+        damaged = [one if one is not None and one.state else None for one in found]
+        if not any(damaged) and math.isfinite(loss) and scale > 1:
+            return
+        said = f"step {step + 1}: loss {loss}, gradient norm {norm}"
+        if any(damaged):
+            name, where = self._first(damaged)
+            raise NonFiniteError(f"{said}: {name} is not finite before the step, first {where}", state=True)
+        if (first := self._repeated(step, scale)) is not None:
+            raise NonFiniteError(f"{said}: {first}", repeats=True)
+        text = "the step done again is finite, so that memory or hardware is at fault"
+        if any(found):
+            name, where = self._first(found)
+            text = f"{name} was not finite after the backward pass, first {where}; {text}"
+        raise NonFiniteError(f"{said}: {text}")
+
+    def _first(self, found: Sequence[NotFinite | None]) -> tuple[str, str]:
+        """Return the name of what the first rank found, and the place with all ranks that found the same."""
+        first = next(one for one in found if one is not None)
+        ranks = [rank for rank, one in enumerate(found) if one == first]
+        return first.name, _at(first.place, ranks, self.grid)
+
+    def _repeated(self, step: int, scale: float) -> str | None:
+        """Do the passes of a step again and return where they are first not finite, the same text on all ranks."""
+        stages, stage = self.pipeline.stages, self.pipeline.stage
+        chunks = {c * stages + stage: chunk for c, chunk in enumerate(self.pipeline.chunks)}
+        feed = StepFeed(self.task, step, scale, self.samples(step))
+        plain = feed.loss
+        with watch(chunks) as seen, np.errstate(all="ignore"):
+
+            def loss(y: Any, microbatch: int) -> tuple[float, Any]:
+                share, cache = plain(y, microbatch)
+                seen.see_loss(share, microbatch)
+                return share, cache
+
+            feed.loss = loss  # type: ignore[method-assign]
+            self.pipeline.step(feed)
+            for parameter in self.optimizer.parameters:
+                parameter.reduce()
+                parameter.grad = None
+        sightings = [(one.key, rank, one) for rank, one in enumerate(comm.collect(seen.first, self.grid)) if one]
+        if not sightings:
+            return None
+        key, _, one = min(sightings, key=lambda entry: entry[:2])
+        ranks = [rank for other, rank, _ in sightings if other == key]
+        return f"first in the {one.what}, {_at(one.place, ranks, self.grid)}"
+
+    def require_finite(self, step: int) -> None:
+        """Require that weights, averages and the optimizer's state are finite on all ranks, before a checkpoint.
+
+        Parameters
+        ----------
+        step : int
+            Number of steps that are done.
+
+        Raises
+        ------
+        NonFiniteError
+            On all ranks, if an array is not finite on one: it says which, and where.
+
+        Notes
+        -----
+        **Communication:** an allgather of small objects.
+        """
+        seen = scan(self._state())
+        found = comm.collect(seen and NotFinite(True, *seen), self.grid)
+        if any(found):
+            name, where = self._first(found)
+            raise NonFiniteError(f"after step {step}: {name} is not finite, first {where}", state=True)
+
+    def move_on(self, step: int, samples: int) -> None:
+        """Give the steps from now on other samples, after the trainer was restored from a checkpoint.
+
+        Parameters
+        ----------
+        step : int
+            Number of steps that are done.
+        samples : int
+            Number of samples that count as taken, so that the next step takes those that follow them.
+        """
+        self._begun_at = step, samples
 
     def validate(self) -> dict[str, float]:
         """Return loss and measures over the held-out samples, with averaged weights if the run keeps averages.
@@ -263,7 +360,13 @@ class Trainer:
         background : bool
             Whether to return at once and write during the next steps. The caller calls ``saving.poll()`` after each
             step and ``saving.finish()`` after the last.
+
+        Raises
+        ------
+        NonFiniteError
+            On all ranks, if an array is not finite on one; nothing is written then.
         """
+        self.require_finite(step)
         metadata, after = self._metadata(step), after or partial(checkpoint.point_latest, directory)
         state, values = self._state(counted=True), self._values(step)
         if background:
@@ -344,6 +447,7 @@ class Trainer:
             "training/step": (step, "steps"),
             "training/samples": (self.samples(step), "samples"),
             "training/seed": (training.seed, "1"),
+            "training/finite": (True, "whether every weight, average and array of the optimizer is finite"),
             "training/rate": (training.rate, "name of the schedule of the learning rate"),
             "training/learning_rate": (self.learning_rate(step), "of the next step"),
         }
@@ -488,3 +592,11 @@ class Trainer:
 def _plain(value: Any) -> Any:
     """Return a value as JSON gives it back."""
     return list(value) if isinstance(value, tuple) else value
+
+
+def _at(place: Place, ranks: Sequence[int], grid: Grid) -> str:
+    """Return where an element is: its global index, and the ranks that hold it, the first with its coordinates."""
+    coords = ", ".join(f"{axis}={i}" for axis, i in grid.coords_of(ranks[0]).items())
+    index = f"at {place} " if place else ""
+    others = f" and {len(ranks) - 1} more" if len(ranks) > 1 else ""
+    return f"{index}on rank {ranks[0]} ({coords}){others}"

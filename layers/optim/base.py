@@ -6,21 +6,25 @@ the gradients with `Parameter.reduce` and calls the subclass's `update` for each
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from colossal_mpi import comm
 from colossal_mpi.distarray import DistArray, root_of_squares, squares
 from colossal_mpi.errors import OptionError
 from colossal_mpi.grid import Grid
+from colossal_mpi.layers.finite import Place, nan_if_not_finite, scan
 from colossal_mpi.layers.parameter import Parameter
 from colossal_mpi.layers.precision import MASTER, LossScale
 from colossal_mpi.offload import to_device, to_host, write_back
 from colossal_mpi.platform import backend
 
 
-def gradient_norm(gradients: Sequence[DistArray], grid: Grid | None = None) -> float:
+def gradient_norm(gradients: Sequence[DistArray], grid: Grid | None = None, more: Any = 0.0) -> float:
     """Return the Euclidean norm of all gradients together, with each global element counted once.
 
     Parameters
@@ -29,6 +33,8 @@ def gradient_norm(gradients: Sequence[DistArray], grid: Grid | None = None) -> f
         Reduced gradients of this rank's stage.
     grid : Grid, optional
         Grid of the whole model, if it is cut into stages. By default it is the grid of the gradients.
+    more : number
+        Added to this rank's sum of squares: a NaN tells all ranks that one has found something wrong.
 
     Returns
     -------
@@ -45,6 +51,7 @@ def gradient_norm(gradients: Sequence[DistArray], grid: Grid | None = None) -> f
 
     def total(factor: float) -> float:
         local = sum((squares(g, factor) for g in owned), start=world.xp.zeros((), dtype=world.xp.float64))
+        local = local if isinstance(more, float) and more == 0 else local + more
         # sum of dW[...]^2 of this rank's elements {U_all} -> sum on all ranks: allreduce of a word over the whole grid
         return float(backend.to_host(comm.allreduce(world.xp.asarray(local), world, tuple(world.axes))))
 
@@ -58,6 +65,25 @@ def require_clip(name: str, clip: float | None) -> None:
         raise OptionError(
             f"{name}={clip!r}: the greatest norm must be above 0; without clipping it is None or infinite"
         )
+
+
+@dataclass(frozen=True)
+class NotFinite:
+    """A NaN or an infinity that one rank has found.
+
+    Parameters
+    ----------
+    state : bool
+        True if it is in a weight or in the state of the optimizer, False if in a gradient.
+    name : str
+        The array.
+    place : tuple of int
+        Global index of the first such element.
+    """
+
+    state: bool
+    name: str
+    place: Place
 
 
 class Group:
@@ -152,6 +178,8 @@ class Optimizer:
         self.offload = offload
         self.moments = {p.name: self._begin(p) for p in self.parameters}
         """The state of each parameter: the arrays of `begin`, and the master weight of a 16-bit weight, by slot."""
+        self.found: NotFinite | None = None
+        """What this rank found in a step that was left out since its norm was not finite; None after other steps."""
 
     @property
     def loss_scale(self) -> float:
@@ -202,16 +230,18 @@ class Optimizer:
         """
         return {slot: parameter.zeros() for slot in self.slots}
 
-    def step(self, lr: float | None = None) -> float:
+    def step(self, lr: float | None = None, leave_out: bool = False) -> float:
         """Update all weights and clear the gradients.
 
-        If weights are of 16 bits and the norm is not finite, which all ranks see, the loss scale changes and nothing
-        else does.
+        If a gradient, a weight or an array of the state is not finite on some rank, no weight changes: the norm is then
+        not finite on all ranks, and `found` says what this rank has seen. With a loss scale, the scale changes.
 
         Parameters
         ----------
         lr : float, optional
             Learning rate of this step. By default it is the optimizer's.
+        leave_out : bool
+            Whether to leave the update out in any case; the same on all ranks.
 
         Returns
         -------
@@ -227,8 +257,14 @@ class Optimizer:
         # dW {U_data} -> dW in the layout of the state: allreduce, with ZeRO reduce_scatter, over the deferred axes
         reduced = [parameter.reduce() for parameter in self.parameters]
         counted = [g for g, parameter in zip(reduced, self.parameters, strict=True) if parameter.counted]
-        norm = gradient_norm(counted, self._world) / (given := self.loss_scale)
-        if self.scaling is not None and not self.scaling.follow(norm):
+        given, is_meta = self.loss_scale, self._world is not None and self._world.is_meta
+        norm = gradient_norm(counted, self._world, 0.0 if is_meta else self._nan_if_damaged(reduced)) / given
+        self.found = None
+        sound = math.isfinite(norm) or is_meta
+        if self.scaling is not None:
+            self.scaling.follow(norm)
+        if leave_out or not sound:
+            self.found = self._not_finite(reduced)
             for parameter in self.parameters:
                 parameter.grad = None
             return norm
@@ -239,6 +275,28 @@ class Optimizer:
             for parameter in (one for one in group.parameters if not one.frozen):
                 self._apply(parameter, rate, scale, options)
         return norm
+
+    def _nan_if_damaged(self, gradients: Sequence[DistArray]) -> Any:
+        """Return 0, or NaN if a weight, the state or a gradient beside the norm is not finite on this rank.
+
+        Each is read once. The norm counts a gradient on one of the ranks that hold it; the others look at their copies.
+        """
+        pairs = zip(self.parameters, gradients, strict=True)
+        copies = (g.local for p, g in pairs if not (p.counted and g.layout.owner(g.grid.axes, g.grid.coords)))
+        weights = (p.value.local for p in self.parameters if not p.half)
+        state = (array.local for slots in self.moments.values() for array in slots.values())
+        return nan_if_not_finite(itertools.chain(weights, state, copies))
+
+    def _not_finite(self, gradients: Sequence[DistArray]) -> NotFinite | None:
+        """Return what is not finite on this rank, the state before the gradients."""
+        state = {f"weight {p.name}": p.value for p in self.parameters}
+        for name, slots in self.moments.items():
+            state |= {f"{slot} of {name}": array for slot, array in slots.items()}
+        if (seen := scan(state)) is not None:
+            return NotFinite(True, *seen)
+        named = zip(self.parameters, gradients, strict=True)
+        seen = scan({f"gradient of {p.name}": g for p, g in named})
+        return None if seen is None else NotFinite(False, *seen)
 
     def _apply(self, parameter: Parameter, lr: float, scale: float, options: dict[str, Any]) -> None:
         """Update one parameter by its reduced gradient, times the scale."""

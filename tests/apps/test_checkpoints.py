@@ -101,6 +101,7 @@ def test_the_same_grid_goes_on_to_the_bit_with_dropout(grid, shared_path):
         "training/step": 3,
         "training/samples": 18,
         "training/seed": 0,
+        "training/finite": True,
         "training/rate": "cosine",
     }
     assert values["training/learning_rate"]["value"] == other.learning_rate(3)

@@ -213,7 +213,7 @@ def test_a_run_that_diverges_is_told_to_resume_only_if_it_has_a_checkpoint(run, 
     assert "run has no checkpoint yet: start it anew with --overwrite" in train("--resume", "run").stderr
     assert "a run already, which has no checkpoint: replace it with --overwrite" in train("tiny.toml").stderr
     later = train("tiny.toml", "--overwrite", training__checkpoint_every=1).stderr
-    assert "the checkpoint after step 1 with a lower rate: --resume run --set training.lr=0.0001" in later
+    assert "at fault; go on from the checkpoint after step 1: --resume run" in later  # it does not come again
 
 
 def test_a_damaged_checkpoint_names_the_newest_that_is_whole_and_the_run_goes_on_from_that(run):
