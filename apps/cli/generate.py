@@ -43,7 +43,7 @@ class Generate(Command):
     tokenizer: Annotated[Path | None, typer.Option(help="By default the run's, else bytes.")] = None
     strict: Annotated[
         bool,
-        typer.Option("--strict", help="Refuse tensors of a Hugging Face directory that are not the model's."),
+        typer.Option("--strict", help="Refuse tensors that are not the model's."),
     ] = False
 
     def run(self) -> int:

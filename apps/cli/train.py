@@ -42,11 +42,8 @@ class Train(Command):
         str | None, typer.Option(help="Go on with the run in this directory, or from this checkpoint.")
     ] = None
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run in the run directory.")] = False
-    trace: Annotated[int, typer.Option(min=0, help="Trace this many steps, from the second on, into trace.json.")] = 0
-    check_replicas: Annotated[
-        int | None,
-        typer.Option(min=0, help="Compare the replicas of weights and optimizer states every so many steps."),
-    ] = None
+    trace: Annotated[int, typer.Option(help="Trace this many steps, from the second on, into trace.json.")] = 0
+    check_replicas: Annotated[int | None, typer.Option(help="Compare replicas every so many steps.")] = None
     check: Annotated[bool, typer.Option("--check", help="Check that all ranks make the same calls.")] = False
     show_config: Annotated[
         bool, typer.Option("--show-config", help="Print the configuration with the meaning of every key, and stop.")
@@ -60,6 +57,8 @@ class Train(Command):
             raise ConfigError("train: give a configuration, or --resume and the directory of a run")
         if self.resume is not None and self.overwrite:
             raise ConfigError("train: --resume goes on with a run and --overwrite replaces it: give one of them")
+        if self.trace < 0:
+            raise ConfigError(f"train: --trace {self.trace}: give the number of steps, 0 or more")
 
     def run(self) -> int:
         if self.show_config or self.dry_run:

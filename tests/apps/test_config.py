@@ -91,7 +91,7 @@ def test_settings_overrule_the_file_and_may_be_strings(tmp_path):
     ("text", "message"),
     [
         ("[training]\nstep = 5\n", r"run.toml: unknown key training.step=5; known here are steps, batch"),
-        ("[tranining]\n", r"unknown key tranining={}; known here are model, data, training, parallel, run"),
+        ("[tranining]\n", r"unknown key tranining={}; known here are model, data, training, parallel, adapter, run"),
         ("[training]\nsteps = 'many'\n", r"training.steps='many': input should be a valid integer"),
         ("[training]\nsteps = 0\n", r"training.steps=0: input should be greater than or equal to 1"),
         (
