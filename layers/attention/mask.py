@@ -141,7 +141,7 @@ class AttentionMask:
         The keys of a run that a sample sees end with the run, since the queries of another rank come after all of it.
         They begin with the window, or the document, of the first query after the run.
         """
-        if self._first is None or reader == source:
+        if self._first is None or not len(self._first) or reader == source:
             return None
         found: list[Box] = []
         place = 0

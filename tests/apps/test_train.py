@@ -252,7 +252,8 @@ def test_every_mode_does_the_steps_of_one_rank(folder, monkeypatch):
         assert result[name]["words_per_step"] > 0
     c, weights, stream = 3, 15520, 5 * 12 * 20
     reduced = 2 * (c - 1) * (weights + 3)  # gradients, the loss of each microbatch, their norm
-    assert result["ring"]["words_per_step"] == reduced + 2 * (6 * c - 4) * stream
+    # in zig-zag order three quarters of all keys of others are seen; they come twice, and their cotangents go home once
+    assert result["ring"]["words_per_step"] == reduced + 2 * 3 * 3 * (c - 1) * stream // 2
 
 
 def test_the_user_names_files(folder):
