@@ -208,7 +208,22 @@ class Clock(Protocol):
         """Return the time in seconds."""
 
     def arrival(self, op: str, axes: Sequence[str], nbytes: int) -> float:
-        """Return the time when a collective that begins now will have brought `nbytes` bytes."""
+        """Return the time when a collective that begins now will have brought `nbytes` bytes.
+
+        Parameters
+        ----------
+        op : str
+            The operation.
+        axes : sequence of str
+            The axes of the group.
+        nbytes : int
+            Bytes that this rank receives.
+
+        Returns
+        -------
+        float
+            The time in seconds of this clock.
+        """
 
     def wait(self, until: float) -> None:
         """Let time pass until `until`; a real clock does so by itself."""
@@ -251,10 +266,24 @@ def post(
     due: float | None = None,
     where: str = "",
 ) -> None:
-    """Enter a collective that ends now into the open records; it began at `begun`.
+    """Enter a collective that ends now into the open records.
 
-    For a collective that went on while the rank computed, `posted` and `waited` are the times of `Event`, `where` is
-    the site that began it and `due` the time at which it was expected to end.
+    Parameters
+    ----------
+    op : str
+        The operation.
+    axes : tuple of str
+        The axes of the group.
+    words, itemsize : int
+        Words that this rank received, and bytes of a word.
+    begun : float
+        When it began, in seconds of the clock.
+    posted, waited : float, optional
+        The times of `Event`, for a collective that went on while the rank computed.
+    due : float, optional
+        When it was expected to end.
+    where : str
+        The site that began it; by default the site of the caller.
     """
     clock.wait(clock.arrival(op, axes, words * itemsize) if due is None else due)
     now = clock.now()

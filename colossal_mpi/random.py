@@ -113,7 +113,24 @@ def _interleave(lanes: Sequence[np.ndarray], keep: slice, box: Box) -> np.ndarra
 
 
 def uniform_block(box: Box, shape: Sequence[int], seed: int, stream: str) -> np.ndarray:
-    """Return the float64 block at `box` of the global array of uniform numbers in [0, 1)."""
+    """Return the float64 block at `box` of the global array of uniform numbers in [0, 1).
+
+    Parameters
+    ----------
+    box : Box
+        The part of the global array.
+    shape : sequence of int
+        Global shape.
+    seed : int
+        The seed.
+    stream : str
+        The name of the array; arrays of different names are independent.
+
+    Returns
+    -------
+    array of float64
+        The numbers, which depend on their global index and not on the box.
+    """
     lanes, keep = _words(box, shape, seed, stream)
     return _interleave([_unit(word) for word in lanes], keep, box)
 
@@ -181,7 +198,24 @@ def mask_block(box: Box, shape: Sequence[int], seed: int, stream: str, rate: flo
 
 
 def normal_block(box: Box, shape: Sequence[int], seed: int, stream: str) -> np.ndarray:
-    """Return the float64 block at `box` of the global array of standard normal numbers (Box-Muller)."""
+    """Return the float64 block at `box` of the global array of standard normal numbers (Box-Muller).
+
+    Parameters
+    ----------
+    box : Box
+        The part of the global array.
+    shape : sequence of int
+        Global shape.
+    seed : int
+        The seed.
+    stream : str
+        The name of the array; arrays of different names are independent.
+
+    Returns
+    -------
+    array of float64
+        The numbers, which depend on their global index and not on the box.
+    """
     (one, two), keep = _words(box, shape, seed, stream)
     radius = np.sqrt(-2.0 * np.log1p(-_unit(one)))
     angle = 2.0 * np.pi * _unit(two)

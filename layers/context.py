@@ -23,7 +23,24 @@ class KeyValueCache(Protocol):
     """The keys and values of earlier tokens, as attention uses them; `layers.inference` implements it."""
 
     def attend(self, layer: object, q: DistArray, kv: DistArray, ctx: Context) -> DistArray:
-        """Append keys and values ``[b, s, 2, g, d]`` and return the attention of the queries to all of them."""
+        """Append keys and values ``[b, s, 2, g, d]`` and return the attention of the queries to all of them.
+
+        Parameters
+        ----------
+        layer : object
+            The attention layer, whose keys and values are kept apart from those of others.
+        q : DistArray, ``[b, s, ...]``
+            The queries of the new tokens.
+        kv : DistArray, ``[b, s, 2, g, d]``
+            Their keys and values.
+        ctx : Context
+            Positions of the new tokens.
+
+        Returns
+        -------
+        DistArray
+            The attention, of the shape of q.
+        """
 
 
 @dataclass(frozen=True)

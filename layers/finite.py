@@ -133,7 +133,7 @@ class Sighting:
 
 @dataclass
 class Watch:
-    """What a rank sees in the passes of a step.
+    """A watch looks at the arrays of a step's passes on one rank, and keeps the first that is not finite.
 
     Attributes
     ----------
@@ -166,20 +166,18 @@ class Watch:
             self.first = Sighting(key, f"loss of microbatch {microbatch}", ())
 
     def enter(self, microbatch: int, backward: bool, chunk: int) -> None:
-        """Begin a pass through a chunk, with its number in the order of the pass."""
+        """Begin a pass through a chunk, with its number in the order of the pass.
+
+        Parameters
+        ----------
+        microbatch : int
+            Number of the microbatch.
+        backward : bool
+            True for a backward pass.
+        chunk : int
+            Number of the chunk in the model.
+        """
         self._now, self._number = (microbatch, int(backward), -chunk if backward else chunk), 0
-
-
-def _layers(layer: Layer, seen: set[int]) -> Iterator[Layer]:
-    """Yield a layer and all its parts, each once."""
-    if id(layer) in seen:
-        return
-    seen.add(id(layer))
-    yield layer
-    for value in vars(layer).values():
-        for item in value if isinstance(value, list) else [value]:
-            if isinstance(item, Layer):
-                yield from _layers(item, seen)
 
 
 @contextmanager
@@ -212,8 +210,9 @@ def watch(chunks: Mapping[int, Layer]) -> Iterator[Watch]:
             if id(parameter) not in seen:
                 seen.add(id(parameter))
                 put(parameter, "accumulate", _gradient(found, parameter))
-        for layer in _layers(chunk, seen):
-            if layer is not chunk:
+        for layer in chunk.walk():
+            if layer is not chunk and id(layer) not in seen:
+                seen.add(id(layer))
                 put(layer, "forward", _forward(found, layer))
                 put(layer, "backward", _backward(found, layer))
         put(chunk, "forward", _first(found, _forward(found, chunk), number))

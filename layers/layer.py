@@ -161,12 +161,31 @@ class Layer:
         Parameter
             A parameter of this layer or of one of its parts.
         """
+        for item in self._items():
+            if isinstance(item, Parameter):
+                yield item
+            else:
+                yield from item.parameter_uses()
+
+    def walk(self) -> Iterator[Layer]:
+        """Return an iterator over this layer and all its parts, in the order of construction.
+
+        Yields
+        ------
+        Layer
+            The layer itself first, then each part before the parts of it; a part that two layers share comes twice.
+        """
+        yield self
+        for item in self._items():
+            if isinstance(item, Layer):
+                yield from item.walk()
+
+    def _items(self) -> Iterator[Parameter | Layer]:
+        """Yield the parameters and layers that this layer holds itself."""
         for value in vars(self).values():
             for item in value if isinstance(value, list) else [value]:
-                if isinstance(item, Parameter):
+                if isinstance(item, Parameter | Layer):
                     yield item
-                elif isinstance(item, Layer):
-                    yield from item.parameter_uses()
 
     @cached_property
     def label(self) -> str:

@@ -183,7 +183,7 @@ def _of(letters: str, axes: dict[str, str]) -> dict[str, str]:
 
 
 def linears(layer: Layer) -> Iterator[Linear]:
-    """Return an iterator over the products of a model, in the order of construction.
+    """Return an iterator over the products of a model, in the order of construction, without factors of adapters.
 
     Parameters
     ----------
@@ -195,13 +195,8 @@ def linears(layer: Layer) -> Iterator[Linear]:
     Linear
         A product.
     """
-    if isinstance(layer, Linear):
-        yield layer
-        return
-    for value in vars(layer).values():
-        for item in value if isinstance(value, list) else [value]:
-            if isinstance(item, Layer):
-                yield from linears(item)
+    factors = {id(factor) for one in layer.walk() if isinstance(one, LowRank) for factor in (one.a, one.b)}
+    yield from (one for one in layer.walk() if isinstance(one, Linear) and id(one) not in factors)
 
 
 def add_adapters(

@@ -77,7 +77,21 @@ def _over_axes(one: Forecast) -> str:
 
 
 def show_plan(plan: Plan, measured: Sequence[float], memory: float, source: str, settings: Sequence[str] = ()) -> None:
-    """Print a plan: the table, the extent of the search, and the fastest configuration with the command to start it."""
+    """Print a plan: the table, the extent of the search, and the fastest configuration with the command to start it.
+
+    Parameters
+    ----------
+    plan : Plan
+        The result of the search.
+    measured : sequence of float
+        Seconds of a step of each configuration that was tried.
+    memory : float
+        Bytes of memory of a rank.
+    source : str
+        The configuration's file or name, as the command repeats it.
+    settings : sequence of str
+        Settings ``section.key=value``, as the command repeats them.
+    """
     out = console()
     if plan.best:
         out.print(plan_table(plan.best, measured))
@@ -135,7 +149,24 @@ def train_command(one: Forecast, source: str, settings: Sequence[str] = ()) -> s
 
 
 def explained(plan: Plan, memory: float, source: str, settings: Sequence[str] = ()) -> list[str]:
-    """Return the lines below the table: the extent of the search, and the fastest configuration, if there is one."""
+    """Return the lines below the table: the extent of the search, and the fastest configuration, if there is one.
+
+    Parameters
+    ----------
+    plan : Plan
+        The result of the search.
+    memory : float
+        Bytes of memory of a rank.
+    source : str
+        The configuration's file or name, as the command repeats it.
+    settings : sequence of str
+        Settings ``section.key=value``, as the command repeats them.
+
+    Returns
+    -------
+    list of str
+        The lines.
+    """
     searched = f"looked at {plan.grids} grids and modes, {plan.estimated:,} ways to run on them"
     if not plan.estimated:
         return [f"{searched}: the model cannot fill so many ranks: take fewer, or a larger training.batch"]

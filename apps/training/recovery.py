@@ -1,4 +1,4 @@
-"""What a run does after a step that was not finite: it stops, leaves the step out, or goes back to a checkpoint.
+"""A run stops, leaves a step out or goes back to a checkpoint after a step that was not finite.
 
 The training loop makes a `Recovery` and calls `Recovery.after` with the error that the trainer raised on all ranks
 before it updated a weight. ``training.nonfinite`` chooses.

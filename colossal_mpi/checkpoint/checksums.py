@@ -76,7 +76,22 @@ def checksum(buffer: memoryview | bytes) -> str:
 
 
 def checksum_of_range(descriptor: int, offset: int, size: int, algorithm: str = "crc32") -> str | None:
-    """Return the checksum of a range of bytes of an open file, None if the file ends before it does."""
+    """Return the checksum of a range of bytes of an open file, None if the file ends before it does.
+
+    Parameters
+    ----------
+    descriptor : int
+        The open file.
+    offset, size : int
+        First byte and number of bytes.
+    algorithm : str
+        ``"crc32"`` or ``"sha256"``.
+
+    Returns
+    -------
+    str or None
+        The algorithm, a colon and hexadecimal digits.
+    """
     made, buffer = _Checksum(algorithm), memoryview(bytearray(min(_AT_ONCE, size)))
     while size:
         got = os.preadv(descriptor, [buffer[: min(_AT_ONCE, size)]], offset)

@@ -189,6 +189,17 @@ class RankFiles:
     def read(self, name: str, blocks: Sequence[SavedBlock], box: Box, into: np.ndarray) -> None:
         """Read a box of an array into a NumPy array in C order.
 
+        Parameters
+        ----------
+        name : str
+            The array.
+        blocks : sequence of SavedBlock
+            The blocks in which it is stored.
+        box : Box
+            The part of the array to read.
+        into : array
+            The array that is filled, of the shape of the box.
+
         Raises
         ------
         CheckpointError

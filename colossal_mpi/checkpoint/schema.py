@@ -38,7 +38,7 @@ class _Value(_Schema):
 
 
 class Table(_Schema):
-    """What a manifest of the newest format must hold; a reader of later versions may find more."""
+    """A manifest of the newest format must hold these keys; a reader of later versions may find more."""
 
     format_version: Literal[2]
     metadata: dict[str, Any]

@@ -53,7 +53,7 @@ _INSTALLED = tuple(
 
 
 class _State:
-    """Whether calls are checked, and how many checked calls this rank is inside."""
+    """The state of the check: it is on or off, and this rank is inside `depth` checked calls."""
 
     on = os.environ.get(VARIABLE, "") not in ("", "0")
     depth = 0

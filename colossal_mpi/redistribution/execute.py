@@ -100,7 +100,7 @@ def start(blocks: Sequence[Block], plans: Sequence[Plan], grid: Grid) -> Request
 
 
 class _About:
-    """What plans redistribute, as text; it is made only where calls are checked."""
+    """The text that names the arrays and layouts of some plans; it is made only where calls are checked."""
 
     def __init__(self, plans: Sequence[Plan]) -> None:
         self._plans = plans

@@ -227,7 +227,22 @@ def received(shape: Shape, source: Layout, target: Layout, sizes: Mapping[str, i
 
 
 def plan_redistribution(shape: Shape, source: Layout, target: Layout, grid: Grid) -> Plan:
-    """Return the steps from one layout to another; both are checked and without axes of size 1."""
+    """Return the steps from one layout to another; both are checked and without axes of size 1.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Global shape.
+    source, target : Layout
+        The layouts.
+    grid : Grid
+        The grid of the array.
+
+    Returns
+    -------
+    Plan
+        Reductions, the exchange of boxes, and whether this rank keeps its values or holds zeros.
+    """
     scattered, middle, rest = stages(source, target)
     reductions = []
     if scattered:

@@ -58,7 +58,7 @@ places: list[Callable[[], str]] = []
 
 
 class Seen(NamedTuple):
-    """What a slot of the board says about a rank: times in seconds of ``time.monotonic``, 0 for none."""
+    """A slot of the board tells this about its rank: times are seconds of ``time.monotonic``, 0 for none."""
 
     rank: int
     pid: int
@@ -91,7 +91,17 @@ class Board:
         self._pid, self._started = os.getpid(), exits.started(os.getpid())
 
     def write(self, state: int, waiting: float, place: str) -> None:
-        """Write this rank's slot."""
+        """Write this rank's slot.
+
+        Parameters
+        ----------
+        state : int
+            Whether the rank runs or has left the program.
+        waiting : float
+            When the MPI call began in which the rank is, in seconds of ``time.monotonic``; 0 outside of one.
+        place : str
+            Where the rank is, for a reader; at most 208 bytes are kept.
+        """
         text = place.encode(errors="replace")[:208]
         values = self._pid, self._started, state, time.monotonic(), waiting, text
         _SLOT.pack_into(self._map, self.rank * _SLOT.size, *values)

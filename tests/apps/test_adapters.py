@@ -123,7 +123,8 @@ def test_a_step_on_a_grid_equals_that_of_one_rank(grid, dtype):
     for zero in (0, 3):
         start, found = updated(grid, zero)
         assert all(np.array_equal(drawn[name], value) for name, value in start.items())
-        bound = 1e-10 if dtype == "float64" else 2e-2
+        # a gradient of the first block has gone through some twenty values that are rounded to 11 bits
+        bound = 1e-10 if dtype == "float64" else 20 * 2.0**-10
         for name, value in found.items():
             assert np.abs(value - gradients[name]).max() <= bound * max(np.abs(gradients[name]).max(), 1e-3), name
 

@@ -13,7 +13,7 @@ from colossal_mpi.apps.training import train
 from colossal_mpi.apps.training.tasks import StepFeed
 from colossal_mpi.apps.training.trainer import Trainer
 from colossal_mpi.errors import NonFiniteError
-from colossal_mpi.layers.finite import _layers, first_place
+from colossal_mpi.layers.finite import first_place
 from colossal_mpi.layers.norm import RMSNorm
 
 GRIDS = [
@@ -64,7 +64,7 @@ def planted(run, where):
 
         places, target.reduce = [], reduce
         return f"gradient of {target.name} was not finite after the backward pass, first at "
-    norm = [layer for layer in _layers(run.pipeline.chunks[-1], set()) if isinstance(layer, RMSNorm)][-1]
+    norm = [layer for layer in run.pipeline.chunks[-1].walk() if isinstance(layer, RMSNorm)][-1]
     forward, calls = norm.forward, []
 
     def second(x, ctx):
